@@ -1,0 +1,185 @@
+"""One training loop for everything that diffship trains: accelerate, EMA, bit-exact resume from safetensors.
+
+Nothing random lives outside `(seed, step)`: a `Task` draws its batch and its noise from a generator made for the
+step, so a checkpoint holds weights, moments and averages only, and a killed run continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """What a loop trains: named modules, and one loss per step drawn from that step's generator."""
+
+    modules: Mapping[str, nn.Module]
+
+    def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and rates. The rate warms up, stays, and falls linearly to zero over the last `decay` steps.
+
+    Because nothing before the decay depends on `steps`, a run can be resumed with more steps, or told to end sooner.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 100
+    decay: int = 0
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    save_seconds: float = 180.0
+    log_every: int = 20
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step (0-based)."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        falling = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
+        return self.rate * rising * falling
+
+    def ema_at(self, step: int) -> float:
+        """Decay of the average, smaller at first so that the random start is soon forgotten."""
+        return min(self.ema, (1 + step) / (10 + step))
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; the message names the last good checkpoint."""
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The only source of randomness of a step."""
+    return torch.Generator().manual_seed((seed << 32) ^ step)
+
+
+def train(
+    task: Task,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    validate: Callable[[int], None] | None = None,
+    precision: str = "no",
+    stop_after_seconds: float = math.inf,
+) -> int:
+    """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite; the checkpoint before it is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=precision)
+    modules = {name: accelerator.prepare(module) for name, module in task.modules.items()}
+    parameters = _parameters(modules)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=schedule.rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+    )
+    optimizer = accelerator.prepare(optimizer)
+    average = {name: value.detach().clone() for name, value in parameters.items()}
+    state = folder / "state.safetensors"
+    step = _load(state, parameters, average, optimizer) if state.exists() else 0
+    started = saved = time.monotonic()
+    curve = (folder / "curve.jsonl").open("a", encoding="utf-8")
+    while step < schedule.steps and time.monotonic() - started < stop_after_seconds:
+        tick = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate_at(step)
+        loss, figures = task.loss(schedule.batch, step_generator(schedule.seed, step))
+        if not torch.isfinite(loss):
+            raise DivergedError(f"loss is {loss.item()} at step {step}; the last good checkpoint is {state}")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(list(parameters.values()), schedule.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - schedule.ema_at(step))
+        step += 1
+        if step % schedule.log_every == 0:
+            row = {"step": step, "loss": loss.item(), "seconds": time.monotonic() - tick, **figures}
+            print(json.dumps({k: round(v, 5) for k, v in row.items()}), file=curve, flush=True)
+            print(f"step {step}/{schedule.steps} loss {row['loss']:.4f} {row['seconds']:.2f}s", file=sys.stderr)
+        if time.monotonic() - saved > schedule.save_seconds or step == schedule.steps:
+            _save(state, step, parameters, average, optimizer)
+            saved = time.monotonic()
+            if validate is not None:
+                with averaged(parameters, average):
+                    validate(step)
+    _save(state, step, parameters, average, optimizer)
+    curve.close()
+    return step
+
+
+class averaged:
+    """While open, the parameters hold their exponential averages."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+        self.pairs = [(parameters[name], average[name]) for name in parameters]
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for live, kept in self.pairs:
+                held = live.detach().clone()
+                live.copy_(kept)
+                kept.copy_(held)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *error: object) -> None:
+        self._swap()
+
+
+def load_average(state: Path, modules: Mapping[str, nn.Module]) -> int:
+    """Fill modules with the averaged weights of a checkpoint; returns its step."""
+    with safe_open(state, "pt") as file, torch.no_grad():
+        for name, value in _parameters(modules).items():
+            value.copy_(file.get_tensor(f"average/{name}"))
+        return int(json.loads(file.metadata()["state"])["step"])
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}/{key}": value
+        for name, module in modules.items()
+        for key, value in module.named_parameters()
+        if value.requires_grad
+    }
+
+
+def _save(state: Path, step: int, parameters: Mapping, average: Mapping, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"live/{name}": value.detach().contiguous() for name, value in parameters.items()}
+    tensors |= {f"average/{name}": value.contiguous() for name, value in average.items()}
+    for name, value in parameters.items():
+        for key, moment in optimizer.state.get(value, {}).items():
+            tensors[f"{key}/{name}"] = moment.contiguous()
+    temporary = state.with_suffix(".partial")
+    save_file(tensors, temporary, {"state": json.dumps({"step": step})})
+    os.replace(temporary, state)
+
+
+def _load(state: Path, parameters: Mapping, average: Mapping, optimizer: torch.optim.Optimizer) -> int:
+    with safe_open(state, "pt") as file, torch.no_grad():
+        keys = set(file.keys())
+        for name, value in parameters.items():
+            value.copy_(file.get_tensor(f"live/{name}"))
+            average[name].copy_(file.get_tensor(f"average/{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in keys:
+                    optimizer.state[value][key] = file.get_tensor(f"{key}/{name}")
+        return int(json.loads(file.metadata()["state"])["step"])
