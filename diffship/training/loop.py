@@ -35,6 +35,7 @@ class Task(Protocol):
 class Schedule:
     """Steps and rates. The rate warms up, stays, and falls linearly to zero over the last `decay` steps.
 
+    A checkpoint is written every `save_seconds`, and every `validate_every`-th of them is validated.
     Because nothing before the decay depends on `steps`, a run can be resumed with more steps, or told to end sooner.
     """
 
@@ -48,6 +49,7 @@ class Schedule:
     ema: float = 0.999
     seed: int = 0
     save_seconds: float = 180.0
+    validate_every: int = 1
     log_every: int = 20
 
     def rate_at(self, step: int) -> float:
@@ -96,6 +98,7 @@ def train(
     state = folder / "state.safetensors"
     step = _load(state, parameters, average, optimizer) if state.exists() else 0
     started = saved = time.monotonic()
+    checkpoints = 0
     curve = (folder / "curve.jsonl").open("a", encoding="utf-8")
     while step < schedule.steps and time.monotonic() - started < stop_after_seconds:
         tick = time.monotonic()
@@ -108,7 +111,8 @@ def train(
         accelerator.clip_grad_norm_(list(parameters.values()), schedule.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - schedule.ema_at(step))
+        live = [value.detach() for value in parameters.values()]
+        torch._foreach_lerp_(list(average.values()), live, 1 - schedule.ema_at(step))
         step += 1
         if step % schedule.log_every == 0:
             row = {"step": step, "loss": loss.item(), "seconds": time.monotonic() - tick, **figures}
@@ -116,8 +120,9 @@ def train(
             print(f"step {step}/{schedule.steps} loss {row['loss']:.4f} {row['seconds']:.2f}s", file=sys.stderr)
         if time.monotonic() - saved > schedule.save_seconds or step == schedule.steps:
             _save(state, step, parameters, average, optimizer)
-            saved = time.monotonic()
-            if validate is not None:
+            saved, checkpoints = time.monotonic(), checkpoints + 1
+            due = checkpoints % schedule.validate_every == 0 or step == schedule.steps
+            if validate is not None and due:
                 with averaged(parameters, average):
                     validate(step)
     _save(state, step, parameters, average, optimizer)

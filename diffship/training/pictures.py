@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -17,15 +19,20 @@ from torch import Tensor
 class Pictures:
     """`pixels`: (n, size, size, 3) uint8; `records`: the rows of metadata.jsonl in the same order."""
 
-    pixels: np.ndarray
-    records: list[dict]
+    pixels: NDArray[np.uint8]
+    records: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path, keep: Callable[[dict], bool] = lambda record: True) -> Pictures:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if keep(record)]
+    def read(cls, folder: Path, keep: Callable[[dict[str, Any]], bool] = lambda record: True) -> Pictures:
+        records = cls.records_of(folder, keep)
         pixels = np.stack([np.asarray(Image.open(folder / record["file_name"]).convert("RGB")) for record in records])
         return cls(pixels, records)
+
+    @staticmethod
+    def records_of(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """The kept rows of metadata.jsonl, without their pictures."""
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if keep(record)]
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,0 +1,1 @@
+"""Measurements and their statistics: quality, speed, memory."""

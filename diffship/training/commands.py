@@ -1,0 +1,105 @@
+"""What `diffship train NAME` runs: each stage of the `emoji` family, resumable, in the order of `STAGES`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffship.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Flags of `diffship train`. `None` takes the stage's own default.
+
+    Attributes:
+        data: folder of images with `metadata.jsonl` (for `emoji-data`: where the npm archives lie).
+        out: folder of the run; every stage keeps its checkpoint in `out/<stage>/` and continues from it.
+        minutes: stop (and save) after this long; the same command goes on.
+        decay: the rate falls to zero over the last `decay` steps before `steps`.
+    """
+
+    data: Path
+    out: Path
+    steps: int | None = None
+    batch: int | None = None
+    rate: float | None = None
+    decay: int | None = None
+    minutes: float = math.inf
+    threads: int | None = None
+    precision: str = "no"
+    seed: int = 0
+
+
+def run(name: str, options: TrainOptions) -> dict[str, object]:
+    """Run one stage; returns what it reached.
+
+    Raises:
+        ConfigError: unknown stage, or a stage that this one stands on has not been run.
+    """
+    if name not in STAGES:
+        raise ConfigError(f"unknown training stage {name!r}; known: {', '.join(STAGES)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    return STAGES[name](options)
+
+
+def _data(options: TrainOptions) -> dict[str, object]:
+    from diffship.training.emoji import prepare
+
+    archives = [_archive(options.data, stem) for stem in ("lobehub-fluent-emoji-3d", "emojibase-data")]
+    google = _archive(options.data, "emoji-datasource-google")
+    return {"pictures": prepare(archives[0], archives[1], options.out, google)}
+
+
+def _archive(folder: Path, stem: str) -> Path:
+    found = sorted(folder.glob(f"{stem}-*.tgz"))
+    if not found:
+        package = stem.replace("lobehub-", "@lobehub/")
+        raise ConfigError(f"{folder} has no {stem}-*.tgz; get it with: npm pack {package}")
+    return found[-1]
+
+
+def _vae(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_stages
+
+    return emoji_stages.train_vae(options, decoder_only=False)
+
+
+def _decoder(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_stages
+
+    return emoji_stages.train_vae(options, decoder_only=True)
+
+
+def _unet(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_stages
+
+    return emoji_stages.train_unet(options)
+
+
+def _judge(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_stages
+
+    return emoji_stages.train_judge(options)
+
+
+def _pack(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_pack
+
+    return emoji_pack.pack(options)
+
+
+STAGES: dict[str, Callable[[TrainOptions], dict[str, object]]] = {
+    "emoji-data": _data,
+    "emoji-vae": _vae,
+    "emoji-unet": _unet,
+    "emoji-decoder": _decoder,
+    "judge": _judge,
+    "emoji-pack": _pack,
+}

@@ -1,0 +1,90 @@
+"""Gather a trained `emoji` into a diffusers folder with fp16 weights, its tokenizer and its judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffship.core.errors import ConfigError
+from diffship.models.judge import CONFIG, Judge, save_judge
+from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
+from diffship.training.loop import load_average
+from diffship.training.preview import SCHEDULER
+
+if TYPE_CHECKING:
+    from diffship.training.commands import TrainOptions
+
+CLASSES = {
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+
+
+def pack(options: TrainOptions) -> dict[str, object]:
+    """Write the family into `options.data` (the folder to fill) from the runs in `options.out`.
+
+    Weights are the averages, as fp16 safetensors under classic (hub) names; nothing is pickled.
+    """
+    folder, runs = options.data, options.out
+    unet_run = runs / "emoji-unet"
+    if not (unet_run / "state.safetensors").exists():
+        raise ConfigError(f"{unet_run} holds no checkpoint; run first: diffship train emoji-unet")
+    words = json.loads((unet_run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    unet, text_encoder = new_unet(), new_text_encoder(len(words))
+    step = load_average(unet_run / "state.safetensors", {"unet": unet, "text_encoder": text_encoder})
+    vae = load_vae(runs)
+    scaling = scaling_factor(load_file(unet_run / "latents.safetensors")["mean"])
+    vae.register_to_config(scaling_factor=scaling, force_upcast=False)
+    _module(folder / "unet", unet, "diffusion_pytorch_model")
+    _module(folder / "vae", vae, "diffusion_pytorch_model")
+    _module(folder / "text_encoder", text_encoder, "model", classic=True)
+    _tokenizer(unet_run / "tokenizer", folder / "tokenizer", len(words))
+    _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **SCHEDULER})
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **CLASSES})
+    packed: dict[str, object] = {"unet_steps": step, "scaling_factor": scaling, "folder": str(folder)}
+    if (runs / "judge" / "state.safetensors").exists():
+        config = {**CONFIG, "vocabulary": len(words)}
+        judge = Judge(**config)
+        packed["judge_steps"] = load_average(runs / "judge" / "state.safetensors", {"judge": judge})
+        save_judge(judge, folder / "judge", config)
+    return packed
+
+
+def _module(folder: Path, module: torch.nn.Module, name: str, classic: bool = False) -> None:
+    """Config and weights; transformers 5 drops the `text_model.` prefix that every hub checkpoint has: put it back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if classic:
+        # Without this, transformers 5 opens fp16 files as fp16 and a stock pipeline mixes dtypes.
+        module.config.dtype = torch.float32
+        module.config.save_pretrained(folder)
+    else:
+        module.save_config(folder)
+    tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
+    if classic:
+        tensors = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in tensors.items()}
+    save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+
+
+def _tokenizer(source: Path, folder: Path, vocabulary: int) -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(source), model_max_length=77)
+    if len(tokenizer) != vocabulary:
+        raise ConfigError(f"{source}: {vocabulary} ids in vocab.json, {len(tokenizer)} in the tokenizer")
+    tokenizer.save_pretrained(str(folder))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((source / name).read_bytes())
+
+
+def _json(file: Path, content: dict[str, object]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
