@@ -7,6 +7,7 @@ a generated picture while it is trained. What it is used for lives in `diffship.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class Judge(nn.Module):
         super().__init__()
         self.input_size = input_size
         self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
-        self.stages = nn.ModuleList(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(Residual(a, b) for a, b in pairwise(widths))
         self.image_out = nn.Linear(widths[-1] * 2, embedding)
         self.words = nn.Embedding(vocabulary, caption_width)
         self.caption_in = nn.Linear(caption_width, caption_width)

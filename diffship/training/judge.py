@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, grid_sample, affine_grid, interpolate
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
 from diffship.models.judge import Judge
 from diffship.training.pictures import Pictures

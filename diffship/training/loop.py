@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 class Task(Protocol):
     """What a loop trains: named modules, and one loss per step drawn from that step's generator."""
 
-    modules: Mapping[str, nn.Module]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
 
@@ -83,51 +84,73 @@ def train(
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
+    `validate` sees the averaged weights.
+
     Raises:
         DivergedError: the loss became NaN or infinite; the checkpoint before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=precision)
-    modules = {name: accelerator.prepare(module) for name, module in task.modules.items()}
-    parameters = _parameters(modules)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=schedule.rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
-    )
-    optimizer = accelerator.prepare(optimizer)
-    average = {name: value.detach().clone() for name, value in parameters.items()}
-    state = folder / "state.safetensors"
-    step = _load(state, parameters, average, optimizer) if state.exists() else 0
+    run = _Run(task, schedule, folder / "state.safetensors", precision)
     started = saved = time.monotonic()
     checkpoints = 0
-    curve = (folder / "curve.jsonl").open("a", encoding="utf-8")
-    while step < schedule.steps and time.monotonic() - started < stop_after_seconds:
+    with (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
+        while run.step < schedule.steps and time.monotonic() - started < stop_after_seconds:
+            figures = run.advance()
+            if run.step % schedule.log_every == 0:
+                _report(curve, run.step, schedule.steps, figures())
+            if time.monotonic() - saved > schedule.save_seconds or run.step == schedule.steps:
+                run.save()
+                saved, checkpoints = time.monotonic(), checkpoints + 1
+                due = checkpoints % schedule.validate_every == 0 or run.step == schedule.steps
+                if validate is not None and due:
+                    with averaged(run.parameters, run.average):
+                        validate(run.step)
+        run.save()
+    return run.step
+
+
+class _Run:
+    """Weights, moments and averages of one run, and its place."""
+
+    def __init__(self, task: Task, schedule: Schedule, state: Path, precision: str) -> None:
+        self.task, self.schedule, self.state = task, schedule, state
+        self.accelerator = Accelerator(mixed_precision=precision)
+        modules = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
+        self.parameters = _parameters(modules)
+        self.live = list(self.parameters.values())
+        adam = torch.optim.AdamW(
+            self.live, lr=schedule.rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+        )
+        self.optimizer = self.accelerator.prepare(adam)
+        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.step = _load(state, self.parameters, self.average, self.optimizer) if state.exists() else 0
+
+    def advance(self) -> Callable[[], dict[str, float]]:
+        """One step; returns what reads its figures, so that a step that is not logged never waits for them."""
         tick = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate_at(step)
-        loss, figures = task.loss(schedule.batch, step_generator(schedule.seed, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate_at(self.step)
+        loss, figures = self.task.loss(self.schedule.batch, step_generator(self.schedule.seed, self.step))
         if not torch.isfinite(loss):
-            raise DivergedError(f"loss is {loss.item()} at step {step}; the last good checkpoint is {state}")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(list(parameters.values()), schedule.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        live = [value.detach() for value in parameters.values()]
-        torch._foreach_lerp_(list(average.values()), live, 1 - schedule.ema_at(step))
-        step += 1
-        if step % schedule.log_every == 0:
-            row = {"step": step, "loss": loss.item(), "seconds": time.monotonic() - tick, **figures}
-            print(json.dumps({k: round(v, 5) for k, v in row.items()}), file=curve, flush=True)
-            print(f"step {step}/{schedule.steps} loss {row['loss']:.4f} {row['seconds']:.2f}s", file=sys.stderr)
-        if time.monotonic() - saved > schedule.save_seconds or step == schedule.steps:
-            _save(state, step, parameters, average, optimizer)
-            saved, checkpoints = time.monotonic(), checkpoints + 1
-            due = checkpoints % schedule.validate_every == 0 or step == schedule.steps
-            if validate is not None and due:
-                with averaged(parameters, average):
-                    validate(step)
-    _save(state, step, parameters, average, optimizer)
-    curve.close()
-    return step
+            text = f"loss is {loss.item()} at step {self.step}; the last good checkpoint is {self.state}"
+            raise DivergedError(text)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.live, self.schedule.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        weight = 1 - self.schedule.ema_at(self.step)
+        torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.live], weight)
+        self.step += 1
+        seconds = time.monotonic() - tick
+        return lambda: {"loss": loss.item(), "seconds": seconds, **figures}
+
+    def save(self) -> None:
+        _save(self.state, self.step, self.parameters, self.average, self.optimizer)
+
+
+def _report(curve: TextIO, step: int, steps: int, figures: Mapping[str, float]) -> None:
+    print(json.dumps({"step": step, **{k: round(v, 5) for k, v in figures.items()}}), file=curve, flush=True)
+    print(f"step {step}/{steps} loss {figures['loss']:.4f} {figures['seconds']:.2f}s", file=sys.stderr)
 
 
 class averaged:
@@ -167,7 +190,7 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def _save(state: Path, step: int, parameters: Mapping, average: Mapping, optimizer: torch.optim.Optimizer) -> None:
+def _save(state: Path, step: int, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> None:
     tensors = {f"live/{name}": value.detach().contiguous() for name, value in parameters.items()}
     tensors |= {f"average/{name}": value.contiguous() for name, value in average.items()}
     for name, value in parameters.items():
@@ -178,7 +201,7 @@ def _save(state: Path, step: int, parameters: Mapping, average: Mapping, optimiz
     os.replace(temporary, state)
 
 
-def _load(state: Path, parameters: Mapping, average: Mapping, optimizer: torch.optim.Optimizer) -> int:
+def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> int:
     with safe_open(state, "pt") as file, torch.no_grad():
         keys = set(file.keys())
         for name, value in parameters.items():
