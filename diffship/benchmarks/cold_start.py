@@ -1,0 +1,88 @@
+"""From the command line to the first picture, in an environment without torch: seconds, memory, installed bytes.
+
+python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE --out benchmarks/results/cold-start.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+from diffship.benchmarks.process import measure
+from diffship.benchmarks.record import write_result
+from diffship.core.row import Row
+
+PROBE = """
+import importlib.metadata, importlib.util, json, pathlib
+sizes = {}
+for found in importlib.metadata.distributions():
+    files = [found.locate_file(f) for f in found.files or ()]
+    sizes[found.metadata["Name"]] = sum(pathlib.Path(f).stat().st_size for f in files if pathlib.Path(f).is_file())
+torch = importlib.util.find_spec("torch") is not None
+print(json.dumps({"torch": torch, "bytes": sum(v for k, v in sizes.items() if k not in ("pip", "setuptools", "wheel"))}))
+"""
+
+
+def installed(python: str) -> dict[str, object]:
+    """Whether torch is there, and the bytes of all distributions but the installer's own."""
+    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def run(python: str, bundle: Path, steps: int, runs: int) -> list[Row]:
+    """Median over `runs` of whole processes, after one that warms the file cache."""
+    facts = installed(python)
+    seconds, peak = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(runs + 1):
+            command = [python, "-m", "diffship", "run", str(bundle), "a red apple", "--steps", str(steps)]
+            measured = measure([*command, "-o", f"{folder}/{turn}"], timeout=120)
+            if measured.code:
+                raise SystemExit(f"run failed with {measured.code}: {measured.output[-1500:]}")
+            if turn:
+                seconds.append(measured.seconds)
+                peak = max(peak, measured.peak_bytes)
+    without = "without torch" if not facts["torch"] else "with torch"
+    figures = {
+        "cold_start_seconds_median": (statistics.median(seconds), "s"),
+        "cold_start_seconds_max": (max(seconds), "s"),
+        "peak_resident_bytes": (peak, "bytes"),
+        "installed_bytes": (facts["bytes"], "bytes"),
+    }
+    subject = f"emoji, {steps} steps, {without}"
+    return [
+        Row(
+            suite="cold-start",
+            subject=subject,
+            metric=metric,
+            value=value,
+            unit=unit,
+            status="measured",
+            environment={},
+        )
+        for metric, (value, unit) in figures.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = run(arguments.python, arguments.bundle, arguments.steps, arguments.runs)
+    if arguments.out:
+        command = "python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE"
+        write_result(arguments.out, "cold-start", command, rows, {"steps": arguments.steps})
+    for row in rows:
+        print(f"{row.subject:40} {row.metric:28} {row.value} {row.unit}")
+
+
+if __name__ == "__main__":
+    main()
