@@ -1,0 +1,43 @@
+"""diffship: compress, compile and prove text-to-image diffusion models.
+
+    from diffship import generate, open_model
+    with open_model("out/emoji") as model:
+        pictures = generate(model, Request("red apple"))
+
+Importing the package imports nothing else; each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffship.core.compare import compare as compare
+    from diffship.export import export as export
+    from diffship.runtimes.model import open_model as open_model
+    from diffship.runtimes.verify import verify as verify
+    from diffship.sampling.generate import Request as Request
+    from diffship.sampling.generate import generate as generate
+
+__version__ = "0.1.0"
+__all__ = ["Request", "__version__", "compare", "export", "generate", "open_model", "verify"]
+
+_WHERE = {
+    "Request": "diffship.sampling.generate",
+    "compare": "diffship.core.compare",
+    "export": "diffship.export",
+    "generate": "diffship.sampling.generate",
+    "open_model": "diffship.runtimes.model",
+    "verify": "diffship.runtimes.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'diffship' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Prompts, activation ranges and sensitivity that exporters and passes share."""

@@ -1,0 +1,1 @@
+"""Passes that make a pipeline smaller or faster: layouts, pruning, distillation, few-step and VAE siblings."""
