@@ -1,0 +1,1 @@
+"""Nouns that everything else stands on: numpy and the standard library, never torch."""

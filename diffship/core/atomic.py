@@ -1,0 +1,88 @@
+"""Files and folders that appear whole or not at all, also when the power goes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+
+def write_file(path: str | Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) so that a crash leaves the old file or the new one."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise."""
+    path = Path(path)
+    temporary = partial_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: str | Path) -> None:
+    """fsync a folder, so that the names in it survive a crash; a no-op where the system cannot."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse to fsync a folder
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(parent)
+
+
+def exchange(first: str | Path, second: str | Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system has no such call."""
+    call = _exchange_call()
+    return call is not None and call(os.fsencode(first), os.fsencode(second)) == 0
+
+
+def partial_name(path: Path) -> Path:
+    """`.NAME.partial-XXXXXXXX` beside `path`: hidden, recognisable, and unlike any other writer's."""
+    return path.parent / f"{partial_prefix(path)}{secrets.token_hex(4)}"
+
+
+def partial_prefix(path: Path) -> str:
+    return f".{path.name[:80]}.partial-"
+
+
+def _exchange_call():  # type: ignore[no-untyped-def]
+    if os.name == "nt":
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return lambda a, b: library.renamex_np(a, b, ctypes.c_uint(2))  # RENAME_SWAP
+    if sys.platform.startswith("linux") and hasattr(library, "renameat2"):
+        here = -100  # AT_FDCWD
+        return lambda a, b: library.renameat2(here, a, here, b, ctypes.c_uint(2))  # RENAME_EXCHANGE
+    return None

@@ -1,0 +1,189 @@
+"""Bundle: a folder for one target. It opens only if it is what its manifest says, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffship.core import bundle_check as check
+from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
+from diffship.core.errors import BundleError, ConfigError
+from diffship.core.leftovers import claim_folder, remove_leftovers
+from diffship.core.limits import LIMITS
+from diffship.core.manifest import (
+    MANIFEST_NAME,
+    Binding,
+    FileRecord,
+    Golden,
+    Manifest,
+    Part,
+    parse_manifest,
+)
+
+__all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: names, sizes, paths, links, headers and limits are checked; hashes only by `verify`."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Raises BundleError, naming the file, for anything that is not as the manifest says; ConfigError: no folder."""
+        root = _existing_folder(path)
+        if not os.path.lexists(root / MANIFEST_NAME):
+            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}. Make one with: diffship export")
+        manifest = parse_manifest(check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes))
+        check.check_files(root, manifest, check.scan(root))
+        check.check_formats(root, manifest)
+        return cls(root, manifest)
+
+    def verify(self, on_file: Callable[[str, int], None] | None = None) -> None:
+        """Hash every file; `on_file(name, size)` follows each. Raises BundleError for a changed or unlisted file."""
+        check.check_unlisted(self.path, self.manifest, check.scan(self.path))
+        for name, record in self.manifest.files.items():
+            actual = check.digest_file(self.path / name)
+            if actual != record.sha256:
+                raise BundleError(
+                    f"{self.path}: the file {name} was changed: sha256 {actual[:12]}..., expected {record.sha256[:12]}..."
+                )
+            if on_file is not None:
+                on_file(name, record.size)
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file; raises BundleError for any other name."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the bundle does not list {name[:100]!a}")
+        return self.path / name
+
+    def part(self, name: str) -> Part:
+        """Raises BundleError, naming the parts there are."""
+        return self.manifest.part(name)
+
+
+class Draft:
+    """A bundle that is being written. `folder` is a private sibling of the final place."""
+
+    def __init__(self, path: Path, folder: Path, overwrite: bool) -> None:
+        self.path = path
+        self.folder = folder
+        self._overwrite = overwrite
+        self.finished = False
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Hash and list every file in `folder`, fsync, and move it into place; what was there is replaced whole.
+
+        Raises:
+            BundleError: a file that a bundle may not hold, or the place was taken meanwhile. Nothing has changed then.
+        """
+        complete = replace(manifest, files=check.record(self.folder))
+        check.check_files(self.folder, complete, check.scan(self.folder))
+        check.check_formats(self.folder, complete)
+        write_file(self.folder / MANIFEST_NAME, complete.to_bytes())
+        self.folder.chmod(_usual_mode(self.folder))
+        sync_tree(self.folder)
+        self._move_into_place()
+        self.finished = True
+        return Bundle(self.path, complete)
+
+    def _move_into_place(self) -> None:
+        _refuse_target(self.path, self._overwrite)
+        if not self.path.exists() or _is_empty(self.path):
+            self._move_to_free_place()
+        elif exchange(self.folder, self.path):
+            pass  # the old bundle now has the draft's name and goes with it
+        else:
+            self._replace_in_two_steps()
+        sync_folder(self.path.parent)
+
+    def _move_to_free_place(self) -> None:
+        if os.name == "nt" and self.path.exists():
+            self.path.rmdir()
+        try:
+            os.replace(self.folder, self.path)
+        except OSError as fault:
+            if fault.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise BundleError(f"{self.path} was written by someone else meanwhile; theirs is kept") from None
+            raise
+
+    def _replace_in_two_steps(self) -> None:
+        # the old bundle keeps a name from which `write_bundle` brings it back, should this process die in between
+        aside = self.folder.with_name(self.folder.name.replace(".partial-", ".old-"))
+        os.replace(self.path, aside)
+        try:
+            os.replace(self.folder, self.path)
+        except BaseException:
+            os.replace(aside, self.path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def write_bundle(path: str | Path, overwrite: bool = False) -> Iterator[Draft]:
+    """A Draft to fill and `finish`; without `finish`, or on an error, nothing appears and the draft is removed.
+
+    `overwrite` replaces a bundle that holds nothing but its own files; any other folder is never touched.
+
+    Raises:
+        ConfigError: the place is taken, or its parent does not exist.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is not a folder; create it first: mkdir -p {path.parent}")
+    remove_leftovers(path)
+    _refuse_target(path, overwrite)
+    with claim_folder(path) as folder:
+        try:
+            yield Draft(path, folder, overwrite)
+        finally:
+            with suppress(OSError):
+                shutil.rmtree(folder)
+
+
+def _existing_folder(path: str | Path) -> Path:
+    try:
+        root = Path(os.path.realpath(path, strict=True))
+    except (OSError, ValueError):
+        raise ConfigError(f"{str(path)[:200]!a} does not exist; a bundle is a folder with {MANIFEST_NAME} in it") from None
+    if not root.is_dir():
+        raise ConfigError(f"{path} is not a folder; unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it")
+    return root
+
+
+def _refuse_target(path: Path, overwrite: bool) -> None:
+    if not os.path.lexists(path) or _is_empty(path):
+        return
+    if not overwrite:
+        raise ConfigError(f"{path} exists already; choose another folder, or pass --overwrite to replace a bundle")
+    if path.is_symlink() or not path.is_dir():
+        raise ConfigError(f"{path} is not a bundle, so it is never replaced; choose another folder")
+    try:
+        manifest = parse_manifest(check.read_small(path / MANIFEST_NAME, LIMITS.manifest_bytes))
+        check.check_unlisted(path, manifest, check.scan(path))
+    except BundleError as fault:
+        raise ConfigError(f"{path} is not a clean bundle, so it is never replaced: {fault}") from None
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode) and not any(os.scandir(path))
+    except OSError:
+        return False
+
+
+def _usual_mode(private: Path) -> int:
+    # what mkdir gives outside a private folder; asking for the umask would change it for all threads
+    probe = private / "probe"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    return mode

@@ -1,0 +1,71 @@
+"""Family: the facts of a model kind that samplers, runtimes and exporters need and no weight file states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.core.strict import bounds, choices, load
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Shapes and conventions of one model kind; sizes in pixels, scaling as in diffusers' VAE config.
+
+    `size_step` is vae_factor * 2**(levels - 1) for a U-Net, vae_factor * patch for a transformer.
+    `time_ids` is 6 for SDXL, 5 for its refiner; `time_cond_dim` is the width of LCM's guidance embedding.
+    """
+
+    name: str
+    latent_channels: int = field(default=4, metadata=bounds(1, 64))
+    vae_factor: int = field(default=8, metadata=bounds(1, 64))
+    size_step: int = field(default=64, metadata=bounds(1, 512))
+    default_size: int = field(default=512, metadata=bounds(8, 4096))
+    scaling_factor: float = field(default=0.18215, metadata=bounds(1e-6, 1e6))
+    shift_factor: float = field(default=0.0, metadata=bounds(-1e6, 1e6))
+    prediction_type: str = field(default="epsilon", metadata=choices(*PREDICTIONS))
+    text_width: int = field(default=768, metadata=bounds(1, 65536))
+    pooled_width: int | None = field(default=None, metadata=bounds(1, 65536))
+    time_ids: int | None = field(default=None, metadata=bounds(1, 64))
+    time_cond_dim: int | None = field(default=None, metadata=bounds(1, 65536))
+    unet_channels: int = field(default=4, metadata=bounds(1, 256))
+    force_zeros_for_empty_prompt: bool = False
+    guidance_default: float = field(default=7.5, metadata=bounds(0.0, 35.0))
+    steps_default: int = field(default=25, metadata=bounds(1, 150))
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises ConfigError, naming the nearest two legal sizes, unless the model can draw width x height pixels."""
+        for name, size in (("width", width), ("height", height)):
+            self._check_side(name, size)
+        if width * height > LIMITS.pixels:
+            raise ConfigError(f"{width}x{height} is {width * height} pixels; at most {LIMITS.pixels} are allowed")
+
+    def latent_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of the latents, in that order, for an image of `width` x `height` pixels."""
+        self.check_size(width, height)
+        return height // self.vae_factor, width // self.vae_factor
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Family:
+        """The inverse of `to_json`; raises ConfigError for an unknown key, a wrong type or a value out of range."""
+        return load(cls, data, "family")
+
+    def _check_side(self, name: str, size: int) -> None:
+        low, high = LIMITS.size_px
+        step = self.size_step
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if whole and low <= size <= high and size % step == 0:
+            return
+        first, last = -(-low // step) * step, high // step * step
+        below = min(max(size // step * step, first), last - step) if whole else self.default_size
+        raise ConfigError(
+            f"{name} is {str(size)[:40]}; {self.name} draws multiples of {step} from {first} to {last}: "
+            f"the nearest are {below} and {below + step}"
+        )

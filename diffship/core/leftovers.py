@@ -1,0 +1,103 @@
+"""Unfinished folders: recognisable, locked while their writer lives, and swept up by the next run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from diffship.core.atomic import partial_name, partial_prefix
+from diffship.core.errors import BusyError
+
+try:
+    import fcntl
+except ImportError:  # Windows: a leftover is told by its age alone
+    fcntl = None  # type: ignore[assignment]
+
+_STALE_SECONDS = 24 * 3600
+
+
+@contextmanager
+def claim_folder(path: Path) -> Iterator[Path]:
+    """A new, empty, private (0700) folder beside `path`, locked until the block ends or the process dies."""
+    for _ in range(10):
+        folder = partial_name(path)
+        os.mkdir(folder, 0o700)
+        descriptor = _lock(folder)
+        if descriptor is None:
+            continue  # swept away between its creation and its lock
+        try:
+            yield folder
+        finally:
+            _unlock(descriptor)
+        return
+    raise BusyError(f"{path}: other writers keep sweeping this one's folder away; try again")
+
+
+def remove_leftovers(path: Path) -> list[Path]:
+    """Remove what dead writers of `path` left beside it, bring back a bundle that one had moved aside; return both."""
+    handled = []
+    for entry in _named(path, ".old-"):
+        if not os.path.lexists(path):
+            os.replace(entry, path)
+            handled.append(entry)
+    for entry in [*_named(path, ".partial-"), *_named(path, ".old-")]:
+        if _remove_if_dead(entry):
+            handled.append(entry)
+    return handled
+
+
+def _named(path: Path, mark: str) -> list[Path]:
+    prefix = partial_prefix(path).replace(".partial-", mark)
+    with suppress(OSError):
+        return sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(prefix))
+    return []
+
+
+def _remove_if_dead(entry: Path) -> bool:
+    if entry.is_symlink() or not entry.is_dir():
+        return _remove_stale_file(entry)
+    descriptor = _lock(entry)
+    if descriptor is None:
+        return False
+    try:
+        if fcntl is None and time.time() - entry.stat().st_mtime < _STALE_SECONDS:
+            return False
+        shutil.rmtree(entry, ignore_errors=True)
+        return True
+    finally:
+        _unlock(descriptor)
+
+
+def _remove_stale_file(entry: Path) -> bool:
+    with suppress(OSError):
+        if time.time() - entry.lstat().st_mtime > _STALE_SECONDS:
+            entry.unlink()
+            return True
+    return False
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock, -1 where there are no locks, None where another has it or the folder is gone."""
+    if fcntl is None:
+        return -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _unlock(descriptor: int) -> None:
+    if descriptor >= 0:
+        os.close(descriptor)

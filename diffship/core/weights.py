@@ -1,0 +1,238 @@
+"""Weights: name -> tensor, one at a time. Renaming, casting, cutting and digests are maps over it; nothing holds it all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.dtype import FLOATS, TensorMeta, from_float32, meta_of, stored, to_float32
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.safetensors_file import Header, read_header, read_tensor
+from diffship.core.seeded import SeededWeights
+from diffship.core.sniff import refuse_unsafe
+
+__all__ = [
+    "MemoryWeights",
+    "SafetensorsWeights",
+    "SeededWeights",
+    "TensorMeta",
+    "Weights",
+    "cast",
+    "renamed",
+    "source_digest",
+    "subset",
+    "to_float32",
+]
+Array = NDArray[np.generic]
+T = TypeVar("T")
+
+
+class Weights(Protocol):
+    """Named tensors, read one by one. `read` gives a fresh or read-only array that the caller must not write to."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        ...
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def meta(self, name: str) -> TensorMeta:
+        """Raises SourceError where there is no such tensor."""
+        ...
+
+    def read(self, name: str) -> Array:
+        """The tensor in the storage type of its meta: raw uint16 for bfloat16, raw uint8 for float8."""
+        ...
+
+
+class SafetensorsWeights:
+    """Tensors of one file, or of many (a sharded checkpoint), by offset; headers are checked now, tensors read later.
+
+    `paths` is one path, several, or a map of tensor name to path (the `weight_map` of an index file; tensors that it
+    does not name are left out). `rename` maps a name in the file to the name it goes by here.
+    Raises SourceError for pickles, archives, damaged headers, names that stand twice or are missing.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Iterable[str | Path] | Mapping[str, str | Path],
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
+        self._where: dict[str, tuple[Header, str]] = {}
+        headers = {path: _checked_header(path) for path in _unique_paths(paths)}
+        if isinstance(paths, Mapping):
+            for name, path in paths.items():
+                self._add(name, name, headers[Path(path)], rename or {})
+        else:
+            for header in headers.values():
+                for name in header.entries:
+                    self._add(name, name, header, rename or {})
+        self.metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._where)
+
+    def meta(self, name: str) -> TensorMeta:
+        header, stored_name = _find(self._where, name)
+        return header.entries[stored_name].meta
+
+    def read(self, name: str) -> Array:
+        header, stored_name = _find(self._where, name)
+        return read_tensor(header, stored_name)
+
+    def _add(self, name: str, stored_name: str, header: Header, rename: Mapping[str, str]) -> None:
+        name = rename.get(name, name)
+        if stored_name not in header.entries:
+            raise SourceError(f"{header.path}: there is no tensor {stored_name!r}, though the index says so")
+        if name in self._where:
+            raise SourceError(f"{header.path}: the tensor {name!r} also stands in {self._where[name][0].path}")
+        self._where[name] = (header, stored_name)
+
+
+class MemoryWeights:
+    """Tensors that are arrays already; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
+
+    def __init__(self, arrays: Mapping[str, Array], dtypes: Mapping[str, str] | None = None) -> None:
+        self._metas: dict[str, TensorMeta] = {}
+        self._arrays: dict[str, Array] = {}
+        for name, array in arrays.items():
+            dtype = (dtypes or {}).get(name)
+            meta = TensorMeta(dtype, tuple(array.shape)) if dtype else meta_of(array)
+            self._metas[name] = meta
+            self._arrays[name] = stored(array, meta)
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._arrays)
+
+    def meta(self, name: str) -> TensorMeta:
+        return _find(self._metas, name)
+
+    def read(self, name: str) -> Array:
+        return _find(self._arrays, name)
+
+
+class _Renamed:
+    def __init__(self, weights: Weights, old_names: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._old = dict(old_names)
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._old)
+
+    def meta(self, name: str) -> TensorMeta:
+        return self._weights.meta(_find(self._old, name))
+
+    def read(self, name: str) -> Array:
+        return self._weights.read(_find(self._old, name))
+
+
+class _Cast:
+    def __init__(self, weights: Weights, dtype: str) -> None:
+        self._weights = weights
+        self._dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return self._weights.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        meta = self._weights.meta(name)
+        return TensorMeta(self._dtype, meta.shape) if meta.dtype in FLOATS else meta
+
+    def read(self, name: str) -> Array:
+        meta, array = self._weights.meta(name), self._weights.read(name)
+        if meta.dtype not in FLOATS or meta.dtype == self._dtype:
+            return array
+        try:
+            return from_float32(to_float32(array, meta.dtype), self._dtype)
+        except ConfigError as fault:
+            raise ConfigError(f"tensor {name}: {fault}") from None
+
+
+def renamed(weights: Weights, old_names: Mapping[str, str]) -> Weights:
+    """The tensors under new names, `{new: old}`; those that the map does not mention are left out.
+
+    Raises:
+        SourceError: an old name does not exist.
+    """
+    known = set(weights.names())
+    for old in old_names.values():
+        if old not in known:
+            raise SourceError(f"there is no tensor {old!r} among {len(known)}")
+    return _Renamed(weights, old_names)
+
+
+def subset(weights: Weights, names: Iterable[str]) -> Weights:
+    """Only `names`, in that order; raises SourceError where one does not exist."""
+    return renamed(weights, {name: name for name in names})
+
+
+def cast(weights: Weights, dtype: str) -> Weights:
+    """Float tensors as `dtype` (float32, float16, bfloat16, float64), rounded to nearest even; others as they are.
+
+    Reading raises ConfigError for a finite value that `dtype` cannot hold.
+    """
+    if dtype not in FLOATS[:4]:
+        raise ConfigError(f"cannot cast weights to {dtype!r}; legal: {', '.join(FLOATS[:4])}")
+    return _Cast(weights, dtype)
+
+
+def source_digest(weights: Weights) -> str:
+    """sha256 (hex) over all tensors sorted by name (code points), so that two bundles prove a common origin.
+
+    Per tensor: the JSON line `["NAME","DTYPE",[D0,D1]]` (no spaces, non-ASCII escaped, `\\n` at its end), then its
+    elements in C order, little-endian. DTYPE is a name as in TensorMeta (`float32`, `bfloat16`).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights.names()):
+        meta = weights.meta(name)
+        line = json.dumps([name, meta.dtype, list(meta.shape)], separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+        array = stored(weights.read(name), meta)
+        if array.size:
+            digest.update(memoryview(array.reshape(-1)).cast("B"))
+    return digest.hexdigest()
+
+
+def _find(table: Mapping[str, T], name: str) -> T:
+    if name not in table:
+        raise SourceError(f"there is no tensor {name!r} among {len(table)}")
+    return table[name]
+
+
+def _nbytes(weights: Weights) -> int:
+    return sum(weights.meta(name).nbytes for name in weights.names())
+
+
+def _unique_paths(paths: str | Path | Iterable[str | Path] | Mapping[str, str | Path]) -> list[Path]:
+    if isinstance(paths, (str, Path)):
+        return [Path(paths)]
+    listed = paths.values() if isinstance(paths, Mapping) else paths
+    return list(dict.fromkeys(Path(path) for path in listed))
+
+
+def _checked_header(path: Path) -> Header:
+    refuse_unsafe(path)
+    return read_header(path)
