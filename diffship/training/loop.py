@@ -68,9 +68,9 @@ class DivergedError(RuntimeError):
     """The loss is not finite; the message names the last good checkpoint."""
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The only source of randomness of a step."""
-    return torch.Generator().manual_seed((seed << 32) ^ step)
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """The only source of randomness of a step, for each process of a distributed run."""
+    return torch.Generator().manual_seed((rank << 56) | (seed << 32) | step)
 
 
 def train(
@@ -84,7 +84,8 @@ def train(
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
-    `validate` sees the averaged weights.
+    `validate` sees the averaged weights. Under `torchrun` every process computes its share of the batch and the
+    gradients are averaged once a step; the first process writes.
 
     Raises:
         DivergedError: the loss became NaN or infinite; the checkpoint before it is kept.
@@ -94,8 +95,10 @@ def train(
     started = saved = time.monotonic()
     checkpoints = 0
     with (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
-        while run.step < schedule.steps and time.monotonic() - started < stop_after_seconds:
+        while run.step < schedule.steps and not run.agree(time.monotonic() - started > stop_after_seconds):
             figures = run.advance()
+            if not run.accelerator.is_main_process:
+                continue
             if run.step % schedule.log_every == 0:
                 _report(curve, run.step, schedule.steps, figures())
             if time.monotonic() - saved > schedule.save_seconds or run.step == schedule.steps:
@@ -115,8 +118,9 @@ class _Run:
     def __init__(self, task: Task, schedule: Schedule, state: Path, precision: str) -> None:
         self.task, self.schedule, self.state = task, schedule, state
         self.accelerator = Accelerator(mixed_precision=precision)
-        modules = {name: self.accelerator.prepare(module) for name, module in task.modules.items()}
-        self.parameters = _parameters(modules)
+        for module in task.modules.values():
+            module.to(self.accelerator.device)
+        self.parameters = _parameters(task.modules)
         self.live = list(self.parameters.values())
         adam = torch.optim.AdamW(
             self.live, lr=schedule.rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
@@ -130,11 +134,15 @@ class _Run:
         tick = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
-        loss, figures = self.task.loss(self.schedule.batch, step_generator(self.schedule.seed, self.step))
+        share = self.schedule.batch // self.accelerator.num_processes
+        generator = step_generator(self.schedule.seed, self.step, self.accelerator.process_index)
+        with self.accelerator.autocast():
+            loss, figures = self.task.loss(share, generator)
         if not torch.isfinite(loss):
             text = f"loss is {loss.item()} at step {self.step}; the last good checkpoint is {self.state}"
             raise DivergedError(text)
         self.accelerator.backward(loss)
+        self._average_gradients()
         self.accelerator.clip_grad_norm_(self.live, self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,8 +152,27 @@ class _Run:
         seconds = time.monotonic() - tick
         return lambda: {"loss": loss.item(), "seconds": seconds, **figures}
 
+    def _average_gradients(self) -> None:
+        """One exchange a step, over all gradients at once."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [value.grad for value in self.live if value.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / self.accelerator.num_processes).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    def agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop: all of them must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        wish = torch.tensor(float(stop), device=self.accelerator.device)
+        torch.distributed.all_reduce(wish)
+        return bool(wish > 0)
+
     def save(self) -> None:
-        _save(self.state, self.step, self.parameters, self.average, self.optimizer)
+        if self.accelerator.is_main_process:
+            _save(self.state, self.step, self.parameters, self.average, self.optimizer)
 
 
 def _report(curve: TextIO, step: int, steps: int, figures: Mapping[str, float]) -> None:

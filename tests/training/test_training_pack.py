@@ -1,0 +1,65 @@
+"""A packed family is a diffusers folder that stock pipelines open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffship.models.judge import CONFIG, Judge, load_judge
+from diffship.training.commands import TrainOptions, run
+from diffship.training.emoji_stages import new_text_encoder, new_unet, new_vae
+from diffship.training.loop import Schedule, train
+from diffship.training.vocabulary import train_vocabulary
+
+
+class _Untrained:
+    def __init__(self, **modules: torch.nn.Module) -> None:
+        self.modules = modules
+
+    def loss(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        raise AssertionError("no step is asked for")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs, folder = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("packed") / "emoji"
+    torch.manual_seed(0)
+    size = train_vocabulary(["red apple", "green apple"] * 2, 300, runs / "emoji-unet" / "tokenizer")
+    none = Schedule(steps=0, batch=1, rate=1e-3)
+    train(_Untrained(unet=new_unet(), text_encoder=new_text_encoder(size)), none, runs / "emoji-unet")
+    train(_Untrained(judge=Judge(**{**CONFIG, "vocabulary": size})), none, runs / "judge")
+    (runs / "emoji-vae").mkdir()
+    save_file({k: v.contiguous() for k, v in new_vae().state_dict().items()}, runs / "emoji-vae" / "vae.safetensors")
+    save_file({"mean": torch.randn(2, 4, 16, 16) * 2}, runs / "emoji-unet" / "latents.safetensors")
+    report = run("emoji-pack", TrainOptions(data=folder, out=runs))
+    assert report["unet_steps"] == report["judge_steps"] == 0
+    return folder
+
+
+def test_stock_diffusers_opens_it_and_draws(packed: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(packed)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("red apple", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+    assert np.isfinite(picture).all()
+    assert pipeline.vae.config.scaling_factor == pytest.approx(0.5, rel=0.1)
+    assert pipeline.tokenizer.model_max_length == 77
+
+
+def test_the_text_encoder_has_its_classic_names_in_fp16(packed: Path) -> None:
+    tensors = load_file(packed / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in tensors)
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+    assert json.loads((packed / "text_encoder" / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+
+
+def test_the_judge_lies_beside_it(packed: Path) -> None:
+    judge = load_judge(packed / "judge")
+    assert judge.see(torch.zeros(1, 3, 128, 128)).norm().item() == pytest.approx(1, abs=1e-5)
