@@ -6,7 +6,7 @@ import ctypes
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -76,13 +76,13 @@ def partial_prefix(path: Path) -> str:
     return f".{path.name[:80]}.partial-"
 
 
-def _exchange_call():  # type: ignore[no-untyped-def]
+def _exchange_call() -> Callable[[bytes, bytes], int] | None:
     if os.name == "nt":
         return None
     library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
-        return lambda a, b: library.renamex_np(a, b, ctypes.c_uint(2))  # RENAME_SWAP
+        return lambda a, b: int(library.renamex_np(a, b, ctypes.c_uint(2)))  # RENAME_SWAP
     if sys.platform.startswith("linux") and hasattr(library, "renameat2"):
         here = -100  # AT_FDCWD
-        return lambda a, b: library.renameat2(here, a, here, b, ctypes.c_uint(2))  # RENAME_EXCHANGE
+        return lambda a, b: int(library.renameat2(here, a, here, b, ctypes.c_uint(2)))  # RENAME_EXCHANGE
     return None

@@ -35,26 +35,32 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    hard_links: bool = False
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Raises BundleError, naming the file, for anything that is not as the manifest says; ConfigError: no folder."""
+    def open(cls, path: str | os.PathLike[str], *, hard_links: bool = False) -> Bundle:
+        """Open and check a bundle. `hard_links` allows them: installers such as uv share package data with their cache.
+
+        Raises:
+            ConfigError: there is no such folder.
+            BundleError: naming the file, for anything that is not as the manifest says.
+        """
         root = _existing_folder(path)
         if not os.path.lexists(root / MANIFEST_NAME):
             raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}. Make one with: diffship export")
-        manifest = parse_manifest(check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes))
-        check.check_files(root, manifest, check.scan(root))
+        manifest = parse_manifest(check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links))
+        check.check_files(root, manifest, check.scan(root, hard_links))
         check.check_formats(root, manifest)
-        return cls(root, manifest)
+        return cls(root, manifest, hard_links)
 
     def verify(self, on_file: Callable[[str, int], None] | None = None) -> None:
         """Hash every file; `on_file(name, size)` follows each. Raises BundleError for a changed or unlisted file."""
-        check.check_unlisted(self.path, self.manifest, check.scan(self.path))
+        check.check_unlisted(self.path, self.manifest, check.scan(self.path, self.hard_links))
         for name, record in self.manifest.files.items():
             actual = check.digest_file(self.path / name)
             if actual != record.sha256:
                 raise BundleError(
-                    f"{self.path}: the file {name} was changed: sha256 {actual[:12]}..., expected {record.sha256[:12]}..."
+                    f"{self.path}: {name} was changed: its sha256 is {actual[:12]}..., expected {record.sha256[:12]}..."
                 )
             if on_file is not None:
                 on_file(name, record.size)
@@ -128,7 +134,7 @@ class Draft:
 
 
 @contextmanager
-def write_bundle(path: str | Path, overwrite: bool = False) -> Iterator[Draft]:
+def write_bundle(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Draft]:
     """A Draft to fill and `finish`; without `finish`, or on an error, nothing appears and the draft is removed.
 
     `overwrite` replaces a bundle that holds nothing but its own files; any other folder is never touched.
@@ -149,13 +155,17 @@ def write_bundle(path: str | Path, overwrite: bool = False) -> Iterator[Draft]:
                 shutil.rmtree(folder)
 
 
-def _existing_folder(path: str | Path) -> Path:
+def _existing_folder(path: str | os.PathLike[str]) -> Path:
     try:
         root = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError):
-        raise ConfigError(f"{str(path)[:200]!a} does not exist; a bundle is a folder with {MANIFEST_NAME} in it") from None
+        raise ConfigError(
+            f"{str(path)[:200]!a} does not exist; a bundle is a folder with {MANIFEST_NAME} in it"
+        ) from None
     if not root.is_dir():
-        raise ConfigError(f"{path} is not a folder; unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it")
+        raise ConfigError(
+            f"{path} is not a folder; unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
+        )
     return root
 
 

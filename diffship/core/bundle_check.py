@@ -13,12 +13,12 @@ from diffship.core.limits import LIMITS
 from diffship.core.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path
 from diffship.core.onnx_wire import ExternalData, external_data
 from diffship.core.safetensors_file import read_header
-from diffship.core.sniff import PICKLE_SUFFIXES
+from diffship.core.sniff import PICKLE_SUFFIXES, classify_head
 
 _COPY = "Copy it with: cp -rL"
 
 
-def scan(root: Path) -> dict[str, os.stat_result]:
+def scan(root: Path, hard_links: bool = False) -> dict[str, os.stat_result]:
     """Every file below `root` by relative path, `/` between folders, the manifest left out.
 
     Raises:
@@ -26,7 +26,7 @@ def scan(root: Path) -> dict[str, os.stat_result]:
     """
     found: dict[str, os.stat_result] = {}
     for name, status in _walk(root):
-        _refuse_special(root, name, status)
+        _refuse_special(root, name, status, hard_links)
         found[name] = status
         if len(found) > LIMITS.bundle_files + 1:
             raise BundleError(f"{root} holds more than {LIMITS.bundle_files} files")
@@ -54,6 +54,8 @@ def check_formats(root: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         if name.endswith(".safetensors"):
             _check_safetensors(root / name)
+        elif name.endswith(".bin") and classify_head(root / name) == "pickle":
+            raise BundleError(f"{root}: the file {name} holds a pickle; a bundle never holds one")
         elif name.endswith(".onnx"):
             for claim in external_data(root / name):
                 _check_external(root, name, claim, manifest.files)
@@ -80,11 +82,11 @@ def digest_file(path: Path) -> str:
         raise BundleError(f"{path}: cannot be read: {fault.strerror}") from None
 
 
-def read_small(path: Path, limit: int) -> bytes:
+def read_small(path: Path, limit: int, hard_links: bool = False) -> bytes:
     """A regular file of at most `limit` bytes, no link; raises BundleError for anything else, and never hangs."""
     try:
         status = path.lstat()
-        _refuse_special(path.parent, path.name, status)
+        _refuse_special(path.parent, path.name, status, hard_links)
         if status.st_size > limit:
             raise BundleError(f"{path} has {status.st_size} bytes; the limit is {limit}")
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -102,7 +104,8 @@ def record(root: Path) -> dict[str, FileRecord]:
     return {name: FileRecord(found[name].st_size, digest_file(root / name)) for name in sorted(found)}
 
 
-_CODE_SUFFIXES = tuple(suffix for suffix in PICKLE_SUFFIXES if suffix != ".bin") + (".py", ".so", ".dll", ".dylib")
+# ".bin" is left to the file's first bytes: Core ML keeps plain weights in such a file
+_CODE_SUFFIXES = (*(set(PICKLE_SUFFIXES) - {".bin"}), ".py", ".so", ".dll", ".dylib")
 
 
 def _walk(root: Path, inside: str = "", depth: int = 0) -> Iterator[tuple[str, os.stat_result]]:
@@ -121,13 +124,13 @@ def _walk(root: Path, inside: str = "", depth: int = 0) -> Iterator[tuple[str, o
             yield name, status
 
 
-def _refuse_special(root: Path, name: str, status: os.stat_result) -> None:
+def _refuse_special(root: Path, name: str, status: os.stat_result, hard_links: bool = False) -> None:
     shown = ascii(name[:100])
     if stat.S_ISLNK(status.st_mode):
         raise BundleError(f"{root}: {shown} is a link; a bundle holds none. {_COPY}")
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{root}: {shown} is a pipe, socket, device or folder, not a file")
-    if status.st_nlink > 1:
+    if status.st_nlink > 1 and not hard_links:
         raise BundleError(f"{root}: {shown} is a hard link, shared with another path. {_COPY}")
 
 

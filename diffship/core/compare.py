@@ -17,7 +17,7 @@ _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Each element must meet |candidate - reference| <= atol + rtol * |reference|, the whole `psnr_db` where it is given.
+    """Each element must meet |candidate - reference| <= atol + rtol * |reference|; the whole, `psnr_db` where given.
 
     `atol=None` leaves the element check out, so that PSNR alone decides (compressed weights).
     """
@@ -140,7 +140,9 @@ def _figures(
     needed_rtol = _ratio((error - atol).clip(min=0.0), size)
     reason = ""
     if tolerance.atol is not None and bool((error > atol + rtol * size).any()):
-        reason = f"atol {needed_atol:.3g} (with rtol {rtol:g}) or rtol {needed_rtol:.3g} (with atol {atol:g}) would pass"
+        reason = (
+            f"atol {needed_atol:.3g} (with rtol {rtol:g}) or rtol {needed_rtol:.3g} (with atol {atol:g}) would pass"
+        )
     elif tolerance.psnr_db is not None and psnr < tolerance.psnr_db:
         reason = f"PSNR {psnr:.1f} dB is less than {tolerance.psnr_db:g} dB"
     return OutputReport(

@@ -1,6 +1,6 @@
 """Element types: their names in safetensors files, how numpy stores them, and the way to float32.
 
-numpy has no bfloat16 and no float8, so these travel as the raw bits (uint16, uint8) beside a TensorMeta that names them.
+numpy has no bfloat16 and no float8: these travel as raw bits (uint16, uint8) beside a TensorMeta that names them.
 """
 
 from __future__ import annotations
@@ -78,8 +78,15 @@ def stored(array: NDArray[np.generic], meta: TensorMeta) -> NDArray[np.generic]:
         raise ConfigError(f"got {array.dtype} {tuple(array.shape)}, expected {meta.dtype} {meta.shape}")
     flat = np.ascontiguousarray(array).reshape(meta.shape)
     if flat.dtype.name == meta.dtype and flat.dtype.kind != "V":
-        return flat.astype(meta.storage, copy=False) if meta.storage.kind == flat.dtype.kind else flat.view(meta.storage)
+        return (
+            flat.astype(meta.storage, copy=False) if meta.storage.kind == flat.dtype.kind else flat.view(meta.storage)
+        )
     return flat.view(meta.storage)
+
+
+def as_bytes(array: NDArray[np.generic]) -> memoryview:
+    """The bytes of a contiguous array, in C order, without a copy."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def to_float32(array: NDArray[np.generic], dtype: str | None = None) -> NDArray[np.float32]:

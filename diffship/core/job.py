@@ -97,7 +97,7 @@ def require_disk(path: str | Path, needed: int, what: str = "this") -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UnsupportedError(
-            f"{what} needs {_size(needed)} of disk at {folder}, {_size(free)} are free. Free some, or choose another folder"
+            f"{what} needs {_size(needed)} of disk at {folder}; {_size(free)} are free. Free some, or choose another"
         )
 
 

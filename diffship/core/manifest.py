@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from diffship.core.compare import Tolerance
@@ -150,7 +151,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(f"{MANIFEST_NAME}: schema {str(schema)[:40]!a} is not a version number; this reads {SCHEMA}")
     if schema > SCHEMA:
         raise BundleError(
-            f"{MANIFEST_NAME} has schema {str(schema)[:40]}, written by a newer diffship; this one reads up to {SCHEMA}. "
+            f"{MANIFEST_NAME} has schema {str(schema)[:40]}, of a newer diffship; this one reads up to {SCHEMA}. "
             "Run: pip install --upgrade diffship"
         )
     _bounded(table, "files", LIMITS.bundle_files)
@@ -162,7 +163,7 @@ def check_path(name: str) -> str:
     """`name`, if it is a plain relative path that means the same on every system and stays inside the bundle.
 
     Raises:
-        BundleError: absolute, `..`, backslash, drive, NUL, non-ASCII, hidden, trailing dot or space, reserved, too long.
+        BundleError: absolute, `..`, backslash, drive, NUL, not ASCII, hidden, final dot or space, reserved, too long.
     """
     shown = ascii(name[:100])
     if not 0 < len(name) <= LIMITS.path_chars:
@@ -173,8 +174,8 @@ def check_path(name: str) -> str:
     for segment in segments:
         if len(segment) > LIMITS.name_chars or not _SEGMENT.match(segment) or _RESERVED.match(segment):
             raise BundleError(
-                f"the path {shown} is not legal in a bundle: it must be relative, without '..', of ASCII letters, digits, "
-                "'_', '-', '+', '@', '.' and inner spaces, and no reserved name"
+                f"the path {shown} is not legal in a bundle: it must be relative, without '..', of ASCII letters, "
+                "digits, '_', '-', '+', '@', '.' and inner spaces, and no reserved name"
             )
     if name.lower() == MANIFEST_NAME:
         raise BundleError(f"{MANIFEST_NAME} cannot list itself")
@@ -229,6 +230,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         names = sorted(key for key, _ in pairs)
-        twice = next(first for first, second in zip(names, names[1:], strict=False) if first == second)
+        twice = next(first for first, second in pairwise(names) if first == second)
         raise BundleError(f"{MANIFEST_NAME}: the key {twice[:80]!a} stands twice")
     return table

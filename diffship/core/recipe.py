@@ -3,36 +3,93 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from diffship.core.errors import BundleError, ConfigError
-from diffship.core.bundle_check import read_small
+from diffship.core import registry
+from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import load, plain
+from diffship.core.strict import bounds, load, plain
 
 SCHEMA = 1
-T = TypeVar("T")
+Step = tuple[str, Any]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`schema = 1`, `source`, any number of `[[pass]]` (each with `type`) and `[[target]]` (each with `to`)."""
+    """A resolved recipe; each step is (the name it was chosen by, its frozen dataclass)."""
 
     source: str
-    schema: int = SCHEMA
-    base: str | None = None
-    passes: tuple[Any, ...] = field(default=())
-    targets: tuple[Any, ...] = field(default=())
+    base: str | None
+    passes: tuple[Step, ...]
+    targets: tuple[Step, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe: every value, defaults included; steps keep the name they were chosen by."""
-        return {
-            "schema": self.schema,
-            "source": self.source,
-            "base": self.base,
-            "pass": [{"type": name, **plain(step)} for name, step in self.passes],
-            "target": [{"to": name, **plain(step)} for name, step in self.targets],
-        }
+        """Every value, defaults included; what `parse_recipe` reads back to an equal recipe."""
+        head: dict[str, Any] = {"schema": SCHEMA, "source": self.source}
+        if self.base is not None:
+            head["base"] = self.base
+        passes = [{"type": name, **_present(step)} for name, step in self.passes]
+        return {**head, "pass": passes, "target": [{"to": name, **_present(step)} for name, step in self.targets]}
+
+
+@dataclass(frozen=True)
+class _File:
+    source: str
+    schema: int = field(metadata=bounds(SCHEMA, SCHEMA))
+    base: str | None = None
+    passes: tuple[dict[str, Any], ...] = ()
+    targets: tuple[dict[str, Any], ...] = ()
+
+
+def read_recipe(
+    path: str | Path, passes: Mapping[str, str] = registry.PASSES, exporters: Mapping[str, str] = registry.EXPORTERS
+) -> Recipe:
+    """The recipe in a TOML file: `schema = 1`, `source = ...`, `[[pass]] type = ...`, `[[target]] to = ...`.
+
+    Raises:
+        ConfigError: not TOML, an unknown key or name (the nearest legal one is named), a wrong type or value.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LIMITS.recipe_bytes + 1)
+        if len(raw) > LIMITS.recipe_bytes:
+            raise ConfigError(f"{path}: a recipe takes at most {LIMITS.recipe_bytes} bytes")
+        table = tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
+    return parse_recipe(table, str(path), passes, exporters)
+
+
+def parse_recipe(
+    table: Mapping[str, Any],
+    where: str = "recipe",
+    passes: Mapping[str, str] = registry.PASSES,
+    exporters: Mapping[str, str] = registry.EXPORTERS,
+) -> Recipe:
+    """`read_recipe` of a table that is parsed already; `passes` and `exporters` are registry tables of dataclasses."""
+    spelling = {"pass": "passes", "target": "targets"}
+    file = load(_File, {spelling.get(key, key): value for key, value in table.items()}, where)
+    return Recipe(
+        file.source,
+        file.base,
+        tuple(_step(entry, "type", passes, f"{where}: pass {at}") for at, entry in enumerate(file.passes, 1)),
+        tuple(_step(entry, "to", exporters, f"{where}: target {at}") for at, entry in enumerate(file.targets, 1)),
+    )
+
+
+def _step(entry: Mapping[str, Any], key: str, table: Mapping[str, str], where: str) -> Step:
+    name = entry.get(key)
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} has no {key!r}; legal: {', '.join(table) or 'none'}")
+    rest = {option: value for option, value in entry.items() if option != key}
+    return name, load(registry.load(table, name, f"{key} in {where}:"), rest, f"{where} ({name})")
+
+
+def _present(step: object) -> dict[str, Any]:
+    # TOML has no null: an option that is not set is left out
+    return {key: value for key, value in plain(step).items() if value is not None}

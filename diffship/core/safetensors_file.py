@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.atomic import replacing
-from diffship.core.dtype import CODES, NAMES, TensorMeta, stored
+from diffship.core.dtype import CODES, NAMES, TensorMeta, as_bytes, stored
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import describe_bytes
@@ -104,7 +104,7 @@ def write_safetensors(
                 array = stored(read(name), metas[name])
             except ConfigError as fault:
                 raise ConfigError(f"tensor {name}: {fault}") from None
-            file.write(memoryview(array.reshape(-1)).cast("B") if array.size else b"")
+            file.write(as_bytes(array))
             if on_tensor is not None:
                 on_tensor(name)
 
@@ -119,7 +119,7 @@ def _open_regular(path: Path) -> IO[bytes]:
 
 
 def _fill(file: IO[bytes], array: NDArray[np.generic], path: Path) -> None:
-    view = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+    view = as_bytes(array)
     done = 0
     while done < len(view):
         count = file.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
@@ -190,7 +190,9 @@ def _check(table: dict[str, Any], start: int, size: int) -> tuple[dict[str, Entr
         entries[name] = Entry(TensorMeta(dtype, shape), start + begin)
         end = stop
     if start + end != size:
-        raise _Refused(f"its tensors take {end} bytes, the file holds {size - start} (cut short, or something is appended)")
+        raise _Refused(
+            f"its tensors take {end} bytes, the file holds {size - start} (cut short, or something is appended)"
+        )
     return entries, metadata
 
 

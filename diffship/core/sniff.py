@@ -47,11 +47,19 @@ def classify(path: str | Path) -> Kind:
     return "safetensors" if path.suffix.lower() == ".safetensors" else "unknown"
 
 
+def classify_head(path: str | Path) -> Kind:
+    """The kind that the first bytes of a regular file tell, whatever its name."""
+    head = _head(Path(path))
+    return "pickle" if _is_pickle(head) else "archive" if _archive(head) else "unknown"
+
+
 def refuse_unsafe(path: str | Path) -> None:
     """Raises SourceError where `path` is a pickle, numpy or archive file: such input is never opened here."""
     kind = classify(path)
     if kind == "pickle":
-        raise SourceError(f"{path}: pickle and numpy files can run code when they are read, so they never are. {CONVERT}")
+        raise SourceError(
+            f"{path}: pickle and numpy files can run code when they are read, so they never are. {CONVERT}"
+        )
     if kind == "archive":
         raise SourceError(f"{path}: archives are not read. Unpack it yourself, look at it, and pass the folder")
 

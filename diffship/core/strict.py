@@ -39,7 +39,7 @@ def load(cls: type[T], data: object, where: str, error: type[DiffshipError] = Co
     for key in data:
         if key not in fields:
             raise error(f"{where}: {unknown('key', key, fields)}")
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -109,7 +109,7 @@ def _items(
 ) -> Any:
     if not isinstance(value, (list, tuple)):
         raise error(f"{where} is {_short(value)}; it must be a list")
-    if len(arguments) == 2 and arguments[1] is Ellipsis or origin is list:
+    if (len(arguments) == 2 and arguments[1] is Ellipsis) or origin is list:
         kinds = [arguments[0] if arguments else Any] * len(value)
     else:
         kinds = list(arguments)

@@ -1,4 +1,4 @@
-"""Weights: name -> tensor, one at a time. Renaming, casting, cutting and digests are maps over it; nothing holds it all."""
+"""Weights: name -> tensor, one at a time. Renaming, casting and digests are maps over it; nothing holds it all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.dtype import FLOATS, TensorMeta, from_float32, meta_of, stored, to_float32
+from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, meta_of, stored, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.safetensors_file import Header, read_header, read_tensor
 from diffship.core.seeded import SeededWeights
@@ -210,9 +210,7 @@ def source_digest(weights: Weights) -> str:
         meta = weights.meta(name)
         line = json.dumps([name, meta.dtype, list(meta.shape)], separators=(",", ":"))
         digest.update(line.encode() + b"\n")
-        array = stored(weights.read(name), meta)
-        if array.size:
-            digest.update(memoryview(array.reshape(-1)).cast("B"))
+        digest.update(as_bytes(stored(weights.read(name), meta)))
     return digest.hexdigest()
 
 
