@@ -1,0 +1,1 @@
+"""Engines that run what the exporters wrote; nothing here needs torch."""

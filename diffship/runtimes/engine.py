@@ -1,0 +1,145 @@
+"""What an engine must bring: a class whose fields are its options, and sessions that know native names only."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+
+from diffship.core import registry
+from diffship.core.errors import ConfigError, MissingExtra, UnsupportedError
+from diffship.core.strict import load as load_options
+from diffship.core.strict import unknown
+
+
+class Session(Protocol):
+    """An opened model file. Several threads may be inside `run` at once.
+
+    `inputs` and `outputs` map native names to dtype names ("float32") as the file itself declares them.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        """Arrays for `outputs`, in that order; a feed is a contiguous numpy array or what `keep` returned."""
+        ...
+
+    def keep(self, array: np.ndarray) -> Any:
+        """`array` where the engine computes; on a CPU the array itself."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `doctor` prints of one engine; `conflict` is set where the installed packages shadow each other."""
+
+    engine: str
+    available: bool
+    version: str = ""
+    devices: tuple[str, ...] = ()
+    reason: str = ""
+    install: str = ""
+    conflict: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+class Engine(Protocol):
+    """A frozen dataclass: its fields are the options, its instances open files."""
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    targets: ClassVar[frozenset[str]]
+
+    def open(self, files: Sequence[Path]) -> Session:
+        """Raises RunnerError where the engine refuses the model, MissingExtra where it is not installed."""
+        ...
+
+    def gate_bytes(self, file_bytes: int, precision: str) -> int:
+        """Memory that opening a part of this size needs, from measurements; decides what verify runs in stages."""
+        ...
+
+    @classmethod
+    def probe(cls) -> Probe: ...
+
+
+def make_engine(name: str, options: Mapping[str, object] | None = None) -> Engine:
+    """The engine of that name with those options.
+
+    Raises:
+        ConfigError: unknown engine or option, or a value out of range.
+    """
+    cls = engine_class(name)
+    return cast(Engine, load_options(cls, options or {}, f"engine {name}"))
+
+
+def engine_class(name: str) -> type[Any]:
+    if name not in registry.RUNNERS:
+        raise ConfigError(unknown("engine", name, registry.RUNNERS))
+    return cast("type[Any]", registry.load(registry.RUNNERS, name))
+
+
+def engines_for(target: str) -> tuple[str, ...]:
+    """Engines that read bundles of `target`, the preferred first."""
+    return tuple(name for name in registry.RUNNERS if target in engine_class(name).targets)
+
+
+def choose_engine(target: str, asked: str | None = None) -> str:
+    """`asked`, or the first installed engine that reads `target`.
+
+    Raises:
+        MissingExtra: none of them is installed; the message holds the install command.
+        UnsupportedError: `asked` does not read this target.
+    """
+    able = engines_for(target)
+    if asked is not None:
+        if engine_class(asked) and asked not in able:
+            raise UnsupportedError(
+                f"engine {asked} does not read {target} bundles; use --engine {' or '.join(able) or '(none yet)'}"
+            )
+        return asked
+    for name in able:
+        if engine_class(name).probe().available:
+            return name
+    if not able:
+        raise UnsupportedError(f"no engine of this version reads {target!r} bundles")
+    raise MissingExtra(able[0], engine_class(able[0]).extra)
+
+
+def probe_all() -> list[Probe]:
+    """One row per engine, for `doctor`; imports an engine only where it is installed."""
+    return [engine_class(name).probe() for name in registry.RUNNERS]
+
+
+def installed(module: str) -> bool:
+    """Whether `import module` would find something, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def package_version(*names: str) -> str:
+    """Version of the first of these distributions that is installed, or ''."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def first_line(fault: BaseException, limit: int = 240) -> str:
+    """An engine's complaint in one bounded, printable line."""
+    text = " ".join(str(fault).split()) or type(fault).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,225 @@
+"""ONNX bundles in ONNX Runtime, on the CPU or an NVIDIA GPU, from the same files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffship.core.errors import MissingExtra, RunnerError, UnsupportedError
+from diffship.core.strict import bounds, choices
+from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
+
+LEVELS = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+_ERROR = 3  # log severity: errors only
+_cores: list[int] = []
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeRunner:
+    """Options of ONNX Runtime.
+
+    threads: 0 takes every core this process may use. spinning: workers wait actively between operators.
+    arena, memory_pattern: faster repeated calls for more resident memory. prepack: reorder weights once at load.
+    sizes: fixed values of named axes, for example {"batch_size": 2}; calls of other sizes are then refused.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = "onnxruntime"
+    targets: ClassVar[frozenset[str]] = frozenset({"onnx"})
+
+    device: str = field(default="cpu", metadata=choices("cpu", "cuda"))
+    device_id: int = field(default=0, metadata=bounds(0, 63))
+    threads: int = field(default=0, metadata=bounds(0, 1024))
+    optimisation: str = field(default="all", metadata=choices(*LEVELS))
+    spinning: bool = True
+    arena: bool = True
+    memory_pattern: bool = True
+    prepack: bool = True
+    sizes: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 65536))
+
+    def open(self, files: Sequence[Path]) -> Session:
+        """Open `files[0]`, an ONNX file in a bundle (or a stage cut from one) with its data beside it."""
+        runtime = _import()
+        providers = self._providers(runtime)
+        try:
+            session = runtime.InferenceSession(str(files[0]), self._options(runtime), providers=providers)
+        except Exception as fault:
+            raise RunnerError(
+                f"onnxruntime refuses {files[0].parent.name}/{files[0].name}: {first_line(fault)}"
+            ) from None
+        if self.device == "cuda":
+            self._require_cuda(session)
+        return _CudaSession(session, self.device_id) if self.device == "cuda" else _CpuSession(session)
+
+    def gate_bytes(self, file_bytes: int, precision: str) -> int:
+        """Measured: fp32 graphs grow to about 2.2 times their file while they load, fp16 ones to 4.1 times on a CPU."""
+        growth = 2.3 if precision == "fp32" else 4.3
+        return int(growth * file_bytes) + (64 << 20)
+
+    @classmethod
+    def probe(cls) -> Probe:
+        install = "pip install 'diffship[onnxruntime]', or 'diffship[onnxruntime-gpu]' for NVIDIA GPUs"
+        if not installed("onnxruntime"):
+            return Probe(cls.name, False, reason="onnxruntime is not installed", install=install)
+        both = package_version("onnxruntime") and package_version("onnxruntime-gpu")
+        conflict = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, "
+        conflict = conflict + "then install one" if both else ""
+        try:
+            runtime = _import()
+            devices = tuple(
+                device for device, provider in _PROVIDERS.items() if provider in runtime.get_available_providers()
+            )
+            return Probe(cls.name, True, runtime.__version__, devices, conflict=conflict)
+        except (ImportError, OSError, AttributeError, MissingExtra) as fault:
+            reason = f"onnxruntime does not start: {first_line(fault)}"
+            return Probe(cls.name, False, package_version("onnxruntime"), (), reason, install, conflict)
+
+    def _options(self, runtime: Any) -> Any:
+        options = runtime.SessionOptions()
+        options.log_severity_level = _ERROR
+        options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[self.optimisation])
+        options.intra_op_num_threads = self.threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+        options.enable_cpu_mem_arena = self.arena
+        options.enable_mem_pattern = self.memory_pattern
+        entries = {
+            "session.intra_op.allow_spinning": str(int(self.spinning)),
+            "session.disable_prepacking": str(int(not self.prepack)),
+            # Denormals cost up to 100 times a normal operation, and no tolerance here can see them.
+            "session.set_denormal_as_zero": "1",
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        for axis, size in self.sizes.items():
+            options.add_free_dimension_override_by_name(axis, size)
+        return options
+
+    def _providers(self, runtime: Any) -> list[Any]:
+        wanted = _PROVIDERS[self.device]
+        there = runtime.get_available_providers()
+        if wanted not in there:
+            raise UnsupportedError(
+                f"this onnxruntime has no {wanted}; it has {', '.join(there)}. "
+                "Run: pip uninstall onnxruntime && pip install 'diffship[onnxruntime-gpu]'"
+            )
+        if self.device == "cpu":
+            return [wanted]
+        options = {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        return [(wanted, options), _PROVIDERS["cpu"]]
+
+    def _require_cuda(self, session: Any) -> None:
+        """ONNX Runtime falls back to the CPU with a log line only; that is refused here."""
+        if _PROVIDERS["cuda"] not in session.get_providers():
+            raise UnsupportedError(
+                "onnxruntime could not start CUDA: no driver, CUDA or cuDNN. Run: diffship doctor, or use --device cpu"
+            )
+
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class _CpuSession:
+    """Host memory in and out; ONNX Runtime's own `run` may be entered by many threads."""
+
+    def __init__(self, session: Any) -> None:
+        self._session: Any = session
+        self.inputs: Mapping[str, str] = _ports(session.get_inputs())
+        self.outputs: Mapping[str, str] = _ports(session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        session = self._live()
+        try:
+            return list(session.run(list(outputs), dict(feeds)))
+        except Exception as fault:
+            raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
+
+    def keep(self, array: np.ndarray) -> Any:
+        return array
+
+    def close(self) -> None:
+        self._session = None
+
+    def _live(self) -> Any:
+        # a local reference keeps the engine alive for this call when another thread closes it
+        session = self._session
+        if session is None:
+            raise RunnerError("the onnxruntime model is closed; open it again")
+        return session
+
+
+class _CudaSession(_CpuSession):
+    """Constants stay on the GPU; other feeds are copied there, outputs back."""
+
+    def __init__(self, session: Any, device_id: int) -> None:
+        super().__init__(session)
+        self._device_id = device_id
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        session = self._live()
+        try:
+            binding = session.io_binding()
+            for name, feed in feeds.items():
+                if isinstance(feed, np.ndarray):
+                    binding.bind_cpu_input(name, feed)
+                else:
+                    binding.bind_ortvalue_input(name, feed)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
+            session.run_with_iobinding(binding)
+            return list(binding.copy_outputs_to_cpu())
+        except Exception as fault:
+            raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
+
+    def keep(self, array: np.ndarray) -> Any:
+        return _import().OrtValue.ortvalue_from_numpy(array, "cuda", self._device_id)
+
+
+def _ports(arguments: Sequence[Any]) -> dict[str, str]:
+    unknown = [argument for argument in arguments if argument.type not in DTYPES]
+    if unknown:
+        raise RunnerError(f"tensor {unknown[0].name} has type {unknown[0].type}; legal: {', '.join(DTYPES.values())}")
+    return {argument.name: DTYPES[argument.type] for argument in arguments}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; ONNX Runtime's own default counts those of the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_imported = threading.Lock()
+
+
+def _import() -> Any:
+    """The onnxruntime module, with telemetry off."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as fault:
+        raise MissingExtra("onnxruntime", "onnxruntime") from fault
+    with _imported:
+        if hasattr(onnxruntime, "disable_telemetry_events"):
+            onnxruntime.disable_telemetry_events()
+    return onnxruntime

@@ -1,0 +1,101 @@
+"""A part run in stretches, one in memory at a time: for parts that do not fit, and to find where one goes wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffship.core.compare import Tolerance, compare
+from diffship.core.errors import RunnerError
+from diffship.core.manifest import Part
+from diffship.runtimes.arrays import as_dtype
+from diffship.runtimes.engine import Engine, make_engine
+from diffship.runtimes.shell import PartRunner
+
+Arrays = dict[str, np.ndarray]
+_SUSPECT_STAGES = 64
+
+
+def run_in_stages(part: Part, model: Path, engine: Engine, feeds: Arrays, budget: int) -> tuple[int, Arrays]:
+    """(number of stages, outputs by canonical name) of one call with at most one stage loaded.
+
+    Raises:
+        RunnerError: a single stage does not fit `budget` bytes, or the engine refuses it.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffship-stages-") as folder:
+        stages = _split(model, _stage_bytes(engine, part.precision, budget), Path(folder))
+        chain = _Chain(part, stages, engine)
+        with PartRunner(part, chain) as runner:
+            return len(stages), runner.run(feeds)
+
+
+def suspects(model: Path, engine: Engine, feeds: Mapping[str, np.ndarray], tolerance: Tolerance) -> tuple[str, ...]:
+    """The first stretch where `engine` leaves unoptimised ONNX Runtime when both get the same inputs.
+
+    Empty where none does: then the graph or its weights are wrong, not the engine.
+    """
+    reference = make_engine("onnxruntime", {"optimisation": "off"})
+    with tempfile.TemporaryDirectory(prefix="diffship-reduce-") as folder:
+        size = sum(file.stat().st_size for file in model.parent.iterdir() if file.name.startswith(model.name))
+        stages = _split(model, max(size // _SUSPECT_STAGES, 1 << 16), Path(folder))
+        values: Arrays = dict(feeds)
+        for index, stage in enumerate(stages):
+            right = _run_stage(reference, stage, values)
+            report = compare(right, _run_stage(engine, stage, values), tolerance)
+            if not report.passed:
+                where = f"stage {index + 1} of {len(stages)}, {', '.join(stage.outputs)[:160]}"
+                return (f"{where}: {report.worst.text()}",)
+            values.update(right)
+    return ("no stretch differs from unoptimised ONNX Runtime: the graph or its weights are wrong, not the engine",)
+
+
+def _stage_bytes(engine: Engine, precision: str, budget: int) -> int:
+    fixed = engine.gate_bytes(0, precision)
+    growth = (engine.gate_bytes(1 << 30, precision) - fixed) / (1 << 30)
+    if budget <= fixed:
+        raise RunnerError(f"a stage needs at least {fixed} bytes of memory; {budget} are allowed")
+    return int((budget - fixed) / growth)
+
+
+def _split(model: Path, max_bytes: int, folder: Path) -> Sequence[Any]:
+    from diffship.runtimes.onnx_split import split
+
+    return list(split(model, max_bytes, folder))
+
+
+class _Chain:
+    """A Session made of stages that are opened, run and closed one after the other."""
+
+    def __init__(self, part: Part, stages: Sequence[Any], engine: Engine) -> None:
+        self._stages = stages
+        self._engine = engine
+        natives = {binding.canonical: (binding.native, binding.dtype) for binding in part.bindings}
+        self.inputs: Mapping[str, str] = dict(natives.get(spec.name, (spec.name, spec.dtype)) for spec in part.inputs)
+        self.outputs: Mapping[str, str] = dict(natives.get(spec.name, (spec.name, spec.dtype)) for spec in part.outputs)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        values: Arrays = dict(feeds)
+        for index, stage in enumerate(self._stages):
+            values.update(_run_stage(self._engine, stage, values))
+            needed = {name for later in self._stages[index + 1 :] for name in later.inputs} | set(outputs)
+            values = {name: array for name, array in values.items() if name in needed}
+        return [values[name] for name in outputs]
+
+    def keep(self, array: np.ndarray) -> Any:
+        return array
+
+    def close(self) -> None:
+        """Nothing stays open between calls."""
+
+
+def _run_stage(engine: Engine, stage: Any, values: Mapping[str, np.ndarray]) -> Arrays:
+    session = engine.open([stage.path])
+    try:
+        feeds = {name: as_dtype(name, values[name], dtype) for name, dtype in session.inputs.items()}
+        return dict(zip(stage.outputs, session.run(feeds, list(stage.outputs)), strict=True))
+    finally:
+        session.close()

@@ -1,0 +1,196 @@
+"""verify: hash a bundle's files, then compute its golden vectors again on this machine, part by part."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffship.core.bundle import Bundle
+from diffship.core.compare import Report, compare
+from diffship.core.errors import BundleError, DiffshipError, RunnerError
+from diffship.core.job import Progress, available_memory
+from diffship.core.manifest import Golden, Part
+from diffship.core.weights import SafetensorsWeights
+from diffship.runtimes.engine import Engine, choose_engine, make_engine
+from diffship.runtimes.shell import PartRunner, steps_of
+from diffship.runtimes.stages import run_in_stages, suspects
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class PartCheck:
+    """What verify found out about one part.
+
+    status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
+    was run in (1 = whole). suspects: with `reduce`, the first stretch of the graph that computes something else.
+    """
+
+    part: str
+    status: str
+    precision: str
+    seconds: float = 0.0
+    stages: int = 0
+    report: Report | None = None
+    reason: str = ""
+    suspects: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        table: dict[str, object] = {name: getattr(self, name) for name in ("part", "status", "precision", "stages")}
+        table["seconds"] = round(self.seconds, 3)
+        table["report"] = self.report.to_json() if self.report else None
+        return {**table, "reason": self.reason, "suspects": list(self.suspects)}
+
+    def text(self) -> str:
+        head = f"{self.part} ({self.precision}): {self.status}"
+        if self.report is None:
+            return f"{head}; {self.reason}"
+        where = "" if self.stages <= 1 else f" in {self.stages} stages"
+        lines = [f"{head}{where}, {self.seconds:.1f} s, {self.report.tolerance.text()}"]
+        lines += [f"  {line}" for line in self.report.text().splitlines()]
+        return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All of verify; `passed` only where the files are intact and every part is proved here."""
+
+    bundle: str
+    engine: str
+    version: str
+    files: int
+    bytes: int
+    checks: tuple[PartCheck, ...] = field(default=())
+    damage: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.damage and bool(self.checks) and all(check.status == "passed" for check in self.checks)
+
+    def named(self, status: str) -> tuple[str, ...]:
+        """Parts of that status."""
+        return tuple(check.part for check in self.checks if check.status == status)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "passed": self.passed,
+            "bundle": self.bundle,
+            "engine": self.engine,
+            "version": self.version,
+            "files": self.files,
+            "bytes": self.bytes,
+            "damage": self.damage,
+            "parts": [check.to_json() for check in self.checks],
+        }
+
+    def text(self) -> str:
+        if self.damage:
+            return f"{self.bundle}: DAMAGED. {self.damage}"
+        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match"]
+        lines += [check.text() for check in self.checks]
+        failed, unproven = self.named("failed"), self.named("unproven")
+        verdict = (
+            f"FAILED: {', '.join(failed)}" if failed else f"UNPROVEN: {', '.join(unproven)}" if unproven else "passed"
+        )
+        return "\n".join([*lines, f"{self.engine} {self.version}: {verdict}"])
+
+
+def verify(
+    bundle: Bundle | str | os.PathLike[str],
+    engine: str | None = None,
+    *,
+    parts: Iterable[str] | None = None,
+    max_bytes: int | None = None,
+    reduce: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> VerifyReport:
+    """Hashes first, then the golden vectors of each part with the manifest's tolerances.
+
+    max_bytes: memory that a part may take (default: three quarters of what is free); larger parts run stage by stage.
+    reduce: on a failure, find the first stretch of the graph that differs from unoptimised ONNX Runtime.
+    Options are the fields of the engine's class. A damaged bundle is in the report; one that cannot even be opened
+    raises BundleError, an engine that is missing UnsupportedError.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    manifest = opened.manifest
+    name = choose_engine(manifest.target, engine)
+    chosen = make_engine(name, options)
+    chosen_parts = manifest.parts if parts is None else tuple(opened.part(part) for part in parts)
+    total = sum(record.size for record in manifest.files.values())
+    head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
+    try:
+        opened.verify()
+    except BundleError as fault:
+        return VerifyReport(*head, damage=str(fault))
+    checks = []
+    for index, part in enumerate(chosen_parts):
+        if progress is not None:
+            progress(f"verify {part.name}", index, len(chosen_parts))
+        checks.append(check_part(opened, part, chosen, max_bytes, reduce))
+    return VerifyReport(*head, tuple(checks))
+
+
+def check_part(
+    bundle: Bundle, part: Part, engine: Engine, max_bytes: int | None = None, reduce: bool = False
+) -> PartCheck:
+    """Run one part on its golden inputs and compare; an engine that fails is a failed check, with its words."""
+    if part.golden is None:
+        reason = "no golden vectors in the bundle: it was exported with --no-verify"
+        return PartCheck(part.name, "unproven", part.precision, reason=reason)
+    started = time.perf_counter()
+    feeds, expected = read_golden(bundle, part.golden)
+    budget = _budget() if max_bytes is None else max_bytes
+    files = [bundle.file(name) for name in part.files]
+    try:
+        stages, outputs = _compute(bundle, part, engine, files, feeds, budget)
+    except DiffshipError as fault:
+        return PartCheck(part.name, "failed", part.precision, time.perf_counter() - started, reason=str(fault))
+    report = compare(expected, outputs, part.golden.tolerance)
+    found: tuple[str, ...] = ()
+    if reduce and not report.passed:
+        found = suspects(files[0], engine, feeds, part.golden.tolerance)
+    status = "passed" if report.passed else "failed"
+    seconds = time.perf_counter() - started
+    return PartCheck(part.name, status, part.precision, seconds, stages, report, suspects=found)
+
+
+def _compute(
+    bundle: Bundle, part: Part, engine: Engine, files: list[Path], feeds: Arrays, budget: int
+) -> tuple[int, Arrays]:
+    size = sum(file.stat().st_size for file in files)
+    if engine.gate_bytes(size, part.precision) > budget:
+        return run_in_stages(part, files[0], engine, feeds, budget)
+    with PartRunner(part, engine.open(files), steps_of(bundle, part)) as runner:
+        return 1, runner.run(feeds)
+
+
+def read_golden(bundle: Bundle, golden: Golden) -> tuple[Arrays, Arrays]:
+    """Inputs and fp32 reference outputs by canonical name.
+
+    Raises:
+        BundleError: the file holds anything else.
+    """
+    weights = SafetensorsWeights(bundle.file(golden.file))
+    sides: dict[str, Arrays] = {"in": {}, "out": {}}
+    for name in weights.names():
+        side, _, tensor = name.partition(".")
+        if side not in sides or not tensor:
+            raise BundleError(f"{golden.file}: {name[:80]!a} is neither in.NAME nor out.NAME")
+        sides[side][tensor] = np.asarray(weights.read(name))
+    if not sides["in"] or not sides["out"]:
+        raise BundleError(f"{golden.file} holds no inputs or no outputs")
+    return sides["in"], sides["out"]
+
+
+def _budget() -> int:
+    free = available_memory()
+    if free is None:
+        raise RunnerError("free memory is unknown on this system; pass max_bytes")
+    return free * 3 // 4
