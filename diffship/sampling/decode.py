@@ -1,0 +1,106 @@
+"""Latents to pixels and back, whole or in overlapping tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import ConfigError, RunnerError
+from diffship.core.runner import Runner
+from diffship.sampling.encode import finite
+from diffship.sampling.model import Model
+from diffship.sampling.rng import VAE_STEP, Noise
+from diffship.sampling.trajectory import as_numpy
+
+Floats = NDArray[np.float32]
+TILE, OVERLAP = 32, 8  # latent pixels; a 512 px image takes nine tiles
+
+
+def decode(model: Model, latents: Any, tiled: bool = False) -> NDArray[np.uint8]:
+    """Pixels (height, width, 3) of one image's latents.
+
+    Raises:
+        RunnerError: the decoder's output is not finite, or the picture is black all over.
+    """
+    family = model.family
+    scaled = (as_numpy(latents)[None] / np.float32(family.scaling_factor)) + np.float32(family.shift_factor)
+    runner = model.use("vae_decoder")
+    picture = decode_tiled(_call(runner), scaled, family.vae_factor) if tiled else _call(runner)(scaled)
+    pixels = to_pixels(finite("vae_decoder", picture[0]))
+    if not pixels.any():
+        raise RunnerError("vae_decoder: the picture is black all over. Run diffship verify, or use precision fp32")
+    return pixels
+
+
+def to_pixels(sample: Floats) -> NDArray[np.uint8]:
+    """(3, height, width) in [-1, 1] to uint8 (height, width, 3), rounded as diffusers does."""
+    unit = np.clip(sample / np.float32(2) + np.float32(0.5), 0, 1)
+    rounded: NDArray[np.float32] = np.round(unit.transpose(1, 2, 0) * np.float32(255))
+    return rounded.astype(np.uint8)
+
+
+def decode_tiled(
+    run: Callable[[Floats], Floats], latents: Floats, factor: int, tile: int = TILE, overlap: int = OVERLAP
+) -> Floats:
+    """`run` over tiles of `tile` latent pixels, blended linearly where they overlap.
+
+    Equal to the whole where `run` looks less than overlap / 4 latent pixels far: that rim of a tile is not used.
+    """
+    height, width = latents.shape[-2:]
+    total = weight = None
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            part = run(np.ascontiguousarray(latents[..., top : top + tile, left : left + tile]))
+            rows = _ramp(top, min(tile, height), height, overlap, factor)
+            share = rows[:, None] * _ramp(left, min(tile, width), width, overlap, factor)[None, :]
+            if total is None or weight is None:
+                total = np.zeros((*part.shape[:-2], height * factor, width * factor), np.float32)
+                weight = np.zeros(total.shape[-2:], np.float32)
+            where = np.s_[..., top * factor : (top + tile) * factor, left * factor : (left + tile) * factor]
+            total[where] += part * share
+            weight[where] += share
+    assert total is not None and weight is not None  # there is at least one tile
+    return np.asarray(total / weight, np.float32)
+
+
+def encode_image(model: Model, image: NDArray[np.uint8], keep: Floats, noise: Noise) -> tuple[Floats, Noise]:
+    """Latents of `image` (height, width, 3) where `keep` (height, width) is 1 and grey elsewhere, and the noise after.
+
+    A KL encoder's posterior is sampled (Kingma and Welling 2014), as diffusers does; a tiny VAE gives its latents.
+    """
+    signed = (image.astype(np.float32) / np.float32(127.5) - np.float32(1)) * keep[..., None]
+    feeds = {"sample": np.ascontiguousarray(signed.transpose(2, 0, 1)[None])}
+    parameters = finite("vae_encoder", as_numpy(model.use("vae_encoder").run(feeds)["latent_parameters"])[0])
+    channels = model.family.latent_channels
+    if len(parameters) not in (channels, 2 * channels):
+        raise ConfigError(f"vae_encoder gives {len(parameters)} channels; {channels} or {2 * channels} are known")
+    latents = parameters[:channels]
+    if len(parameters) == 2 * channels:
+        deviation = np.exp(np.float32(0.5) * np.clip(parameters[channels:], -30, 20))
+        drawn, noise = noise.draw(latents.shape, VAE_STEP)
+        latents = latents + deviation * drawn
+    return (latents - np.float32(model.family.shift_factor)) * np.float32(model.family.scaling_factor), noise
+
+
+def _call(runner: Runner) -> Callable[[Floats], Floats]:
+    return lambda latents: as_numpy(runner.run({"latent_sample": latents})["sample"])
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Evenly spaced tile starts, the last flush with the end."""
+    if size <= tile:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(start: int, tile: int, size: int, overlap: int, factor: int) -> Floats:
+    """Weight of each pixel of a tile along one axis: 0 on the rim, linear over the overlap, 1 inside and at borders."""
+    rim, slope = overlap // 4 * factor, max((overlap - 2 * (overlap // 4)) * factor, 1)
+    distance = np.arange(tile * factor, dtype=np.float32) + np.float32(0.5)
+    rising = np.ones_like(distance) if start == 0 else (distance - rim) / slope
+    falling = np.ones_like(distance) if start + tile >= size else (distance[::-1] - rim) / slope
+    return np.clip(np.minimum(rising, falling), 0, 1).astype(np.float32)

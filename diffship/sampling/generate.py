@@ -1,0 +1,183 @@
+"""Prompt to pictures over a Model's protocol: encode, denoise, decode; each stage can also be called by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
+from diffship.sampling.decode import decode, encode_image
+from diffship.sampling.encode import encode, text_parts
+from diffship.sampling.kernel import Array
+from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
+from diffship.sampling.model import Model
+from diffship.sampling.picture import Picture
+from diffship.sampling.request import Request as Request
+from diffship.sampling.request import Settled, settle
+from diffship.sampling.rng import INITIAL, Noise, make_noise
+from diffship.sampling.trajectory import Trajectory, as_numpy
+
+Cancel = Callable[[], bool]
+
+
+def generate(
+    model: Model,
+    request: Request,
+    on_step: OnStep | None = None,
+    cancel: Cancel | None = None,
+    image: NDArray[np.uint8] | None = None,
+    mask: NDArray[np.uint8] | None = None,
+) -> list[Picture]:
+    """Pictures of a request; `image` and `mask` (255: draw here) are for models with nine input channels.
+
+    `on_step` sees the trajectories that share a model call after every call.
+
+    Raises:
+        ConfigError: the request does not fit the model.
+        UnsupportedError: the model lacks a part or an option is not built.
+        RunnerError: a part's output is not finite, or a picture is black; the part is named.
+        Cancelled: `cancel()` was true between two calls.
+    """
+    batch = start(model, request, image, mask)
+    _stop_if(cancel)
+    low = request.memory == "low"
+    if low:
+        for part in text_parts(model):
+            model.release(part)
+        model.release("vae_encoder")
+    size = request.batch or (1 if low else request.images)
+    denoiser = checked(plain(model.use("unet")))
+    chunks = [batch[i : i + size] for i in range(0, len(batch), size)]
+    done = [t for chunk in chunks for t in denoise(chunk, denoiser, on_step=on_step, cancel=cancel)]
+    if low:
+        model.release("unet")
+    return finish(model, done, low, cancel)
+
+
+def start(
+    model: Model, request: Request, image: NDArray[np.uint8] | None = None, mask: NDArray[np.uint8] | None = None
+) -> list[Trajectory]:
+    """The trajectories of a request before the first model call."""
+    settled = settle(request, model.family, model.scheduler)
+    _require(model, image, mask)
+    pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
+    encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
+    made = []
+    for i in range(request.images):
+        latents, noise = _initial(settled, i)
+        trajectory = Trajectory(
+            latents=latents,
+            step=0,
+            steps=settled.steps,
+            sampler=settled.sampler,
+            noise=noise,
+            size=settled.size,
+            guidance=settled.guidance,
+            positive=encoded.positive,
+            negative=encoded.negative,
+            prompt=request.prompt,
+            negative_prompt=request.negative or "",
+            facts=_facts(model, settled, i, encoded.warnings),
+        )
+        made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
+    return made
+
+
+def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel: Cancel | None = None) -> list[Picture]:
+    """Decode trajectories, one picture at a time; in tiles if `low`."""
+    pictures = []
+    for trajectory in batch:
+        _stop_if(cancel)
+        pixels = decode(model, trajectory.latents, tiled=low)
+        pictures.append(Picture(pixels, settings(trajectory), trajectory))
+    if low:
+        model.release("vae_decoder")
+    return pictures
+
+
+def settings(trajectory: Trajectory) -> dict[str, Any]:
+    """What a reader needs to draw the same picture again, JSON-ready."""
+    width, height = trajectory.size
+    return {
+        "prompt": trajectory.prompt,
+        "negative_prompt": trajectory.negative_prompt,
+        "steps": trajectory.steps,
+        "sampler": trajectory.sampler.name,
+        "guidance": trajectory.guidance,
+        "width": width,
+        "height": height,
+        **trajectory.facts,
+    }
+
+
+def checked(denoiser: Denoiser) -> Denoiser:
+    """The same denoiser; RunnerError names the U-Net and the step if an output is not finite."""
+
+    def run(batch: Sequence[Trajectory]) -> Sequence[Array]:
+        outputs = denoiser(batch)
+        for trajectory, output in zip(batch, outputs, strict=True):
+            if not np.isfinite(as_numpy(output)).all():
+                raise RunnerError(
+                    f"unet: the output of call {trajectory.step + 1} of {trajectory.calls} is not finite. "
+                    "Run diffship verify, or use precision fp32"
+                )
+        return outputs
+
+    return run
+
+
+def _initial(settled: Settled, image: int) -> tuple[Array, Noise]:
+    noise = make_noise(settled.request.rng, settled.request.seed, image)
+    given = settled.request.latents
+    if given is None:
+        latents, noise = noise.draw(settled.latent_shape, INITIAL)
+    else:
+        latents = as_numpy(given[image])
+    return latents * np.float32(settled.sampler.init_noise_sigma(settled.steps)), noise
+
+
+def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) -> dict[str, Any]:
+    request = settled.request
+    seed = request.seed + image if request.rng == "torch" else request.seed
+    facts: dict[str, Any] = {"seed": seed, "rng": request.rng, "model": model.name, "model_digest": model.digest}
+    if request.rng != "torch":
+        facts["image"] = image
+    return {**facts, "warnings": list(warnings)} if warnings else facts
+
+
+def _require(model: Model, image: object, mask: object) -> None:
+    inpaint = model.family.unet_channels == 2 * model.family.latent_channels + 1
+    if inpaint and (image is None or mask is None):
+        raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
+    if not inpaint and (image is not None or mask is not None):
+        raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
+    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(model.parts)
+    if missing:
+        raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")
+
+
+def _check_images(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    width, height = size
+    if image.dtype != np.uint8 or image.shape != (height, width, 3):
+        raise ConfigError(f"the image is {image.dtype} {image.shape}; this request needs uint8 ({height}, {width}, 3)")
+    if mask.dtype != np.uint8 or mask.shape != (height, width):
+        raise ConfigError(f"the mask is {mask.dtype} {mask.shape}; this request needs uint8 ({height}, {width})")
+    return image, (mask >= 128).astype(np.float32)
+
+
+def _inpaint(model: Model, trajectory: Trajectory, image: NDArray[np.uint8], mask: NDArray[np.float32]) -> Trajectory:
+    masked, noise = encode_image(model, image, 1 - mask, trajectory.noise)
+    factor = model.family.vae_factor
+    small = np.ascontiguousarray(mask[None, ::factor, ::factor])
+    return replace(trajectory, mask=small, masked_latents=masked, noise=noise)
+
+
+def _stop_if(cancel: Cancel | None) -> None:
+    if cancel is not None and cancel():
+        raise Cancelled("stopped before the first step, or between two pictures")

@@ -1,0 +1,136 @@
+"""Classifier-free guidance as rows of a batch, and LCM's guidance embedding.
+
+Rows are all negatives first, then all positives, as diffusers stacks them (Ho and Salimans 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import ConfigError
+from diffship.core.runner import Runner
+from diffship.sampling.kernel import Array, as_float32
+from diffship.sampling.trajectory import Conditioning, Trajectory
+
+_COND_FREQUENCY = 10_000.0
+
+
+def guided(trajectory: Trajectory) -> bool:
+    """Whether a trajectory takes two rows. `negative` is None for models that take guidance as an embedding."""
+    return trajectory.guidance > 1.0 and trajectory.negative is not None
+
+
+def guide(batch: Sequence[Trajectory], rows: Array) -> list[Array]:
+    """Rows of a model's output (negatives first) to one guided output per trajectory, in float32.
+
+    Equation: negative + guidance * (positive - negative).
+    """
+    twice = [guided(trajectory) for trajectory in batch]
+    first, out, negatives = sum(twice), [], 0
+    for i, (trajectory, double) in enumerate(zip(batch, twice, strict=True)):
+        positive = as_float32(rows[first + i])
+        if double:
+            negative = as_float32(rows[negatives])
+            negatives += 1
+            positive = negative + (positive - negative) * float(trajectory.guidance)
+        out.append(positive)
+    return out
+
+
+class FeedMaker:
+    """Feeds of a U-Net for a batch; embeddings stay on the device while the batch keeps the same prompts."""
+
+    def __init__(self, unet: Runner) -> None:
+        self._unet = unet
+        self._names = {spec.name for spec in unet.inputs}
+        self._held: tuple[Any, ...] = ()
+        self._constants: dict[str, Any] = {}
+
+    def __call__(self, batch: Sequence[Trajectory]) -> dict[str, Any]:
+        """Feeds for `batch`, rows as in `guide`.
+
+        Raises:
+            ConfigError: sizes differ within the batch, or a condition that the model takes is missing.
+        """
+        order = [*(t for t in batch if guided(t)), *batch]
+        conditions = [*(t.negative for t in batch if guided(t)), *(t.positive for t in batch)]
+        times = [t.sampler.coefficients(t.step, t.steps, len(t.history)).timestep for t in order]
+        return {
+            "sample": _stack("sample", [_sample(t) for t in order]),
+            "timestep": like(np.array(times, np.float32), order[0].latents),
+            **self._conditioning(conditions, [t.guidance for t in order]),
+        }
+
+    def _conditioning(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
+        held = (*conditions, *guidances)
+        if len(held) != len(self._held) or any(a is not b and a != b for a, b in zip(held, self._held, strict=True)):
+            arrays = self._arrays(conditions, guidances)
+            self._constants = {name: self._unet.put(array) for name, array in arrays.items()}
+            self._held = held
+        return self._constants
+
+    def _arrays(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
+        fields = {"encoder_hidden_states": "embeddings", "text_embeds": "pooled", "time_ids": "time_ids"}
+        arrays = {
+            name: _stack(name, [getattr(condition, field, None) for condition in conditions])
+            for name, field in fields.items()
+            if name in self._names
+        }
+        if "timestep_cond" in self._names:
+            width = next(spec.shape[-1] for spec in self._unet.inputs if spec.name == "timestep_cond")
+            arrays["timestep_cond"] = np.stack([guidance_embedding(g - 1.0, int(width)) for g in guidances])
+        return arrays
+
+
+def guidance_embedding(w: float, width: int = 256) -> NDArray[np.float32]:
+    """LCM's embedding of w = guidance - 1, float32 (width,): sin then cos of 1000 w times falling frequencies.
+
+    Rounded to float32 where diffusers' `get_guidance_scale_embedding` is: the arguments reach thousands of radians.
+    """
+    half = width // 2
+    step = np.float32(np.float32(math.log(_COND_FREQUENCY)) / np.float32(half - 1))
+    exponent = np.arange(half, dtype=np.float32) * -step
+    angle = np.float32(np.float32(w) * np.float32(1000.0)) * np.exp(exponent.astype(np.float64)).astype(np.float32)
+    waves = np.concatenate([np.sin(angle.astype(np.float64)), np.cos(angle.astype(np.float64))])
+    return np.pad(waves, (0, width - 2 * half)).astype(np.float32)
+
+
+def _sample(trajectory: Trajectory) -> Array:
+    now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
+    scaled = trajectory.latents if now.input_scale == 1.0 else trajectory.latents * now.input_scale
+    if trajectory.mask is None or trajectory.masked_latents is None:
+        return scaled
+    return _concatenate([scaled, trajectory.mask, trajectory.masked_latents])
+
+
+def _stack(name: str, arrays: Sequence[Array]) -> Array:
+    if any(array is None for array in arrays):
+        raise ConfigError(f"the model takes {name}, and a trajectory of the batch has none: encode its prompt first")
+    if len({tuple(array.shape) for array in arrays}) != 1:
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
+        raise ConfigError(f"{name} has different shapes within one batch: {shapes}; group trajectories by size")
+    return _concatenate([array[None] for array in arrays])
+
+
+def _concatenate(arrays: Sequence[Array]) -> Array:
+    foreign = next((array for array in arrays if hasattr(array, "new_empty")), None)
+    if foreign is None:
+        return np.concatenate(arrays)
+    # torch without importing it: the tensor makes room of its own kind on its own device
+    joined = foreign.new_empty((sum(array.shape[0] for array in arrays), *foreign.shape[1:]))
+    start = 0
+    for array in arrays:
+        end = start + array.shape[0]
+        joined[start:end] = foreign.new_tensor(array) if isinstance(array, np.ndarray) else array
+        start = end
+    return joined
+
+
+def like(array: NDArray[np.float32], model: Array) -> Array:
+    """`array` as whatever `model` is, where that can make its own kind (torch); numpy stays as it is."""
+    return model.new_tensor(array) if hasattr(model, "new_tensor") else array

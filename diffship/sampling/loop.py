@@ -1,0 +1,80 @@
+"""The denoising loop: `advance` makes one model call for a batch, everything else repeats it.
+
+A Denoiser maps a batch (a list of Trajectories, at whatever steps and with whatever samplers) to the guided model
+output of each. Handoff, resume, previews and servers need nothing but this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from diffship.core.errors import Cancelled, ConfigError
+from diffship.core.runner import Runner
+from diffship.sampling.guidance import FeedMaker, guide, like
+from diffship.sampling.kernel import Array, apply_matrix
+from diffship.sampling.trajectory import Trajectory, at_step
+
+Denoiser = Callable[[Sequence[Trajectory]], Sequence[Array]]
+OnStep = Callable[[Sequence[Trajectory]], None]
+
+
+def advance(batch: Sequence[Trajectory], denoiser: Denoiser) -> list[Trajectory]:
+    """One model call for every trajectory of `batch`.
+
+    Raises:
+        ConfigError: a trajectory has no call left.
+    """
+    for trajectory in batch:
+        if trajectory.done:
+            raise ConfigError(f"the trajectory is at its last step ({trajectory.step}); decode it")
+    outputs = denoiser(batch)
+    if len(outputs) != len(batch):
+        raise ConfigError(f"the denoiser gave {len(outputs)} outputs for {len(batch)} trajectories")
+    return [_apply(trajectory, output) for trajectory, output in zip(batch, outputs, strict=True)]
+
+
+def denoise(
+    batch: Sequence[Trajectory],
+    denoiser: Denoiser,
+    until: int | None = None,
+    on_step: OnStep | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> list[Trajectory]:
+    """Advance each trajectory to call `until` (default: its end); those that are there already wait.
+
+    `on_step` sees the whole batch after every call.
+
+    Raises:
+        Cancelled: `cancel()` was true between two calls.
+    """
+    current = list(batch)
+    while True:
+        active = [i for i, trajectory in enumerate(current) if trajectory.step < _goal(trajectory, until)]
+        if not active:
+            return current
+        if cancel is not None and cancel():
+            raise Cancelled(f"stopped before call {current[active[0]].step + 1}")
+        for i, trajectory in zip(active, advance([current[i] for i in active], denoiser), strict=True):
+            current[i] = trajectory
+        if on_step is not None:
+            on_step(current)
+
+
+def plain(unet: Runner) -> Denoiser:
+    """The Denoiser of one whole U-Net: rows in, `out_sample` out, guidance applied."""
+    feeds = FeedMaker(unet)
+    return lambda batch: guide(batch, unet.run(feeds(batch))["out_sample"])
+
+
+def _goal(trajectory: Trajectory, until: int | None) -> int:
+    return trajectory.calls if until is None else min(until, trajectory.calls)
+
+
+def _apply(trajectory: Trajectory, output: Array) -> Trajectory:
+    now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
+    fresh, noise = None, trajectory.noise
+    if now.noisy:
+        fresh, noise = noise.draw(tuple(trajectory.latents.shape), trajectory.step + 1)
+        fresh = like(fresh, trajectory.latents)
+    latents, *history = apply_matrix(now.matrix, trajectory.latents, output, fresh, trajectory.history)
+    return at_step(trajectory, latents, tuple(history), noise)

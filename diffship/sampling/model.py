@@ -1,0 +1,48 @@
+"""The protocol of an opened pipeline, whatever the engine: all that `generate` needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from diffship.core.family import Family
+from diffship.core.runner import Runner
+from diffship.sampling.tokenizer import Tokenizer
+
+
+class Model(Protocol):
+    """Facts, tokenizers and parts of a pipeline; a torch Pipeline and a Bundle on any engine both give one.
+
+    `scheduler` is a diffusers scheduler config; `tokenizers` has the keys `tokenizer` and `tokenizer_2`; `parts` are
+    canonical names (`text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tokenizers(self) -> Mapping[str, Tokenizer]: ...
+
+    @property
+    def parts(self) -> frozenset[str]: ...
+
+    def use(self, part: str) -> Runner:
+        """The runner of `part`, opened on first use and kept until `release`."""
+        ...
+
+    def release(self, part: str) -> None:
+        """Free `part`; `use` opens it again. Not an error where it is not open."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...

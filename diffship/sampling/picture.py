@@ -1,0 +1,165 @@
+"""Pictures, and PNG files that carry the settings: A1111's `parameters` line and our JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from diffship.core.atomic import write_file
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.sampling.trajectory import Trajectory
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_FILE_BYTES = 64 << 20
+_TEXT_BYTES = 64 << 10
+_TEXT_CHUNKS = 16
+_A1111 = {
+    "ddim": "DDIM",
+    "dpmpp-2m": "DPM++ 2M",
+    "dpmpp-2m-karras": "DPM++ 2M Karras",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "lcm": "LCM",
+    "pndm": "PLMS",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """uint8 pixels (height, width, 3), the settings that made them, and where the trajectory ended."""
+
+    pixels: NDArray[np.uint8]
+    settings: dict[str, Any] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+
+    def png(self) -> bytes:
+        """PNG with `parameters` (as A1111 writes) and `diffship` (JSON) texts."""
+        texts = PngImagePlugin.PngInfo()
+        if self.settings:
+            texts.add_itxt("parameters", parameters(self.settings))
+            texts.add_itxt("diffship", json.dumps(self.settings, ensure_ascii=False, sort_keys=True))
+        out = io.BytesIO()
+        Image.fromarray(self.pixels).save(out, "PNG", pnginfo=texts)
+        return out.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Write the PNG; the file appears whole or not at all."""
+        write_file(path, self.png())
+
+
+def parameters(settings: Mapping[str, Any]) -> str:
+    """The text that A1111 and its readers know: prompt, negative prompt, one line of values."""
+    values = {
+        "Steps": settings.get("steps"),
+        "Sampler": _A1111.get(str(settings.get("sampler")), settings.get("sampler")),
+        "CFG scale": _short(settings.get("guidance")),
+        "Seed": settings.get("seed"),
+        "Size": f"{settings['width']}x{settings['height']}" if "width" in settings else None,
+        "Model hash": str(settings.get("model_digest", ""))[:10] or None,
+        "Model": settings.get("model"),
+        "RNG": {"torch": "CPU", "philox": "Philox"}.get(str(settings.get("rng"))),
+        "Version": "diffship",
+    }
+    negative = settings.get("negative_prompt")
+    lines = [str(settings.get("prompt", "")), *([f"Negative prompt: {negative}"] if negative else [])]
+    return "\n".join(
+        [*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value is not None)]
+    )
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The `diffship` JSON of a PNG, or {"parameters": text} of one by other tools, or {}; pixels are not decoded.
+
+    Raises:
+        ConfigError: not a PNG, or larger or longer than the limits.
+    """
+    texts = dict(_texts(_bounded(path)))
+    if "diffship" in texts:
+        try:
+            made = json.loads(texts["diffship"])
+        except (ValueError, RecursionError):
+            raise ConfigError(f"{path}: its diffship text is not JSON") from None
+        if not isinstance(made, dict):
+            raise ConfigError(f"{path}: its diffship text is not a table")
+        return made
+    return {"parameters": texts["parameters"]} if "parameters" in texts else {}
+
+
+def read_pixels(path: str | Path) -> NDArray[np.uint8]:
+    """RGB pixels (height, width, 3) of an image file, its EXIF rotation applied; its size is checked before decoding.
+
+    Raises:
+        ConfigError: not a PNG, JPEG or WebP file, or larger than the limits.
+    """
+    data = _bounded(path)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > LIMITS.decoded_pixels:
+                raise ConfigError(
+                    f"{path}: is {image.width}x{image.height}; at most {LIMITS.decoded_pixels} pixels are decoded"
+                )
+            return np.array(_upright(image).convert("RGB"), np.uint8)
+    except ConfigError:
+        raise
+    except Exception as fault:  # Pillow's decoders raise many kinds
+        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {str(fault)[:120]}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _bounded(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_FILE_BYTES + 1)
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+    if len(data) > _FILE_BYTES:
+        raise ConfigError(f"{path}: is larger than {_FILE_BYTES} bytes")
+    return data
+
+
+def _texts(data: bytes) -> Iterator[tuple[str, str]]:
+    """Uncompressed text chunks (tEXt, iTXt) ahead of any decoding; compressed ones are never inflated."""
+    if not data.startswith(_SIGNATURE):
+        raise ConfigError("not a PNG file")
+    place, found = len(_SIGNATURE), 0
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind in (b"tEXt", b"iTXt"):
+            found += 1
+            if found > _TEXT_CHUNKS or length > _TEXT_BYTES:
+                raise ConfigError(f"the PNG has too much text: at most {_TEXT_CHUNKS} of {_TEXT_BYTES} bytes are read")
+            yield from _text(kind, data[place + 8 : place + 8 + length])
+        place += 12 + length
+
+
+def _text(kind: bytes, body: bytes) -> Iterator[tuple[str, str]]:
+    key, _, rest = body.partition(b"\0")
+    if kind == b"iTXt":
+        if rest[:1] != b"\0":
+            return
+        rest = rest[2:].split(b"\0", 2)[-1]
+    yield key.decode("latin-1"), rest.decode("utf-8" if kind == b"iTXt" else "latin-1", "replace")
+
+
+def _short(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if "," in text or ":" in text or "\n" in text else text

@@ -1,0 +1,114 @@
+"""What one asks of a model, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffship.core.errors import ConfigError
+from diffship.core.family import Family
+from diffship.core.limits import LIMITS, check_range
+from diffship.core.strict import unknown
+from diffship.sampling.kernel import Array
+from diffship.sampling.rng import NOISES
+from diffship.sampling.samplers import SAMPLERS, Sampler, make_sampler
+from diffship.sampling.tokenizer import check_prompt
+
+MEMORY = ("normal", "low")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt and how to draw it; None takes the model's default.
+
+    `negative` None is "none given", which SDXL encodes as zeros; "" is the empty prompt. Image i uses seed + i (torch)
+    or the key (seed, i) (philox). `latents` (images, channels, height, width) replaces the initial noise, unit normal,
+    so that two clients can start from the same. `batch` is how many images share a model call (default: all, or one
+    with low memory).
+    """
+
+    prompt: str
+    negative: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None  # width, height
+    seed: int = 0
+    rng: str = "torch"
+    sampler: str | None = None
+    images: int = 1
+    memory: str = "normal"
+    batch: int | None = None
+    latents: Array | None = None
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if self.negative is not None:
+            check_prompt(self.negative, "negative prompt")
+        if self.steps is not None:
+            check_range("steps", self.steps, *LIMITS.steps)
+        if self.guidance is not None:
+            check_range("guidance", self.guidance, *LIMITS.guidance)
+        check_range("images", self.images, *LIMITS.images)
+        check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images + 1)
+        if self.batch is not None:
+            check_range("batch", self.batch, 1, LIMITS.images[1])
+        _check_choice("rng", self.rng, NOISES)
+        _check_choice("memory", self.memory, MEMORY)
+        if self.sampler is not None:
+            _check_choice("sampler", self.sampler, tuple(SAMPLERS))
+        _check_size(self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A request with nothing left open."""
+
+    request: Request
+    sampler: Sampler
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+    latent_shape: tuple[int, int, int]  # channels, height, width
+
+
+def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Settled:
+    """Fill in the model's defaults and check what only the model knows.
+
+    Raises:
+        ConfigError: a size, number of steps or latents that the model cannot take.
+        UnsupportedError: a sampler option that is not built.
+    """
+    width, height = request.size or (family.default_size, family.default_size)
+    shape = (family.latent_channels, *family.latent_size(width, height))
+    sampler = make_sampler({"prediction_type": family.prediction_type, **scheduler}, request.sampler)
+    steps = family.steps_default if request.steps is None else request.steps
+    sampler.calls(steps)
+    _check_latents(request.latents, (request.images, *shape))
+    guidance = family.guidance_default if request.guidance is None else float(request.guidance)
+    return Settled(request, sampler, steps, guidance, (width, height), shape)
+
+
+def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ConfigError(unknown(name, value, legal))
+
+
+def _check_size(size: object) -> None:
+    if size is None:
+        return
+    if not (isinstance(size, tuple) and len(size) == 2):
+        raise ConfigError(f"size is {str(size)[:60]}; it must be (width, height)")
+    for name, side in zip(("width", "height"), size, strict=True):
+        check_range(name, side, *LIMITS.size_px)
+
+
+def _check_latents(latents: Array | None, shape: tuple[int, ...]) -> None:
+    if latents is None:
+        return
+    if tuple(latents.shape) != shape:
+        raise ConfigError(f"latents have shape {tuple(latents.shape)}; this request needs {shape}")
+    if isinstance(latents, np.ndarray) and (latents.dtype.kind != "f" or not np.isfinite(latents).all()):
+        raise ConfigError(f"latents are {latents.dtype} and must be finite floats")

@@ -1,0 +1,133 @@
+"""The noise schedule of training: betas, cumulative alphas and sigmas, bit for bit as diffusers (float32) has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import ConfigError
+from diffship.core.strict import bounds, choices
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("linspace", "leading", "trailing")
+_ALMOST_ZERO_SNR = np.float32(2.0**-24)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every scheduler_config.json says of training and of the timestep grid; keys and defaults are diffusers'."""
+
+    num_train_timesteps: int = field(default=1000, metadata=bounds(2, 10_000))
+    beta_start: float = field(default=0.0001, metadata=bounds(1e-12, 0.999))
+    beta_end: float = field(default=0.02, metadata=bounds(1e-12, 0.999))
+    beta_schedule: str = field(default="linear", metadata=choices("linear", "scaled_linear", "squaredcos_cap_v2"))
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = field(default="epsilon", metadata=choices(*PREDICTIONS))
+    timestep_spacing: str = field(default="leading", metadata=choices(*SPACINGS))
+    steps_offset: int = field(default=0, metadata=bounds(0, 1000))
+
+    def __post_init__(self) -> None:
+        betas = self.trained_betas
+        if betas is None:
+            return
+        if len(betas) != self.num_train_timesteps:
+            raise ConfigError(f"trained_betas has {len(betas)} entries for {self.num_train_timesteps} timesteps")
+        if not all(0.0 < beta < 1.0 for beta in betas):
+            raise ConfigError("trained_betas has an entry that is not between 0 and 1")
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the betas are rescaled to zero terminal SNR (Lin et al. 2023, algorithm 1)."""
+        return bool(getattr(self, "rescale_betas_zero_snr", False))
+
+    def alphas_cumprod(self) -> F32:
+        """Product of (1 - beta) up to each timestep, float32 (num_train_timesteps,); read-only."""
+        return _alphas_cumprod(self)
+
+    def sigmas(self) -> F32:
+        """sqrt((1 - a) / a) for each timestep, float32; finite even at zero terminal SNR, as in diffusers."""
+        alphas = self.alphas_cumprod()
+        if self.zero_snr:
+            alphas = alphas.copy()
+            alphas[-1] = _ALMOST_ZERO_SNR
+        return np.asarray(np.sqrt((np.float32(1) - alphas) / alphas), np.float32)
+
+    def grid(self, points: int, ratio: float, last: int | None = None) -> F64:
+        """Timesteps, largest first (Lin et al. 2023, table 2); linspace unrounded, `ratio` is trailing's stride."""
+        last = self.num_train_timesteps if last is None else last
+        if self.timestep_spacing == "linspace":
+            return np.asarray(np.linspace(0, last - 1, points)[::-1], np.float64)
+        if self.timestep_spacing == "leading":
+            return np.arange(points, dtype=np.float64)[::-1] * (last // points) + self.steps_offset
+        return np.asarray(np.round(np.arange(last, 0, -ratio)) - 1.0, np.float64)
+
+
+@lru_cache(maxsize=64)
+def _alphas_cumprod(schedule: Schedule) -> F32:
+    betas = _betas(schedule)
+    if schedule.zero_snr:
+        betas = _zero_terminal_snr(betas)
+    alphas = _cumprod(np.float32(1) - betas)
+    alphas.flags.writeable = False
+    return alphas
+
+
+def _betas(schedule: Schedule) -> F32:
+    start, end, count = schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps
+    if schedule.trained_betas is not None:
+        return np.array(schedule.trained_betas, np.float32)
+    if schedule.beta_schedule == "linear":
+        return _linspace(start, end, count)
+    if schedule.beta_schedule == "scaled_linear":
+        return _linspace(start**0.5, end**0.5, count) ** 2
+    cosine = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+    return np.array([min(1 - cosine[i + 1] / cosine[i], 0.999) for i in range(count)], np.float32)
+
+
+def _linspace(start: float, end: float, count: int) -> F32:
+    # torch counts from both ends in float32 with fused multiply-add; one float64 rounding is the same
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    rising, falling = first + step * index, last - step * (count - 1 - index)
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
+
+
+def _cumprod(values: F32) -> F32:
+    return np.cumprod(values.astype(np.float64)).astype(np.float32)
+
+
+def _zero_terminal_snr(betas: F32) -> F32:
+    root = np.sqrt(_cumprod(np.float32(1) - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    bar = root**2
+    return np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+
+
+def karras(low: float, high: float, points: int, rho: float = 7.0) -> F64:
+    """Sigmas from `high` to `low` (Karras et al. 2022, equation 5)."""
+    ramp = np.linspace(0, 1, points)
+    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
+
+
+def sigma_to_t(sigmas: F64, table: F32) -> F64:
+    """Fractional timesteps at which the schedule's `table` of sigmas has these values, by log interpolation."""
+    logs = np.log(table)
+    log_sigma = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip((log_sigma[None, :] - logs[:, None] >= 0).cumsum(0).argmax(0), 0, len(logs) - 2)
+    weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
+    return np.asarray((1 - weight) * low + weight * (low + 1))
+
+
+def known(config: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The entries of a scheduler config that a sampler has fields for, `-Infinity` as if it were absent."""
+    return {key: value for key, value in config.items() if key in names and value != -math.inf}

@@ -1,0 +1,159 @@
+"""CLIP's byte-pair tokenizer (Radford et al. 2021) through `tokenizers`, padded as the model's own config says."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.limits import LIMITS
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+_FILE_BYTES = 32 << 20
+_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`ids` int64 (prompts, 77); `warnings` names what was cut off."""
+
+    ids: NDArray[np.int64]
+    warnings: tuple[str, ...] = ()
+
+
+class Tokenizer(Protocol):
+    """Prompts to token ids."""
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens: ...
+
+
+class ClipTokenizer:
+    """Start token, at most 75 tokens of text, end token, padding up to 77.
+
+    SD1.x pads with the end token; SD2's and SDXL's second tokenizer pad with "!" (id 0).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, pad_token: str = END, length: int = LENGTH) -> None:
+        self._backend = backend
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.length = length
+        self._start, self._end = self._id(START), self._id(END)
+        self._pad = self._id(pad_token)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ClipTokenizer:
+        """From a tokenizer folder: tokenizer.json, or vocab.json and merges.txt, and its config.
+
+        Raises:
+            SourceError: files are missing, too large or not a CLIP tokenizer.
+        """
+        names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        return cls.from_files({n: _read(Path(folder) / n) for n in names if (Path(folder) / n).is_file()}, str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], where: str = "tokenizer") -> ClipTokenizer:
+        """As `from_folder`, from contents in memory by file name."""
+        try:
+            if "vocab.json" in files and "merges.txt" in files:
+                backend = _from_merges(json.loads(files["vocab.json"]), files["merges.txt"].decode("utf-8"))
+            elif "tokenizer.json" in files:
+                backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+            else:
+                raise SourceError(f"{where}: has neither tokenizer.json nor vocab.json with merges.txt")
+            return cls(backend, _pad_token(files), _length(files))
+        except SourceError:
+            raise
+        except Exception as fault:  # tokenizers raises bare Exception
+            raise SourceError(f"{where}: is not a CLIP tokenizer: {str(fault)[:200]}") from None
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """Ids of each prompt.
+
+        Raises:
+            ConfigError: a prompt is no string, or longer than the limit.
+        """
+        rows, warnings = [], []
+        for prompt in prompts:
+            row, lost = self._row(check_prompt(prompt))
+            rows.append(row)
+            if lost:
+                warnings.append(lost)
+        return Tokens(np.array(rows, np.int64).reshape(len(rows), self.length), tuple(dict.fromkeys(warnings)))
+
+    def _row(self, prompt: str) -> tuple[list[int], str]:
+        encoding = self._backend.encode(prompt, add_special_tokens=False)
+        room = self.length - 2
+        ids = [self._start, *encoding.ids[:room], self._end]
+        ids += [self._pad] * (self.length - len(ids))
+        if len(encoding.ids) <= room:
+            return ids, ""
+        cut = prompt[encoding.offsets[room][0] :].strip()
+        shown = cut if len(cut) <= 60 else cut[:57] + "..."
+        return ids, f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
+
+    def _id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise SourceError(f"the tokenizer has no token {token!r}")
+        return int(found)
+
+
+def check_prompt(prompt: object, name: str = "prompt") -> str:
+    """The prompt in NFC, lone surrogates replaced; at most `LIMITS.prompt_chars` characters.
+
+    Raises:
+        ConfigError: not a string, or too long.
+    """
+    if not isinstance(prompt, str):
+        raise ConfigError(f"the {name} is a {type(prompt).__name__}; it must be text")
+    if len(prompt) > LIMITS.prompt_chars:
+        raise ConfigError(f"the {name} has {len(prompt)} characters; at most {LIMITS.prompt_chars} are allowed")
+    legible = prompt.encode("utf-8", "replace").decode("utf-8")
+    return unicodedata.normalize("NFC", legible)[: LIMITS.prompt_chars]
+
+
+def _from_merges(vocab: dict[str, int], merges: str) -> tokenizers.Tokenizer:
+    lines = [line.split() for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
+    pairs = [(first, second) for first, second in lines]
+    bpe: Any = models.BPE(
+        vocab=vocab, merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+    )
+    backend = tokenizers.Tokenizer(bpe)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.add_special_tokens([START, END])
+    return backend
+
+
+def _pad_token(files: Mapping[str, bytes]) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        pad = json.loads(files.get(name, b"{}")).get("pad_token")
+        if isinstance(pad, dict):
+            pad = pad.get("content")
+        if isinstance(pad, str):
+            return pad
+    return END
+
+
+def _length(files: Mapping[str, bytes]) -> int:
+    length = json.loads(files.get("tokenizer_config.json", b"{}")).get("model_max_length", LENGTH)
+    return length if isinstance(length, int) and 3 <= length <= LENGTH else LENGTH
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _FILE_BYTES:
+        raise SourceError(f"{path}: has {path.stat().st_size} bytes; at most {_FILE_BYTES} are read")
+    return path.read_bytes()

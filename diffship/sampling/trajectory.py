@@ -1,0 +1,95 @@
+"""Trajectory: one image between two model calls, with everything that the next call needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from diffship.core.errors import HandoffError
+from diffship.core.family import Family
+from diffship.sampling.rng import Noise
+from diffship.sampling.samplers import Sampler
+
+Array = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What a text encoder gave for one prompt; float32, without a batch axis."""
+
+    embeddings: Array  # (tokens, width)
+    pooled: Array | None = None  # (pooled width,), SDXL
+    time_ids: Array | None = None  # (6,) or (5,), SDXL and its refiner
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One image after `step` of `sampler.calls(steps)` model calls; latents are (channels, height, width) float32.
+
+    `guidance` is classifier-free guidance over (`negative`, `positive`); models with a time condition take it as an
+    embedding instead. `history` is newest first, as the sampler's matrix has it. Frozen: a step makes a new one.
+    """
+
+    latents: Array
+    step: int
+    steps: int
+    sampler: Sampler
+    noise: Noise
+    size: tuple[int, int]  # width, height in pixels
+    guidance: float = 1.0
+    positive: Conditioning | None = None
+    negative: Conditioning | None = None
+    history: tuple[Array, ...] = ()
+    mask: Array | None = None  # (1, height, width) of the latents, 1 = draw here
+    masked_latents: Array | None = None  # (channels, height, width)
+    init_latents: Array | None = None  # (channels, height, width), what img2img started from
+    prompt: str = ""
+    negative_prompt: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
+
+    @property
+    def calls(self) -> int:
+        """Number of model calls from start to end."""
+        return self.sampler.calls(self.steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether no call is left."""
+        return self.step >= self.calls
+
+    def without_conditioning(self) -> Trajectory:
+        """The same without embeddings: a receiver encodes `prompt` and `negative_prompt` itself."""
+        return replace(self, positive=None, negative=None)
+
+    def require_fit(self, family: Family) -> None:
+        """Raises HandoffError, naming the value, unless a model of `family` can go on from here."""
+        height, width = family.latent_size(*self.size)
+        _same("latents", tuple(self.latents.shape), (family.latent_channels, height, width))
+        _same("prediction type", self.sampler.prediction_type, family.prediction_type)
+        inpaint = family.unet_channels == 2 * family.latent_channels + 1
+        _same("mask present", self.mask is not None and self.masked_latents is not None, inpaint)
+        for condition in (self.positive, self.negative):
+            if condition is not None:
+                _same("text width", int(condition.embeddings.shape[-1]), family.text_width)
+                pooled = None if condition.pooled is None else int(condition.pooled.shape[-1])
+                _same("pooled width", pooled, family.pooled_width)
+                ids = None if condition.time_ids is None else int(condition.time_ids.shape[-1])
+                _same("number of time ids", ids, family.time_ids)
+
+
+def _same(what: str, ours: object, theirs: object) -> None:
+    if ours != theirs:
+        raise HandoffError(f"the trajectory does not fit this model: {what} is {ours}, the model has {theirs}")
+
+
+def at_step(trajectory: Trajectory, latents: Array, history: tuple[Array, ...], noise: Noise) -> Trajectory:
+    """The trajectory one call later."""
+    return replace(trajectory, latents=latents, history=history, noise=noise, step=trajectory.step + 1)
+
+
+def as_numpy(array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 numpy copy of any array type."""
+    value = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+    return np.asarray(value, np.float32)

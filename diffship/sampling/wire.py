@@ -1,0 +1,237 @@
+"""A Trajectory as bytes, the only wire there is: a safetensors body under a checksummed JSON header.
+
+The whole is a valid safetensors file. Its `__metadata__` holds `sha256`, of all bytes with those 64 digits read as
+zeros, `schema` and `trajectory` (JSON). Every claim is checked against the bytes at hand before an array is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import ConfigError, DiffshipError, HandoffError
+from diffship.core.limits import LIMITS, check_range
+from diffship.sampling.rng import Noise, Philox, TorchGenerator, TorchNoise
+from diffship.sampling.samplers import MAX_HISTORY, make_sampler
+from diffship.sampling.tokenizer import check_prompt
+from diffship.sampling.trajectory import Conditioning, Trajectory, as_numpy
+
+SCHEMA = "1"
+_FRONT = b'{"__metadata__":{"sha256":"'
+_DIGITS = slice(8 + len(_FRONT), 8 + len(_FRONT) + 64)
+_HEADER_BYTES = 256 << 10
+_FACTS_BYTES = 16 << 10
+_KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_prompt", "facts", "noise"}
+_DTYPES = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_RANKS = {
+    "latents": 3,
+    "mask": 3,
+    "masked_latents": 3,
+    "init_latents": 3,
+    "noise.key": 1,
+    **{f"history.{i}": 3 for i in range(MAX_HISTORY)},
+    **{f"{side}.embeddings": 2 for side in ("positive", "negative")},
+    **{f"{side}.{field}": 1 for side in ("positive", "negative") for field in ("pooled", "time_ids")},
+}
+
+
+def pack(trajectory: Trajectory) -> bytes:
+    """The bytes of a trajectory; `unpack` gives it back bit for bit.
+
+    Raises:
+        HandoffError: it is larger than the limit.
+    """
+    noise, tensors = _noise_out(trajectory.noise)
+    tensors |= _tensors(trajectory)
+    about = {
+        "step": trajectory.step,
+        "steps": trajectory.steps,
+        "sampler": trajectory.sampler.to_config(),
+        "size": list(trajectory.size),
+        "guidance": trajectory.guidance,
+        "prompt": trajectory.prompt,
+        "negative_prompt": trajectory.negative_prompt,
+        "facts": trajectory.facts,
+        "noise": noise,
+    }
+    return _seal(about, tensors)
+
+
+def unpack(data: bytes) -> Trajectory:
+    """The trajectory of `pack`.
+
+    Raises:
+        HandoffError: the bytes are damaged, too large, of another schema, or say what no sampler does.
+    """
+    try:
+        about, tensors = _open(data)
+        return _build(about, tensors)
+    except HandoffError:
+        raise
+    except DiffshipError as fault:
+        raise HandoffError(f"trajectory: {fault}") from None
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as fault:
+        raise HandoffError(f"trajectory: malformed ({type(fault).__name__}: {str(fault)[:80]})") from None
+
+
+def _seal(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    metadata = {"sha256": "0" * 64, "schema": SCHEMA, "trajectory": json.dumps(about, allow_nan=False)}
+    table: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for name, array in tensors.items():
+        code = "U32" if array.dtype == np.uint32 else "F32"
+        table[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
+        place += array.nbytes
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > _HEADER_BYTES or 8 + len(header) + place > LIMITS.trajectory_bytes:
+        raise HandoffError(
+            f"the trajectory takes {len(header) + place} bytes; at most {LIMITS.trajectory_bytes} travel"
+        )
+    blob = bytearray(struct.pack("<Q", len(header)) + header)
+    for array in tensors.values():
+        blob += array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    blob[_DIGITS] = hashlib.sha256(blob).hexdigest().encode()
+    return bytes(blob)
+
+
+def _open(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    if len(data) > LIMITS.trajectory_bytes:
+        _refuse(f"it has {len(data)} bytes; at most {LIMITS.trajectory_bytes} are read")
+    if len(data) < _DIGITS.stop or data[8 : 8 + len(_FRONT)] != _FRONT:
+        _refuse(f"these {len(data)} bytes are not one")
+    (length,) = struct.unpack_from("<Q", data)
+    if length > min(_HEADER_BYTES, len(data) - 8):
+        _refuse(f"its header claims {length} bytes; {len(data) - 8} are here, the limit is {_HEADER_BYTES}")
+    zeroed = hashlib.sha256(data[: _DIGITS.start] + b"0" * 64)
+    zeroed.update(memoryview(data)[_DIGITS.stop :])
+    if zeroed.hexdigest().encode() != data[_DIGITS]:
+        _refuse("it is damaged: the checksum does not match. Send it again")
+    table = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    metadata = table.pop("__metadata__")
+    if metadata.get("schema") != SCHEMA:
+        _refuse(f"its schema is {str(metadata.get('schema'))[:20]!r}; this version reads {SCHEMA!r}")
+    about = json.loads(metadata["trajectory"], object_pairs_hook=_unique, parse_constant=_constant)
+    if not isinstance(about, dict) or set(about) != _KEYS:
+        _refuse("its header does not have the keys of a trajectory")
+    return about, _arrays(table, memoryview(data)[8 + length :])
+
+
+def _arrays(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[Any]]:
+    arrays, place = {}, 0
+    for name, claim in table.items():
+        shape, (begin, end) = claim["shape"], claim["data_offsets"]
+        if name not in _RANKS or claim["dtype"] not in _DTYPES or len(shape) != _RANKS[name]:
+            _refuse(f"it holds {name[:40]!a} with dtype {str(claim['dtype'])[:10]!a} and {len(shape)} axes")
+        if (claim["dtype"] == "U32") != (name == "noise.key"):
+            _refuse(f"tensor {name} is {claim['dtype']}")
+        for side in shape:
+            check_range(f"axis of {name}", side, 1, 1 << 20)
+        if begin != place or end - begin != 4 * math.prod(shape) or end > len(body):
+            _refuse(f"tensor {name} claims bytes {begin}..{end} of {len(body)} for shape {shape}")
+        flat = np.frombuffer(body[begin:end], _DTYPES[claim["dtype"]])
+        arrays[name] = flat.astype(flat.dtype.newbyteorder("=")).reshape(shape)
+        place = end
+    if place != len(body):
+        _refuse(f"{len(body) - place} bytes are left over behind its tensors")
+    return arrays
+
+
+def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajectory:
+    sampler = make_sampler(about["sampler"])
+    steps, latents = check_range("steps", about["steps"], *LIMITS.steps), tensors["latents"]
+    step = check_range("step", about["step"], 0, sampler.calls(steps))
+    history = tuple(tensors[f"history.{i}"] for i in range(sum(name.startswith("history.") for name in tensors)))
+    if step < sampler.calls(steps):
+        sampler.coefficients(step, steps, len(history))
+    sides = [check_range("side", side, *LIMITS.size_px) for side in about["size"]]
+    if len(sides) != 2 or any(array.shape != latents.shape for array in history):
+        _refuse("its size or history does not fit its latents")
+    for name, array in tensors.items():
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            _refuse(f"tensor {name} holds NaN or infinity")
+    return Trajectory(
+        latents=latents,
+        step=step,
+        steps=steps,
+        sampler=sampler,
+        noise=_noise_in(about["noise"], tensors.get("noise.key")),
+        size=(sides[0], sides[1]),
+        guidance=float(check_range("guidance", about["guidance"], *LIMITS.guidance)),
+        positive=_condition("positive", tensors),
+        negative=_condition("negative", tensors),
+        history=history,
+        mask=tensors.get("mask"),
+        masked_latents=tensors.get("masked_latents"),
+        init_latents=tensors.get("init_latents"),
+        prompt=check_prompt(about["prompt"]),
+        negative_prompt=check_prompt(about["negative_prompt"]),
+        facts=_facts(about["facts"]),
+    )
+
+
+def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
+    named = {
+        "latents": trajectory.latents,
+        **{f"history.{i}": array for i, array in enumerate(trajectory.history)},
+        "mask": trajectory.mask,
+        "masked_latents": trajectory.masked_latents,
+        "init_latents": trajectory.init_latents,
+    }
+    for side, condition in (("positive", trajectory.positive), ("negative", trajectory.negative)):
+        for field in ("embeddings", "pooled", "time_ids"):
+            named[f"{side}.{field}"] = getattr(condition, field, None)
+    return {name: as_numpy(array) for name, array in named.items() if array is not None}
+
+
+def _condition(side: str, tensors: Mapping[str, NDArray[Any]]) -> Conditioning | None:
+    fields = {field: tensors.get(f"{side}.{field}") for field in ("embeddings", "pooled", "time_ids")}
+    if fields["embeddings"] is None:
+        if any(value is not None for value in fields.values()):
+            _refuse(f"it has parts of the {side} conditioning without embeddings")
+        return None
+    return Conditioning(**fields)
+
+
+def _noise_out(noise: Noise) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    if isinstance(noise, TorchNoise):
+        return {"kind": "torch", "pos": noise.pos, "spare": noise.spare}, {"noise.key": noise.key}
+    if isinstance(noise, Philox):
+        return {"kind": "philox", "seed": noise.seed, "image": noise.image}, {}
+    raise ConfigError(f"noise of type {type(noise).__name__} does not travel; use torch or philox")
+
+
+def _noise_in(about: Mapping[str, Any], key: NDArray[Any] | None) -> Noise:
+    if about["kind"] == "torch" and key is not None:
+        return TorchNoise(*TorchGenerator.from_state(key, about["pos"], about["spare"]).state())
+    if about["kind"] == "philox" and key is None:
+        return Philox(about["seed"], about["image"])
+    _refuse("its noise is of no known kind")
+
+
+def _facts(facts: object) -> dict[str, Any]:
+    if not isinstance(facts, dict) or len(json.dumps(facts)) > _FACTS_BYTES:
+        _refuse(f"its facts are not a table of at most {_FACTS_BYTES} bytes")
+    return facts
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        _refuse("a key stands twice in its header")
+    return table
+
+
+def _constant(text: str) -> NoReturn:
+    _refuse(f"its header holds {text}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise HandoffError(f"trajectory: {reason}")
