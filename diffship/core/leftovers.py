@@ -81,7 +81,7 @@ def _remove_stale_file(entry: Path) -> bool:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock; -1 where there are no locks; None where another has it, or no folder is left."""
+    """A descriptor with the lock; -1 where there are no locks; None where another has it, or the folder is gone."""
     if fcntl is None:
         return -1
     try:
