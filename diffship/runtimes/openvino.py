@@ -49,8 +49,9 @@ class OpenVinoRunner:
         """Open `files[0]`, an ONNX file in a bundle (or a stage cut from one) with its data beside it."""
         core = _import().Core()
         try:
-            compiled = core.compile_model(core.read_model(str(files[0])), "CPU", self._properties())
-            return _CompiledSession(compiled)
+            model = core.read_model(str(files[0]))
+            _give_ranks(model)
+            return _CompiledSession(core.compile_model(model, "CPU", self._properties()))
         except RunnerError:
             raise
         except Exception as fault:
@@ -127,6 +128,13 @@ class _CompiledSession:
             if self._compiled is None:
                 raise RunnerError("the openvino model is closed; open it again")
             return self._compiled.create_infer_request()
+
+
+def _give_ranks(model: Any) -> None:
+    """OpenVINO 2026 fails on inputs of unknown rank; ours is the timestep, which the shell always gives as (batch,)."""
+    shapes = {port: [-1] for port in model.inputs if port.get_partial_shape().rank.is_dynamic}
+    if shapes:
+        model.reshape(shapes)
 
 
 def _ports(ports: Sequence[Any]) -> dict[str, str]:
