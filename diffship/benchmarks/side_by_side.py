@@ -1,0 +1,188 @@
+"""Two models side by side: parts on the same feeds, steps from the same noise, pictures of the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from diffship.core.compare import Report, Tolerance, compare
+from diffship.core.errors import ConfigError
+from diffship.core.family import Family
+from diffship.core.spec import TensorSpec
+from diffship.sampling.generate import Request, generate
+from diffship.sampling.model import Model
+from diffship.sampling.trajectory import Trajectory, as_numpy
+
+FLOORS_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 30.0}  # other precisions: 25 dB
+_PROBE = "a red apple on a table"
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: an opened model, and per part the digest of its source tensors and its precision."""
+
+    name: str
+    model: Model
+    digests: Mapping[str, str]
+    precisions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PartFigures:
+    """One part. `judged` is false where the weights differ and no floor was asked for: figures only."""
+
+    name: str
+    same_source: bool
+    judged: bool
+    report: Report
+
+    @property
+    def passed(self) -> bool:
+        return self.report.passed or not self.judged
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Latents after one model call: largest difference, and PSNR over the peak of the first side."""
+
+    prompt: int
+    step: int
+    max_abs: float
+    psnr_db: float
+
+
+@contextmanager
+def open_side(text: str, engine: str | None = None, options: Mapping[str, Any] | None = None) -> Iterator[Side]:
+    """A bundle in an engine, or a source in torch (`engine` must then be None or torch)."""
+    from diffship.runtimes.model import BundleModel, open_model
+
+    with open_model(text, engine, **dict(options or {})) as model:
+        if isinstance(model, BundleModel):
+            parts = model.bundle.manifest.parts
+            digests = {part.name: part.source_digest for part in parts}
+            yield Side(f"{text} ({model.engine})", model, digests, {part.name: part.precision for part in parts})
+        else:
+            digests = _source_digests(text)
+            yield Side(f"{text} (torch)", model, digests, dict.fromkeys(digests, "fp32"))
+
+
+def common_parts(first: Side, second: Side, wanted: Sequence[str] | None = None) -> list[str]:
+    """Parts that both have, in the order in which a picture uses them.
+
+    Raises:
+        ConfigError: there is none, or one of `wanted` is missing on a side.
+    """
+    both = first.model.parts & second.model.parts
+    for name in wanted or ():
+        if name not in both:
+            raise ConfigError(f"part {name!r} is not in both; common parts: {', '.join(sorted(both)) or 'none'}")
+    order = ("text_encoder", "text_encoder_2", "vae_encoder", "unet", "vae_decoder")
+    found = [name for name in order if name in (wanted or both)]
+    if not found:
+        raise ConfigError(f"{first.name} and {second.name} have no part in common")
+    return found
+
+
+def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: float | None = None) -> PartFigures:
+    """Both run `part` on the same feeds at the smallest size.
+
+    The floor is `floor_db`, or that of the lower precision where both come from the same weights.
+    """
+    sides = (first, second)
+    outputs = []
+    feeds: dict[str, Array] = {}
+    for entry in sides:
+        runner = entry.model.use(part)
+        feeds = feeds or make_feeds(first.model, part, runner.inputs, seed)
+        outputs.append({name: as_numpy(value) for name, value in runner.run(feeds).items()})
+        entry.model.release(part)
+    floors = [FLOORS_DB.get(side.precisions.get(part, "fp32"), 25.0) for side in sides]
+    same = first.digests.get(part) == second.digests.get(part) is not None
+    tolerance = Tolerance(psnr_db=floor_db if floor_db is not None else min(floors))
+    common = outputs[0].keys() & outputs[1].keys()
+    reference, candidate = ({name: side[name] for name in side if name in common} for side in outputs)
+    report = compare(reference, candidate, tolerance)
+    return PartFigures(part, same, same or floor_db is not None, report)
+
+
+def make_feeds(model: Model, part: str, inputs: Sequence[TensorSpec], seed: int = 0) -> dict[str, Array]:
+    """Plausible feeds at the smallest legal size: token ids of a prompt, unit normal latents, pixels in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    sizes = _smallest(model.family)
+    return {spec.name: _feed(model, part, spec, sizes, rng) for spec in inputs}
+
+
+def _smallest(family: Family) -> dict[str, int]:
+    pixels = max(64, family.size_step)
+    latent = pixels // family.vae_factor
+    sizes = {"batch_size": 1, "sequence_length": 77}
+    sizes |= {f"{prefix}{side}": latent for prefix in ("", "latent_") for side in ("height", "width")}
+    return sizes | {f"sample_{side}": pixels for side in ("height", "width")}
+
+
+def _feed(model: Model, part: str, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
+    if spec.name == "input_ids":
+        name = "tokenizer_2" if part == "text_encoder_2" else "tokenizer"
+        return model.tokenizers[name]([_PROBE]).ids
+    shape = spec.resolve(sizes)
+    if spec.name == "timestep":
+        return np.full(shape, 501.0, np.float32)
+    if spec.name == "time_ids":
+        side = float(sizes["sample_height"])
+        return np.asarray([[side, side, 0.0, 0.0, side, side][: shape[1]]], np.float32)
+    values = rng.standard_normal(shape, dtype=np.float32)
+    return np.tanh(values) if part == "vae_encoder" else values
+
+
+def compare_steps(
+    first: Side, second: Side, requests: Sequence[Request], progress: Callable[[str, int, int], None] | None = None
+) -> tuple[list[StepFigures], list[tuple[Array, Array]]]:
+    """Both draw each request from the same noise; figures after every call, and the pairs of pictures."""
+    figures, pictures = [], []
+    for index, request in enumerate(requests):
+        one = replace(request, images=1)
+        runs = []
+        for side in (first, second):
+            runs.append(_record(side.model, one))
+            if progress is not None:
+                progress("pictures", 2 * index + len(runs), 2 * len(requests))
+        figures += _step_figures(index, runs[0][0], runs[1][0])
+        pictures.append((runs[0][1], runs[1][1]))
+    return figures, pictures
+
+
+def picture_psnr(first: Array, second: Array) -> float:
+    """PSNR in dB of two uint8 pictures, peak 255; inf where they are equal."""
+    error = float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def _record(model: Model, request: Request) -> tuple[list[Array], Array]:
+    latents: list[Array] = []
+
+    def keep(batch: Sequence[Trajectory]) -> None:
+        latents.append(as_numpy(batch[0].latents).copy())
+
+    picture = generate(model, request, on_step=keep)[0]
+    return latents, picture.pixels
+
+
+def _step_figures(prompt: int, first: Sequence[Array], second: Sequence[Array]) -> list[StepFigures]:
+    found = []
+    for step, (a, b) in enumerate(zip(first, second, strict=False), 1):
+        output = compare({"latents": a}, {"latents": b}, Tolerance()).outputs[0]
+        found.append(StepFigures(prompt, step, output.max_abs, output.psnr_db))
+    return found
+
+
+def _source_digests(text: str) -> dict[str, str]:
+    from diffship.core.weights import source_digest
+    from diffship.models.sources import open_source
+
+    components = open_source(text).components
+    return {name: source_digest(component.weights) for name, component in components.items()}

@@ -1,0 +1,140 @@
+"""doctor: say which engines, exporters and packages work on this machine, and what to install for the others."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from diffship import __version__
+from diffship.cli.output import Result, size_text, table
+
+EXAMPLES = """examples:
+  diffship doctor
+  diffship doctor --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Only the common flags."""
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """All flags are known."""
+
+
+def run(options: argparse.Namespace) -> Result:
+    from diffship.runtimes.engine import probe_all
+
+    engines = [probe.to_json() for probe in probe_all()]
+    extras = [_extra(name, requirements) for name, requirements in _extras().items() if name != "dev"]
+    conflicts = [str(engine["conflict"]) for engine in engines if engine.get("conflict")]
+    conflicts += [f"{name}: {text}" for entry in extras for name, text in entry["conflicts"].items()]
+    machine = _machine()
+    document = {"machine": machine, "engines": engines, "extras": extras, "conflicts": conflicts}
+    return Result(document, _text(machine, engines, extras, conflicts), 1 if conflicts else 0)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "diffship": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory(),
+        "free_disk_bytes": shutil.disk_usage(".").free,
+    }
+
+
+def _memory() -> int | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _extras() -> dict[str, list[str]]:
+    """Requirement lines of every extra, as the installed package declares them."""
+    found: dict[str, list[str]] = {}
+    try:
+        lines = importlib.metadata.requires("diffship") or []
+    except importlib.metadata.PackageNotFoundError:
+        return found  # run from a folder that was not installed
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        if "extra ==" in marker:
+            extra = marker.rpartition("extra ==")[2].strip().strip("\"'")
+            found.setdefault(extra, []).append(requirement.strip())
+    return found
+
+
+def _extra(name: str, requirements: Iterable[str]) -> dict[str, Any]:
+    installed, missing, conflicts = {}, [], {}
+    for requirement in requirements:
+        package = requirement.partition("[")[0]
+        for mark in "<>=!~ ":
+            package = package.partition(mark)[0]
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            continue
+        installed[package] = version
+        if not satisfies(version, requirement[len(package) :]):
+            conflicts[package] = f"version {version} is installed, [{name}] needs {requirement[len(package) :].strip()}"
+    return {
+        "extra": name,
+        "ready": not missing and not conflicts,
+        "installed": installed,
+        "missing": missing,
+        "conflicts": conflicts,
+        "install": f"pip install 'diffship[{name}]'",
+    }
+
+
+def satisfies(version: str, bounds: str) -> bool:
+    """Whether `version` meets `>=A,<B`, the only forms that this package declares."""
+    own = _numbers(version)
+    for bound in filter(None, (part.strip() for part in bounds.split(","))):
+        limit = _numbers(bound.lstrip("<>= "))
+        if own < limit if bound.startswith(">=") else own >= limit:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.partition("+")[0].split(".")[:3]
+    digits = ["".join(c for c in part if c.isdigit()) for part in parts]
+    return (*(int(d or 0) for d in digits), 0, 0)[:3]
+
+
+def _text(machine: dict[str, Any], engines: list[Any], extras: list[Any], conflicts: list[str]) -> str:
+    memory = f", {size_text(machine['memory_bytes'])} memory" if machine["memory_bytes"] else ""
+    lines = [
+        f"diffship {machine['diffship']}, Python {machine['python']} ({sys.executable})",
+        f"{machine['system']}, {machine['cores']} cores{memory}, {size_text(machine['free_disk_bytes'])} free here",
+        "",
+    ]
+    rows = [
+        (
+            engine["engine"],
+            "yes" if engine["available"] else "no",
+            engine["version"],
+            ", ".join(engine["devices"]),
+            "" if engine["available"] else f"{engine['reason']}. {engine['install']}".strip(". "),
+        )
+        for engine in engines
+    ]
+    lines.append(table(("engine", "works", "version", "devices", "what to do"), rows))
+    wanted = [
+        (entry["extra"], "yes" if entry["ready"] else "no", "" if entry["ready"] else entry["install"])
+        for entry in extras
+    ]
+    if wanted:
+        lines += ["", table(("extra", "ready", "what to do"), wanted)]
+    lines += [f"conflict: {conflict}" for conflict in conflicts]
+    return "\n".join(lines)

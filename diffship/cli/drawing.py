@@ -1,0 +1,167 @@
+"""What `run` does once its flags are read: requests, pictures, files, one grid."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffship.cli.flags import engine_options, request_fields
+from diffship.cli.output import Result
+from diffship.cli.progress import Stages, note
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.runtimes.engine import installed
+from diffship.sampling.generate import Request, generate
+from diffship.sampling.picture import Picture
+from diffship.sampling.trajectory import Trajectory
+
+MAX_PROMPTS = 256
+
+
+def draw(options: argparse.Namespace) -> Result:
+    """Everything is checked before the model is opened, and no folder is made before the first picture is there."""
+    from diffship.runtimes.model import open_model
+
+    prompts = read_prompts(options)
+    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    files = file_names(options.output, prompts, options.images, options.seed)
+    image, mask = _read_image(options.image), _read_mask(options.mask)
+    require_something(options.bundle)
+    begin = time.perf_counter()
+    with (
+        Stages(options.quiet) as stages,
+        open_model(options.bundle, options.engine, **engine_options(options)) as model,
+    ):
+        drawn = []
+        for number, (request, places) in enumerate(zip(requests, files, strict=True)):
+            label = f"{number + 1}/{len(requests)} {request.prompt[:40]}"
+            pictures = generate(model, request, on_step=_reporter(stages, label), image=image, mask=mask)
+            drawn += [_save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
+        name, engine = model.name, getattr(model, "engine", "torch")
+    if options.grid:
+        write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
+    return _result(name, engine, drawn, options.grid, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture and where it lies."""
+
+    file: Path
+    prompt: str
+    pixels: Any
+    settings: dict[str, Any]
+
+
+def require_something(text: str) -> None:
+    """Raises ConfigError for a path that leads nowhere; a hub id or built-in source needs torch to be looked up."""
+    if Path(text).exists():
+        return
+    if text.startswith(("/", ".", "~", "\\")) or not installed("torch"):
+        raise ConfigError(f"{text!r} does not exist; DIR is a bundle, a folder with diffship.json in it")
+
+
+def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
+    """One labelled PNG of all pictures; appears whole or not at all."""
+    from diffship.benchmarks.grid import grid, png_bytes
+    from diffship.core.atomic import write_file
+
+    sheet = grid(pictures, labels, columns)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, png_bytes(sheet))
+
+
+def _save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
+    settings = dict(picture.settings)
+    kept = replace(picture, settings={}) if options.no_metadata else picture
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept.save(file)
+    return Drawn(file, str(settings["prompt"]), picture.pixels, settings)
+
+
+def _reporter(stages: Stages, label: str) -> Callable[[Sequence[Trajectory]], None]:
+    return lambda batch: stages(label, batch[0].step, batch[0].calls)
+
+
+def _read_image(file: Path | None) -> Any:
+    from diffship.sampling.picture import read_pixels
+
+    return None if file is None else read_pixels(file)
+
+
+def _read_mask(file: Path | None) -> Any:
+    pixels = _read_image(file)
+    return None if pixels is None else pixels.max(axis=2)
+
+
+def _result(name: str, engine: str, drawn: Sequence[Drawn], grid: Path | None, seconds: float) -> Result:
+    pictures = []
+    for entry in drawn:
+        height, width = entry.pixels.shape[:2]
+        facts = {"file": str(entry.file), "prompt": entry.prompt, "seed": entry.settings["seed"]}
+        pictures.append({**facts, "width": width, "height": height, "settings": entry.settings})
+    warnings = list(dict.fromkeys(text for entry in drawn for text in entry.settings.get("warnings", ())))
+    for warning in warnings:
+        note(f"warning: {warning}")
+    document = {
+        "model": name,
+        "engine": engine,
+        "pictures": pictures,
+        "grid": None if grid is None else str(grid),
+        "seconds": round(seconds, 3),
+        "warnings": warnings,
+    }
+    files = [str(entry.file) for entry in drawn] + ([] if grid is None else [str(grid)])
+    return Result(document, "\n".join(files))
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Prompts of the command line, then those of the file, without comments and blank lines.
+
+    Raises:
+        ConfigError: there is none, there are too many, or the file is missing, too long or not UTF-8.
+    """
+    prompts = list(options.prompts)
+    if options.prompts_file is not None:
+        prompts += _prompts_of(options.prompts_file)
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise ConfigError(f"{len(prompts)} prompts; legal is 1 to {MAX_PROMPTS}: PROMPT... or --prompts-file FILE")
+    return prompts
+
+
+def _prompts_of(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ConfigError(f"--prompts-file {str(file)!r} is not a file")
+    if file.stat().st_size > 4 * MAX_PROMPTS * LIMITS.prompt_chars:
+        raise ConfigError(f"--prompts-file {str(file)!r} is longer than {MAX_PROMPTS} prompts can be")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise ConfigError(f"--prompts-file {str(file)!r} is not UTF-8: {fault.reason} at byte {fault.start}") from None
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def file_names(folder: Path, prompts: Sequence[str], images: int, seed: int) -> list[list[Path]]:
+    """A list per prompt: `000-red-apple-1.png` is the first prompt with seed 1; or the one .png that was asked for.
+
+    Raises:
+        ConfigError: one .png file, but more than one picture.
+    """
+    if folder.suffix.lower() == ".png":
+        if len(prompts) * images > 1:
+            raise ConfigError(f"-o {folder} is one file for {len(prompts) * images} pictures; give a folder")
+        return [[folder]]
+    return [
+        [folder / f"{index:03d}-{slug(prompt)}-{seed + image}.png" for image in range(images)]
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def slug(prompt: str) -> str:
+    """At most 40 characters of a prompt that every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"

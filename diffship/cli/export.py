@@ -1,0 +1,105 @@
+"""export: compile a model for one target and prove that every part still computes the same thing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffship.cli.flags import add_fields, given_fields, names
+from diffship.cli.output import Result, figure, size_text, table
+from diffship.cli.progress import Stages
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.registry import EXPORTERS, load
+
+EXAMPLES = """examples:
+  diffship export emoji --to onnx -o out/emoji
+  diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model
+  diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a diffusers folder, a hub id, emoji, or arch:NAME")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the bundle goes")
+    parser.add_argument("--to", choices=tuple(EXPORTERS), default="onnx", help="target (default: onnx)")
+    parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
+    parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
+    parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
+    parser.add_argument("--no-verify", action="store_true", help="skip the proof; the bundle says 'unproven'")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the flags of the exporter that `--to` names: the fields of its class."""
+    target = _target(words)
+    if target in EXPORTERS:
+        try:
+            add_fields(parser, load(EXPORTERS, target, "target"), f"target {target}")
+        except DiffshipError:
+            return  # its package is missing: `run` says so
+
+
+def _target(words: Sequence[str]) -> str:
+    for first, second in zip(words, [*words[1:], ""], strict=True):
+        if first == "--to":
+            return second
+        if first.startswith("--to="):
+            return first[5:]
+    return "onnx"
+
+
+def run(options: argparse.Namespace) -> Result:
+    from diffship.core.job import Job
+    from diffship.export import export
+
+    if options.parts is not None and not options.parts:
+        raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
+    chosen = given_fields(options, load(EXPORTERS, options.to, "target"))
+    with Stages(options.quiet) as stages:
+        bundle = export(
+            options.source,
+            to=options.to,
+            out=options.output,
+            base=options.base,
+            revision=options.revision,
+            parts=options.parts,
+            verify=not options.no_verify,
+            overwrite=options.overwrite,
+            job=Job(progress=stages),
+            **chosen,
+        )
+    return describe(bundle.path, bundle.manifest)
+
+
+def describe(folder: Path, manifest: Any) -> Result:
+    parts = [_part(part, manifest.files) for part in manifest.parts]
+    document = {"bundle": str(folder), "target": manifest.target, "parts": parts}
+    head = ("part", "precision", "proof", "max abs", "PSNR dB", "bytes", "seconds")
+    rows = [
+        (
+            part["name"],
+            part["precision"],
+            part["proof"],
+            figure(part["max_abs"]),
+            figure(part["psnr_db"], ".1f"),
+            size_text(part["bytes"]),
+            figure(part["seconds"], ".1f"),
+        )
+        for part in parts
+    ]
+    return Result(document, f"{table(head, rows)}\n{manifest.target} bundle in {folder}")
+
+
+def _part(part: Any, files: Any) -> dict[str, Any]:
+    proof = part.proof
+    return {
+        "name": part.name,
+        "precision": part.precision,
+        "proof": proof["status"],
+        "max_abs": proof.get("max_abs"),
+        "psnr_db": proof.get("psnr_db"),
+        "seconds": proof.get("seconds"),
+        "bytes": sum(files[name].size for name in part.files if name in files),
+    }

@@ -1,0 +1,125 @@
+"""Flags: types that argparse lacks, and the flags that a dataclass of options brings along."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from diffship.core.errors import ConfigError
+from diffship.core.registry import RUNNERS
+
+SAMPLERS = "ddim, dpmpp-2m, dpmpp-2m-karras, euler, euler-a, lcm, pndm"  # a test keeps it equal to the table
+
+
+def size(text: str) -> tuple[int, int]:
+    """`512` or `512x768` as (width, height)."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or WxH, such as 512 or 512x768") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`unet,vae_decoder` as a tuple, without empty entries."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`key=value`; whole numbers, numbers, true and false become such, everything else stays text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key.replace("-", "_"), plain_value(value)
+
+
+def plain_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What is drawn, beside the prompt; what is not given is the model's own choice."""
+    group = parser.add_argument_group("picture")
+    group.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    group.add_argument("--steps", metavar="N", type=int, help="denoising steps (default: the model's)")
+    group.add_argument("--size", metavar="N|WxH", type=size, help="pixels (default: the model's)")
+    group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")
+    group.add_argument("--sampler", metavar="NAME", help=f"{SAMPLERS} (default: the model's scheduler)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="image i uses seed + i (default: 0)")
+    group.add_argument("--rng", choices=("torch", "philox"), default="torch", help="noise (default: as torch draws it)")
+    return group
+
+
+def request_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of a Request: what the command line set."""
+    names_ = ("negative", "steps", "size", "guidance", "sampler", "seed", "rng", "images", "memory")
+    values = {name: getattr(options, name, None) for name in names_}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--engine and its own options: `--device` for the one that nearly all have, `--option` for the others."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--engine", choices=tuple(RUNNERS), help="default: the first installed one that reads DIR")
+    group.add_argument("--device", help="the engine's device, such as cpu or cuda")
+    group.add_argument("--option", metavar="KEY=VALUE", type=setting, action="append", default=[], help="engine option")
+    return group
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of the engine that the command line set; the last of equal keys counts."""
+    device = {} if options.device is None else {"device": options.device}
+    return device | dict(options.option)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type[Any], title: str, skip: typing.Container[str] = ()) -> None:
+    """One flag per field of `cls`: its name with dashes, its type, its legal values; absent where not given."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in skip:
+            flag = f"--{field.name.replace('_', '-')}"
+            group.add_argument(flag, dest=field.name, default=None, **_keywords(hints[field.name], field))
+
+
+def given_fields(options: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
+    """The fields of `cls` that the command line set."""
+    values = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def existing_file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{what} {str(path)!r} is not a file")
+    return path
+
+
+def _keywords(kind: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
+    shown = "" if field.default is dataclasses.MISSING or field.default is None else f" (default: {field.default})"
+    words: dict[str, Any] = {"help": f"{field.metadata.get('help', field.name.replace('_', ' '))}{shown}"}
+    if kind is bool:
+        return {**words, "action": argparse.BooleanOptionalAction}
+    if field.metadata.get("choices"):
+        words["choices"] = field.metadata["choices"]
+    return {**words, **_scalar(kind)}
+
+
+def _scalar(kind: Any) -> dict[str, Any]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(entry for entry in typing.get_args(kind) if entry is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        return {"type": names, "metavar": "A,B"}
+    return {"type": kind if kind in (int, float, Path) else str, "metavar": "N" if kind in (int, float) else None}

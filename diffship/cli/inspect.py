@@ -1,0 +1,153 @@
+"""inspect: list the parts of a bundle or source, their tensors, sizes, precision, proof and licence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffship.cli.flags import size
+from diffship.cli.output import Result, size_text, table
+from diffship.core.errors import ConfigError
+
+EXAMPLES = """examples:
+  diffship inspect out/emoji
+  diffship inspect arch:sd15 --size 512
+  diffship inspect emoji --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="DIR|SOURCE", help="a bundle, a diffusers folder, a hub id, emoji or arch:NAME")
+    parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
+    parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id")
+    parser.add_argument("--size", metavar="N|WxH", type=size, help="count the cost at this size (sources only)")
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """All flags are known."""
+
+
+def run(options: argparse.Namespace) -> Result:
+    if is_bundle(options.what):
+        if options.size or options.base or options.revision:
+            raise ConfigError("--size, --base and --revision are for sources; this is a bundle")
+        return inspect_bundle(Path(options.what))
+    from diffship.models.sources import open_source
+
+    return inspect_source(open_source(options.what, base=options.base, revision=options.revision), options)
+
+
+def is_bundle(text: str) -> bool:
+    return (Path(text) / "diffship.json").exists()
+
+
+def inspect_bundle(folder: Path) -> Result:
+    """From the manifest alone: nothing is hashed and no engine is opened."""
+    from diffship.core.bundle import Bundle
+
+    manifest = Bundle.open(folder).manifest
+    parts = [_bundle_part(part, manifest.files) for part in manifest.parts]
+    document = {
+        "kind": "bundle",
+        "name": str(folder),
+        "target": manifest.target,
+        "family": manifest.family.to_json(),
+        "parts": parts,
+        "sampler": manifest.sampler.get("_class_name"),
+        "source": manifest.source,
+        "licence": manifest.licence,
+        "tools": manifest.tools,
+        "bytes": sum(record.size for record in manifest.files.values()),
+    }
+    head = ("part", "precision", "proof", "parameters", "bytes", "source digest")
+    keys = ("name", "precision", "status", "parameters", "bytes", "source_digest")
+    rows = [[_short(key, part[key]) for key in keys] for part in parts]
+    facts = [
+        f"{manifest.target} bundle of {manifest.source.get('id', 'an unknown source')} ({manifest.family.name})",
+        f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
+        f"{len(manifest.files)} files",
+    ]
+    return Result(document, _join(facts, table(head, rows), parts, manifest.licence))
+
+
+def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
+    """Tensors are listed, not read: works on a source that memory cannot hold."""
+    from diffship.models.cost import cost
+
+    family = pipeline.family
+    width, height = options.size or (family.default_size, family.default_size)
+    latent_height, latent_width = family.latent_size(width, height)
+    sizes = {"height": latent_height, "width": latent_width, "image_height": height, "image_width": width}
+    parts = [_source_part(component, cost, sizes) for component in pipeline.components.values()]
+    document = {
+        "kind": "source",
+        "name": options.what,
+        "family": family.to_json(),
+        "size": [width, height],
+        "parts": parts,
+        "sampler": pipeline.scheduler.get("_class_name"),
+        "source": pipeline.source,
+        "licence": pipeline.licence,
+        "bytes": sum(part["bytes"] for part in parts),
+    }
+    head = ("part", "class", "parameters", "bytes", "conv+linear GMAC", "attention GMAC")
+    keys = ("name", "class", "parameters", "bytes", "conv_linear_macs", "attention_macs")
+    rows = [[_short(key, part[key]) for key in keys] for part in parts]
+    facts = [f"source {options.what} ({family.name}), cost of one call at {width}x{height}"]
+    return Result(document, _join(facts, table(head, rows), parts, pipeline.licence))
+
+
+def _bundle_part(part: Any, files: Any) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "files": list(part.files),
+        "inputs": [spec.to_json() for spec in part.inputs],
+        "outputs": [spec.to_json() for spec in part.outputs],
+        "precision": part.precision,
+        "parameters": part.extra.get("parameters"),
+        "bytes": sum(files[name].size for name in part.files if name in files),
+        "status": part.proof["status"],
+        "proof": part.proof,
+        "source_digest": part.source_digest,
+    }
+
+
+def _source_part(component: Any, cost: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    figures = cost(component, sizes)
+    return {
+        "name": component.name,
+        "class": component.class_name,
+        "inputs": [spec.to_json() for spec in component.inputs],
+        "outputs": [spec.to_json() for spec in component.outputs],
+        "parameters": figures.params,
+        "bytes": component.weights.nbytes,
+        "conv_linear_macs": figures.conv_linear_macs,
+        "attention_macs": figures.attention_macs,
+    }
+
+
+def _short(key: str, value: Any) -> object:
+    """A figure as the table shows it."""
+    if key.endswith("_macs"):
+        return f"{value / 1e9:.2f}"
+    if key == "bytes":
+        return size_text(value)
+    return str(value)[:12] if key == "source_digest" else value
+
+
+def _join(facts: list[str], listing: str, parts: list[dict[str, Any]], licence: dict[str, Any]) -> str:
+    lines = [*facts, "", listing, ""]
+    for part in parts:
+        lines += [f"{part['name']}"]
+        lines += [f"  in   {spec_text(spec)}" for spec in part["inputs"]]
+        lines += [f"  out  {spec_text(spec)}" for spec in part["outputs"]]
+    lines += ["", f"licence: {licence.get('name') or licence.get('id') or 'not stated by the source'}"]
+    if licence.get("restrictions"):
+        lines.append(f"restrictions: {licence['restrictions']}")
+    return "\n".join(lines)
+
+
+def spec_text(spec: dict[str, Any]) -> str:
+    return f"{spec['name']}: {spec['dtype']} ({', '.join(map(str, spec['shape']))})"

@@ -1,0 +1,153 @@
+"""Entry point: parse, call the verb, print its result, and turn every expected error into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from diffship import __version__
+from diffship.cli import compare, doctor, export, inspect, run, train, verify
+from diffship.cli.output import Result, error_document, print_json
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.strict import unknown
+
+VERBS = {
+    "export": export,
+    "run": run,
+    "verify": verify,
+    "inspect": inspect,
+    "compare": compare,
+    "doctor": doctor,
+    "train": train,
+}
+EPILOG = """examples:
+  diffship export emoji --to onnx -o out/emoji
+  diffship verify out/emoji
+  diffship run out/emoji "red apple" --steps 25 --seed 1 -o out/pictures
+  diffship doctor
+
+exit codes: 0 ok, 1 a check failed, 2 usage, 3 unsupported here, 4 busy or out of time, 130 interrupted
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of printing usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The whole parser and the parser of each verb."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="diffship",
+        description="Compress, compile and prove text-to-image diffusion models.",
+        epilog=EPILOG,
+        formatter_class=style,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"diffship {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
+    parsers = {}
+    for name, module in VERBS.items():
+        summary = (module.__doc__ or "").splitlines()[0].partition(": ")[2]
+        entry = verbs.add_parser(
+            name,
+            help=summary.rstrip("."),
+            description=summary,
+            epilog=module.EXAMPLES,
+            formatter_class=style,
+            allow_abbrev=False,
+        )
+        module.add_arguments(entry)
+        _add_manners(entry)
+        parsers[name] = entry
+    return parser, parsers
+
+
+def _add_manners(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    group.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises ConfigError for anything that no flag or argument takes, with the nearest legal flag."""
+    parser, parsers = make_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in parsers:
+        raise ConfigError(f"{unknown('verb', arguments[0], parsers)} (diffship --help)")
+    if arguments and arguments[0] in parsers:
+        VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
+    options, rest = parser.parse_known_args(list(arguments))
+    if rest:
+        legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
+        stray = next((word for word in rest if word.startswith("-")), None)
+        problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"
+        raise ConfigError(f"{problem} (diffship {options.verb} --help)")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of `diffship ARGUMENTS`; prints the result on stdout, everything else on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json, debug = "--json" in words, "--debug" in words
+    verb = words[0] if words and words[0] in VERBS else ""
+    try:
+        options = parse(words)
+        result: Result = VERBS[options.verb].run(options)
+        return _print(result, verb, as_json)
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail(verb, "Cancelled", "interrupted; what was not finished was not kept", 130, as_json)
+    except DiffshipError as fault:
+        if debug:
+            traceback.print_exc()
+        return _fail(verb, type(fault).__name__, str(fault), fault.exit_code, as_json)
+    except (OSError, MemoryError) as fault:
+        if debug:
+            traceback.print_exc()
+        return _fail(verb, type(fault).__name__, _system_message(fault), 3, as_json)
+    except Exception as fault:  # a fault of ours: still one line, and how to see the rest
+        if debug:
+            traceback.print_exc()
+        message = f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug"
+        return _fail(verb, "InternalError", message, 1, as_json)
+
+
+def _print(result: Result, verb: str, as_json: bool) -> int:
+    if as_json:
+        ok = result.exit_code == 0
+        print_json({"schema": 1, "verb": verb, "ok": ok, **result.document})
+    elif result.text:
+        print(result.text)
+    sys.stdout.flush()
+    return result.exit_code
+
+
+def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
+    print(f"diffship{' ' + verb if verb else ''}: {message}", file=sys.stderr)
+    if as_json:
+        print_json(error_document(verb, kind, message, code))
+    return code
+
+
+def _system_message(fault: OSError | MemoryError) -> str:
+    if isinstance(fault, MemoryError):
+        return "out of memory; a smaller --size, fewer --images or --memory low needs less"
+    name = f": {fault.filename}" if fault.filename else ""
+    return f"{fault.strerror or _one_line(fault)}{name}"
+
+
+def _one_line(fault: BaseException) -> str:
+    text = " ".join(str(fault).split())
+    return text if len(text) <= 300 else text[:297] + "..."

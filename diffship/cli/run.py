@@ -1,0 +1,41 @@
+"""run: draw pictures with a bundle (or, where torch is installed, with a diffusers folder)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffship.cli.flags import add_engine, add_request
+from diffship.cli.output import Result
+
+EXAMPLES = """examples:
+  diffship run out/emoji "red apple" --steps 25 --seed 1 --images 4 -o out/pictures
+  diffship run out/emoji --prompts-file docs/demo-prompts.txt --grid out/grid.png -o out/pictures
+  diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="DIR", help="a bundle, or a diffusers folder where torch is there")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="what to draw")
+    parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line; # begins a comment")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("out"), help="folder or .png file")
+    parser.add_argument("--grid", metavar="FILE", type=Path, help="also write one picture with all of them, labelled")
+    parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG files")
+    picture = add_request(parser)
+    picture.add_argument("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")
+    picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
+    picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
+    engine = add_engine(parser)
+    engine.add_argument("--memory", choices=("normal", "low"), default="normal", help="low: one part at a time, tiles")
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """All flags are known without loading an engine."""
+
+
+def run(options: argparse.Namespace) -> Result:
+    from diffship.cli.drawing import draw
+
+    return draw(options)

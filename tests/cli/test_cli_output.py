@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffship.benchmarks.grid import grid, png_bytes
+from diffship.benchmarks.side_by_side import picture_psnr
+from diffship.cli.doctor import satisfies
+from diffship.cli.drawing import file_names, read_prompts, slug
+from diffship.cli.export import _target
+from diffship.cli.flags import add_fields, given_fields, names, plain_value, setting, size
+from diffship.cli.output import figure, jsonable, size_text, table
+from diffship.core.errors import ConfigError
+from diffship.core.strict import choices
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("512", (512, 512)), ("512x768", (512, 768)), ("64X128", (64, 128)), ("7x", (7, 7))]
+)
+def test_size(text: str, expected: tuple[int, int]) -> None:
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "axb", "1x2x3", "1.5", "x8"])
+def test_size_refuses(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not N or WxH"):
+        size(text)
+
+
+def test_settings_and_names() -> None:
+    assert setting("threads=2") == ("threads", 2)
+    assert setting("memory-pattern=false") == ("memory_pattern", False)
+    assert setting("a=b=c") == ("a", "b=c")
+    assert plain_value("1e-3") == 1e-3 and plain_value("cpu") == "cpu"
+    assert names("unet, vae_decoder,") == ("unet", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Options:
+    precision: str = field(default="fp32", metadata=choices("fp32", "fp16"))
+    opset: int = 23
+    verify: bool = True
+    scale: float | None = None
+    parts: tuple[str, ...] = ()
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(exit_on_error=False)
+    add_fields(made, Options, "options")
+    return made
+
+
+def test_flags_of_a_dataclass() -> None:
+    words = ["--precision", "fp16", "--no-verify", "--scale", "0.5", "--parts", "a,b"]
+    found = given_fields(parser().parse_args(words), Options)
+    assert found == {"precision": "fp16", "verify": False, "scale": 0.5, "parts": ("a", "b")}
+    assert given_fields(parser().parse_args([]), Options) == {}
+
+
+def test_flags_of_a_dataclass_keep_their_choices() -> None:
+    with pytest.raises(argparse.ArgumentError, match="invalid choice: 'int3'"):
+        parser().parse_args(["--precision", "int3"])
+
+
+def test_target_is_found_in_either_form() -> None:
+    assert _target(["emoji", "--to", "coreml"]) == "coreml"
+    assert _target(["emoji", "--to=tensorrt"]) == "tensorrt"
+    assert _target(["emoji"]) == "onnx"
+
+
+def test_table_aligns_numbers_right() -> None:
+    text = table(("part", "bytes"), [("unet", "3.4 GB"), ("vae_decoder", "98 B"), ("x", None)])
+    assert text.splitlines() == [
+        "part          bytes",
+        "unet         3.4 GB",
+        "vae_decoder    98 B",
+        "x                 -",
+    ]
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (3_438_000_000, "3.4 GB")])
+def test_size_text(count: int, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_figures_that_json_cannot_hold() -> None:
+    assert figure(float("inf"), ".1f") == "exact" and figure(None) == "-" and figure(float("nan")) == "-"
+    made = jsonable({"a": float("inf"), "b": (1, float("nan")), "c": Path("x"), "d": True})
+    assert made == {"a": None, "b": [1, None], "c": "x", "d": True}
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# comment\nred apple\n\n  black cat  \n", encoding="utf-8")
+    options = argparse.Namespace(prompts=["first"], prompts_file=file)
+    assert read_prompts(options) == ["first", "red apple", "black cat"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"# only\n", "0 prompts"),
+        (b"x\n" * 257, "257 prompts"),
+        (b"x" * 3_000_000, "longer"),
+    ],
+)
+def test_prompts_of_a_bad_file(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(argparse.Namespace(prompts=[], prompts_file=file))
+
+
+def test_file_names() -> None:
+    made = file_names(Path("o"), ["Red apple!", "../../etc"], 2, 7)
+    assert [[file.as_posix() for file in row] for row in made] == [
+        ["o/000-red-apple-7.png", "o/000-red-apple-8.png"],
+        ["o/001-etc-7.png", "o/001-etc-8.png"],
+    ]
+    assert file_names(Path("o.png"), ["x"], 1, 0) == [[Path("o.png")]]
+    assert slug("\u732b") == "picture" and len(slug("a" * 500)) == 40
+
+
+def solid(value: int, side: int = 32) -> Any:
+    return np.full((side, side, 3), value, np.uint8)
+
+
+def test_grid_places_every_picture(tmp_path: Path) -> None:
+    sheet = grid([solid(10), solid(200), solid(90)], ["a", "b", "a very long label that cannot fit"])
+    pixels = np.asarray(sheet)
+    for value in (10, 200, 90):
+        assert int((pixels == value).all(axis=2).sum()) >= 32 * 32
+    file = tmp_path / "grid.png"
+    file.write_bytes(png_bytes(sheet))
+    assert Image.open(file).size == sheet.size
+
+
+def test_grid_refuses() -> None:
+    with pytest.raises(ConfigError, match="0 pictures"):
+        grid([], [])
+    with pytest.raises(ConfigError, match="more than 16384"):
+        grid([solid(0, 1500)] * 12, ["x"] * 12, columns=12)
+
+
+def test_picture_psnr() -> None:
+    assert picture_psnr(solid(3), solid(3)) == float("inf")
+    assert picture_psnr(solid(0), solid(255)) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "fits"),
+    [
+        ("2.13.0+cpu", ">=2.13,<2.14", True),
+        ("2.14.0", ">=2.13,<2.14", False),
+        ("2.9", ">=2.13", False),
+        ("10.4", ">=10.4", True),
+        ("2026.4.1", ">=2026.0", True),
+        ("1.0rc1", "", True),
+    ],
+)
+def test_version_bounds(version: str, bounds: str, fits: bool) -> None:
+    assert satisfies(version, bounds) is fits

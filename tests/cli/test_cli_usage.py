@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffship.cli import main as entry
+from diffship.cli.main import VERBS, main
+from diffship.cli.train import STAGES
+from diffship.core import errors
+
+
+def leaves(tree: type[errors.DiffshipError]) -> list[type[errors.DiffshipError]]:
+    return [tree, *(leaf for child in tree.__subclasses__() for leaf in leaves(child))]
+
+
+BAD = {
+    "nothing": ([], 2, "required: VERB"),
+    "unknown verb": (["exprot", "emoji"], 2, "did you mean 'export'?"),
+    "unknown flag": (["run", "D", "x", "--stepz", "3"], 2, "did you mean '--steps'?"),
+    "unknown flag with a value": (["run", "D", "x", "--stepz=3"], 2, "did you mean '--steps'?"),
+    "abbreviated flag": (["run", "D", "x", "--pixel"], 2, "unknown flag '--pixel'"),
+    "no steps": (["run", "D", "x", "--steps", "0"], 2, "steps is 0; legal is a whole number from 1 to 150"),
+    "too many steps": (["run", "D", "x", "--steps", "151"], 2, "1 to 150"),
+    "steps in words": (["run", "D", "x", "--steps", "many"], 2, "invalid int value: 'many'"),
+    "seven pixels": (["run", "D", "x", "--size", "7"], 2, "width is 7; legal is a whole number from 64 to 1536"),
+    "half a size": (["run", "D", "x", "--size", "7x"], 2, "width is 7"),
+    "size in words": (["run", "D", "x", "--size", "big"], 2, "is not N or WxH"),
+    "guidance": (["run", "D", "x", "--guidance", "nan"], 2, "from 0.0 to 35.0"),
+    "no images": (["run", "D", "x", "--images", "0"], 2, "images is 0"),
+    "seed": (["run", "D", "x", "--seed", "-1"], 2, "seed is -1"),
+    "sampler": (["run", "D", "x", "--sampler", "eular"], 2, "did you mean 'euler'?"),
+    "engine": (["run", "D", "x", "--engine", "tpu"], 2, "invalid choice: 'tpu'"),
+    "option": (["run", "D", "x", "--option", "threads"], 2, "is not key=value"),
+    "no prompt": (["run", "D"], 2, "0 prompts"),
+    "missing bundle": (["run", "./nowhere", "x"], 2, "'./nowhere' does not exist"),
+    "missing prompts file": (["run", "D", "--prompts-file", "nowhere.txt"], 2, "is not a file"),
+    "two pictures, one file": (["run", "D", "x", "y", "-o", "a.png"], 2, "one file for 2 pictures"),
+    "empty prompt list": (["run", "D", "--prompts-file", __file__ + ".none"], 2, "is not a file"),
+    "verify nothing": (["verify", "./nowhere"], 2, "does not exist"),
+    "verify a file": (["verify", __file__], 2, ""),
+    "hashes and engine": (["verify", "D", "--hashes-only", "--engine", "torch"], 2, "opens no engine"),
+    "export nowhere": (["export", "emoji"], 2, "required: -o"),
+    "export target": (["export", "emoji", "--to", "tflite", "-o", "x"], 2, "invalid choice: 'tflite'"),
+    "export no parts": (["export", "emoji", "--parts", ",", "-o", "x"], 2, "--parts names no part"),
+    "export missing folder": (["export", "./nowhere", "-o", "x"], 2, "nowhere"),
+    "export arch": (["export", "arch:sd99", "-o", "x"], 2, "sd99"),
+    "inspect missing": (["inspect", "./nowhere"], 2, "nowhere"),
+    "compare missing": (["compare", "./nowhere", "./nowhere"], 2, "nowhere"),
+    "compare grid without pictures": (
+        ["compare", "A", "B", "--no-steps", "--grid", "g.png"],
+        2,
+        "--grid needs pictures",
+    ),
+    "train stage": (["train", "emoij", "--data", "d", "--out", "o"], 2, "invalid choice: 'emoij'"),
+    "train data": (["train", "judge", "--data", "./nowhere", "--out", "o"], 2, "is not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_usage_is_one_line_and_writes_nothing(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, code, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") <= 2 and captured.err.startswith("diffship")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_usage_with_json_is_one_document(name: str, command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    words, code, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    document = command(*words)
+    assert document["ok"] is False and document["schema"] == 1
+    assert document["error"]["exit_code"] == document["exit_code"] == code
+    assert message in document["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [cls for cls in leaves(errors.DiffshipError) if cls is not errors.MissingExtra])
+def test_every_error_of_the_tree_has_its_exit_code(
+    kind: type[errors.DiffshipError], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(options: object) -> None:
+        raise kind("the reason")
+
+    monkeypatch.setattr(entry.VERBS["doctor"], "run", fail)
+    assert main(["doctor"]) == kind.exit_code
+    assert capsys.readouterr().err == "diffship doctor: the reason\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "x.png"), 3, "No such file or directory: x.png"),
+        (OSError(28, "No space left on device"), 3, "No space left on device"),
+        (MemoryError(), 3, "out of memory"),
+        (errors.MissingExtra("onnx", "onnx"), 3, "pip install 'diffship[onnx]'"),
+        (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_other_faults(fault: BaseException, code: int, message: str, capsys: Any, monkeypatch: Any) -> None:
+    def fail(options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(entry.VERBS["doctor"], "run", fail)
+    assert main(["doctor"]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(capsys: Any, monkeypatch: Any) -> None:
+    def fail(options: object) -> None:
+        raise errors.BundleError("the reason")
+
+    monkeypatch.setattr(entry.VERBS["doctor"], "run", fail)
+    assert main(["doctor", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples_and_common_flags(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text and "--json" in text and "--quiet" in text
+
+
+def test_version_and_module_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "diffship", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("diffship 0.")
+
+
+def test_names_that_the_flags_repeat_are_those_of_the_rooms() -> None:
+    from diffship.cli.flags import SAMPLERS as SHOWN
+    from diffship.sampling.samplers import SAMPLERS
+
+    assert sorted(SHOWN.split(", ")) == sorted(SAMPLERS)
+    commands = pytest.importorskip("diffship.training.commands")
+    assert list(STAGES) == list(commands.STAGES)
+
+
+def test_closed_pipe_is_no_error() -> None:
+    code = "import sys; from diffship.cli.main import main; sys.exit(main(['--help']))"
+    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reader.stdout is not None and reader.stderr is not None
+    reader.stdout.close()
+    assert "Traceback" not in reader.stderr.read()
+    reader.stderr.close()
+    reader.wait(timeout=60)

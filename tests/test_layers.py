@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "diffship"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+BELOW = {
+    "core": set(),
+    "sampling": {"core"},
+    "models": {"sampling", "core"},
+    "runtimes": {"sampling", "core"},
+    "training": {"models", "sampling", "core"},
+    "calibration": {"models", "sampling", "core"},
+    "compression": {"training", "calibration", "models", "sampling", "core"},
+    "exporters": {"calibration", "models", "sampling", "core"},
+}
+BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"]}
+BELOW["benchmarks"] = {"export", *BELOW["export"]}
+BELOW["cli"] = {"benchmarks", *BELOW["benchmarks"]}
+
+# Files of torch-free rooms that import torch or `models`, inside functions only.
+TORCH_SIDE = {"runtimes/torch.py", "runtimes/model.py"}
+TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"}
+CORE_ONLY = {"numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
+OPTIONAL_IN_FUNCTIONS = {"ml_dtypes", "onnxruntime", "openvino", "psutil"}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(file: Path) -> list[tuple[str, bool]]:
+    """(module, at module level) of every import in the file, those for type checkers left out."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        if is_type_checking(node):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.append((node.module or "", top))
+            if node.module == "diffship":
+                found.extend((f"diffship.{alias.name}", top) for alias in node.names)
+        inner = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inner)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")), True)
+    return found
+
+
+def own_imports(file: Path) -> list[tuple[str, bool]]:
+    parts = [(name.split("."), top) for name, top in imports(file)]
+    return [(words[1], top) for words, top in parts if words[0] == "diffship" and len(words) > 1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_arrows_only_go_down(file: Path) -> None:
+    here = room(file)
+    if here in ("__init__", "__main__"):
+        return
+    legal = BELOW[here] | {here}
+    name = file.relative_to(PACKAGE).as_posix()
+    for other, top in own_imports(file):
+        if other in BELOW and other not in legal:
+            assert name in TORCH_SIDE and other == "models" and not top, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_torch_stays_out_of_the_edge_rooms(file: Path) -> None:
+    name = file.relative_to(PACKAGE).as_posix()
+    if room(file) not in ("core", "sampling", "runtimes", "cli", "__init__", "__main__"):
+        return
+    for module, top in imports(file):
+        if module.split(".")[0] in TORCH:
+            assert not top, f"{name} imports {module} at module level"
+            assert name in TORCH_SIDE, f"{name} imports {module}; list it in TORCH_SIDE if it must"
+
+
+@pytest.mark.parametrize("name", ["core", "sampling"])
+def test_core_and_sampling_stand_on_the_core_dependencies_alone(name: str) -> None:
+    import sys
+
+    legal = CORE_ONLY | set(sys.stdlib_module_names) | {"diffship"}
+    for file in (PACKAGE / name).rglob("*.py"):
+        for module, top in imports(file):
+            first = module.split(".")[0]
+            assert first in legal or (not top and first in OPTIONAL_IN_FUNCTIONS), f"{file.name} imports {module}"
+
+
+def test_every_room_is_in_the_rule() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= set(BELOW), rooms - set(BELOW)
+    for needed in ("exporters", "runtimes", "compression", "calibration", "benchmarks"):
+        assert needed in BELOW
+
+
+def test_every_package_folder_has_an_init() -> None:
+    folders = {file.parent for file in FILES}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []

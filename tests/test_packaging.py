@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import diffship
+from diffship.core import errors
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffship"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("exporters", "runtimes", "compression", "calibration", "benchmarks")
+
+OPTIONAL = (
+    *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "onnx"),
+    *("onnxscript",),
+    *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coremltools", "torch_pruning", "httpx", "fastapi"),
+    *("uvicorn", "lpips", "torch_fidelity", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir"),
+)
+# Modules made of torch.nn classes: without torch they must say so by ModuleNotFoundError("No module named 'torch'").
+TORCH_MODULES = ("diffship.training.", "diffship.models.judge", "diffship.benchmarks.quality")
+
+BLOCK = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+BLOCKED = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Blocked())
+for name in sys.argv[2].split(","):
+    try:
+        importlib.import_module(name)
+        print(name, "ok")
+    except ModuleNotFoundError as fault:
+        print(name, fault.name)
+"""
+
+
+def modules() -> list[str]:
+    names = []
+    for file in FILES:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in names if name != "diffship.__main__"]
+
+
+def test_every_module_imports_without_the_optional_dependencies() -> None:
+    command = [sys.executable, "-c", BLOCK, ",".join(OPTIONAL), ",".join(modules())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = dict(line.split() for line in done.stdout.splitlines())
+    assert len(results) == len(modules())
+    for name, result in results.items():
+        if name.startswith(TORCH_MODULES):
+            assert result in ("ok", "torch", "diffusers", "transformers", "accelerate"), f"{name}: {result}"
+        else:
+            assert result == "ok", f"{name} needs {result} to be imported"
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys, diffship; print([m for m in ('numpy', 'torch', 'PIL', 'safetensors') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_is_fast_and_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, resource\n"
+        "from diffship.cli.main import main\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = [m for m in ('numpy', 'torch', 'diffusers', 'onnxruntime', 'PIL', 'tqdm') if m in sys.modules]\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(heavy, usage.ru_utime + usage.ru_stime, file=sys.stderr)\n"
+    )
+    walls, processors = [], []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+        walls.append(time.perf_counter() - begin)
+        assert done.returncode == 0 and "verbs:" in done.stdout
+        heavy, _, seconds = done.stderr.strip().rpartition(" ")
+        assert heavy == "[]", heavy
+        processors.append(float(seconds))
+    assert min(min(walls), min(processors)) < 0.3, (walls, processors)
+
+
+def test_public_names() -> None:
+    assert diffship.__all__ == sorted(diffship.__all__)
+    assert dir(diffship) == diffship.__all__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert diffship.__version__ == project["version"]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = diffship.nothing
+
+
+@pytest.mark.parametrize("name", [name for name in diffship.__all__ if not name.startswith("__")])
+def test_public_names_load(name: str) -> None:
+    assert callable(getattr(diffship, name))
+
+
+def test_error_tree_in_the_docstring_is_the_code() -> None:
+    drawn = {name: int(code) for name, code in re.findall(r"[├└]── (\w+) +(\d+)", errors.__doc__ or "")}
+    classes = {cls.__name__: cls.exit_code for cls in errors.DiffshipError.__subclasses__()}
+    assert drawn == {name: code for name, code in classes.items() if hasattr(errors, name)}
+    assert set(drawn.values()) <= {1, 2, 3, 4, 130}
+
+
+def test_five_rooms_are_packages_and_the_readme_maps_them() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first_screen = readme[:4000]
+    for name in ROOMS:
+        assert (PACKAGE / name / "__init__.py").is_file()
+        assert f"`{name}/`" in first_screen and f"diffship/{name}/" in first_screen
+
+
+BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+BANNED_NAMES = {"eval", "exec"}
+BANNED_ATTRIBUTES = {("torch", "load"), ("os", "system"), ("os", "popen"), ("yaml", "load"), ("joblib", "load")}
+BANNED_OBJECTS = re.compile(r"(send|recv|broadcast|gather|scatter)_object|_object_list|all_gather_object")
+
+
+def faults(tree: ast.AST) -> list[str]:
+    """What in a source file could run code out of data."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found += [f"imports {name}" for name in names if name.split(".")[0] in BANNED_MODULES]
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            if (owner, node.attr) in BANNED_ATTRIBUTES or BANNED_OBJECTS.search(node.attr):
+                found.append(f"{owner}.{node.attr}")
+        elif isinstance(node, ast.Call):
+            found += _call_faults(node)
+    return found
+
+
+def _call_faults(node: ast.Call) -> list[str]:
+    words = {word.arg: word.value for word in node.keywords}
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    found = [f"{name}()"] if name in BANNED_NAMES else []
+    shell = words.get("shell")
+    if shell is not None and not (isinstance(shell, ast.Constant) and shell.value is False):
+        found.append("shell=")
+    loads_numpy = isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in ("np.load", "numpy.load")
+    allowed = words.get("allow_pickle")
+    if loads_numpy and not (isinstance(allowed, ast.Constant) and allowed.value is False):
+        found.append("np.load without allow_pickle=False")
+    remote = words.get("trust_remote_code")
+    if remote is not None and not (isinstance(remote, ast.Constant) and remote.value is False):
+        found.append("trust_remote_code")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_source_cannot_run_code_out_of_data(file: Path) -> None:
+    assert faults(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load('x')",
+        "eval('1')",
+        "exec('1')",
+        "subprocess.run('x', shell=True)",
+        "dist.send_object_list([1])",
+        "np.load('x')",
+        "os.system('x')",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+    ],
+)
+def test_the_guard_sees(code: str) -> None:
+    assert faults(ast.parse(code)) != []
+
+
+def test_the_guard_lets_model_eval_pass() -> None:
+    assert faults(ast.parse("model.eval(); np.load('x', allow_pickle=False)")) == []
+
+
+def test_extras_are_those_of_the_design() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    engines = "onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx coreml"
+    assert set(extras) == set(f"torch onnx edge prune serve quality dev {engines}".split())
+    assert not any("torch" in line for line in extras["edge"] + extras["onnxruntime"])
+
+
+def tracked() -> set[str]:
+    done = subprocess.run(["git", "ls-files", "diffship"], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    if done.returncode or not done.stdout:
+        pytest.skip("not a git checkout")
+    return {line for line in done.stdout.splitlines() if (ROOT / line).is_file()}
+
+
+@pytest.mark.slow
+def test_wheel_equals_tree(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in [*tracked(), "pyproject.toml", "README.md", "LICENSE", "NOTICE"]:
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=source, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"diffship"}
+    assert {name for name in names if name.startswith("diffship/")} == tracked()
+    assert any(name.endswith("licenses/NOTICE") for name in names)
