@@ -24,6 +24,7 @@ from diffship.core.row import Row
 
 if TYPE_CHECKING:
     from diffship.models.judge import Judge
+    from diffship.sampling.tokenizer import Tokenizer
     from diffship.training.pictures import Pictures
 
 RANKS = (1, 5)
@@ -35,13 +36,13 @@ class Bench:
     """The judge, the captions it chooses among (distinct concepts of the domain), and the real pictures."""
 
     judge: Judge
-    tokenizer: Any
+    tokenizer: Tokenizer
     concepts: tuple[str, ...]
     training: Pictures
     held_out: Pictures
 
     @classmethod
-    def read(cls, data: Path, judge: Path, tokenizer: Any) -> Bench:
+    def read(cls, data: Path, judge: Path, tokenizer: Tokenizer) -> Bench:
         from diffship.models.judge import load_judge
         from diffship.training.pictures import Pictures
 
@@ -56,11 +57,10 @@ class Bench:
         """(m, d) unit vectors of the distinct captions."""
         import torch
 
-        ids = [self.tokenizer.encode(concept) for concept in self.concepts]
-        width = max(map(len, ids))
-        table = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-        return np.asarray(self.judge.read(table, mask).double().numpy())
+        ids = self.tokenizer(self.concepts).ids
+        ends = (ids == ids[0, -1]).argmax(axis=1)  # padding repeats the end token; only the first one counts
+        mask = np.arange(ids.shape[1]) <= ends[:, None]
+        return np.asarray(self.judge.read(torch.from_numpy(ids), torch.from_numpy(mask)).double().numpy())
 
     def look(self, pixels: Uint8) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(n, size, size, 3) uint8 -> unit vectors and features of the judge."""
@@ -127,22 +127,25 @@ def nearest_rows(bench: Bench, subject: str, drawn: Uint8) -> list[Row]:
 def _row(subject: str, metric: str, value: float, unit: str = "share") -> Row:
     value = round(float(value), 4)
     return Row(
-        suite="emoji-quality", subject=subject, metric=metric, value=value, unit=unit, status="measured", environment={}
+        suite="emoji-quality", subject=subject, metric=metric, value=value, unit=unit, status="ok", environment={}
     )
 
 
 def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: float, batch: int = 32) -> Uint8:
     """(seeds * n, size, size, 3): every prompt once per seed; the noise of a prompt is fixed by its place and seed."""
-    from diffship.sampling.generate import Request, generate_many
+    from diffship.sampling.generate import Request, checked, finish, start
+    from diffship.sampling.loop import denoise, plain
 
     requests = [
         Request(prompt=text, steps=steps, guidance=guidance, seed=10_000 * seed + place, sampler="ddim")
         for seed in range(seeds)
         for place, text in enumerate(texts)
     ]
-    pictures = []
-    for start in range(0, len(requests), batch):
-        pictures += [picture.pixels for picture in generate_many(model, requests[start : start + batch])]
+    denoiser = checked(plain(model.use("unet")))
+    pictures: list[Uint8] = []
+    for first in range(0, len(requests), batch):
+        trajectories = [start(model, request)[0] for request in requests[first : first + batch]]
+        pictures += [picture.pixels for picture in finish(model, denoise(trajectories, denoiser))]
         print(f"drawn {len(pictures)} of {len(requests)}", file=sys.stderr)
     return np.stack(pictures)
 
@@ -176,9 +179,11 @@ def judge_checks(bench: Bench, data: Path) -> list[Row]:
     from diffship.training.judge import style_held_out
     from diffship.training.pictures import Pictures
 
-    other = Pictures.read(
-        data, lambda r: r["style"] == "google" and r["domain"] and not r["tone"] and style_held_out(r["concept"])
-    )
+    def second_style(record: dict[str, Any]) -> bool:
+        known = record["concept"] in bench.concepts and not record["tone"]
+        return known and record["style"] == "google" and style_held_out(record["concept"])
+
+    other = Pictures.read(data, second_style)
     captions, rows = bench.captions(), []
     for subject, pictures in (("held-out combinations", bench.held_out), ("second style, unseen concepts", other)):
         seen, _ = bench.look(pictures.pixels)

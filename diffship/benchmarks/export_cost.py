@@ -35,7 +35,7 @@ def commands(source: Path, work: Path, precision: str, optimum_cli: str | None) 
 
 def rows_of(subject: str, measured: Measured, size: int) -> list[Row]:
     """Seconds, peak memory and size on disk; a failed export is a row with its exit code."""
-    status = "measured" if measured.code == 0 else f"failed {measured.code}"
+    status = "ok" if measured.code == 0 else "failed"
     figures = {
         "export_seconds": (measured.seconds, "s"),
         "export_peak_resident_bytes": (measured.peak_bytes, "bytes"),

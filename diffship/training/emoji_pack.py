@@ -14,6 +14,7 @@ from diffship.models.judge import CONFIG, Judge, save_judge
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
 from diffship.training.loop import load_average
 from diffship.training.preview import SCHEDULER
+from diffship.training.vocabulary import END, START
 
 if TYPE_CHECKING:
     from diffship.training.commands import TrainOptions
@@ -26,6 +27,15 @@ CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
     "safety_checker": [None, None],
     "feature_extractor": [None, None],
+}
+TOKENIZER = {
+    "tokenizer_class": "CLIPTokenizer",
+    "bos_token": START,
+    "eos_token": END,
+    "pad_token": END,
+    "unk_token": END,
+    "add_prefix_space": False,
+    "errors": "replace",
 }
 
 
@@ -81,6 +91,7 @@ def _tokenizer(source: Path, folder: Path, vocabulary: int) -> None:
     if len(tokenizer) != vocabulary:
         raise ConfigError(f"{source}: {vocabulary} ids in vocab.json, {len(tokenizer)} in the tokenizer")
     tokenizer.save_pretrained(str(folder))
+    _json(folder / "tokenizer_config.json", {**TOKENIZER, "model_max_length": tokenizer.model_max_length})
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((source / name).read_bytes())
 
