@@ -14,7 +14,7 @@ Command = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("inspect", DIR)` runs a verb with --json in this process; the document, with `exit_code` and `stderr`."""
+    """`command("inspect", DIR)` runs a verb with --json here; its document, with `exit_code` and `stderr`."""
 
     def run(*words: object) -> dict[str, Any]:
         capsys.readouterr()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.parts is not None and not options.parts:
         raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
     chosen = given_fields(options, load(EXPORTERS, options.to, "target"))
-    with Stages(options.quiet) as stages:
+    with made_parents(options.output), Stages(options.quiet) as stages:
         bundle = export(
             options.source,
             to=options.to,
@@ -71,6 +72,23 @@ def run(options: argparse.Namespace) -> Result:
             **chosen,
         )
     return describe(bundle.path, bundle.manifest)
+
+
+@contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """The folders above `path`, made where they are missing, and removed again if the block fails."""
+    made = []
+    for folder in reversed(path.absolute().parents):
+        if not folder.exists():
+            folder.mkdir()
+            made.append(folder)
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def describe(folder: Path, manifest: Any) -> Result:

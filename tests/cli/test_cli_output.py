@@ -139,7 +139,8 @@ def test_grid_places_every_picture(tmp_path: Path) -> None:
         assert int((pixels == value).all(axis=2).sum()) >= 32 * 32
     file = tmp_path / "grid.png"
     file.write_bytes(png_bytes(sheet))
-    assert Image.open(file).size == sheet.size
+    with Image.open(file) as read:
+        assert read.size == sheet.size
 
 
 def test_grid_refuses() -> None:

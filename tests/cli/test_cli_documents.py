@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffship.cli.main import VERBS
+from diffship.sampling.picture import read_settings
+
+jsonschema = pytest.importorskip("jsonschema")
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
+
+
+def check(document: dict[str, Any], verb: str) -> dict[str, Any]:
+    """The document, valid under the schema of its verb; `exit_code` and `stderr` are the fixture's own."""
+    schema = json.loads((SCHEMAS / f"{verb}.json").read_text(encoding="utf-8"))
+    plain = {key: value for key, value in document.items() if key not in ("exit_code", "stderr")}
+    jsonschema.validate(plain, schema)
+    return document
+
+
+def test_every_verb_has_a_schema_that_is_one() -> None:
+    assert {file.stem for file in SCHEMAS.glob("*.json")} == set(VERBS)
+    for file in SCHEMAS.glob("*.json"):
+        jsonschema.Draft202012Validator.check_schema(json.loads(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_errors_validate(verb: str, command: Any) -> None:
+    document = check(command(verb, "--no-such-flag"), verb)
+    assert document["error"]["exit_code"] == 2
+
+
+def test_doctor(command: Any) -> None:
+    document = check(command("doctor"), "doctor")
+    assert {engine["engine"] for engine in document["engines"]} >= {"onnxruntime", "openvino", "torch"}
+    for engine in document["engines"]:
+        assert engine["available"] or (engine["reason"] and engine["install"])
+
+
+def test_inspect_bundle(command: Any, tiny_bundle: Path) -> None:
+    document = check(command("inspect", tiny_bundle), "inspect")
+    parts = {part["name"]: part for part in document["parts"]}
+    assert document["kind"] == "bundle" and parts.keys() >= {"text_encoder", "unet", "vae_decoder"}
+    assert all(part["status"] == "proved" and part["bytes"] > 0 for part in parts.values())
+    assert [spec["name"] for spec in parts["unet"]["inputs"]][:3] == ["sample", "timestep", "encoder_hidden_states"]
+
+
+def test_inspect_source(command: Any) -> None:
+    pytest.importorskip("torch")
+    document = check(command("inspect", "arch:tiny-sd"), "inspect")
+    unet = next(part for part in document["parts"] if part["name"] == "unet")
+    assert document["kind"] == "source" and unet["parameters"] > 0 and unet["conv_linear_macs"] > 0
+
+
+def test_verify(command: Any, tiny_bundle: Path) -> None:
+    document = check(command("verify", tiny_bundle), "verify")
+    assert document["exit_code"] == 0 and document["passed"]
+    assert check(command("verify", tiny_bundle, "--hashes-only"), "verify")["files"] == document["files"]
+
+
+def test_run_writes_pictures_with_their_settings(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    words = ["run", tiny_bundle, "red apple", "black cat", "--steps", 2, "--seed", 5, "--images", 2]
+    document = check(command(*words, "-o", tmp_path / "o", "--grid", tmp_path / "g.png"), "run")
+    assert document["exit_code"] == 0, document["stderr"]
+    assert [picture["seed"] for picture in document["pictures"]] == [5, 6, 5, 6]
+    for picture in document["pictures"]:
+        settings = read_settings(picture["file"])
+        assert settings["prompt"] == picture["prompt"] and settings["seed"] == picture["seed"]
+        with Image.open(picture["file"]) as image:
+            assert image.size == (picture["width"], picture["height"])
+            assert f"Seed: {picture['seed']}" in image.text["parameters"]
+    assert (tmp_path / "g.png").stat().st_size > 0
+
+
+def test_run_twice_gives_the_same_bytes(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        document = command("run", tiny_bundle, "red apple", "--steps", 2, "-o", tmp_path / name, "--no-metadata")
+        assert document["exit_code"] == 0, document["stderr"]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert read_settings(tmp_path / "a.png") == {}
+
+
+def test_run_refuses_a_size_that_the_model_cannot_draw(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    document = check(command("run", tiny_bundle, "x", "--size", 100, "-o", tmp_path / "o"), "run")
+    assert document["exit_code"] == 2 and "nearest" in document["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_refuses_an_option_that_the_engine_lacks(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    document = command("run", tiny_bundle, "x", "--option", "threadz=1", "-o", tmp_path / "o")
+    assert document["exit_code"] == 2 and "threads" in document["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    victim = max(copy.rglob("*.onnx_data"), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    document = check(command("verify", copy), "verify")
+    assert document["exit_code"] == 1 and victim.name in document["damage"]
+    victim.write_bytes(data[:-1])
+    document = check(command("run", copy, "x", "--steps", 1, "-o", tmp_path / "o"), "run")
+    assert document["exit_code"] == 1 and victim.name in document["error"]["message"]
+    assert not (tmp_path / "o").exists()
+
+
+def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    words = ["compare", "arch:tiny-sd", tiny_bundle, "red apple", "--steps", 2, "--grid", tmp_path / "g.png"]
+    document = check(command(*words), "compare")
+    assert document["exit_code"] == 0, document
+    assert all(part["same_source"] and part["judged"] and part["passed"] for part in document["parts"])
+    assert len(document["steps"]) >= 2 and document["steps"][-1]["max_abs"] < 1e-3
+    with Image.open(tmp_path / "g.png") as image:
+        assert np.asarray(image).std() > 0
+
+
+def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    folder = tmp_path / "vae"
+    words = ["export", "arch:tiny-sd", "--parts", "vae_decoder", "--no-verify", "-o", folder]
+    document = check(command(*words), "export")
+    assert document["exit_code"] == 0, document
+    assert [(part["name"], part["proof"]) for part in document["parts"]] == [("vae_decoder", "unproven")]
+    again = check(command(*words), "export")
+    assert again["exit_code"] == 2 and "overwrite" in again["error"]["message"]
+    assert check(command("verify", folder), "verify")["exit_code"] == 1
