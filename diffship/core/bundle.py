@@ -185,7 +185,7 @@ def _refuse_target(path: Path, overwrite: bool) -> None:
 
 def _is_empty(path: Path) -> bool:
     try:
-        return stat.S_ISDIR(path.lstat().st_mode) and not any(os.scandir(path))
+        return stat.S_ISDIR(path.lstat().st_mode) and not os.listdir(path)
     except OSError:
         return False
 

@@ -161,14 +161,14 @@ def _figures(
 
 
 def _ratio(error: NDArray[np.float64], size: NDArray[np.float64]) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return float(np.where(error > 0, error / size, 0.0).max(initial=0.0))
 
 
 def _psnr(peak: float, mean_square: float) -> float:
     if mean_square == 0:
         return math.inf
-    return 10 * math.log10(peak * peak / mean_square) if peak > 0 else -math.inf
+    return 20 * math.log10(peak) - 10 * math.log10(mean_square) if peak > 0 else -math.inf
 
 
 def _cosine(expected: NDArray[np.float64], actual: NDArray[np.float64]) -> float:

@@ -57,7 +57,7 @@ class SeededWeights:
 
     def __init__(self, metas: Mapping[str, TensorMeta], seed: int, init: Init = usual_init) -> None:
         for name, meta in metas.items():
-            if meta.dtype not in ("float32", "float16") and meta.storage.kind not in "iu":
+            if meta.dtype not in ("float32", "float16") and not _is_integer(meta):
                 raise ConfigError(f"tensor {name}: seeded weights are float32 or float16, not {meta.dtype}")
         self._metas = dict(metas)
         self._seed = seed
@@ -77,13 +77,17 @@ class SeededWeights:
 
     def read(self, name: str) -> NDArray[np.generic]:
         meta = self.meta(name)
-        if meta.storage.kind in "iu":
+        if _is_integer(meta):
             row = np.arange(meta.shape[-1] if meta.shape else 1, dtype=meta.storage)
             return np.broadcast_to(row, meta.shape).copy() if meta.shape else row.reshape(())
         generator = np.random.SFC64(_key(self._seed, name))
         spread = self._init(name, meta)
         draw = _draw_float32 if meta.dtype == "float32" else _draw_float16
         return draw(generator, meta.count, spread).reshape(meta.shape)
+
+
+def _is_integer(meta: TensorMeta) -> bool:
+    return meta.dtype.startswith(("int", "uint"))
 
 
 def _key(seed: int, name: str) -> list[int]:
