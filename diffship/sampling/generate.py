@@ -42,17 +42,42 @@ def generate(
         RunnerError: a part's output is not finite, or a picture is black; the part is named.
         Cancelled: `cancel()` was true between two calls.
     """
-    batch = start(model, request, image, mask)
+    return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
+
+
+def generate_many(
+    model: Model, requests: Sequence[Request], on_step: OnStep | None = None, cancel: Cancel | None = None
+) -> list[Picture]:
+    """Pictures of several requests, in order; those of one size share model calls, whatever their steps or samplers.
+
+    Raises as `generate`.
+    """
+    batch = [trajectory for request in requests for trajectory in start(model, request)]
+    return draw(model, batch, any(request.memory == "low" for request in requests), None, on_step, cancel)
+
+
+def draw(
+    model: Model,
+    batch: Sequence[Trajectory],
+    low: bool = False,
+    at_once: int | None = None,
+    on_step: OnStep | None = None,
+    cancel: Cancel | None = None,
+) -> list[Picture]:
+    """Denoise trajectories from wherever they stand and decode them; `at_once` share a model call (default all).
+
+    With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
+    """
     _stop_if(cancel)
-    low = request.memory == "low"
     if low:
-        for part in text_parts(model):
+        for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
-        model.release("vae_encoder")
-    size = request.batch or (1 if low else request.images)
     denoiser = checked(plain(model.use("unet")))
-    chunks = [batch[i : i + size] for i in range(0, len(batch), size)]
-    done = [t for chunk in chunks for t in denoise(chunk, denoiser, on_step=on_step, cancel=cancel)]
+    done = list(batch)
+    for places in _chunks(batch, at_once or (1 if low else len(batch))):
+        active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
+        for place, trajectory in zip(places, active, strict=True):
+            done[place] = trajectory
     if low:
         model.release("unet")
     return finish(model, done, low, cancel)
@@ -128,6 +153,13 @@ def checked(denoiser: Denoiser) -> Denoiser:
         return outputs
 
     return run
+
+
+def _chunks(batch: Sequence[Trajectory], at_once: int) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, trajectory in enumerate(batch):
+        groups.setdefault(tuple(trajectory.latents.shape), []).append(place)
+    return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
 
 
 def _initial(settled: Settled, image: int) -> tuple[Array, Noise]:

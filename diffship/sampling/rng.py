@@ -167,6 +167,7 @@ def make_noise(kind: str, seed: int, image: int = 0) -> Noise:
     Raises:
         ConfigError: another kind, or a seed out of range.
     """
+    check_range("seed", seed, *LIMITS.seed)
     if kind == "torch":
         return TorchNoise.seeded(seed + image)
     if kind == "philox":

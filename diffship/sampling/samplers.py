@@ -83,7 +83,8 @@ class Sampler(Schedule):
 
     def to_config(self) -> dict[str, Any]:
         """A diffusers scheduler config that `make_sampler` reads back to an equal sampler."""
-        return {"_class_name": self.diffusers_class, **{key: False for key in self.refused}, **plain(self)}
+        said = {key: value for key, value in plain(self).items() if value is not None}
+        return {"_class_name": self.diffusers_class, **dict.fromkeys(self.refused, False), **said}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -192,6 +193,8 @@ def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
         ConfigError: unknown name or class, or a value that diffusers refuses too.
         UnsupportedError: an option that is not supported, named.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"the scheduler config is a {type(config).__name__}; it must be a table")
     if name is None:
         return _load(_name_of(config)).from_config(config)
     return _load(name).from_config({**config, **_PROMISED.get(name, {})})

@@ -77,7 +77,7 @@ def unpack(data: bytes) -> Trajectory:
         raise
     except DiffshipError as fault:
         raise HandoffError(f"trajectory: {fault}") from None
-    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as fault:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as fault:
         raise HandoffError(f"trajectory: malformed ({type(fault).__name__}: {str(fault)[:80]})") from None
 
 
@@ -114,11 +114,11 @@ def _open(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     zeroed.update(memoryview(data)[_DIGITS.stop :])
     if zeroed.hexdigest().encode() != data[_DIGITS]:
         _refuse("it is damaged: the checksum does not match. Send it again")
-    table = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    table = _json(data[8 : 8 + length].decode("utf-8"))
     metadata = table.pop("__metadata__")
     if metadata.get("schema") != SCHEMA:
         _refuse(f"its schema is {str(metadata.get('schema'))[:20]!r}; this version reads {SCHEMA!r}")
-    about = json.loads(metadata["trajectory"], object_pairs_hook=_unique, parse_constant=_constant)
+    about = _json(metadata["trajectory"])
     if not isinstance(about, dict) or set(about) != _KEYS:
         _refuse("its header does not have the keys of a trajectory")
     return about, _arrays(table, memoryview(data)[8 + length :])
@@ -220,6 +220,15 @@ def _facts(facts: object) -> dict[str, Any]:
     if not isinstance(facts, dict) or len(json.dumps(facts)) > _FACTS_BYTES:
         _refuse(f"its facts are not a table of at most {_FACTS_BYTES} bytes")
     return facts
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_number)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _constant(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

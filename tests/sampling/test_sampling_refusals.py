@@ -1,0 +1,130 @@
+"""What a scheduler config may not say, and how the refusal reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+
+from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.sampling.samplers import SAMPLERS, make_sampler
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [
+        ("ddim", {"clip_sample": True}, "clip_sample"),
+        ("lcm", {"clip_sample": True}, "clip_sample"),
+        ("ddim", {"thresholding": True}, "thresholding"),
+        ("dpmpp-2m", {"thresholding": True}, "thresholding"),
+        ("dpmpp-2m", {"use_beta_sigmas": True}, "use_beta_sigmas"),
+        ("dpmpp-2m", {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        ("dpmpp-2m", {"variance_type": "learned"}, "variance_type"),
+        ("euler", {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        ("euler", {"interpolation_type": "log_linear"}, "interpolation_type"),
+    ],
+)
+def test_unbuilt_options_are_named(name: str, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(UnsupportedError, match=word):
+        make_sampler({**SD, **changes}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("euler-a", {"prediction_type": "sample"}),
+        ("pndm", {"prediction_type": "sample"}),
+        ("ddim", {"prediction_type": "noise"}),
+        ("ddim", {"beta_schedule": "sigmoid"}),
+        ("ddim", {"timestep_spacing": "random"}),
+        ("ddim", {"beta_start": -1.0}),
+        ("ddim", {"beta_end": "0.02"}),
+        ("ddim", {"num_train_timesteps": 10**9}),
+        ("ddim", {"steps_offset": 1.5}),
+        ("ddim", {"trained_betas": [0.1, 0.2]}),
+        ("ddim", {"trained_betas": [0.5] * 999 + [1.5]}),
+        ("ddim", {"trained_betas": [0.5] * 999 + [float("nan")]}),
+        ("dpmpp-2m", {"final_sigmas_type": "one"}),
+        ("dpmpp-2m", {"solver_type": "rk4"}),
+        ("nosuch", {}),
+    ],
+)
+def test_absurd_values_are_config_errors(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        make_sampler({**SD, **changes}, name)
+
+
+def test_other_solvers_by_class_are_refused() -> None:
+    base = {**SD, "_class_name": "DPMSolverMultistepScheduler"}
+    for changes in ({"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}):
+        with pytest.raises(UnsupportedError):
+            make_sampler({**base, **changes})
+    with pytest.raises(ConfigError, match="UniPC"):
+        make_sampler({**SD, "_class_name": "UniPCMultistepScheduler"})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [0, -1, 151, 2.0, True, 10**30, float("inf")])
+def test_steps_out_of_range(name: str, steps: Any) -> None:
+    with pytest.raises(ConfigError, match="steps"):
+        make_sampler({**SD, "skip_prk_steps": True}, name).calls(steps)
+
+
+def test_steps_that_diffusers_refuses_too() -> None:
+    with pytest.raises(ConfigError, match="at most 50"):
+        make_sampler(SD, "lcm").calls(51)
+    with pytest.raises(ConfigError, match="at least 4"):
+        make_sampler(SD, "pndm").calls(3)
+    with pytest.raises(ConfigError, match="fewer"):
+        make_sampler({**SD, "num_train_timesteps": 20}, "ddim").calls(20)
+    with pytest.raises(ConfigError, match="steps_offset"):
+        make_sampler({**SD, "steps_offset": 100}, "ddim").calls(25)
+
+
+def test_zero_snr_with_epsilon_has_no_first_step() -> None:
+    sampler = make_sampler({**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "ddim")
+    with pytest.raises(ConfigError, match="zero terminal SNR"):
+        sampler.coefficients(0, 10)
+    sampler.coefficients(1, 10)
+
+
+def test_no_such_call_or_history() -> None:
+    sampler = make_sampler(SD, "dpmpp-2m")
+    for step, age in ((-1, 0), (10, 0), (0, 1), (3, 2)):
+        with pytest.raises(ConfigError):
+            sampler.coefficients(step, 10, age)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_configs_survive_the_round_trip_and_diffusers(name: str) -> None:
+    sampler = make_sampler({**SD, "steps_offset": 1, "skip_prk_steps": True, "prediction_type": "v_prediction"}, name)
+    config = sampler.to_config()
+    assert make_sampler(config) == sampler
+    assert sampler.name == name
+    theirs = getattr(diffusers, sampler.diffusers_class).from_config(config)
+    theirs.set_timesteps(10)
+    assert np.array_equal(theirs.timesteps.numpy(), np.asarray(sampler.timesteps(10)))
+    assert np.array_equal(theirs.alphas_cumprod.numpy(), sampler.alphas_cumprod())
+
+
+def test_class_name_chooses_and_minus_infinity_is_default() -> None:
+    config = {**SD, "_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf")}
+    assert make_sampler(config).name == "dpmpp-2m"
+    assert make_sampler({**config, "use_karras_sigmas": True}).name == "dpmpp-2m-karras"
+    assert make_sampler({**config, "use_karras_sigmas": True}, "dpmpp-2m").name == "dpmpp-2m"
+
+
+def test_without_history_a_step_is_first_order() -> None:
+    base = {**SD, "_class_name": "DPMSolverMultistepScheduler"}
+    second, first = make_sampler(base), make_sampler({**base, "solver_order": 1})
+    for step in range(10):
+        assert second.coefficients(step, 10, 0).matrix[0] == first.coefficients(step, 10, 0).matrix[0]
+    plms = make_sampler({**SD, "skip_prk_steps": True}, "pndm")
+    assert plms.coefficients(1, 10, 0).matrix == ((1.0, 0.0, 0.0),)
+    ddim = make_sampler(SD, "ddim")
+    assert np.allclose(plms.coefficients(5, 10, 0).matrix[0], ddim.coefficients(4, 10).matrix[0])
