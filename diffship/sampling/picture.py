@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,13 +124,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _bounded(path: str | Path) -> bytes:
     try:
+        if not Path(path).is_file():
+            raise ConfigError(f"{path}: cannot be read: there is no such file")
         with open(path, "rb") as file:
-            data = file.read(_FILE_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size > _FILE_BYTES:
+                raise ConfigError(f"{path}: has {size} bytes; at most {_FILE_BYTES} are read")
+            return file.read(size)
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    if len(data) > _FILE_BYTES:
-        raise ConfigError(f"{path}: is larger than {_FILE_BYTES} bytes")
-    return data
 
 
 def _texts(data: bytes) -> Iterator[tuple[str, str]]:

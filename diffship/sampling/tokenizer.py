@@ -50,6 +50,8 @@ class ClipTokenizer:
         self.length = length
         self._start, self._end = self._id(START), self._id(END)
         self._pad = self._id(pad_token)
+        # as transformers: a special token counts wherever it stands in a prompt, "!" as SD2's padding included
+        self._backend.add_special_tokens([START, END, pad_token])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipTokenizer:
@@ -134,7 +136,6 @@ def _from_merges(vocab: dict[str, int], merges: str) -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    backend.add_special_tokens([START, END])
     return backend
 
 
