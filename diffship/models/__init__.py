@@ -1,0 +1,1 @@
+"""Torch side of a pipeline: sources, components, stages, costs and architectures."""

@@ -1,0 +1,170 @@
+"""The files of a CLIP tokenizer, in all three forms that clients read, with equal ids.
+
+vocab.json + merges.txt are what diffusers with transformers 4, the Swift packages and ONNX clients open; tokenizer.json
+is the only form that transformers 5 saves. The vocabulary of `arch:` sources is CLIP's own: 256 bytes, 256 bytes with
+`</w>`, one token per merge, and the two specials (Radford et al. 2021, `simple_tokenizer.py`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files as package_files
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from diffship.core.errors import SourceError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CONTEXT = 77
+NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+Merges = Sequence[tuple[str, str]]
+
+
+def clip_files(size: int = 49408, pad: str = END) -> dict[str, bytes]:
+    """{file name: content} of CLIP's tokenizer, cut to its first merges where `size` is below 49,408 ids."""
+    merges = clip_merges()[: size - 514]
+    return tokenizer_files(vocabulary_of(merges), merges, pad)
+
+
+@cache
+def clip_merges() -> tuple[tuple[str, str], ...]:
+    """CLIP's 48,894 merges in rank order."""
+    packed = package_files("diffship.models").joinpath("data/clip_merges.txt.gz").read_bytes()
+    return tuple(parse_merges(gzip.decompress(packed).decode()))
+
+
+def vocabulary_of(merges: Merges) -> dict[str, int]:
+    """Token -> id in CLIP's order."""
+    letters = _byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def tokenizer_files(
+    vocabulary: Mapping[str, int], merges: Merges, pad: str = END, context: int = CONTEXT
+) -> dict[str, bytes]:
+    """All files of one tokenizer; `pad` is `!` in the second encoder of SDXL and in SD 2, END elsewhere."""
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    return {
+        "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
+        "merges.txt": ("\n".join(lines) + "\n").encode(),
+        "tokenizer.json": fast_tokenizer(vocabulary, merges).to_str(pretty=False).encode(),
+        "tokenizer_config.json": _dump(_config(pad, context)),
+        "special_tokens_map.json": _dump(_specials(pad)),
+    }
+
+
+def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
+    """`found` with the forms it lacks, derived from those it has.
+
+    Raises:
+        SourceError: neither tokenizer.json nor vocab.json + merges.txt is there, or they do not parse, or they are
+            not a CLIP byte-pair vocabulary.
+    """
+    try:
+        vocabulary, merges = _read(found)
+        derived = tokenizer_files(vocabulary, merges, _pad_of(found))
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise SourceError(
+            f"{where}: not a CLIP tokenizer ({str(fault)[:80]}); vocab.json + merges.txt or tokenizer.json are read"
+        ) from None
+    return {**derived, **found}
+
+
+def parse_merges(text: str) -> list[tuple[str, str]]:
+    """Pairs of a merges.txt, header line and blank lines left out; ValueError for any other line."""
+    pairs = []
+    for line in text.split("\n"):
+        if line.strip() and not line.startswith("#version"):
+            first, second = line.rstrip("\r").split(" ")
+            pairs.append((first, second))
+    return pairs
+
+
+def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges) -> Tokenizer:
+    """The `tokenizers` object that gives the ids of transformers' CLIPTokenizer."""
+    model = models.BPE(
+        vocab=dict(vocabulary),
+        merges=[(a, b) for a, b in merges],
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+        unk_token=END,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(START, normalized=True), AddedToken(END, normalized=False)])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def _read(found: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if "vocab.json" in found and "merges.txt" in found:
+        vocabulary: dict[str, int] = json.loads(found["vocab.json"])
+        return vocabulary, parse_merges(found["merges.txt"].decode())
+    document = json.loads(found["tokenizer.json"])
+    vocabulary = dict(document["model"]["vocab"])
+    vocabulary.update({token["content"]: token["id"] for token in document.get("added_tokens", [])})
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in document["model"]["merges"]]
+    return vocabulary, [(a, b) for a, b in pairs]
+
+
+def _pad_of(found: Mapping[str, bytes]) -> str:
+    pad = json.loads(found.get("tokenizer_config.json", b"{}")).get("pad_token", END)
+    content = pad.get("content", END) if isinstance(pad, dict) else pad
+    return content if isinstance(content, str) else END
+
+
+def _byte_letters() -> list[str]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _config(pad: str, context: int) -> dict[str, Any]:
+    return {
+        "add_prefix_space": False,
+        "bos_token": _added(START),
+        "do_lower_case": True,
+        "eos_token": _added(END),
+        "errors": "replace",
+        "model_max_length": context,
+        "pad_token": pad,
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": _added(END),
+    }
+
+
+def _specials(pad: str) -> dict[str, Any]:
+    return {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
+
+
+def _added(content: str) -> dict[str, Any]:
+    return {
+        "__type": "AddedToken",
+        "content": content,
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
+
+
+def _dump(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
