@@ -66,7 +66,7 @@ def call(subject: str, source: str, bundle: Path) -> Callable[[], Any]:
 def _compiled(component: Any, feeds: dict[str, Any]) -> Callable[[], Any]:
     import torch
 
-    module = torch.compile(component.load("cpu").module)
+    module = torch.compile(component.module("cpu"))
     tensors = [torch.from_numpy(np.asarray(feeds[spec.name])) for spec in component.inputs]
 
     def once() -> Any:
