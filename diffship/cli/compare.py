@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> Result:
         chosen = side_by_side.common_parts(first, second, options.parts)
         for done, part in enumerate(chosen):
             stages("parts", done, len(chosen))
-            parts.append(side_by_side.compare_part(first, second, part, options.seed, options.psnr))
+            parts.append(side_by_side.compare_part(first, second, part, options.seed or 0, options.psnr))
         steps, pairs = ([], []) if options.no_steps else side_by_side.compare_steps(first, second, requests, stages)
     scores = [side_by_side.picture_psnr(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
     if options.grid:

@@ -7,45 +7,93 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffship.cli.flags import engine_options, request_fields
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages, note
+from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.runtimes.engine import installed
-from diffship.sampling.generate import Request, generate
+from diffship.sampling.generate import Request, start
+from diffship.sampling.generate import draw as draw_batch
+from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.trajectory import Trajectory
+from diffship.sampling.wire import pack, unpack
 
 MAX_PROMPTS = 256
+Work = tuple[Callable[[Model], list[Trajectory]], list[Path]]  # how a batch begins, and where its pictures go
 
 
 def draw(options: argparse.Namespace) -> Result:
     """Everything is checked before the model is opened, and no folder is made before the first picture is there."""
     from diffship.runtimes.model import open_model
 
-    prompts = read_prompts(options)
-    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
-    files = file_names(options.output, prompts, options.images, options.seed)
-    image, mask = _read_image(options.image), _read_mask(options.mask)
-    require_something(options.bundle)
     begin = time.perf_counter()
+    work = resumed(options) if options.resume else asked(options)
+    require_something(options.bundle)
     with (
         Stages(options.quiet) as stages,
         open_model(options.bundle, options.engine, **engine_options(options)) as model,
     ):
         drawn = []
-        for number, (request, places) in enumerate(zip(requests, files, strict=True)):
-            label = f"{number + 1}/{len(requests)} {request.prompt[:40]}"
-            pictures = generate(model, request, on_step=_reporter(stages, label), image=image, mask=mask)
+        for number, (begun, places) in enumerate(work):
+            batch = begun(model)
+            label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
+            pictures = draw_batch(
+                model, batch, options.memory == "low", on_step=_reporter(stages, label, options.save_trajectory)
+            )
             drawn += [_save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
         name, engine = model.name, getattr(model, "engine", "torch")
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
     return _result(name, engine, drawn, options.grid, time.perf_counter() - begin)
+
+
+def asked(options: argparse.Namespace) -> list[Work]:
+    """One piece of work a prompt.
+
+    Raises:
+        ConfigError: a prompt, file or value that is not legal.
+    """
+    prompts = read_prompts(options)
+    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    files = file_names(options.output, prompts, requests[0].images, requests[0].seed)
+    if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
+        raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
+    image, mask = _read_image(options.image), _read_mask(options.mask)
+    begun = [partial(start, request=request, image=image, mask=mask) for request in requests]
+    return list(zip(begun, files, strict=True))
+
+
+def resumed(options: argparse.Namespace) -> list[Work]:
+    """The one piece of work that --resume names.
+
+    Raises:
+        ConfigError: something else was asked for too, or there is no such file.
+        HandoffError: the file is damaged.
+    """
+    given = [f"--{name}" for name in request_fields(options) if name != "memory"]
+    given += ["a prompt"] * bool(options.prompts or options.prompts_file) + ["--image"] * bool(options.image)
+    if given:
+        raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
+    if not options.resume.is_file():
+        raise ConfigError(f"--resume {str(options.resume)!r} is not a file")
+    if options.resume.stat().st_size > LIMITS.trajectory_bytes:
+        raise ConfigError(f"--resume {str(options.resume)!r} is longer than a trajectory can be")
+    trajectory = unpack(options.resume.read_bytes())
+
+    def begun(model: Model) -> list[Trajectory]:
+        trajectory.require_fit(model.family)
+        if trajectory.facts.get("model_digest") != model.digest:
+            note("warning: the trajectory was begun with other weights than these")
+        return [trajectory]
+
+    return [(begun, file_names(options.output, [trajectory.prompt], 1, int(trajectory.facts.get("seed", 0)))[0])]
 
 
 @dataclass(frozen=True)
@@ -69,7 +117,6 @@ def require_something(text: str) -> None:
 def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
     """One labelled PNG of all pictures; appears whole or not at all."""
     from diffship.benchmarks.grid import grid, png_bytes
-    from diffship.core.atomic import write_file
 
     sheet = grid(pictures, labels, columns)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +131,14 @@ def _save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
     return Drawn(file, str(settings["prompt"]), picture.pixels, settings)
 
 
-def _reporter(stages: Stages, label: str) -> Callable[[Sequence[Trajectory]], None]:
-    return lambda batch: stages(label, batch[0].step, batch[0].calls)
+def _reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequence[Trajectory]], None]:
+    def report(batch: Sequence[Trajectory]) -> None:
+        stages(label, batch[0].step, batch[0].calls)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_file(kept, pack(batch[0]))
+
+    return report
 
 
 def _read_image(file: Path | None) -> Any:

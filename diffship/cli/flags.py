@@ -48,6 +48,9 @@ def plain_value(text: str) -> Any:
     return text
 
 
+REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "seed", "rng", "images", "memory")
+
+
 def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What is drawn, beside the prompt; what is not given is the model's own choice."""
     group = parser.add_argument_group("picture")
@@ -56,15 +59,14 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--size", metavar="N|WxH", type=size, help="pixels (default: the model's)")
     group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")
     group.add_argument("--sampler", metavar="NAME", help=f"{SAMPLERS} (default: the model's scheduler)")
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="image i uses seed + i (default: 0)")
-    group.add_argument("--rng", choices=("torch", "philox"), default="torch", help="noise (default: as torch draws it)")
+    group.add_argument("--seed", metavar="N", type=int, help="image i uses seed + i (default: 0)")
+    group.add_argument("--rng", choices=("torch", "philox"), help="noise (default: torch, as it draws on a CPU)")
     return group
 
 
 def request_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of a Request: what the command line set."""
-    names_ = ("negative", "steps", "size", "guidance", "sampler", "seed", "rng", "images", "memory")
-    values = {name: getattr(options, name, None) for name in names_}
+    values = {name: getattr(options, name, None) for name in REQUEST_FIELDS}
     return {name: value for name, value in values.items() if value is not None}
 
 

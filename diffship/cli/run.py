@@ -22,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line; # begins a comment")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("out"), help="folder or .png file")
     parser.add_argument("--grid", metavar="FILE", type=Path, help="also write one picture with all of them, labelled")
+    parser.add_argument(
+        "--save-trajectory", metavar="FILE", type=Path, help="keep the state after every step (one picture)"
+    )
+    parser.add_argument(
+        "--resume", metavar="FILE", type=Path, help="go on from such a file; it knows prompt and settings"
+    )
     parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG files")
     picture = add_request(parser)
-    picture.add_argument("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")
+    picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
     picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
     picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
     engine = add_engine(parser)
-    engine.add_argument("--memory", choices=("normal", "low"), default="normal", help="low: one part at a time, tiles")
+    engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:

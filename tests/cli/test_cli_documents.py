@@ -134,3 +134,37 @@ def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
     again = check(command(*words), "export")
     assert again["exit_code"] == 2 and "overwrite" in again["error"]["message"]
     assert check(command("verify", folder), "verify")["exit_code"] == 1
+
+
+def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    from diffship.runtimes.model import open_model
+    from diffship.sampling.generate import Request, start
+    from diffship.sampling.loop import denoise, plain
+    from diffship.sampling.wire import pack, unpack
+
+    words = ["run", tiny_bundle, "red apple", "--steps", 3, "--seed", 4, "--no-metadata"]
+    kept = tmp_path / "kept"
+    whole = command(*words, "-o", tmp_path / "whole.png", "--save-trajectory", kept)
+    assert whole["exit_code"] == 0 and unpack(kept.read_bytes()).done
+    with open_model(tiny_bundle) as model:
+        half = denoise(start(model, Request("red apple", steps=3, seed=4)), plain(model.use("unet")), until=1)
+    kept.write_bytes(pack(half[0]))
+    words = ["run", tiny_bundle, "--resume", kept, "--no-metadata", "-o", tmp_path / "rest.png"]
+    rest = check(command(*words), "run")
+    assert rest["exit_code"] == 0 and rest["pictures"][0]["prompt"] == "red apple"
+    assert (tmp_path / "rest.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [(["x"], "leave a prompt out"), (["--steps", "3"], "leave --steps out"), ([], "is not a file")],
+)
+def test_resume_refuses(extra: list[str], message: str, command: Any, tmp_path: Path) -> None:
+    document = check(command("run", "D", "--resume", tmp_path / "none", *extra), "run")
+    assert document["exit_code"] == 2 and message in document["error"]["message"]
+
+
+def test_a_damaged_trajectory_is_refused(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"\x00" * 100)
+    document = check(command("run", "D", "--resume", tmp_path / "kept"), "run")
+    assert document["exit_code"] == 1 and document["error"]["type"] == "HandoffError"
