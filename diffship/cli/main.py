@@ -85,7 +85,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if arguments and arguments[0] in parsers:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
     options, rest = parser.parse_known_args(list(arguments))
-    if rest:
+    if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
+        options.prompts = [*options.prompts, *rest]  # argparse takes positionals in one piece; prompts may also stand behind flags
+    elif rest:
         legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
         stray = next((word for word in rest if word.startswith("-")), None)
         problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"

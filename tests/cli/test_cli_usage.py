@@ -134,6 +134,13 @@ def test_help_has_examples_and_common_flags(verb: str, capsys: pytest.CaptureFix
     assert "examples:" in text and "--json" in text and "--quiet" in text
 
 
+def test_prompts_may_stand_behind_flags() -> None:
+    options = entry.parse(["run", "D", "red apple", "--steps", "3", "black cat", "--seed", "1", "frog"])
+    assert options.prompts == ["red apple", "black cat", "frog"] and options.steps == 3
+    assert entry.parse(["run", "D", "--steps", "3", "x"]).prompts == ["x"]
+    assert entry.parse(["run", "D"]).prompts == []  # and none of the above has been kept
+
+
 def test_version_and_module_form() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "diffship", "--version"], capture_output=True, text=True, timeout=60, check=False
