@@ -86,7 +86,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
     options, rest = parser.parse_known_args(list(arguments))
     if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
-        options.prompts = [*options.prompts, *rest]  # argparse takes positionals in one piece; prompts may also stand behind flags
+        # argparse takes positionals in one piece; prompts may also stand behind flags
+        options.prompts = [*options.prompts, *rest]
     elif rest:
         legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
         stray = next((word for word in rest if word.startswith("-")), None)
