@@ -103,7 +103,7 @@ class Draft:
 
     def _move_into_place(self) -> None:
         _refuse_target(self.path, self._overwrite)
-        if not self.path.exists() or _is_empty(self.path):
+        if _is_free(self.path):
             self._move_to_free_place()
         elif exchange(self.folder, self.path):
             pass  # the old bundle now has the draft's name and goes with it
@@ -170,7 +170,7 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_target(path: Path, overwrite: bool) -> None:
-    if not os.path.lexists(path) or _is_empty(path):
+    if _is_free(path):
         return
     if not overwrite:
         raise ConfigError(f"{path} exists already; choose another folder, or pass --overwrite to replace a bundle")
@@ -183,11 +183,11 @@ def _refuse_target(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{path} is not a clean bundle, so it is never replaced: {fault}") from None
 
 
-def _is_empty(path: Path) -> bool:
+def _is_free(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.lstat().st_mode) and not os.listdir(path)
-    except OSError:
-        return False
+    except FileNotFoundError:
+        return True
 
 
 def _usual_mode(private: Path) -> int:

@@ -112,12 +112,12 @@ def _walk(root: Path, inside: str = "", depth: int = 0) -> Iterator[tuple[str, o
     if depth > LIMITS.path_depth:
         raise BundleError(f"{root} is deeper than {LIMITS.path_depth} folders")
     try:
-        entries = sorted(os.scandir(root / inside), key=lambda entry: entry.name)
+        with os.scandir(root / inside) as entries:
+            listed = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
     except OSError as fault:
         raise BundleError(f"{root / inside}: cannot be listed: {fault.strerror}") from None
-    for entry in entries:
-        name = f"{inside}{entry.name}"
-        status = entry.stat(follow_symlinks=False)
+    for own_name, status in listed:
+        name = f"{inside}{own_name}"
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(root, f"{name}/", depth + 1)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,14 +51,14 @@ LIMITS = Limits()
 
 
 def check_range(name: str, value: Number, low: Number, high: Number) -> Number:
-    """`value`, if it is a finite number in [low, high]; an int range takes ints only, and never a bool.
+    """`value`, if it is a number in [low, high]; an int range takes ints only, and never a bool.
 
     Raises:
         ConfigError: anything else, with the legal range.
     """
     whole = isinstance(low, int) and isinstance(high, int)
     right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right_type or not math.isfinite(value) or not low <= value <= high:
+    if not right_type or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise ConfigError(f"{name} is {_short(value)}; legal is {kind} from {low} to {high}")
     return value

@@ -145,7 +145,7 @@ def _scalar(kind: Any, value: object, where: str, meta: Mapping[str, Any], error
         raise error(f"{where}: {unknown('value', widened, legal)}")
     if isinstance(widened, (int, float)) and not isinstance(widened, bool):
         low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
-        if not math.isfinite(widened) or not low <= widened <= high:
+        if not low <= widened <= high or widened in (math.inf, -math.inf):
             raise error(f"{where} is {_short(value)}; legal is from {low} to {high}")
     return widened
 

@@ -82,7 +82,9 @@ def test_any_flipped_byte_is_found(name: str, bundle: Bundle) -> None:
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
     for offset in generator.integers(0, len(whole), 50):
-        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ int(generator.integers(1, 256))]) + whole[offset + 1 :])
+        path.write_bytes(
+            whole[:offset] + bytes([whole[offset] ^ int(generator.integers(1, 256))]) + whole[offset + 1 :]
+        )
         with pytest.raises(BundleError, match=name):
             Bundle.open(bundle.path).verify()
     path.write_bytes(whole)
@@ -240,7 +242,10 @@ def test_no_link_enters_a_bundle(spoil: Callable[[Path], None], tmp_path: Path, 
 
 def test_a_part_whose_file_is_missing_is_not_written(tmp_path: Path, manifest: Manifest, fill: Fill) -> None:
     lost = replace(manifest, parts=(replace(manifest.parts[0], files=("unet/lost.onnx",)),))
-    with pytest.raises(BundleError, match=r"unet/lost\.onnx, which is not listed"), write_bundle(tmp_path / "b") as draft:
+    with (
+        pytest.raises(BundleError, match=r"unet/lost\.onnx, which is not listed"),
+        write_bundle(tmp_path / "b") as draft,
+    ):
         fill(draft.folder)
         draft.finish(lost)
     assert not list(tmp_path.iterdir())
@@ -357,9 +362,32 @@ for name in json.loads(sys.argv[2]):
             print("TOUCHED", ascii(name), others)
 print("done")
 """
-    names = ["../x", "/etc/passwd", "C:\\x", "C:x", "a/../../x", "a\\b", "a\0b", "x" * 300, "․․/x", "‥/x", "a/./b", "a//b"]
+    names = [
+        "../x",
+        "/etc/passwd",
+        "C:\\x",
+        "C:x",
+        "a/../../x",
+        "a\\b",
+        "a\0b",
+        "x" * 300,
+        "․․/x",
+        "‥/x",
+        "a/./b",
+        "a//b",
+    ]
     names += ["a/", "", ".", "..", ".hidden", "x.", "x ", " x", "con", "NUL.txt", "com1", "Aux.json", "a\nb", "ünet/x"]
-    names += ["unet∕x", "e\u0301", "a" * 129, "/".join("abcdefghi"), "diffship.json", "DIFFSHIP.JSON", "a:b", "a*", "-x"]
+    names += [
+        "unet∕x",
+        "e\u0301",
+        "a" * 129,
+        "/".join("abcdefghi"),
+        "diffship.json",
+        "DIFFSHIP.JSON",
+        "a:b",
+        "a*",
+        "-x",
+    ]
     result = subprocess.run(
         [sys.executable, "-c", code, str(bundle.path), json.dumps(names)], capture_output=True, text=True, timeout=60
     )
@@ -403,6 +431,8 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path, manifest: Manifest, fil
     for name in ("a", "b"):
         with write_bundle(tmp_path / name) as draft:
             fill(draft.folder, 3)
-            write_safetensors(draft.folder / "z.safetensors", {"w": TensorMeta("bool", (1,))}, lambda _: np.ones(1, "?"))
+            write_safetensors(
+                draft.folder / "z.safetensors", {"w": TensorMeta("bool", (1,))}, lambda _: np.ones(1, "?")
+            )
             draft.finish(manifest)
     assert listing(tmp_path / "a") == listing(tmp_path / "b")

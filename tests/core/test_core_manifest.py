@@ -105,7 +105,9 @@ def test_wrong_types_and_values_are_named(where: tuple[str | int, ...], value: o
 
 def test_every_missing_key_is_named_or_has_a_default() -> None:
     for key in ("target", "family", "parts"):
-        assert f"the key {key!r} is missing" in refusal({name: value for name, value in sample().items() if name != key})
+        assert f"the key {key!r} is missing" in refusal(
+            {name: value for name, value in sample().items() if name != key}
+        )
 
 
 RAW = {

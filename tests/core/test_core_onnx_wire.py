@@ -40,7 +40,9 @@ def model_with_every_hiding_place() -> onnx.ModelProto:
     inner.attribute.append(helper.make_attribute("graphs", [graph("g", [outside("in_graphs", entry("d"))])]))
     constant = helper.make_node("Constant", [], ["k"], value=outside("constant", entry("d", 8, 16)))
     constant.attribute.append(helper.make_attribute("many", [outside("in_tensors", entry("d"))]))
-    sparse = onnx.SparseTensorProto(values=outside("sparse_values", entry("d")), indices=outside("sparse_at", entry("d")))
+    sparse = onnx.SparseTensorProto(
+        values=outside("sparse_values", entry("d")), indices=outside("sparse_at", entry("d"))
+    )
     constant.attribute.append(helper.make_attribute("sparse", sparse))
     main = graph("main", [outside("plain", entry("d", 0, 16)), outside("unmarked", entry("d"), 0)], [inner, constant])
     main.initializer.append(onnx.numpy_helper.from_array(np.zeros(1000, np.float32), "inline"))
