@@ -1,0 +1,118 @@
+"""`arch:NAME[+lcm][+taesd]`: an architecture from its config, with weights drawn from a seed when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffship.core.errors import SourceError
+from diffship.core.strict import unknown
+from diffship.core.weights import SeededWeights, TensorMeta, Weights
+from diffship.models import arch_configs as configs
+from diffship.models.autoencoder import KL, TINY, Decoder, Encoder
+from diffship.models.component import weight_metas
+from diffship.models.pipeline import Material, Module
+from diffship.models.text import PROJECTED, TextEncoder
+from diffship.models.tokenizer_files import END, clip_files
+from diffship.models.unet import CLASS as UNET
+from diffship.models.unet import UNet
+
+PREFIX = "arch:"
+SUFFIXES = ("lcm", "taesd")
+# architectures that share the text encoders, VAE and scheduler of another
+_TEXT_OF = {"lcm-sd15": "sd15", "sd15-inpaint": "sd15", "tiny-lcm": "tiny-sd", "tiny-inpaint": "tiny-sd"}
+_VAE_OF = {**_TEXT_OF, "sdxl-refiner": "sdxl", "tiny-refiner": "tiny-sdxl"}
+_SCHEDULER_OF = {**_VAE_OF, "tiny-sd": "sd15", "tiny-sdxl": "sdxl", "tiny-inpaint": "sd15", "tiny-refiner": "sdxl"}
+_SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "unet": 3, "vae": 4}
+NAMES = tuple(configs.UNETS)
+
+
+def arch_material(text: str) -> Material:
+    """Configs, seeded weights, tokenizers and scheduler of `arch:NAME[+lcm][+taesd]`; nothing is drawn yet.
+
+    Raises:
+        SourceError: an unknown name or suffix.
+    """
+    name, suffixes = parse_arch(text)
+    unet = dict(configs.UNETS[name])
+    if "lcm" in suffixes:
+        unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
+    vae_class, vae = _vae(name, "taesd" in suffixes)
+    modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _unet_weights(unet))}
+    modules["vae"] = Module(vae_class, {**vae, "_class_name": vae_class}, _vae_weights(vae_class, vae))
+    for part, (class_name, config) in configs.TEXTS[_TEXT_OF.get(name, name)].items():
+        config = {**config, "architectures": [class_name]}
+        modules[part] = Module(class_name, config, _text_weights(part, class_name, config))
+    return Material(
+        source={"id": text, "revision": None, "kind": "arch"},
+        modules=modules,
+        tokenizers=_tokenizers(name, modules),
+        scheduler=_scheduler(name, unet),
+        index=_index(name, unet),
+        licence={"id": "", "name": "random weights: none", "link": "", "restrictions": "", "notices": []},
+    )
+
+
+def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
+    """("sd15", ("lcm",)) of `arch:sd15+lcm`."""
+    name, *suffixes = text.removeprefix(PREFIX).split("+")
+    if name not in NAMES:
+        raise SourceError(f"{text}: {unknown('architecture', name, NAMES)}")
+    for suffix in suffixes:
+        if suffix not in SUFFIXES:
+            raise SourceError(f"{text}: {unknown('suffix', suffix, SUFFIXES)}")
+    return name, tuple(suffixes)
+
+
+def _vae(name: str, tiny: bool) -> tuple[str, Mapping[str, Any]]:
+    if tiny:
+        return TINY, configs.TAESD["tiny" if name.startswith("tiny") else "full"]
+    return KL, configs.VAES[_VAE_OF.get(name, name)]
+
+
+def _scheduler(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
+    own = configs.SCHEDULERS[_SCHEDULER_OF.get(_SCHEDULER_OF.get(name, name), _SCHEDULER_OF.get(name, name))]
+    if not unet.get("time_cond_proj_dim"):
+        return dict(own)
+    return {**configs.LCM_SCHEDULER, "prediction_type": own["prediction_type"]}
+
+
+def _index(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
+    if "refiner" in name:
+        options = {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+        return {"_class_name": "StableDiffusionXLImg2ImgPipeline", **options}
+    if "xl" in name:
+        return {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    if unet["in_channels"] == 9:
+        return {"_class_name": "StableDiffusionInpaintPipeline"}
+    lcm = unet.get("time_cond_proj_dim")
+    return {"_class_name": "LatentConsistencyModelPipeline" if lcm else "StableDiffusionPipeline"}
+
+
+def _tokenizers(name: str, modules: Mapping[str, Module]) -> dict[str, dict[str, bytes]]:
+    found = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        if part in modules:
+            pad = "!" if part == "text_encoder_2" or name == "sd21" else END
+            found[part.replace("text_encoder", "tokenizer")] = clip_files(modules[part].config["vocab_size"], pad)
+    return found
+
+
+def _unet_weights(config: Mapping[str, Any]) -> Weights:
+    with torch.device("meta"):
+        return SeededWeights(weight_metas(UNet(config)), _SEEDS["unet"])
+
+
+def _vae_weights(class_name: str, config: Mapping[str, Any]) -> Weights:
+    metas: dict[str, TensorMeta] = {}
+    with torch.device("meta"):
+        for half in (Encoder(class_name, config), Decoder(class_name, config)):
+            metas.update(weight_metas(half))
+    return SeededWeights(metas, _SEEDS["vae"])
+
+
+def _text_weights(part: str, class_name: str, config: Mapping[str, Any]) -> Weights:
+    with torch.device("meta"):
+        return SeededWeights(weight_metas(TextEncoder(config, class_name == PROJECTED, False)), _SEEDS[part])

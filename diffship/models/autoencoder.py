@@ -1,0 +1,114 @@
+"""The `vae_encoder` and `vae_decoder` parts of AutoencoderKL and of the tiny auto-encoder (TAESD)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import nn
+
+from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.spec import TensorSpec
+from diffship.core.weights import Weights, renamed
+from diffship.models.component import Component, weight_metas
+
+KL, TINY = "AutoencoderKL", "AutoencoderTiny"
+# names of attention tensors before diffusers 0.18; checkpoints on the hub still have them
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Encoder(nn.Module):
+    """(sample,) -> (latent_parameters,): mean and log variance for KL, the latents themselves for the tiny one."""
+
+    def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inner = _half(class_name, config, ("encoder", "quant_conv"))
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
+        encoded = self.inner.encoder(sample)
+        return (self.inner.quant_conv(encoded) if hasattr(self.inner, "quant_conv") else encoded,)
+
+
+class Decoder(nn.Module):
+    """(latent_sample,) -> (sample,) in [-1, 1]; the latents are divided by the scaling factor already."""
+
+    def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inner = _half(class_name, config, ("decoder", "post_quant_conv"))
+
+    def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+        if hasattr(self.inner, "post_quant_conv"):
+            latent_sample = self.inner.post_quant_conv(latent_sample)
+        return (self.inner.decoder(latent_sample),)
+
+
+def autoencoder(
+    class_name: str, config: Mapping[str, Any], weights: Weights, smallest_px: int = 64
+) -> tuple[Component, Component]:
+    """(vae_encoder, vae_decoder) over one set of weights.
+
+    Raises:
+        UnsupportedError: another class than AutoencoderKL or AutoencoderTiny.
+    """
+    if class_name not in (KL, TINY):
+        raise UnsupportedError(f"vae: {class_name} is not supported; legal: {KL}, {TINY}")
+    weights = renamed(weights, {_current(name): name for name in weights.names()})
+    factor, latents = vae_factor(class_name, config), int(config.get("latent_channels", 4))
+    image = TensorSpec("sample", "float32", ("batch_size", 3, "sample_height", "sample_width"))
+    parameters = TensorSpec(
+        "latent_parameters",
+        "float32",
+        ("batch_size", latents * (2 if class_name == KL else 1), f"sample_height / {factor}", f"sample_width / {factor}"),
+    )
+    latent = TensorSpec("latent_sample", "float32", ("batch_size", latents, "latent_height", "latent_width"))
+    picture = TensorSpec(
+        "sample", "float32", ("batch_size", 3, f"latent_height * {factor}", f"latent_width * {factor}")
+    )
+    side = smallest_px // factor
+    encoder = Component(
+        "vae_encoder", class_name, dict(config), partial(Encoder, class_name, dict(config)), weights, (image,),
+        (parameters,), {"batch_size": 1, "sample_height": smallest_px, "sample_width": smallest_px},
+    )  # fmt: skip
+    decoder = Component(
+        "vae_decoder", class_name, dict(config), partial(Decoder, class_name, dict(config)), weights, (latent,),
+        (picture,), {"batch_size": 1, "latent_height": side, "latent_width": side},
+    )  # fmt: skip
+    return _owning(encoder), _owning(decoder)
+
+
+def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:
+    """Pixels per latent, along one side."""
+    widths = config.get("block_out_channels" if class_name == KL else "encoder_block_out_channels", (0, 0, 0, 0))
+    return int(2 ** (len(widths) - 1))
+
+
+def _owning(component: Component) -> Component:
+    from dataclasses import replace
+
+    names = list(weight_metas(component.meta))
+    known = set(component.weights.names())
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise SourceError(f"{component.name}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}")
+    return replace(component, weights=renamed(component.weights, {name: name for name in names}))
+
+
+def _half(class_name: str, config: Mapping[str, Any], parts: tuple[str, ...]) -> nn.Module:
+    whole = (AutoencoderKL if class_name == KL else AutoencoderTiny).from_config(dict(config))
+    half = nn.Module()
+    for part in parts:
+        module = getattr(whole, part, None)
+        if module is not None:
+            half.add_module(part, module)
+    return half
+
+
+def _current(name: str) -> str:
+    if ".attentions." not in name:
+        return name
+    head, _, leaf = name.rpartition(".")
+    stem, _, kind = head.rpartition(".")
+    return f"{stem}.{_OLD[kind]}.{leaf}" if kind in _OLD else name

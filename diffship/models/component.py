@@ -1,0 +1,134 @@
+"""Component: one part of a pipeline as specs, a module on the meta device, and weights that are read when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from diffship.core.errors import SourceError
+from diffship.core.spec import TensorSpec
+from diffship.core.weights import TensorMeta, Weights, source_digest
+from diffship.models.examples import draw
+
+if TYPE_CHECKING:
+    from diffship.models.runner import TorchRunner
+
+INNER = "inner."  # every part wraps its network in an attribute of this name
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part under its canonical name, with the canonical inputs and outputs that every engine keeps.
+
+    `build()` makes the part on the current default device (meta, fake or real); its forward takes the inputs as
+    positional tensors in the order of `inputs` and returns a tuple in the order of `outputs`. Its parameters are called
+    `inner.` + the name in `weights`. `smallest` holds the least legal size of every named axis.
+    """
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    build: Callable[[], nn.Module] = field(repr=False, compare=False)
+    weights: Weights = field(repr=False, compare=False)
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    smallest: Mapping[str, int] = field(default_factory=dict)
+    template: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def meta(self) -> nn.Module:
+        """The part on the meta device, new with every access (about a second for SDXL); it has shapes and no values."""
+        if self.template is not None:
+            return self.template()
+        with torch.device("meta"):
+            return self.build().eval()
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the source tensors (core.weights.source_digest); reads every one of them."""
+        return source_digest(self.weights)
+
+    def smallest_sizes(self) -> dict[str, int]:
+        """Axis name -> smallest legal size."""
+        return dict(self.smallest)
+
+    def example(self, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.generic]]:
+        """Plausible feeds, equal for equal seed and sizes; axes that `sizes` leaves out have their smallest size."""
+        known = {**self.smallest, **(sizes or {})}
+        rng = np.random.Generator(np.random.PCG64(seed))
+        return {spec.name: draw(spec, known, rng, self.config) for spec in self.inputs}
+
+    def module(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> nn.Module:
+        """The part with its weights, filled tensor by tensor, in `dtype` (float32 by default).
+
+        Raises:
+            SourceError: a tensor is missing or has another shape than the config asks for.
+        """
+        module = self.meta
+        fill(module, self.weights, device, torch_dtype(dtype), f"{self.name} ({self.class_name})")
+        return module.eval()
+
+    def load(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TorchRunner:
+        """A runner on torch; float feeds are cast to `dtype`, `timestep` and `time_ids` stay float32."""
+        from diffship.models.runner import TorchRunner
+
+        kind = torch_dtype(dtype)
+        return TorchRunner(self.module(device, kind), self.inputs, self.outputs, device, kind)
+
+
+def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """`float16` or torch.float16 -> torch.float16; None -> torch.float32."""
+    if dtype is None:
+        return torch.float32
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise TypeError(f"{dtype!r} is not a torch dtype")
+    return kind
+
+
+def weight_metas(module: nn.Module, dtype: str = "float32") -> dict[str, TensorMeta]:
+    """{name without `inner.`: TensorMeta} of everything that a part loads."""
+    return {
+        name.removeprefix(INNER): TensorMeta(dtype, tuple(tensor.shape)) for name, tensor in module.state_dict().items()
+    }
+
+
+def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, label: str) -> None:
+    """Replace every meta tensor of `module` by its weight, one at a time, so that nothing is held twice."""
+    known = set(weights.names())
+    expected = module.state_dict()
+    missing = [name for name in expected if name.removeprefix(INNER) not in known]
+    if missing:
+        raise SourceError(f"{label}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}")
+    for name, empty in expected.items():
+        tensor = read_tensor(weights, name.removeprefix(INNER))
+        if tensor.shape != empty.shape:
+            raise SourceError(f"{label}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}")
+        _assign(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+
+
+def read_tensor(weights: Weights, name: str) -> torch.Tensor:
+    """One weight as a torch tensor of its own type; shares memory with the array that was read."""
+    meta, array = weights.meta(name), weights.read(name)
+    if not array.flags.writeable:
+        array = array.copy()
+    if meta.dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        bits = np.int16 if meta.dtype == "bfloat16" else np.uint8
+        kind: torch.dtype = getattr(torch, meta.dtype)
+        return torch.from_numpy(array.view(bits)).view(kind)
+    return torch.from_numpy(array)
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

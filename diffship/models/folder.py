@@ -1,0 +1,103 @@
+"""Writing a pipeline as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.atomic import write_file
+from diffship.core.safetensors_file import write_safetensors
+from diffship.core.weights import TensorMeta, Weights, cast
+
+if TYPE_CHECKING:
+    from diffship.models.component import Component
+    from diffship.models.pipeline import Pipeline
+
+Progress = Callable[[str, int, int], None]
+DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+def write_folder(pipeline: Pipeline, folder: Path, dtype: str | None, progress: Progress | None) -> None:
+    """Everything but the atomic rename; `progress(label, done, total)` counts bytes of tensors."""
+    write_json(folder / "model_index.json", pipeline.model_index)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
+    for name, files in pipeline.tokenizers.items():
+        write_tokenizer(files, folder / name)
+    write_licence(pipeline.licence, folder)
+    for name, parts in _folders(pipeline.components):
+        target = folder / name
+        target.mkdir()
+        write_json(target / "config.json", folder_config(parts[0], dtype))
+        file = DIFFUSERS_FILE if parts[0].class_name[:4] != "CLIP" else TRANSFORMERS_FILE
+        _write_weights([part.weights for part in parts], target / file, dtype, name, progress)
+
+
+def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> None:
+    """The files of one tokenizer into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_file(folder / name, data)
+
+
+def write_licence(licence: Mapping[str, Any], folder: Path) -> None:
+    """LICENSE and NOTICE texts of the source, and a model card whose front matter names the licence."""
+    for notice in licence.get("notices", ()):
+        write_file(folder / notice["file"], notice["text"])
+    fields = {"license": "id", "license_name": "name", "license_link": "link"}
+    lines = [f"{key}: {licence[field]}" for key, field in fields.items() if licence.get(field)]
+    if not lines:
+        return
+    text = ["---", *lines, "library_name: diffusers", "---"]
+    if licence.get("restrictions"):
+        text += ["", f"Use restrictions carried from the source: {licence['restrictions']}"]
+    write_file(folder / "README.md", "\n".join(text) + "\n")
+
+
+def folder_config(component: Component, dtype: str | None = None) -> dict[str, Any]:
+    """config.json of a part, with the class that diffusers and transformers look up."""
+    config = dict(component.config)
+    if component.class_name.startswith("CLIP"):
+        config.update(architectures=[component.class_name], model_type="clip_text_model")
+        if dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+    else:
+        config["_class_name"] = component.class_name
+    return config
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Indented JSON with sorted keys, as diffusers writes it."""
+    write_file(path, json.dumps(dict(data), indent=2, sort_keys=True) + "\n")
+
+
+def _folders(components: Mapping[str, Component]) -> Iterator[tuple[str, list[Component]]]:
+    halves = [component for name, component in components.items() if name.startswith("vae_")]
+    for name, component in components.items():
+        if not name.startswith("vae_"):
+            yield name, [component]
+    if halves:
+        yield "vae", halves
+
+
+def _write_weights(
+    sources: Sequence[Weights], path: Path, dtype: str | None, label: str, progress: Progress | None
+) -> None:
+    owner: dict[str, Weights] = {}
+    metas: dict[str, TensorMeta] = {}
+    for source in sources:
+        weights = cast(source, dtype) if dtype else source
+        for name in weights.names():
+            owner[name], metas[name] = weights, weights.meta(name)
+    total, done = sum(meta.nbytes for meta in metas.values()), 0
+
+    def written(name: str) -> None:
+        nonlocal done
+        done += metas[name].nbytes
+        if progress is not None:
+            progress(f"write {label}", done, total)
+
+    write_safetensors(path, metas, lambda name: owner[name].read(name), {"format": "pt"}, written)

@@ -1,0 +1,66 @@
+"""PipelineModel: a pipeline opened on torch, behind the protocol that `generate` needs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from diffship.core.errors import ConfigError
+from diffship.core.family import Family
+from diffship.core.runner import Runner
+from diffship.models.pipeline import Pipeline
+from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
+
+
+class PipelineModel:
+    """A Model on torch. Threads may share it; a part is loaded once and kept until `release`."""
+
+    def __init__(self, pipeline: Pipeline, device: str = "cpu", dtype: str | None = None) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        self.dtype = dtype
+        self.name: str = str(pipeline.source.get("id", "pipeline"))
+        self.family: Family = pipeline.family
+        self.scheduler: Mapping[str, Any] = dict(pipeline.scheduler)
+        self.parts: frozenset[str] = frozenset(pipeline.components)
+        self.tokenizers: Mapping[str, Tokenizer] = {
+            name: ClipTokenizer.from_files(files, name) for name, files in pipeline.tokenizers.items()
+        }
+        self._runners: dict[str, Runner] = {}
+        self._locks = {part: threading.Lock() for part in self.parts}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the parts' source digests, equal to that of a bundle of the same weights; reads all of them."""
+        lines = (f"{name} {self.pipeline.components[name].digest}\n" for name in sorted(self.parts))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def use(self, part: str) -> Runner:
+        """The runner of `part`, loaded on first use and kept until `release` or `close`."""
+        if part not in self._locks:
+            raise ConfigError(f"{self.name} has no part {part!r}; it has {', '.join(sorted(self.parts))}")
+        with self._locks[part]:
+            if part not in self._runners:
+                self._runners[part] = self.pipeline.components[part].load(self.device, self.dtype)
+            return self._runners[part]
+
+    def release(self, part: str) -> None:
+        """Free the part's memory; the next `use` loads it again."""
+        if part in self._locks:
+            with self._locks[part]:
+                runner = self._runners.pop(part, None)
+            if runner is not None:
+                runner.close()
+
+    def close(self) -> None:
+        for part in self.parts:
+            self.release(part)
+
+    def __enter__(self) -> PipelineModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

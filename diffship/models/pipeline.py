@@ -1,0 +1,178 @@
+"""Pipeline: the parts of one model with their tokenizers, scheduler and licence, whatever they were read from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.family import Family
+from diffship.core.weights import Weights
+from diffship.models.autoencoder import autoencoder
+from diffship.models.component import Component
+from diffship.models.families import family_of
+from diffship.models.folder import write_folder
+from diffship.models.text import text_encoder
+from diffship.models.unet import unet
+
+if TYPE_CHECKING:
+    from diffship.models.model import PipelineModel
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+SMALLEST_PX = 64  # core.limits: no request is smaller
+
+
+@dataclass(frozen=True)
+class Module:
+    """One entry of a model_index as it was found: class, config and weights."""
+
+    class_name: str
+    config: Mapping[str, Any]
+    weights: Weights = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a source yields before it is a pipeline; parts may still be missing.
+
+    `modules` has the folder names of a diffusers pipeline (`unet`, `vae`, `text_encoder`, `text_encoder_2`),
+    `tokenizers` maps `tokenizer` and `tokenizer_2` to {file name: content}.
+    """
+
+    source: Mapping[str, Any]
+    modules: Mapping[str, Module] = field(default_factory=dict)
+    tokenizers: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict, repr=False)
+    scheduler: Mapping[str, Any] | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+    licence: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A whole model. `components` has canonical part names; nothing in it holds tensors until a part is loaded."""
+
+    family: Family
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    tokenizers: Mapping[str, Mapping[str, bytes]] = field(repr=False)
+    model_index: Mapping[str, Any]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    licence: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Any, ...] = ()
+
+    def save(
+        self,
+        folder: str | Path,
+        dtype: str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
+        """Write a diffusers folder that stock `from_pretrained` loads; the tensors stream through, one at a time.
+
+        The folder appears whole or not at all. `dtype` (`float16`, `bfloat16`, `float32`) converts float tensors.
+
+        Raises:
+            ConfigError: `folder` exists and holds something, or a value does not fit `dtype`.
+        """
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
+        draft = target.parent / f".{target.name}.{os.getpid()}.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        try:
+            write_folder(self, draft, dtype, progress)
+            if target.exists():
+                target.rmdir()
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return target
+
+    def model(self, device: str = "cpu", dtype: str | None = None) -> PipelineModel:
+        """The pipeline opened on torch, as `sampling.Model`; parts are loaded when they are first used."""
+        from diffship.models.model import PipelineModel
+
+        return PipelineModel(self, device, dtype)
+
+
+def assemble(material: Material) -> Pipeline:
+    """A pipeline of complete material.
+
+    Raises:
+        SourceError: parts are missing or do not fit each other.
+        UnsupportedError: a part is of a class that is not known here.
+    """
+    modules = material.modules
+    missing = missing_parts(material)
+    if missing:
+        raise SourceError(
+            f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: --base SOURCE "
+            "(a folder, a hub id, emoji or arch:NAME)"
+        )
+    text = {name: modules[name] for name in TEXT_PARTS if name in modules}
+    vae, scheduler = modules["vae"], dict(material.scheduler or {})
+    family = family_of(
+        modules["unet"].config,
+        vae.class_name,
+        vae.config,
+        scheduler,
+        material.index,
+        {name: module.config for name, module in text.items()},
+    )
+    hidden = family.name != "sd"
+    smallest = -(-SMALLEST_PX // family.size_step) * family.size_step
+    parts = [text_encoder(n, m.class_name, m.config, m.weights, hidden) for n, m in text.items()]
+    parts.append(unet(modules["unet"].config, modules["unet"].weights, smallest // family.vae_factor))
+    parts.extend(autoencoder(vae.class_name, vae.config, vae.weights, smallest))
+    return Pipeline(
+        family=family,
+        components={part.name: part for part in parts},
+        scheduler=scheduler,
+        tokenizers=material.tokenizers,
+        model_index=complete_index(material, family),
+        source=dict(material.source),
+        licence=dict(material.licence),
+    )
+
+
+def missing_parts(material: Material) -> list[str]:
+    """Folder names that a pipeline needs and `material` lacks."""
+    missing = [name for name in ("unet", "vae") if name not in material.modules]
+    texts = [name for name in TEXT_PARTS if name in material.modules]
+    if not texts:
+        missing.append("text_encoder")
+    wanted = [name.replace("text_encoder", "tokenizer") for name in texts] or ["tokenizer"]
+    missing += [name for name in wanted if name not in material.tokenizers]
+    return missing if material.scheduler else [*missing, "scheduler"]
+
+
+def complete_index(material: Material, family: Family) -> dict[str, Any]:
+    """The model_index of what is there; entries and options of the source are kept."""
+    index = {key: value for key, value in material.index.items() if not isinstance(value, list)}
+    index.setdefault("_class_name", _pipeline_class(family))
+    for name in TEXT_PARTS if family.name != "sd" else TEXT_PARTS[:1]:
+        index[name] = _entry(material, name, "transformers")
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        index[tokenizer] = ["transformers", "CLIPTokenizer"] if tokenizer in material.tokenizers else [None, None]
+    index["unet"] = _entry(material, "unet", "diffusers")
+    index["vae"] = _entry(material, "vae", "diffusers")
+    index["scheduler"] = ["diffusers", (material.scheduler or {}).get("_class_name", "DDIMScheduler")]
+    if family.name == "sd":
+        index.update(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
+    return index
+
+
+def _entry(material: Material, name: str, library: str) -> list[str | None]:
+    module = material.modules.get(name)
+    return [library, module.class_name] if module else [None, None]
+
+
+def _pipeline_class(family: Family) -> str:
+    if family.name == "sdxl-refiner":
+        return "StableDiffusionXLImg2ImgPipeline"
+    kind = "StableDiffusionXL" if family.name == "sdxl" else "StableDiffusion"
+    return f"{kind}InpaintPipeline" if family.unet_channels == 9 else f"{kind}Pipeline"

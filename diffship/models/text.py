@@ -1,0 +1,117 @@
+"""The `text_encoder` parts: CLIPTextModel and CLIPTextModelWithProjection, with canonical tensors and classic names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffship.core.errors import UnsupportedError
+from diffship.core.spec import TensorSpec
+from diffship.core.weights import Weights, renamed
+from diffship.models.clip_names import classic_map
+from diffship.models.component import Component
+
+PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+
+
+class TextEncoder(nn.Module):
+    """(input_ids,) -> ([text_embeds,] last_hidden_state[, pooler_output][, hidden_states.0 .. hidden_states.N]).
+
+    Runs the layers itself: positions are computed (no index buffer to load), the causal mask stays a flag of the
+    attention (a graph needs no mask tensor), and hidden states are those before the final norm, as CLIP gives them.
+    """
+
+    def __init__(self, config: Mapping[str, Any], projected: bool, hidden_states: bool) -> None:
+        super().__init__()
+        clip_config = clip_text_config(config)
+        self.inner = nn.Module()
+        network = CLIPTextModel(clip_config)
+        self.inner.text_model = getattr(network, "text_model", network)
+        del self.inner.text_model.embeddings.position_ids
+        if projected:
+            self.inner.text_projection = nn.Linear(clip_config.hidden_size, clip_config.projection_dim, bias=False)
+        self.projected = projected
+        self.hidden_states = hidden_states
+        self.end_id = int(clip_config.eos_token_id)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        model = self.inner.text_model
+        states = [embed(model.embeddings, input_ids)]
+        for layer in model.encoder.layers:
+            states.append(run_layer(layer, states[-1]))
+        last = model.final_layer_norm(states[-1])
+        pooled = pool(last, input_ids, self.end_id)
+        head = (self.inner.text_projection(pooled), last) if self.projected else (last, pooled)
+        return (*head, *states) if self.hidden_states else head
+
+
+def embed(embeddings: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Token plus position embeddings, (batch, sequence, width)."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return embeddings.token_embedding(input_ids) + embeddings.position_embedding(positions)
+
+
+def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """One encoder layer with causal attention."""
+    out: torch.Tensor | tuple[torch.Tensor, ...] = layer(states, attention_mask=None, is_causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def pool(last: torch.Tensor, input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
+    """The state at the end token: the greatest id where the config still says 2, else the first one equal to it."""
+    ids = input_ids.to(torch.int32)
+    marks = ids if end_id == 2 else (ids == end_id).to(torch.int32)
+    return last[torch.arange(last.shape[0], device=last.device), marks.argmax(dim=-1)]
+
+
+def text_encoder(
+    name: str, class_name: str, config: Mapping[str, Any], weights: Weights, hidden_states: bool
+) -> Component:
+    """A CLIP text encoder; `weights` may go by classic or by transformers 5 names.
+
+    Raises:
+        UnsupportedError: `class_name` is not one of the two CLIP text classes.
+    """
+    if class_name not in (PLAIN, PROJECTED):
+        raise UnsupportedError(f"{name}: {class_name} is not supported; legal: {PLAIN}, {PROJECTED}")
+    projected = class_name == PROJECTED
+    build = partial(TextEncoder, dict(config), projected, hidden_states)
+    inputs = (TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),)
+    outputs = _outputs(config, projected, hidden_states)
+    sizes = {"batch_size": 1, "sequence_length": 77}
+    weights = renamed(weights, classic_map(weights.names()))
+    return Component(name, class_name, dict(config), build, weights, inputs, outputs, sizes)
+
+
+def clip_text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    """The transformers config, attention set to the fused kernel."""
+    skip = ("architectures", "_name_or_path", "transformers_version", "model_type", "torch_dtype", "dtype")
+    clip_config = CLIPTextConfig(**{key: value for key, value in config.items() if key not in skip})
+    clip_config._attn_implementation = "sdpa"
+    return clip_config
+
+
+def _outputs(config: Mapping[str, Any], projected: bool, hidden_states: bool) -> tuple[TensorSpec, ...]:
+    defaults = CLIPTextConfig()
+    width = int(config.get("hidden_size", defaults.hidden_size))
+    state = ("batch_size", "sequence_length", width)
+    last = TensorSpec("last_hidden_state", "float32", state)
+    if projected:
+        projection = int(config.get("projection_dim", defaults.projection_dim))
+        specs = [TensorSpec("text_embeds", "float32", ("batch_size", projection)), last]
+    else:
+        specs = [last, TensorSpec("pooler_output", "float32", ("batch_size", width))]
+    if hidden_states:
+        count = int(config.get("num_hidden_layers", defaults.num_hidden_layers)) + 1
+        specs += [TensorSpec(f"hidden_states.{i}", "float32", state) for i in range(count)]
+    return tuple(specs)
+
+
+def stock_class(class_name: str) -> type[nn.Module]:
+    """transformers' own class, for whoever compares or saves with it."""
+    return CLIPTextModelWithProjection if class_name == PROJECTED else CLIPTextModel
