@@ -69,11 +69,11 @@ def draw(
     With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
     """
     _stop_if(cancel)
+    done = [conditioned(model, trajectory) for trajectory in batch]
     if low:
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
     denoiser = checked(plain(model.use("unet")))
-    done = list(batch)
     for places in _chunks(batch, at_once or (1 if low else len(batch))):
         active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
         for place, trajectory in zip(places, active, strict=True):
@@ -105,11 +105,19 @@ def start(
             positive=encoded.positive,
             negative=encoded.negative,
             prompt=request.prompt,
-            negative_prompt=request.negative or "",
+            negative_prompt=request.negative,
             facts=_facts(model, settled, i, encoded.warnings),
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
     return made
+
+
+def conditioned(model: Model, trajectory: Trajectory) -> Trajectory:
+    """The trajectory with embeddings: its own, or its prompts encoded by `model` where they did not travel."""
+    if trajectory.positive is not None or trajectory.done:
+        return trajectory
+    made = encode(model, trajectory.prompt, trajectory.negative_prompt, trajectory.size, trajectory.guidance)
+    return replace(trajectory, positive=made.positive, negative=made.negative)
 
 
 def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel: Cancel | None = None) -> list[Picture]:
@@ -129,7 +137,7 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
     width, height = trajectory.size
     return {
         "prompt": trajectory.prompt,
-        "negative_prompt": trajectory.negative_prompt,
+        "negative_prompt": trajectory.negative_prompt or "",
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.name,
         "guidance": trajectory.guidance,

@@ -48,8 +48,8 @@ class FeedMaker:
     def __init__(self, unet: Runner) -> None:
         self._unet = unet
         self._names = {spec.name for spec in unet.inputs}
-        self._held: tuple[Any, ...] = ()
-        self._constants: dict[str, Any] = {}
+        # what the last call's feeds were made of, and those feeds: one attribute, so that threads may share it
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __call__(self, batch: Sequence[Trajectory]) -> dict[str, Any]:
         """Feeds for `batch`, rows as in `guide`.
@@ -67,12 +67,13 @@ class FeedMaker:
         }
 
     def _conditioning(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
-        held = (*conditions, *guidances)
-        if len(held) != len(self._held) or any(a is not b and a != b for a, b in zip(held, self._held, strict=True)):
+        wanted = (*conditions, *guidances)
+        held, constants = self._last
+        if wanted != held:
             arrays = self._arrays(conditions, guidances)
-            self._constants = {name: self._unet.put(array) for name, array in arrays.items()}
-            self._held = held
-        return self._constants
+            constants = {name: self._unet.put(array) for name, array in arrays.items()}
+            self._last = (wanted, constants)
+        return constants
 
     def _arrays(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
         fields = {"encoder_hidden_states": "embeddings", "text_embeds": "pooled", "time_ids": "time_ids"}

@@ -101,7 +101,7 @@ class TorchGenerator:
 
 def _box_muller16(uniform: Floats) -> Floats:
     blocks = uniform.reshape(-1, 2, 8)
-    # float32 where torch rounds and it matters (the angle), float64 elsewhere: the same bits on every machine
+    # float32 where torch rounds and it matters (the angle), float64 elsewhere, so that math libraries hardly differ
     radius = np.sqrt(-2.0 * np.log(1.0 - blocks[:, 0].astype(np.float64)))
     theta = (np.float32(2.0 * math.pi) * blocks[:, 1]).astype(np.float64)
     return np.stack([radius * np.cos(theta), radius * np.sin(theta)], 1).astype(np.float32).reshape(-1)

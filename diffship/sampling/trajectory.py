@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffship.core.errors import HandoffError
+from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.sampling.rng import Noise
 from diffship.sampling.samplers import Sampler
@@ -46,7 +46,7 @@ class Trajectory:
     masked_latents: Array | None = None  # (channels, height, width)
     init_latents: Array | None = None  # (channels, height, width), what img2img started from
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
 
     @property
@@ -65,7 +65,10 @@ class Trajectory:
 
     def require_fit(self, family: Family) -> None:
         """Raises HandoffError, naming the value, unless a model of `family` can go on from here."""
-        height, width = family.latent_size(*self.size)
+        try:
+            height, width = family.latent_size(*self.size)
+        except ConfigError as fault:
+            raise HandoffError(f"the trajectory does not fit this model: {fault}") from None
         _same("latents", tuple(self.latents.shape), (family.latent_channels, height, width))
         _same("prediction type", self.sampler.prediction_type, family.prediction_type)
         inpaint = family.unet_channels == 2 * family.latent_channels + 1

@@ -172,7 +172,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         masked_latents=tensors.get("masked_latents"),
         init_latents=tensors.get("init_latents"),
         prompt=check_prompt(about["prompt"]),
-        negative_prompt=check_prompt(about["negative_prompt"]),
+        negative_prompt=None if about["negative_prompt"] is None else check_prompt(about["negative_prompt"]),
         facts=_facts(about["facts"]),
     )
 

@@ -28,7 +28,9 @@ Feeds = Mapping[str, Any]
 class ToyRunner:
     """Runs a function; remembers how often it was called, put and closed."""
 
-    def __init__(self, inputs: dict[str, tuple[Any, ...]], outputs: list[str], function: Callable[[Feeds], Any]) -> None:
+    def __init__(
+        self, inputs: dict[str, tuple[Any, ...]], outputs: list[str], function: Callable[[Feeds], Any]
+    ) -> None:
         self.inputs = tuple(TensorSpec(name, "float32", shape) for name, shape in inputs.items())
         self.outputs = tuple(TensorSpec(name, "float32", ("batch_size",)) for name in outputs)
         self.function = function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sampling_toy import WIDTH, ToyModel, text
 
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import decode_tiled
+from diffship.sampling.encode import time_ids
 from diffship.sampling.generate import Request, generate, generate_many
 from diffship.sampling.rng import torch_randn
 
@@ -42,7 +44,9 @@ def test_two_processes_agree_bit_for_bit() -> None:
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     root = Path(__file__).parents[2]
-    runs = {subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=root).stdout for _ in "ab"}
+    runs = {
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=root).stdout for _ in "ab"
+    }
     assert len(runs) == 1
 
 
@@ -110,10 +114,18 @@ def test_sdxl_conditioning() -> None:
     assert model.use("unet").calls[0]["encoder_hidden_states"] == (2, 77, 2 * WIDTH)
 
 
+def test_refiner_conditioning_ends_with_a_score() -> None:
+    family = replace(ToyModel("sdxl").family, time_ids=5)
+    assert time_ids(family, (128, 64), 6.0).tolist() == [64, 128, 0, 0, 6.0]
+    assert time_ids(ToyModel().family, (64, 64), 6.0) is None
+
+
 def test_cancel_and_progress() -> None:
     seen: list[tuple[int, int]] = []
     with pytest.raises(Cancelled):
-        generate(ToyModel(), Request(**ASKED), lambda now: seen.append((now[0].step, now[0].calls)), lambda: len(seen) > 1)
+        generate(
+            ToyModel(), Request(**ASKED), lambda now: seen.append((now[0].step, now[0].calls)), lambda: len(seen) > 1
+        )
     assert seen == [(1, 4), (2, 4)]
 
 
@@ -249,3 +261,23 @@ def test_tiles_equal_the_whole(shape: tuple[int, int]) -> None:
     assert np.abs(tiled - convolve(latents)).max() <= 2e-6
     assert max(max(size) for size in sizes) <= 32
     assert len(set(sizes)) == 1
+
+
+def test_the_room_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from sampling_toy import ToyModel\n"
+        "from diffship.sampling.generate import Request, generate\n"
+        "from diffship.sampling.samplers import SAMPLERS\n"
+        "from diffship.sampling.wire import pack, unpack\n"
+        "for name in SAMPLERS:\n"
+        "    picture = generate(ToyModel(), Request('x', sampler=name, steps=4))[0]\n"
+        "    unpack(pack(picture.trajectory))\n"
+        "print('drawn')\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.stdout == "drawn\n", done.stderr

@@ -18,7 +18,7 @@ from sampling_toy import ToyModel
 
 from diffship.core.errors import HandoffError
 from diffship.core.limits import LIMITS
-from diffship.sampling.generate import Request, finish, start
+from diffship.sampling.generate import Request, draw, finish, start
 from diffship.sampling.loop import denoise, plain
 from diffship.sampling.samplers import SAMPLERS
 from diffship.sampling.trajectory import Trajectory
@@ -74,6 +74,16 @@ def test_prompts_may_travel_instead_of_embeddings() -> None:
     assert small.positive is None
     assert small.prompt == "a red äpfel"
     assert len(pack(small)) < 12_000
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "lcm"])
+@pytest.mark.parametrize("negative", [None, "", "blurry"])
+def test_a_receiver_encodes_prompts_that_came_without_embeddings(kind: str, negative: str | None) -> None:
+    trajectory = begun(kind, negative=negative)
+    whole = draw(ToyModel(kind), [trajectory])[0]
+    resumed = draw(ToyModel(kind), [unpack(pack(trajectory.without_conditioning()))])[0]
+    assert np.array_equal(whole.trajectory.latents, resumed.trajectory.latents)
+    assert whole.settings == resumed.settings
 
 
 def test_restart_without_history_is_first_order() -> None:

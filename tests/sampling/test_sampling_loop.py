@@ -108,7 +108,11 @@ def test_torch_latents_take_the_same_steps(name: str) -> None:
         conditions = np.stack([batch[0].negative.embeddings, batch[0].positive.embeddings])
         now = batch[0].sampler.coefficients(batch[0].step, batch[0].steps, len(batch[0].history))
         sample = torch.stack([batch[0].latents * now.input_scale] * 2)
-        feeds = {"sample": sample, "timestep": np.full(2, now.timestep, np.float32), "encoder_hidden_states": conditions}
+        feeds = {
+            "sample": sample,
+            "timestep": np.full(2, now.timestep, np.float32),
+            "encoder_hidden_states": conditions,
+        }
         return guide(batch, torch_unet(feeds))
 
     end = denoise([as_torch], in_torch)[0]
