@@ -15,7 +15,7 @@ from diffship.cli.flags import engine_options, request_fields
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages, note
 from diffship.core.atomic import write_file
-from diffship.core.errors import ConfigError
+from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.runtimes.engine import installed
 from diffship.sampling.generate import Request, start
@@ -107,11 +107,21 @@ class Drawn:
 
 
 def require_something(text: str) -> None:
-    """Raises ConfigError for a path that leads nowhere; a hub id or built-in source needs torch to be looked up."""
+    """A hub id or built-in source may be looked up later; a path must be there.
+
+    Raises:
+        ConfigError: a path that leads nowhere.
+        UnsupportedError: a source, and no torch to run it with.
+    """
     if Path(text).exists():
         return
-    if text.startswith(("/", ".", "~", "\\")) or not installed("torch"):
+    if text.startswith(("/", ".", "~", "\\")):
         raise ConfigError(f"{text!r} does not exist; DIR is a bundle, a folder with diffship.json in it")
+    if not installed("torch"):
+        raise UnsupportedError(
+            f"there is no folder {text!r}, and without torch only bundles are run. "
+            "Export it where torch is, or run: pip install 'diffship[torch]'"
+        )
 
 
 def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:

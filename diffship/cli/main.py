@@ -12,7 +12,8 @@ from typing import NoReturn
 from diffship import __version__
 from diffship.cli import compare, doctor, export, inspect, run, train, verify
 from diffship.cli.output import Result, error_document, print_json
-from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
+from diffship.core.registry import EXTRAS
 from diffship.core.strict import unknown
 
 VERBS = {
@@ -116,6 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(verb, type(fault).__name__, str(fault), fault.exit_code, as_json)
+    except ModuleNotFoundError as fault:
+        if debug:
+            traceback.print_exc()
+        known = EXTRAS.get((fault.name or "").partition(".")[0])
+        message = str(MissingExtra(*known)) if known else _internal(fault)
+        return _fail(verb, "MissingExtra" if known else "InternalError", message, 3 if known else 1, as_json)
     except (OSError, MemoryError) as fault:
         if debug:
             traceback.print_exc()
@@ -123,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as fault:  # a fault of ours: still one line, and how to see the rest
         if debug:
             traceback.print_exc()
-        message = f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug"
-        return _fail(verb, "InternalError", message, 1, as_json)
+        return _fail(verb, "InternalError", _internal(fault), 1, as_json)
 
 
 def _print(result: Result, verb: str, as_json: bool) -> int:
@@ -142,6 +148,10 @@ def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
     if as_json:
         print_json(error_document(verb, kind, message, code))
     return code
+
+
+def _internal(fault: Exception) -> str:
+    return f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug"
 
 
 def _system_message(fault: OSError | MemoryError) -> str:

@@ -105,6 +105,8 @@ def test_every_error_of_the_tree_has_its_exit_code(
         (OSError(28, "No space left on device"), 3, "No space left on device"),
         (MemoryError(), 3, "out of memory"),
         (errors.MissingExtra("onnx", "onnx"), 3, "pip install 'diffship[onnx]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 3, "pip install 'diffship[torch]'"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "internal error: ModuleNotFoundError"),
         (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
     ],
 )
