@@ -39,7 +39,7 @@ def fill() -> Callable[[Path, int], None]:
         array = np.full((64, 32), value, np.float32)
         for name in ("unet/weights.safetensors", "golden/unet.safetensors"):
             write_safetensors(folder / name, {"w": TensorMeta("float32", array.shape)}, lambda _: array)
-        (folder / "unet/config.json").write_text('{"value": %d}' % value)
+        (folder / "unet/config.json").write_text(f'{{"value": {value}}}')
 
     return write
 

@@ -212,7 +212,7 @@ SPECIALS = [
 def test_anything_but_plain_files_is_refused_and_nothing_hangs(spoil: Callable[[Path], None], bundle: Bundle) -> None:
     spoil(bundle.path)
     begin = time.perf_counter()
-    with pytest.raises(BundleError, match="is a link|is a hard link|is a pipe"):
+    with pytest.raises(BundleError, match=r"is a link|is a hard link|is a pipe"):
         Bundle.open(bundle.path)
     assert time.perf_counter() - begin < 2
 
@@ -371,14 +371,14 @@ print("done")
         "a\\b",
         "a\0b",
         "x" * 300,
-        "․․/x",
-        "‥/x",
+        "\u2024\u2024/x",
+        "\u2025/x",
         "a/./b",
         "a//b",
     ]
     names += ["a/", "", ".", "..", ".hidden", "x.", "x ", " x", "con", "NUL.txt", "com1", "Aux.json", "a\nb", "ünet/x"]
     names += [
-        "unet∕x",
+        "unet\u2215x",
         "e\u0301",
         "a" * 129,
         "/".join("abcdefghi"),

@@ -88,7 +88,7 @@ def test_zero_reference_and_empty_output() -> None:
 def test_require_names_the_worst_output() -> None:
     reference = {"good": np.ones(2), "bad": np.ones(2)}
     report = compare(reference, {"good": np.ones(2), "bad": np.zeros(2)}, Tolerance(1e-4, 1e-3))
-    with pytest.raises(ParityError, match="unet does not compute the same .*FAIL bad: max 1"):
+    with pytest.raises(ParityError, match=r"unet does not compute the same .*FAIL bad: max 1"):
         report.require("unet")
     compare(reference, reference, Tolerance(0.0)).require("unet")
     with pytest.raises(ParityError, match="no output"):

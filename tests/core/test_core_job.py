@@ -112,7 +112,7 @@ def test_disk_and_memory_are_asked_before(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"the export needs 1048576.0 GiB of disk at .*are free"):
         require_disk(tmp_path / "not/yet", 1 << 50, "the export")
     require_memory(1)
-    with pytest.raises(UnsupportedError, match="the gate needs .* of memory"):
+    with pytest.raises(UnsupportedError, match=r"the gate needs .* of memory"):
         require_memory(1 << 60, "the gate")
 
 

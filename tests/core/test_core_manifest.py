@@ -170,13 +170,13 @@ def only_bundle_errors(data: bytes) -> None:
     assert time.perf_counter() - begin < 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JSON)
 def test_fuzz_any_json(value: object) -> None:
     only_bundle_errors(json.dumps(value).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_fuzz_a_sound_manifest_with_one_value_replaced(data: st.DataObject) -> None:
     table = sample()

@@ -158,7 +158,7 @@ def test_every_registered_class_is_spelt_as_module_and_name() -> None:
     "value", [0, 151, -1, True, 1.0, "5", None, 10**400, float("nan")], ids=lambda value: repr(value)[:9]
 )
 def test_check_range_takes_whole_numbers_only(value: Any) -> None:
-    with pytest.raises(ConfigError, match="steps is .*; legal is a whole number from 1 to 150") as refused:
+    with pytest.raises(ConfigError, match=r"steps is .*; legal is a whole number from 1 to 150") as refused:
         check_range("steps", value, *LIMITS.steps)
     assert len(str(refused.value)) < 150
 
