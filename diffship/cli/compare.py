@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,7 +119,8 @@ def _text(
     if steps:
         walk = [(prompts[s.prompt], s.step, figure(s.max_abs), figure(s.psnr_db, ".1f")) for s in steps]
         lines += ["", table(("prompt", "step", "latents max abs", "PSNR dB"), walk)]
-    lines += [f"picture {prompt!r}: PSNR {figure(s, '.1f')} dB" for prompt, s in zip(prompts, scores, strict=False)]
+    for prompt, score in zip(prompts, scores, strict=False):
+        lines.append(f"picture {prompt!r}: {'equal' if score == math.inf else f'PSNR {score:.1f} dB'}")
     return "\n".join(lines)
 
 
