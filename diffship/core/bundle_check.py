@@ -47,16 +47,19 @@ def check_files(root: Path, manifest: Manifest, found: Mapping[str, os.stat_resu
         for name in (*part.files, *([part.golden.file] if part.golden else [])):
             if name not in manifest.files:
                 raise BundleError(f"{root}: part {part.name} names the file {name}, which is not listed")
+        # engines open files[0] whatever its name, so a model under another name would escape `check_formats`
+        if manifest.target == "onnx" and not part.files[0].endswith(".onnx"):
+            raise BundleError(f"{root}: part {part.name} opens {part.files[0]}, which is not named *.onnx")
 
 
 def check_formats(root: Path, manifest: Manifest) -> None:
     """Headers of safetensors files and external data of ONNX files, before any library sees them."""
     for name in manifest.files:
-        if name.endswith(".safetensors"):
+        if name.lower().endswith(".safetensors"):
             _check_safetensors(root / name)
-        elif name.endswith(".bin") and classify_head(root / name) == "pickle":
+        elif name.lower().endswith(".bin") and classify_head(root / name) == "pickle":
             raise BundleError(f"{root}: the file {name} holds a pickle; a bundle never holds one")
-        elif name.endswith(".onnx"):
+        elif name.lower().endswith(".onnx"):
             for claim in external_data(root / name):
                 _check_external(root, name, claim, manifest.files)
 

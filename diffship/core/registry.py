@@ -15,7 +15,6 @@ RUNNERS: dict[str, str] = {
     "openvino": "diffship.runtimes.openvino:OpenVinoRunner",
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
-SAMPLERS: dict[str, str] = {}
 PASSES: dict[str, str] = {}
 
 # import name -> (what to call it, the extra that installs it)

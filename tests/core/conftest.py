@@ -28,7 +28,7 @@ def manifest() -> Manifest:
         "0" * 64,
         golden=Golden("golden/unet.safetensors", {"batch_size": 1, "height": 8, "width": 8}, Tolerance(1e-4, 1e-3)),
     )
-    return Manifest("onnx", Family("sd"), (part,), source={"id": "arch:tiny-sd"}, licence={"id": "mit"})
+    return Manifest("sample", Family("sd"), (part,), source={"id": "arch:tiny-sd"}, licence={"id": "mit"})
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ for number in range(generation, generation + limit):
         names = [f"part{index}.dat" for index in range(12)]
         for name in names:
             (draft.folder / name).write_text(f"{number}\\n" * 2000)
-        draft.finish(Manifest("onnx", Family("sd"), (Part("p", tuple(names), spec, spec, "fp32", "0" * 64),)))
+        draft.finish(Manifest("sample", Family("sd"), (Part("p", tuple(names), spec, spec, "fp32", "0" * 64),)))
 print("done", flush=True)
 """
 

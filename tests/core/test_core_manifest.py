@@ -39,7 +39,7 @@ def test_the_first_schema_still_opens() -> None:
     bundle.verify()
     part = bundle.part("unet")
     assert part.golden is not None and part.golden.tolerance.psnr_db == 60
-    assert part.bindings[0].native == "x" and part.bindings[0].shape == ("batch_size", 4, "height", "width")
+    assert part.bindings[0].native == "sample" and part.bindings[0].shape == ("batch_size", 4, "height", "width")
     assert bundle.manifest.family.pooled_width == 1280 and bundle.manifest.family.size_step == 32
     assert bundle.manifest.licence["restrictions"] == ["no harm"]
 
@@ -85,9 +85,9 @@ WRONG = [
     (("parts", 0, "source_digest"), "ab" * 31, "is not 64 hex digits"),
     (("parts", 0, "proof"), {"status": "trust me"}, "proof status 'trust me'"),
     (("parts", 0, "golden", "sizes", "height"), 10**9, "legal is from 1 to 65536"),
-    (("files", "unet/weights.safetensors", "size"), -1, "legal is from 0"),
-    (("files", "unet/weights.safetensors", "size"), 2**70, "legal is from 0"),
-    (("files", "unet/weights.safetensors", "sha256"), "A" * 64, "is not 64 hex digits"),
+    (("files", "unet/model.onnx", "size"), -1, "legal is from 0"),
+    (("files", "unet/model.onnx", "size"), 2**70, "legal is from 0"),
+    (("files", "unet/model.onnx", "sha256"), "A" * 64, "is not 64 hex digits"),
     (("history",), {}, "must be a list"),
     (("sampler",), None, "must be a table"),
 ]

@@ -85,7 +85,7 @@ def build(tmp_path: Path, manifest: Manifest, tensors: list[onnx.TensorProto]) -
         (draft.folder / "unet/model.onnx_data").write_bytes(bytes(64))
         model = helper.make_model(graph("main", tensors))
         (draft.folder / "unet/model.onnx").write_bytes(model.SerializeToString())
-        return draft.finish(replace(manifest, parts=(part,)))
+        return draft.finish(replace(manifest, target="onnx", parts=(part,)))
 
 
 def test_sound_external_data_opens(tmp_path: Path, manifest: Manifest) -> None:
@@ -136,6 +136,16 @@ def test_hostile_model_that_was_swapped_in_is_refused_at_open(tmp_path: Path, ma
     path.write_text(json.dumps(table))
     with pytest.raises(BundleError, match="external data location '/etc/passwd'"):
         Bundle.open(bundle.path)
+
+
+def test_a_model_under_another_name_does_not_escape_the_scan(tmp_path: Path, manifest: Manifest) -> None:
+    model = helper.make_model(graph("main", [outside("evil", entry("/etc/passwd"))])).SerializeToString()
+    for name, message in (("model.dat", "not named"), ("model.ONNX", "external data"), ("model.onnx", "external data")):
+        part = replace(manifest.parts[0], files=(name,), golden=None)
+        with pytest.raises(BundleError, match=message), write_bundle(tmp_path / "bundle") as draft:
+            (draft.folder / name).write_bytes(model)
+            target = "onnx" if name != "model.ONNX" else "sample"
+            draft.finish(replace(manifest, target=target, parts=(part,)))
 
 
 def field(number: int, wire: int, payload: bytes = b"") -> bytes:
