@@ -51,7 +51,7 @@ def arch_material(text: str) -> Material:
         tokenizers=_tokenizers(name, modules),
         scheduler=_scheduler(name, unet),
         index=_index(name, unet),
-        licence={"id": "", "name": "random weights: none", "link": "", "restrictions": "", "notices": []},
+        licence={"id": "", "name": "none (random weights)", "link": "", "restrictions": "", "notices": []},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"
 class Encoder(nn.Module):
     """(sample,) -> (latent_parameters,): mean and log variance for KL, the latents themselves for the tiny one."""
 
+    inner: Any
+
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.inner = _half(class_name, config, ("encoder", "quant_conv"))
@@ -34,6 +37,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(latent_sample,) -> (sample,) in [-1, 1]; the latents are divided by the scaling factor already."""
+
+    inner: Any
 
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -61,7 +66,12 @@ def autoencoder(
     parameters = TensorSpec(
         "latent_parameters",
         "float32",
-        ("batch_size", latents * (2 if class_name == KL else 1), f"sample_height / {factor}", f"sample_width / {factor}"),
+        (
+            "batch_size",
+            latents * (2 if class_name == KL else 1),
+            f"sample_height / {factor}",
+            f"sample_width / {factor}",
+        ),
     )
     latent = TensorSpec("latent_sample", "float32", ("batch_size", latents, "latent_height", "latent_width"))
     picture = TensorSpec(
@@ -86,13 +96,13 @@ def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:
 
 
 def _owning(component: Component) -> Component:
-    from dataclasses import replace
-
     names = list(weight_metas(component.meta))
     known = set(component.weights.names())
     missing = [name for name in names if name not in known]
     if missing:
-        raise SourceError(f"{component.name}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}")
+        raise SourceError(
+            f"{component.name}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}"
+        )
     return replace(component, weights=renamed(component.weights, {name: name for name in names}))
 
 

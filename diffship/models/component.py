@@ -109,7 +109,9 @@ def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, l
     for name, empty in expected.items():
         tensor = read_tensor(weights, name.removeprefix(INNER))
         if tensor.shape != empty.shape:
-            raise SourceError(f"{label}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}")
+            raise SourceError(
+                f"{label}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}"
+            )
         _assign(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
 

@@ -24,7 +24,7 @@ def family_of(
     """
     name = _name(unet, text)
     lcm = unet.get("time_cond_proj_dim")
-    guidance, steps = _DEFAULTS["lcm" if lcm else name]
+    guidance, steps = _defaults(index, "lcm" if lcm else name)
     pooled, ids = text_time_widths(unet) if unet.get("addition_embed_type") == "text_time" else (None, None)
     factor = vae_factor(vae_class, vae)
     step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -49,6 +49,14 @@ def family_of(
     )
 
 
+def _defaults(index: Config, kind: str) -> tuple[float, int]:
+    # `_diffship` in model_index.json: what the model's own card recommends; stock diffusers skips the key
+    own = index.get("_diffship")
+    own = own if isinstance(own, dict) else {}
+    guidance, steps = _DEFAULTS[kind]
+    return float(own.get("guidance_default", guidance)), int(own.get("steps_default", steps))
+
+
 def _name(unet: Config, text: Mapping[str, Config]) -> str:
     if unet.get("addition_embed_type") != "text_time":
         return "sd"
@@ -69,9 +77,15 @@ def _text_width(unet: Config) -> int:
 def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: int | None) -> None:
     given = sum(int(config.get("hidden_size", 512)) for config in text.values())
     if given != _text_width(unet):
-        raise SourceError(f"the U-Net takes text {_text_width(unet)} wide, the text encoders give {given}: not one family")
+        raise SourceError(
+            f"the U-Net takes text {_text_width(unet)} wide, the text encoders give {given}: not one family"
+        )
     second = text.get("text_encoder_2")
     if pooled and second and int(second.get("projection_dim", 512)) != pooled:
-        raise SourceError(f"the U-Net takes pooled text {pooled} wide, text_encoder_2 gives {second.get('projection_dim')}")
+        raise SourceError(
+            f"the U-Net takes pooled text {pooled} wide, text_encoder_2 gives {second.get('projection_dim')}"
+        )
     if int(vae.get("latent_channels", 4)) != int(unet.get("out_channels", 4)):
-        raise SourceError(f"the VAE has {vae.get('latent_channels')} latent channels, the U-Net {unet.get('out_channels')}")
+        raise SourceError(
+            f"the VAE has {vae.get('latent_channels')} latent channels, the U-Net {unet.get('out_channels')}"
+        )

@@ -62,8 +62,9 @@ def folder_config(component: Component, dtype: str | None = None) -> dict[str, A
     if component.class_name.startswith("CLIP"):
         config.update(architectures=[component.class_name], model_type="clip_text_model")
         if dtype:
+            # transformers 5 would load this part alone in the type of its tensors, and the pipeline would not run
             config.pop("torch_dtype", None)
-            config["dtype"] = dtype
+            config["dtype"] = "float32"
     else:
         config["_class_name"] = component.class_name
     return config

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from torch import nn
 
 from diffship.core.errors import RunnerError
@@ -98,7 +99,7 @@ def _as_torch(value: Any) -> torch.Tensor:
     if _is_numpy(value):
         array = np.asarray(value)
         return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    return torch.from_dlpack(value)
+    return torch.utils.dlpack.from_dlpack(value)
 
 
 def _is_numpy(value: Any) -> bool:

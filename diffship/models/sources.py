@@ -2,12 +2,99 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from diffship.core.errors import SourceError
+from diffship.core.sniff import classify, refuse_unsafe
 from diffship.models.arch import PREFIX, arch_material
-from diffship.models.pipeline import Pipeline, assemble
+from diffship.models.arch_configs import LCM_SCHEDULER
+from diffship.models.diffusers_folder import folder_material
+from diffship.models.hub import hub_folder, is_hub_id
+from diffship.models.licences import joined
+from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
+
+_PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
+_HERE = Path(__file__).parent
+_BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")
 
 
 def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
-    """A path that exists, a hub id, `emoji`, or `arch:NAME[+lcm][+taesd]`; `base` supplies parts that it lacks."""
+    """A path that exists, a hub id, `emoji`, or `arch:NAME[+lcm][+taesd]`, as a Pipeline; no tensor is read yet.
+
+    `base`, another source, supplies the parts that this one lacks (a folder with a U-Net alone, say). `revision` is a
+    branch, tag or commit of a hub id; the commit is recorded.
+
+    Raises:
+        SourceError: nothing readable is there, parts are missing or do not fit, or only pickles or code are on offer.
+        UnsupportedError: a class or family that is not known here.
+    """
+    material = find_material(text, revision)
+    if base is not None:
+        material = with_base(material, find_material(base, None))
+    return assemble(material)
+
+
+def find_material(text: str, revision: str | None = None) -> Material:
+    """What one source yields, whole or not."""
     if text.startswith(PREFIX):
-        return assemble(arch_material(text))
-    raise NotImplementedError
+        return arch_material(text)
+    path = Path(text).expanduser()
+    kind = classify(path)
+    if kind == "folder":
+        return folder_material(path, {"id": path.resolve().name, "revision": None, "kind": "folder"})
+    if kind != "unknown" or path.is_file():
+        raise _not_a_folder(path)
+    packaged = _HERE / text
+    if _PACKAGED.match(text) and (packaged / "model_index.json").is_file():
+        return folder_material(packaged, {"id": text, "revision": None, "kind": "packaged"})
+    if not is_hub_id(text):
+        raise SourceError(f"{text[:200]!r} does not exist; legal: a diffusers folder, a hub id, emoji, arch:NAME")
+    folder, commit = hub_folder(text, revision)
+    return folder_material(folder, {"id": text, "revision": commit, "kind": "hub"})
+
+
+def with_base(material: Material, base: Material) -> Material:
+    """`material`, completed by what it lacks and `base` has; both are recorded."""
+    modules = {**{name: base.modules[name] for name in base.modules if name not in TEXT_PARTS}, **material.modules}
+    texts = {name: material.modules.get(name) or base.modules.get(name) for name in TEXT_PARTS}
+    if not _texts_fit(material):
+        modules.update({name: module for name, module in texts.items() if module})
+    tokenizers = {
+        name: files for name, files in base.tokenizers.items() if name.replace("tokenizer", "text_encoder") in modules
+    }
+    return replace(
+        material,
+        source={**material.source, "base": dict(base.source)},
+        modules=modules,
+        tokenizers={**tokenizers, **material.tokenizers},
+        scheduler=material.scheduler or _scheduler_from(base, modules["unet"].config if "unet" in modules else {}),
+        index=material.index or {key: value for key, value in base.index.items() if key != "_class_name"},
+        licence=joined(material.licence, base.licence),
+    )
+
+
+def _texts_fit(material: Material) -> bool:
+    texts = [material.modules[name].config for name in TEXT_PARTS if name in material.modules]
+    unet = material.modules.get("unet")
+    if unet is None:
+        return bool(texts)
+    return sum(int(config.get("hidden_size", 512)) for config in texts) == int(
+        unet.config.get("cross_attention_dim", 1280)
+    )
+
+
+def _scheduler_from(base: Material, unet: object) -> dict[str, object]:
+    own = dict(base.scheduler or {})
+    if not (isinstance(unet, dict) and unet.get("time_cond_proj_dim")) or own.get("_class_name") == "LCMScheduler":
+        return own
+    return {**LCM_SCHEDULER, **{key: own[key] for key in _BETA_KEYS if key in own}}
+
+
+def _not_a_folder(path: Path) -> SourceError:
+    refuse_unsafe(path)
+    return SourceError(
+        f"{path}: is one file; a diffusers folder is read. Convert a single-file checkpoint once with diffusers: "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.spec import TensorSpec
@@ -25,6 +25,8 @@ class TextEncoder(nn.Module):
     Runs the layers itself: positions are computed (no index buffer to load), the causal mask stays a flag of the
     attention (a graph needs no mask tensor), and hidden states are those before the final norm, as CLIP gives them.
     """
+
+    inner: Any
 
     def __init__(self, config: Mapping[str, Any], projected: bool, hidden_states: bool) -> None:
         super().__init__()
@@ -53,7 +55,8 @@ class TextEncoder(nn.Module):
 def embed(embeddings: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Token plus position embeddings, (batch, sequence, width)."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return embeddings.token_embedding(input_ids) + embeddings.position_embedding(positions)
+    tokens: torch.Tensor = embeddings.token_embedding(input_ids)
+    return tokens + embeddings.position_embedding(positions)
 
 
 def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -110,8 +113,3 @@ def _outputs(config: Mapping[str, Any], projected: bool, hidden_states: bool) ->
         count = int(config.get("num_hidden_layers", defaults.num_hidden_layers)) + 1
         specs += [TensorSpec(f"hidden_states.{i}", "float32", state) for i in range(count)]
     return tuple(specs)
-
-
-def stock_class(class_name: str) -> type[nn.Module]:
-    """transformers' own class, for whoever compares or saves with it."""
-    return CLIPTextModelWithProjection if class_name == PROJECTED else CLIPTextModel

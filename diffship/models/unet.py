@@ -33,6 +33,8 @@ _UNSUPPORTED = {
 class UNet(nn.Module):
     """(sample, timestep, encoder_hidden_states[, text_embeds, time_ids][, timestep_cond]) -> (out_sample,)."""
 
+    inner: Any
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.inner = UNet2DConditionModel.from_config(_constructor_config(config))
@@ -104,7 +106,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(key, legal) not in (legal, None):
             raise UnsupportedError(f"unet: {key} = {config[key]!r} is not supported; legal is {legal}")
     if config.get("addition_embed_type") not in (None, "text_time"):
-        raise UnsupportedError(f"unet: addition_embed_type = {config['addition_embed_type']!r}; legal: text_time or none")
+        raise UnsupportedError(
+            f"unet: addition_embed_type = {config['addition_embed_type']!r}; legal: text_time or none"
+        )
     blocks = [*config.get("down_block_types", _DOWN[:1]), *config.get("up_block_types", _UP[:1])]
     odd = [block for block in blocks if block not in _DOWN + _UP]
     if odd or config.get("mid_block_type", _MID[1]) not in _MID:

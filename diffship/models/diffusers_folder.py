@@ -1,0 +1,199 @@
+"""Reading a diffusers folder: JSON and safetensors only, no pickle, no code that comes with the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.limits import LIMITS
+from diffship.core.sniff import PICKLE_SUFFIXES, refuse_unsafe
+from diffship.core.weights import SafetensorsWeights, Weights
+from diffship.models.autoencoder import KL, TINY
+from diffship.models.licences import licence_of
+from diffship.models.pipeline import Material, Module
+from diffship.models.text import PLAIN, PROJECTED
+from diffship.models.tokenizer_files import NAMES as TOKENIZER_FILES
+from diffship.models.tokenizer_files import completed
+from diffship.models.unet import CLASS as UNET
+
+INDEX = "model_index.json"
+PARTS = {
+    "unet": (UNET,),
+    "vae": (KL, TINY),
+    "text_encoder": (PLAIN,),
+    "text_encoder_2": (PROJECTED,),
+}
+_TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+_STEMS = ("diffusion_pytorch_model", "model")
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+_SMALL = 32 << 20
+
+
+def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
+    """Everything that is read of a pipeline folder, or of a folder that holds one component.
+
+    Raises:
+        SourceError: nothing usable is there, a file is damaged, or the model needs its own code or pickles.
+        UnsupportedError: a class that is not known here.
+    """
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        check_index(index, folder / INDEX)
+        present = {name: folder / name for name in PARTS if _listed(index, name) and (folder / name).is_dir()}
+    elif (folder / "config.json").is_file():
+        index, present = {}, {_part_of(folder): folder}
+    else:
+        index, present = {}, {name: folder / name for name in PARTS if (folder / name / "config.json").is_file()}
+    if not present:
+        raise SourceError(f"{folder}: {_nothing(folder)}")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return Material(
+        source={**source, "left_out": _left_out(index)} if _left_out(index) else dict(source),
+        modules={name: read_module(path, PARTS[name]) for name, path in present.items()},
+        tokenizers=_tokenizers(folder, present),
+        scheduler=read_json(scheduler) if scheduler.is_file() else None,
+        index=index,
+        licence=licence_of(folder),
+    )
+
+
+def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
+    """Class, config and lazy weights of one component folder."""
+    config = read_json(folder / "config.json")
+    class_name = _class_of(config, classes)
+    if class_name not in classes:
+        raise UnsupportedError(f"{folder}: class {class_name!r} is not supported; legal: {', '.join(classes)}")
+    return Module(class_name, config, find_weights(folder))
+
+
+def find_weights(folder: Path) -> Weights:
+    """The safetensors of a component folder: one file, or shards by their index; full precision before fp16.
+
+    Raises:
+        SourceError: there are none; for pickles the message says how to convert them.
+    """
+    for stem in _STEMS:
+        for variant in ("", ".fp16", ".bf16"):
+            file = folder / f"{stem}{variant}.safetensors"
+            if file.is_file():
+                return SafetensorsWeights(file)
+            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                if (folder / index).is_file():
+                    return _sharded(folder / index)
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in PICKLE_SUFFIXES:
+            refuse_unsafe(file)
+    names = ", ".join(sorted(file.name for file in folder.iterdir())[:8])
+    raise SourceError(f"{folder}: has no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; it has {names}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table; a config that names code to import is refused.
+
+    Raises:
+        SourceError: missing, too large, not a table, or it has `auto_map` or `custom_pipeline`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LIMITS.manifest_bytes:
+            raise SourceError(f"{path}: has {size} bytes; at most {LIMITS.manifest_bytes} are read")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise SourceError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+    except (ValueError, RecursionError) as fault:
+        raise SourceError(f"{path}: is not JSON ({str(fault)[:80]})") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: is a {type(data).__name__}; it must be a table")
+    for key in ("auto_map", "custom_pipeline", "trust_remote_code"):
+        if data.get(key):
+            raise SourceError(f"{path}: asks for code that comes with the model ({key}); such code is never run")
+    return data
+
+
+def check_index(index: Mapping[str, Any], path: Path) -> None:
+    """Raises SourceError where a model_index names classes outside diffusers and transformers."""
+    if not isinstance(index.get("_class_name"), str):
+        raise SourceError(
+            f"{path}: _class_name is {str(index.get('_class_name'))[:80]}; a custom pipeline is never run"
+        )
+    for name, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise SourceError(f"{path}: {name} is {str(entry)[:80]}; it must be [library, class]")
+        if entry[0] not in _LIBRARIES:
+            raise SourceError(
+                f"{path}: {name} is of {entry[0][:80]!r}, code that comes with the model; it is never run"
+            )
+    for name in ("transformer", "text_encoder_3", "prior"):
+        if _listed(index, name):
+            raise UnsupportedError(f"{path}: has a {name}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM)")
+
+
+def _sharded(index: Path) -> Weights:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise SourceError(f"{index}: has no weight_map")
+    for name, file in table.items():
+        plain = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+        if not plain or "\\" in file:
+            raise SourceError(
+                f"{index}: tensor {name[:80]!r} lies in {str(file)[:80]!r}; legal is a file of this folder"
+            )
+    return SafetensorsWeights({name: index.parent / file for name, file in table.items()})
+
+
+def _tokenizers(folder: Path, parts: Iterable[str]) -> dict[str, dict[str, bytes]]:
+    found: dict[str, dict[str, bytes]] = {}
+    for name in _TOKENIZERS:
+        if (folder / name).is_dir() and _TOKENIZERS[name] in parts:
+            files = {file: _bytes(folder / name / file) for file in TOKENIZER_FILES if (folder / name / file).is_file()}
+            found[name] = completed(files, str(folder / name))
+    return found
+
+
+def _bytes(path: Path) -> bytes:
+    if path.stat().st_size > _SMALL:
+        raise SourceError(f"{path}: has {path.stat().st_size} bytes; at most {_SMALL} are read")
+    if path.suffix == ".json":
+        read_json_config = path.name == "tokenizer_config.json"
+        if read_json_config:
+            read_json(path)
+    return path.read_bytes()
+
+
+def _class_of(config: Mapping[str, Any], classes: tuple[str, ...]) -> str:
+    named = config.get("_class_name") or (config.get("architectures") or [classes[0]])[0]
+    # text encoders are saved by training scripts under their base class
+    return PROJECTED if classes == (PROJECTED,) and named == PLAIN else str(named)
+
+
+def _part_of(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    for part, classes in PARTS.items():
+        if named in classes:
+            return part
+    raise UnsupportedError(
+        f"{folder}: class {str(named)[:80]!r} is not supported; legal: {UNET}, {KL}, {TINY}, {PLAIN}"
+    )
+
+
+def _listed(index: Mapping[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and entry != [None, None]
+
+
+def _left_out(index: Mapping[str, Any]) -> list[str]:
+    known = {*PARTS, *_TOKENIZERS, "scheduler"}
+    return [name for name in index if _listed(index, name) and name not in known]
+
+
+def _nothing(folder: Path) -> str:
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLE_SUFFIXES]
+    if pickles:
+        refuse_unsafe(folder / pickles[0])
+    return "holds neither model_index.json nor a component's config.json: it is not a diffusers folder"

@@ -1,0 +1,91 @@
+"""Getting a hub id onto this machine: only the files that are read, at a recorded commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from diffship.core.errors import MissingExtra, SourceError
+from diffship.core.job import require_disk
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
+_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_SMALL = (".json", ".txt")
+_STEMS = ("diffusion_pytorch_model", "model")
+_SECONDS = 20.0
+
+
+def is_hub_id(text: str) -> bool:
+    """`owner/name` or `name`, in the hub's own alphabet."""
+    return bool(_ID.match(text)) and ".." not in text and "--" not in text
+
+
+def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """(folder in the local cache, commit) of a hub id; with HF_HUB_OFFLINE=1 only the cache is looked at.
+
+    Raises:
+        SourceError: no such id or revision, no network, or not in the cache.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.constants import is_offline_mode
+    except ModuleNotFoundError:
+        raise MissingExtra("huggingface_hub", "torch") from None
+    try:
+        if is_offline_mode():
+            return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
+        info = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        wanted = select_files(sizes)
+        require_disk(hub.constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
+        return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise SourceError(_refusal(name, revision, fault)) from None
+
+
+def select_files(names: Iterable[str]) -> list[str]:
+    """The files of a repository that are read: JSON, tokenizer text, licences, and one set of safetensors a folder.
+
+    Full precision is taken where both it and fp16 are there; whole-model checkpoints at the top are not.
+    """
+    names = list(names)
+    wanted = [name for name in names if _is_small(PurePosixPath(name))]
+    for folder in ("", *_FOLDERS):
+        wanted += _weights([PurePosixPath(name) for name in names], folder)
+    return sorted(wanted)
+
+
+def _is_small(path: PurePosixPath) -> bool:
+    if len(path.parts) == 1:
+        licence = path.name.lower().startswith(("license", "licence", "notice", "copying"))
+        return licence or path.name in ("model_index.json", "config.json", "README.md")
+    return len(path.parts) == 2 and path.parts[0] in _FOLDERS and path.suffix in _SMALL
+
+
+def _weights(paths: list[PurePosixPath], folder: str) -> list[str]:
+    here = [path for path in paths if str(path.parent) == (folder or ".") and path.name.startswith(_STEMS)]
+    files = [path for path in here if path.suffix == ".safetensors"]
+    for variant in ("", ".fp16", ".bf16"):
+        pattern = re.compile(
+            rf"({'|'.join(_STEMS)}){re.escape(variant)}(-\d{{5}}-of-\d{{5}})?{re.escape(variant)}\.safetensors\Z"
+        )
+        chosen = [str(path) for path in files if pattern.match(path.name)]
+        if chosen:
+            return chosen
+    return []
+
+
+def _cached(folder: str) -> tuple[Path, str]:
+    path = Path(folder)
+    return path, path.name
+
+
+def _refusal(name: str, revision: str | None, fault: Exception) -> str:
+    reason = " ".join(str(fault).split())[:160]
+    at = f" at {revision}" if revision else ""
+    return (
+        f"{name!r} is no path here, and the hub gives no model of that name{at}: {type(fault).__name__}: {reason}. "
+        "Legal: a diffusers folder, a hub id, emoji, arch:NAME"
+    )
