@@ -40,8 +40,8 @@ class DpmPP2M(Sampler):
     final_sigmas_type: str = field(default="zero", metadata=choices("zero", "sigma_min"))
     lambda_min_clipped: float | None = None
     rescale_betas_zero_snr: bool = False
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: float | None = field(default=None, metadata=bounds(1e-6, 1e6))
+    sigma_max: float | None = field(default=None, metadata=bounds(1e-6, 1e6))
 
     diffusers_class: ClassVar[str] = "DPMSolverMultistepScheduler"
     refused: ClassVar[Mapping[str, bool]] = dict.fromkeys(_REFUSED, False)

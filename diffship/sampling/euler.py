@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from diffship.core.errors import ConfigError, UnsupportedError
-from diffship.core.strict import choices
+from diffship.core.strict import bounds, choices
 from diffship.sampling.samplers import NOISE, OUTPUT, Coefficients, Sampler, X, as_matrix, times_of, unit
 from diffship.sampling.schedule import F64, SPACINGS, karras, sigma_to_t
 
@@ -60,8 +60,8 @@ class Euler(_SigmaSampler):
     interpolation_type: str = field(default="linear", metadata=choices("linear", "log_linear"))
     timestep_type: str = field(default="discrete", metadata=choices("discrete", "continuous"))
     use_karras_sigmas: bool = False
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: float | None = field(default=None, metadata=bounds(1e-6, 1e6))
+    sigma_max: float | None = field(default=None, metadata=bounds(1e-6, 1e6))
     final_sigmas_type: str = field(default="zero", metadata=choices("zero", "sigma_min"))
 
     diffusers_class: ClassVar[str] = "EulerDiscreteScheduler"
@@ -122,7 +122,7 @@ class EulerAncestral(_SigmaSampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         s, s_next = self.noise_levels(steps)[step : step + 2]
-        up = (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5
-        down = (s_next**2 - up**2) ** 0.5
+        down = s_next**2 / s
+        up = (s_next**2 - down**2) ** 0.5
         x_next = unit(X, age) + (down - s) * self._slope(s, age) + up * unit(NOISE, age)
         return Coefficients((s * s + 1.0) ** -0.5, float(times_of(self, steps)[step]), as_matrix(x_next))

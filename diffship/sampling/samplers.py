@@ -111,8 +111,9 @@ def _timesteps(sampler: Sampler, steps: int) -> F64:
         raise ConfigError(
             f"steps is {steps}; this schedule has {sampler.num_train_timesteps} timesteps and needs fewer"
         )
-    times = np.asarray(sampler.timesteps(steps), np.float64)
-    if times.min() < 0 or times.max() > sampler.num_train_timesteps - 1:
+    with np.errstate(all="ignore"):
+        times = np.asarray(sampler.timesteps(steps), np.float64)
+    if not np.isfinite(times).all() or times.min() < 0 or times.max() > sampler.num_train_timesteps - 1:
         raise ConfigError(
             f"{steps} steps with steps_offset {sampler.steps_offset} reach timestep {times.max():g}; "
             f"the last one is {sampler.num_train_timesteps - 1}: lower steps_offset or change timestep_spacing"
@@ -125,14 +126,18 @@ def _timesteps(sampler: Sampler, steps: int) -> F64:
 def _coefficients(sampler: Sampler, step: int, steps: int, age: int) -> Coefficients:
     check_range("step", step, 0, sampler.calls(steps) - 1)
     check_range("age", age, 0, sampler.memory(step, steps))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        made = sampler.make(step, steps, age)
-    if not np.isfinite([entry for row in made.matrix for entry in row]).all():
-        raise ConfigError(
-            f"{sampler.name} cannot step from timestep {made.timestep:g} with {sampler.prediction_type} prediction: "
-            "there is no signal left at zero terminal SNR. Use v_prediction or another timestep_spacing"
-        )
-    return made
+    try:
+        with np.errstate(all="ignore"):
+            made = sampler.make(step, steps, age)
+        if np.isfinite([entry for row in made.matrix for entry in row]).all():
+            return made
+    except (ArithmeticError, ValueError):
+        pass
+    time = times_of(sampler, steps)[step]
+    raise ConfigError(
+        f"{sampler.name} cannot step from timestep {time:g} of this schedule with {sampler.prediction_type} prediction "
+        "(no signal is left at zero terminal SNR). Use v_prediction or another timestep_spacing"
+    )
 
 
 def times_of(sampler: Sampler, steps: int) -> F64:

@@ -76,6 +76,10 @@ def _alphas_cumprod(schedule: Schedule) -> F32:
     if schedule.zero_snr:
         betas = _zero_terminal_snr(betas)
     alphas = _cumprod(np.float32(1) - betas)
+    if alphas[0] >= 1 or alphas[-2] <= 0 or (alphas[-1] <= 0 and not schedule.zero_snr):
+        raise ConfigError(
+            f"these betas run from {betas[0]:g} to {betas[-1]:g}: no noise at first, or no signal at last"
+        )
     alphas.flags.writeable = False
     return alphas
 

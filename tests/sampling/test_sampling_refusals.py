@@ -7,8 +7,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import ConfigError, DiffshipError, UnsupportedError
 from diffship.sampling.samplers import SAMPLERS, make_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -128,3 +130,31 @@ def test_without_history_a_step_is_first_order() -> None:
     assert plms.coefficients(1, 10, 0).matrix == ((1.0, 0.0, 0.0),)
     ddim = make_sampler(SD, "ddim")
     assert np.allclose(plms.coefficients(5, 10, 0).matrix[0], ddim.coefficients(4, 10).matrix[0])
+
+
+KEYS = [
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "use_karras_sigmas", "sigma_min", "sigma_max"),
+    *("solver_order", "solver_type", "final_sigmas_type", "lambda_min_clipped", "original_inference_steps"),
+    *("timestep_scaling", "clip_sample", "algorithm_type", "skip_prk_steps", "set_alpha_to_one", "_class_name"),
+]
+WORDS = ["linear", "squaredcos_cap_v2", "sample", "v_prediction", "trailing", "leading", "sigma_min", "heun", "Evil"]
+VALUES = st.one_of(
+    *(st.none(), st.booleans(), st.integers(-5, 2000), st.integers(), st.floats(), st.floats(0, 1)),
+    *(st.sampled_from(WORDS), st.text(max_size=5), st.lists(st.floats(0, 1), max_size=3)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 60)
+)
+def test_any_config_steps_or_is_refused(changes: dict[str, Any], name: str, steps: int) -> None:
+    try:
+        sampler = make_sampler({**SD, **changes}, name)
+        assert np.isfinite(sampler.init_noise_sigma(steps))
+        for step in range(sampler.calls(steps)):
+            made = sampler.coefficients(step, steps, sampler.memory(step, steps))
+            assert all(type(entry) is float for row in made.matrix for entry in row)
+    except DiffshipError:
+        pass
