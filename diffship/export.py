@@ -1,0 +1,182 @@
+"""export: source to bundle, proved. The one place that joins exporter, golden vectors (torch) and runner (engine)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.bundle import Bundle, FileRecord, write_bundle
+from diffship.core.errors import ConfigError, ParityError
+from diffship.core.job import Job, available_memory, require_disk, require_memory
+from diffship.core.manifest import Manifest, Part
+from diffship.core.registry import EXPORTERS, load
+from diffship.core.strict import load as load_options
+from diffship.core.strict import unknown
+
+if TYPE_CHECKING:
+    from diffship.models.component import Component
+    from diffship.models.pipeline import Pipeline
+
+GATE_BYTES = 2 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
+_MIN_GATE = 512 << 20
+_SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
+_PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What stays the same for all parts of one export."""
+
+    exporter: Any
+    pipeline: Pipeline
+    folder: Path
+    job: Job
+    gate_bytes: int
+
+
+def export(
+    source: str | Path | Pipeline,
+    to: str = "onnx",
+    out: str | Path = "",
+    *,
+    parts: Iterable[str] | None = None,
+    verify: bool = True,
+    base: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    job: Job | None = None,
+    **options: Any,
+) -> Bundle:
+    """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
+
+    Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
+    with `verify=False` the manifest says "unproven". A `job` with a folder keeps graphs for the next export.
+
+    Raises:
+        ConfigError: an unknown target, option or part, or the place is taken.
+        SourceError: the source cannot be read, or its weights are damaged.
+        UnsupportedError: a part has no form in this target, or disk or memory do not suffice.
+        ParityError: a part does not compute the same; the message has the figures.
+    """
+    from diffship.exporters.card import write_card
+
+    exporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
+    if not str(out):
+        raise ConfigError("no folder for the bundle is given; name one with -o DIR")
+    job = job or Job()
+    pipeline = _chosen(_opened(source, base, revision), parts)
+    _check(exporter, pipeline, Path(out))
+    started = time.perf_counter()
+    with write_bundle(out, overwrite) as draft:
+        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes())
+        made = [_part(work, component, verify) for component in pipeline.components.values()]
+        exporter.finish(pipeline, draft.folder)
+        manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
+        write_card(manifest, draft.folder, pipeline.licence)
+        return draft.finish(manifest)
+
+
+def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None) -> Pipeline:
+    if not isinstance(source, (str, Path)):
+        return source
+    from diffship.models.sources import open_source
+
+    return open_source(str(source), base=base, revision=revision)
+
+
+def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
+    if parts is None:
+        return pipeline
+    wanted = list(dict.fromkeys(parts))
+    for name in wanted:
+        if name not in pipeline.components:
+            raise ConfigError(unknown("part", name, pipeline.components))
+    if not wanted:
+        raise ConfigError(f"no part is chosen; this source has {', '.join(pipeline.components)}")
+    return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
+
+
+def _check(exporter: Any, pipeline: Pipeline, out: Path) -> None:
+    """All that can be known to fail, before any work."""
+    from diffship.exporters.problem import refuse
+
+    refuse(exporter.check(pipeline))
+    components = pipeline.components.values()
+    require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")
+    require_memory(max(map(exporter.memory_bytes, components)), "the export")
+
+
+def _gate_bytes() -> int:
+    free = available_memory()
+    return GATE_BYTES if free is None else max(min(GATE_BYTES, free // 2), _MIN_GATE)
+
+
+def _part(work: _Work, component: Component, verify: bool) -> Part:
+    started = time.perf_counter()
+    part: Part = work.exporter.export(component, work.folder, work.job)
+    seconds = round(time.perf_counter() - started, 2)
+    if not verify:
+        proof = {"status": "unproven", "reason": "exported with --no-verify", "export_seconds": seconds}
+        return replace(part, proof=proof)
+    proved = _proved(work, component, part)
+    return replace(proved, proof={**proved.proof, "export_seconds": seconds})
+
+
+def _proved(work: _Work, component: Component, part: Part) -> Part:
+    """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
+    from diffship.exporters.golden import write_golden
+    from diffship.runtimes.engine import choose_engine, make_engine
+    from diffship.runtimes.verify import check_part
+
+    work.job.progress(f"prove {part.name}", 0, 2)
+    part = replace(part, golden=write_golden(component, work.folder, part.precision, work.gate_bytes // 2))
+    work.job.progress(f"prove {part.name}", 1, 2)
+    engine = make_engine(choose_engine(work.exporter.name))
+    found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
+    work.job.progress(f"prove {part.name}", 2, 2)
+    if found.report is None:
+        raise ParityError(f"part {part.name} could not be proved: {found.reason}")
+    found.report.require(f"part {part.name} ({part.precision})")
+    worst = found.report.worst.to_json()
+    figures = {name: worst[name] for name in ("max_abs", "mean_abs", "max_rel", "psnr_db", "cosine")}
+    probe = engine.probe()
+    proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
+    return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
+
+
+def _unfinished(work: _Work, part: Part) -> Bundle:
+    """The draft as a Bundle of one part, whose files are there but not hashed yet."""
+    names = [*part.files, *([part.golden.file] if part.golden else [])]
+    files = {name: FileRecord((work.folder / name).stat().st_size, "0" * 64) for name in names}
+    manifest = Manifest(target=work.exporter.name, family=work.pipeline.family, parts=(part,), files=files)
+    return Bundle(work.folder, manifest)
+
+
+def _manifest(exporter: Any, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
+    recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **asdict(exporter)}]}
+    return Manifest(
+        target=exporter.name,
+        family=pipeline.family,
+        parts=tuple(parts),
+        sampler=dict(pipeline.scheduler),
+        source=dict(pipeline.source),
+        recipe=recipe,
+        history=list(pipeline.history),
+        tools={**_tools(), "python": platform.python_version(), "export_seconds": seconds},
+        licence=dict(pipeline.licence),
+    )
+
+
+def _tools() -> Mapping[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,178 @@
+"""The ONNX graph that a translation fills: nodes named after modules, constants once, weights by reference only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
+IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "float64": TensorProto.DOUBLE,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+    "bool": TensorProto.BOOL,
+}
+NAMES = {code: name for name, code in TYPES.items()}
+TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
+_ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
+
+Dim = Any  # int, or a sympy expression that names a free size
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor in the graph; `dtype` as in a TensorSpec, `shape` in ints and symbolic sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that no node uses yet; `source` is its name in the component's weights."""
+
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One free size at run time: an int64 tensor of shape (1,)."""
+
+    name: str
+
+
+@dataclass
+class Graph:
+    """Nodes in execution order; `scope` (a module path) names those that follow."""
+
+    opset: int
+    scope: str = ""
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    values: dict[str, Value] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
+    _used: dict[str, int] = field(default_factory=dict)
+
+    def emit(self, op: str, inputs: Sequence[str], dtype: str, shape: tuple[Dim, ...], **attributes: Any) -> Value:
+        """One node with one output."""
+        return self.emit_many(op, inputs, [(dtype, shape)], **attributes)[0]
+
+    def emit_many(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[tuple[str, tuple[Dim, ...]]], **attributes: Any
+    ) -> list[Value]:
+        name = self._unique(f"{self.scope}/{op}" if self.scope else op)
+        names = [name if i == 0 else f"{name}.{i}" for i in range(len(outputs))]
+        self.nodes.append(helper.make_node(op, list(inputs), names, name=name, **attributes))
+        made = [Value(own, dtype, shape) for own, (dtype, shape) in zip(names, outputs, strict=True)]
+        self.values.update({value.name: value for value in made})
+        return made
+
+    def constant(self, array: np.ndarray) -> Value:
+        """A small tensor kept inside the model file; equal ones are stored once."""
+        array = np.asarray(array, order="C")
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._by_content:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = array
+            self._by_content[key] = name
+        return Value(self._by_content[key], array.dtype.name, array.shape)
+
+    def ints(self, values: Sequence[int]) -> str:
+        return self.constant(np.array(values, np.int64)).name
+
+    def weight(self, weight: Weight, transposed: bool = False) -> Value:
+        """The initialiser of a parameter. A transposed one is stored transposed: engines would fold it at every load."""
+        name = weight.source + (TRANSPOSED if transposed else "")
+        shape = weight.shape[::-1] if transposed else weight.shape
+        self.weights[name] = Weight(weight.source, weight.dtype, shape)
+        return Value(name, weight.dtype, shape)
+
+    def model(
+        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], producer: str
+    ) -> onnx.ModelProto:
+        """The finished model; nodes, constants and weights that no output needs are left out."""
+        self._drop_unused([output.name for output in outputs])
+        used = {name for node in self.nodes for name in node.input}
+        initialisers = [
+            numpy_helper.from_array(array, name) for name, array in self.constants.items() if name in used
+        ] + _external([(name, weight) for name, weight in self.weights.items() if name in used])
+        ports = {port.name for port in (*inputs, *outputs)}
+        known = [
+            _value_info(self.values[name])
+            for node in self.nodes
+            for name in node.output
+            if name in self.values and name not in ports
+        ]
+        graph = helper.make_graph(self.nodes, "main", list(inputs), list(outputs), initialisers, value_info=known)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], producer_name=producer)
+        model.ir_version = IR_VERSION[self.opset]
+        return model
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a node's output the name of a graph output."""
+        for node in self.nodes:
+            for side in (node.input, node.output):
+                for i, name in enumerate(side):
+                    if name == old:
+                        side[i] = new
+        if old in self.values:
+            self.values[new] = self.values.pop(old)
+
+    def _drop_unused(self, outputs: Sequence[str]) -> None:
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+
+    def _unique(self, name: str) -> str:
+        count = self._used.get(name, 0)
+        self._used[name] = count + 1
+        return name if count == 0 else f"{name}_{count}"
+
+
+def port(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    """A graph input or output."""
+    return helper.make_tensor_value_info(name, TYPES[dtype], shape)
+
+
+def _value_info(value: Value) -> onnx.ValueInfoProto:
+    shape = [dim if isinstance(dim, int) else None for dim in value.shape]
+    return helper.make_tensor_value_info(value.name, TYPES[value.dtype], shape)
+
+
+def _external(weights: Sequence[tuple[str, Weight]]) -> list[onnx.TensorProto]:
+    offset, tensors = 0, []
+    for name, weight in weights:
+        length = math.prod(weight.shape) * helper.tensor_dtype_to_np_dtype(TYPES[weight.dtype]).itemsize
+        align = _ALIGN_LARGE if length >= 1 << 20 else _ALIGN_SMALL
+        offset += -offset % align
+        tensor = TensorProto(name=name, data_type=TYPES[weight.dtype], dims=weight.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        _entries(tensor, {"location": DATA_FILE, "offset": offset, "length": length})
+        tensors.append(tensor)
+        offset += length
+    return tensors
+
+
+def _entries(tensor: onnx.TensorProto, table: Mapping[str, object]) -> None:
+    for key, value in table.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)

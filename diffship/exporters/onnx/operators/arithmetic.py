@@ -1,0 +1,173 @@
+"""Element by element: numbers, comparisons, activations, reductions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from diffship.exporters.onnx.graph import Value, Weight
+from diffship.exporters.onnx.translate import Translation, dtype_name, implements
+
+_SQRT_HALF = math.sqrt(0.5)
+
+
+def _binary(t: Translation, op: str, a: Any, b: Any) -> Value:
+    return t.emit(op, t.cast(a, t.dtype), t.cast(b, t.dtype))
+
+
+def _same(t: Translation, a: Any, b: Any, neutral: float) -> Value | None:
+    """`a` where `b` is the neutral number and nothing else changes."""
+    if isinstance(b, (int, float)) and b == neutral and isinstance(a, Value):
+        if a.dtype == t.dtype and a.shape == t.shape:
+            return a
+    return None
+
+
+@implements("aten.add.Tensor", "aten.add.Scalar")
+def add(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
+    scaled = b if alpha == 1 else t.emit("Mul", t.cast(b, t.dtype), t.value(alpha))
+    return _same(t, a, scaled, 0) or _binary(t, "Add", a, scaled)
+
+
+@implements("aten.sub.Tensor", "aten.sub.Scalar")
+def sub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
+    scaled = b if alpha == 1 else t.emit("Mul", t.cast(b, t.dtype), t.value(alpha))
+    return _same(t, a, scaled, 0) or _binary(t, "Sub", a, scaled)
+
+
+@implements("aten.rsub.Scalar")
+def rsub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
+    return sub(t, b, a, alpha)
+
+
+@implements("aten.mul.Tensor", "aten.mul.Scalar")
+def mul(t: Translation, a: Any, b: Any) -> Value:
+    return _same(t, a, b, 1) or _binary(t, "Mul", a, b)
+
+
+@implements("aten.div.Tensor", "aten.div.Scalar")
+def div(t: Translation, a: Any, b: Any) -> Value:
+    return _same(t, a, b, 1) or _binary(t, "Div", a, b)
+
+
+@implements("aten.pow.Tensor_Scalar")
+def power(t: Translation, a: Any, b: float) -> Value:
+    return t.emit("Mul", a, a) if b == 2 else _binary(t, "Pow", a, b)
+
+
+def _elementwise(aten: str, op: str) -> None:
+    @implements(aten)
+    def emit(t: Translation, x: Any) -> Value:
+        return t.emit(op, t.cast(x, t.dtype))
+
+
+for _aten, _op in {
+    "exp": "Exp",
+    "log": "Log",
+    "sin": "Sin",
+    "cos": "Cos",
+    "tanh": "Tanh",
+    "sigmoid": "Sigmoid",
+    "relu": "Relu",
+    "sqrt": "Sqrt",
+    "neg": "Neg",
+    "abs": "Abs",
+    "erf": "Erf",
+    "floor": "Floor",
+    "reciprocal": "Reciprocal",
+    "logical_not": "Not",
+    "bitwise_not": "Not",
+}.items():
+    _elementwise(f"aten.{_aten}.default", _op)
+
+
+def _comparison(aten: str, op: str) -> None:
+    @implements(f"aten.{aten}.Tensor", f"aten.{aten}.Scalar")
+    def emit(t: Translation, a: Any, b: Any) -> Value:
+        common = _common(t, a, b)
+        result = t.emit(op, t.cast(a, common), t.cast(b, common), dtype="bool")
+        return t.emit("Not", result) if aten == "ne" else result
+
+
+def _common(t: Translation, a: Any, b: Any) -> str:
+    """The type in which torch compares: numbers do not widen a tensor of their own kind."""
+    parts = [_stand_in(value) for value in (a, b)]
+    return dtype_name(torch.result_type(*parts))
+
+
+def _stand_in(value: Any) -> Any:
+    if not isinstance(value, (Value, Weight)):
+        return value
+    return torch.empty((1,) * len(value.shape), dtype=getattr(torch, value.dtype))
+
+
+for _aten, _op in {"le": "LessOrEqual", "lt": "Less", "ge": "GreaterOrEqual", "gt": "Greater", "eq": "Equal"}.items():
+    _comparison(_aten, _op)
+_comparison("ne", "Equal")
+
+
+@implements("aten.logical_and.default", "aten.bitwise_and.Tensor")
+def logical_and(t: Translation, a: Any, b: Any) -> Value:
+    return t.emit("And", a, b)
+
+
+@implements("aten.logical_or.default", "aten.bitwise_or.Tensor")
+def logical_or(t: Translation, a: Any, b: Any) -> Value:
+    return t.emit("Or", a, b)
+
+
+@implements("aten.where.self")
+def where(t: Translation, condition: Any, a: Any, b: Any) -> Value:
+    return t.emit("Where", condition, t.cast(a, t.dtype), t.cast(b, t.dtype))
+
+
+@implements("aten.masked_fill.Scalar")
+def masked_fill(t: Translation, x: Any, mask: Any, value: float) -> Value:
+    return t.emit("Where", mask, t.value(value), x)
+
+
+@implements("aten.clamp.default")
+def clamp(t: Translation, x: Any, low: float | None = None, high: float | None = None) -> Value:
+    bounds = [None if bound is None else t.value(bound) for bound in (low, high)]
+    return t.emit("Clip", x, *bounds)
+
+
+@implements("aten.silu.default")
+def silu(t: Translation, x: Any) -> Value:
+    return t.emit("Mul", x, t.emit("Sigmoid", x))
+
+
+@implements("aten.gelu.default")
+def gelu(t: Translation, x: Any, approximate: str = "none") -> Value:
+    if t.opset >= 20:
+        return t.emit("Gelu", x, approximate=approximate)
+    if approximate == "tanh":
+        cube = t.emit("Mul", t.emit("Mul", t.emit("Mul", x, x), x), t.value(0.044715))
+        inner = t.emit("Tanh", t.emit("Mul", t.emit("Add", x, cube), t.value(math.sqrt(2 / math.pi))))
+    else:
+        inner = t.emit("Erf", t.emit("Mul", x, t.value(_SQRT_HALF)))
+    return t.emit("Mul", t.emit("Mul", x, t.value(0.5)), t.emit("Add", inner, t.value(1.0)))
+
+
+@implements("aten.softmax.int", "aten._softmax.default")
+def softmax(t: Translation, x: Any, axis: int, dtype: Any = None) -> Value:
+    return t.emit("Softmax", t.cast(x, t.dtype), axis=axis)
+
+
+@implements("aten.argmax.default")
+def argmax(t: Translation, x: Any, axis: int = -1, keepdim: bool = False) -> Value:
+    found = t.value(x)
+    counted = t.cast(found, "int64") if found.dtype == "bool" else found
+    return t.emit("ArgMax", counted, axis=axis, keepdims=int(keepdim))
+
+
+@implements("aten.mean.dim")
+def mean(t: Translation, x: Any, axes: list[int], keepdim: bool = False, dtype: Any = None) -> Value:
+    return t.emit("ReduceMean", t.cast(x, t.dtype), t.graph.ints(axes), keepdims=int(keepdim))
+
+
+@implements("aten.sum.dim_IntList")
+def sum_(t: Translation, x: Any, axes: list[int], keepdim: bool = False, dtype: Any = None) -> Value:
+    return t.emit("ReduceSum", t.cast(x, t.dtype), t.graph.ints(axes), keepdims=int(keepdim))

@@ -1,0 +1,213 @@
+"""Shapes, slices, joins, look-ups and conversions: no arithmetic on the values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffship.core.errors import UnsupportedError
+from diffship.exporters.onnx.graph import Dim, Size, Value
+from diffship.exporters.onnx.translate import Translation, implements
+
+_END = 2**63 - 1
+
+
+@implements(
+    "aten.dropout.default",
+    "aten.contiguous.default",
+    "aten.clone.default",
+    "aten.detach.default",
+    "aten.detach_.default",
+    "aten.alias.default",
+)
+def unchanged(t: Translation, x: Any, *_: Any, **__: Any) -> Value:
+    return t.value(x)
+
+
+@implements("aten.to.dtype", "aten.to.device", "aten.to.other", "aten._to_copy.default", "aten.type_as.default")
+def convert(t: Translation, x: Any, *_: Any, **__: Any) -> Value:
+    return t.cast(x, t.dtype)
+
+
+@implements("aten.sym_size.int")
+def size(t: Translation, x: Any, axis: int) -> int | Size:
+    return t.size_of(t.value(x), axis)
+
+
+@implements("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int")
+def reshape(t: Translation, x: Any, asked: Sequence[Any] = (), *rest: Any) -> Value:
+    sizes = rest[0] if rest else asked
+    return _reshape(t, t.value(x), list(sizes) if len(sizes) == len(t.shape) else [None] * len(t.shape))
+
+
+@implements("aten.flatten.using_ints")
+def flatten(t: Translation, x: Any, start: int = 0, end: int = -1) -> Value:
+    return _reshape(t, t.value(x), [None] * len(t.shape))
+
+
+def _reshape(t: Translation, x: Value, asked: list[Any]) -> Value:
+    """Free sizes are copied (0) where they stay in place; at most one is left to infer (-1), so most need no Shape."""
+    if x.shape == t.shape:
+        return x
+    target = [_target(dim, x.shape[i] if i < len(x.shape) else None) for i, dim in enumerate(t.shape)]
+    unknown = [i for i, dim in enumerate(target) if dim is None]
+    inferred = next((i for i in unknown if not isinstance(asked[i], Size)), unknown[-1] if unknown else None)
+    for i in unknown:
+        target[i] = -1 if i == inferred else asked[i]
+    if None in target:
+        raise UnsupportedError(f"a reshape of {x.shape} to {t.shape} leaves more than one size open")
+    return t.emit("Reshape", x, t.sizes(target))
+
+
+def _target(dim: Dim, before: Dim | None) -> int | None:
+    if isinstance(dim, int):
+        return dim
+    return 0 if dim == before else None
+
+
+@implements("aten.unsqueeze.default")
+def unsqueeze(t: Translation, x: Any, axis: int) -> Value:
+    return t.emit("Unsqueeze", x, t.graph.ints([axis % len(t.shape)]))
+
+
+@implements("aten.squeeze.dim", "aten.squeeze.dims")
+def squeeze(t: Translation, x: Any, axes: int | Sequence[int]) -> Value:
+    found = t.value(x)
+    listed = [axes] if isinstance(axes, int) else list(axes)
+    ones = [axis for axis in listed if found.shape[axis] == 1]
+    return t.emit("Squeeze", found, t.graph.ints(ones)) if ones else found
+
+
+@implements("aten.permute.default")
+def permute(t: Translation, x: Any, axes: Sequence[int]) -> Value:
+    rank = len(t.shape)
+    return t.emit("Transpose", x, perm=[axis % rank for axis in axes])
+
+
+@implements("aten.transpose.int")
+def transpose(t: Translation, x: Any, first: int, second: int) -> Value:
+    order = list(range(len(t.shape)))
+    order[first], order[second] = order[second], order[first]
+    return t.emit("Transpose", x, perm=order)
+
+
+@implements("aten.t.default")
+def matrix_transpose(t: Translation, x: Any) -> Value:
+    return t.emit("Transpose", x, perm=[1, 0])
+
+
+@implements("aten.expand.default", "aten.broadcast_to.default")
+def expand(t: Translation, x: Any, sizes: Sequence[Any], implicit: bool = False) -> Value:
+    """A vector is always expanded: `timestep` may hold one value where the program saw one per sample."""
+    found = t.value(x)
+    if found.shape == t.shape and len(found.shape) != 1:
+        return found
+    # -1 keeps the size; ONNX's Expand broadcasts, so 1 does the same
+    return t.emit("Expand", found, t.sizes([1 if isinstance(size, int) and size == -1 else size for size in sizes]))
+
+
+@implements("aten.slice.Tensor")
+def slice_(t: Translation, x: Any, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    found = t.value(x)
+    if found.shape == t.shape and step == 1:
+        return found
+    ends = [t.sizes([value]) for value in (0 if start is None else start, _END if end is None else end)]
+    return t.emit("Slice", found, *ends, t.graph.ints([axis]), t.graph.ints([step]))
+
+
+@implements("aten.select.int")
+def select(t: Translation, x: Any, axis: int, index: int) -> Value:
+    return t.emit("Gather", x, t.graph.constant(np.array(index, np.int64)), axis=axis)
+
+
+@implements("aten.chunk.default")
+def chunk(t: Translation, x: Any, count: int, axis: int = 0) -> list[Value]:
+    pieces = t.node.meta["val"]
+    return _split(t, x, [piece.shape[axis] for piece in pieces], axis)
+
+
+@implements("aten.split.Tensor", "aten.split_with_sizes.default")
+def split(t: Translation, x: Any, sizes: Any, axis: int = 0) -> list[Value]:
+    pieces = t.node.meta["val"]
+    return _split(t, x, [piece.shape[axis] for piece in pieces], axis)
+
+
+def _split(t: Translation, x: Any, lengths: Sequence[Any], axis: int) -> list[Value]:
+    found = t.value(x)
+    if not all(isinstance(length, int) for length in lengths):
+        raise UnsupportedError("a split along a free axis has no ONNX form here")
+    shapes = [(*found.shape[:axis], length, *found.shape[axis:][1:]) for length in lengths]
+    inputs = [found.name, t.graph.ints([int(length) for length in lengths])]
+    return t.graph.emit_many("Split", inputs, [(found.dtype, shape) for shape in shapes], axis=axis)
+
+
+@implements("aten.cat.default", "aten.concat.default")
+def cat(t: Translation, parts: Sequence[Any], axis: int = 0) -> Value:
+    if len(parts) == 1:
+        return t.value(parts[0])
+    return t.emit("Concat", *(t.cast(part, t.dtype) for part in parts), axis=axis)
+
+
+@implements("aten.stack.default")
+def stack(t: Translation, parts: Sequence[Any], axis: int = 0) -> Value:
+    at = t.graph.ints([axis % len(t.shape)])
+    shape = tuple(1 if i == axis % len(t.shape) else dim for i, dim in enumerate(t.shape))
+    return t.emit("Concat", *(t.emit("Unsqueeze", part, at, shape=shape) for part in parts), axis=axis)
+
+
+@implements("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
+def arange(t: Translation, *bounds: Any, dtype: Any = None) -> Value:
+    start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1)}.get(len(bounds), bounds)
+    return t.emit("Range", *(t.cast(t.value(value, "int64"), t.dtype) for value in (start, end, step)))
+
+
+@implements("aten.full.default")
+def full(t: Translation, sizes: Sequence[Any], value: Any, dtype: Any = None) -> Value:
+    return t.emit("Expand", t.value(value), t.sizes(sizes))
+
+
+@implements("aten.zeros.default", "aten.ones.default")
+def filled(t: Translation, sizes: Sequence[Any], dtype: Any = None) -> Value:
+    return full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
+
+
+@implements("aten.embedding.default")
+def embedding(t: Translation, table: Any, ids: Any, *_: Any, **__: Any) -> Value:
+    return t.emit("Gather", table, ids, axis=0)
+
+
+@implements("aten.index.Tensor")
+def index(t: Translation, x: Any, indices: Sequence[Any]) -> Value:
+    """Rows by one index tensor, or elements by index tensors for the first axes, all of one shape."""
+    if any(entry is None for entry in indices):
+        raise UnsupportedError("indexing that skips an axis has no ONNX form here")
+    if len(indices) == 1:
+        return t.emit("Gather", x, indices[0], axis=0)
+    found = [t.cast(entry, "int64") for entry in indices]
+    if len({value.shape for value in found}) != 1:
+        raise UnsupportedError("indexing by tensors of unequal shapes has no ONNX form here")
+    last = t.graph.ints([-1])
+    rows = [t.emit("Unsqueeze", value, last, dtype="int64", shape=(*value.shape, 1)) for value in found]
+    joined = t.emit("Concat", *rows, dtype="int64", shape=(*found[0].shape, len(rows)), axis=-1)
+    return t.emit("GatherND", x, joined)
+
+
+@implements("aten.constant_pad_nd.default", "aten.pad.default")
+def pad(t: Translation, x: Any, amounts: Sequence[int], mode: Any = "constant", value: float | None = None) -> Value:
+    """torch counts pairs from the last axis; ONNX takes all beginnings, then all ends."""
+    if not isinstance(mode, str):
+        mode, value = "constant", mode
+    rank = len(t.shape)
+    begins, ends = [0] * rank, [0] * rank
+    for i in range(len(amounts) // 2):
+        begins[rank - 1 - i], ends[rank - 1 - i] = amounts[2 * i], amounts[2 * i + 1]
+    style = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
+    fill = [t.value(value or 0.0)] if style == "constant" else []
+    return t.emit("Pad", x, t.graph.ints([*begins, *ends]), *fill, mode=style)
+
+
+@implements("aten.triu.default", "aten.tril.default")
+def triangle(t: Translation, x: Any, diagonal: int = 0) -> Value:
+    return t.emit("Trilu", x, t.graph.constant(np.array(diagonal, np.int64)), upper=int("triu" in str(t.node.target)))

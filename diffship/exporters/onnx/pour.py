@@ -1,0 +1,122 @@
+"""Weights into an ONNX file's data: one tensor in memory at a time, checked, converted, and hashed on the way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, to_float32
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.weights import Weights, source_digest
+from diffship.exporters.onnx.graph import DATA_FILE, NAMES, TRANSPOSED
+
+OnTensor = Callable[[int], None]
+
+
+def pour(model: onnx.ModelProto, weights: Weights, folder: Path, part: str, on_bytes: OnTensor | None = None) -> str:
+    """Write DATA_FILE into `folder` at the offsets that `model` states; the source digest of all `weights`.
+
+    `on_bytes(n)` follows each tensor of n bytes.
+
+    Raises:
+        SourceError: a tensor is missing, of another shape, or holds NaN or infinity.
+        ConfigError: a value does not fit the model's type.
+    """
+    places = _places(model)
+    known = set(weights.names())
+    for source in places:
+        if source not in known:
+            raise SourceError(f"{part}: its weights have no tensor {source!r}")
+    with open(folder / DATA_FILE, "wb") as file:
+        file.truncate(max((place.end for group in places.values() for place in group), default=0))
+        return source_digest(_Poured(weights, places, file, part, on_bytes))
+
+
+def data_bytes(model: onnx.ModelProto) -> int:
+    """Size of the data file that `pour` will write."""
+    return max((place.end for group in _places(model).values() for place in group), default=0)
+
+
+class _Place:
+    """Where and how one initialiser is stored."""
+
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        claims = {entry.key: entry.value for entry in tensor.external_data}
+        self.transposed = tensor.name.endswith(TRANSPOSED)
+        self.source = tensor.name.removesuffix(TRANSPOSED)
+        self.meta = TensorMeta(NAMES[tensor.data_type], tuple(tensor.dims))
+        self.offset = int(claims["offset"])
+        self.end = self.offset + int(claims["length"])
+
+
+def _places(model: onnx.ModelProto) -> dict[str, list[_Place]]:
+    places: dict[str, list[_Place]] = defaultdict(list)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = _Place(tensor)
+            places[place.source].append(place)
+    return places
+
+
+class _Poured:
+    """Weights that are written to the file as they are read, so that hashing them needs no second pass."""
+
+    def __init__(
+        self, weights: Weights, places: dict[str, list[_Place]], file: BinaryIO, part: str, on_bytes: OnTensor | None
+    ) -> None:
+        self._weights = weights
+        self._places = places
+        self._file = file
+        self._part = part
+        self._on_bytes = on_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self._weights.nbytes
+
+    def names(self) -> tuple[str, ...]:
+        return self._weights.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        return self._weights.meta(name)
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        array = self._weights.read(name)
+        for place in self._places.get(name, ()):
+            self._file.seek(place.offset)
+            self._file.write(as_bytes(_converted(array, self._weights.meta(name), place, f"{self._part}: {name}")))
+        if self._on_bytes is not None:
+            self._on_bytes(array.nbytes)
+        return array
+
+
+def _converted(array: NDArray[np.generic], meta: TensorMeta, place: _Place, label: str) -> NDArray[np.generic]:
+    if meta.dtype in FLOATS:
+        array = _as_float(array, meta.dtype, place.meta.dtype, label)
+    turned = array.T if place.transposed else array
+    if tuple(turned.shape) != place.meta.shape:
+        raise SourceError(f"{label} has shape {meta.shape}; its config asks for {_asked(place)}")
+    return np.ascontiguousarray(turned, place.meta.storage)
+
+
+def _asked(place: _Place) -> tuple[int, ...]:
+    return place.meta.shape[::-1] if place.transposed else place.meta.shape
+
+
+def _as_float(array: NDArray[np.generic], dtype: str, wanted: str, label: str) -> NDArray[np.generic]:
+    plain = array if dtype == wanted else to_float32(array, dtype)
+    if not np.isfinite(plain).all():
+        bad = int(plain.size - np.isfinite(plain).sum())
+        raise SourceError(f"{label} holds {bad} NaN or infinite of {plain.size} values; the source is damaged")
+    if dtype == wanted:
+        return array
+    try:
+        return from_float32(np.asarray(plain, np.float32), wanted)
+    except ConfigError as fault:
+        raise ConfigError(f"{label}: {fault}. Run with: --precision fp32") from None
