@@ -1,0 +1,194 @@
+"""Stages: a part cut at layer boundaries into components with explicit boundary tensors.
+
+Run one after the other they compute what the whole computes. The memory-bounded gate runs them so; chunks and
+partitioned execution place them on different files and devices.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from diffship.core.errors import ConfigError, RunnerError
+from diffship.core.weights import subset
+from diffship.models.blocks import end_of, program_of
+from diffship.models.component import Component
+from diffship.models.program import Layer, Program, Tree
+from diffship.models.unet_program import EMBEDDING
+
+Arrays = dict[str, NDArray[np.generic]]
+STAGE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Stage(Component):
+    """Layers `[first, last)` of `parent`. Inputs: what it reads from outside; outputs: what is read after it, and
+    outputs of the whole. A tensor keeps its name from the stage that writes it to all that read it."""
+
+    parent: str = ""
+    layers: tuple[str, ...] = ()
+
+
+class StageModule(nn.Module):
+    """Holds only the modules of its layers, under their paths in the whole."""
+
+    def __init__(self, inner: nn.Module, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> None:
+        super().__init__()
+        self.inner = pick(inner, [path for step in steps for path in step.modules])
+        self.steps = tuple(steps)
+        self.reads = tuple(reads)
+        self.writes = tuple(writes)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = dict(zip(self.reads, tensors, strict=True))
+        tree = Tree(self.inner)
+        for step in self.steps:
+            written = step.apply(tree, *(values[name] for name in step.reads))
+            values.update(zip(step.writes, written, strict=True))
+        return tuple(values[name] for name in self.writes)
+
+
+def cut(component: Component, at: Iterable[str], embed: str = "pass") -> list[Stage]:
+    """Stages of `component`, cut after each named block (a name of models.blocks, or one that encloses some).
+
+    `embed="recompute"` gives every stage of a U-Net that needs it its own time embedding and the inputs for it, so
+    that stages may stand at different timesteps; with `"pass"` the first stage hands it on as `time_embedding.out`.
+
+    Raises:
+        ConfigError: an unknown name or `embed`, or two cuts at one place.
+    """
+    if embed not in ("pass", "recompute"):
+        raise ConfigError(f"embed is {embed!r}; legal: pass, recompute")
+    whole = component.meta.get_submodule("inner")
+    plan = program_of(component, whole)
+    ends = sorted(end_of(name, plan.layers) for name in at)
+    ends = [end for end in ends if end < len(plan.layers)]
+    if len(set(ends)) != len(ends):
+        raise ConfigError(f"two cuts of {component.name} fall on one place: {', '.join(at)}")
+    return _stages(component, whole, plan, [0, *ends, len(plan.layers)], embed == "recompute")
+
+
+def memory_stages(component: Component, max_bytes: int = STAGE_BYTES) -> list[Stage]:
+    """The fewest stages, greedily, whose float32 weights stay under `max_bytes`; one layer at least.
+
+    Raises:
+        ConfigError: a single layer is larger.
+    """
+    whole = component.meta.get_submodule("inner")
+    plan = program_of(component, whole)
+    bounds, held = [0], 0
+    for i, step in enumerate(plan.layers):
+        size = 4 * sum(tensor.numel() for path in step.modules for tensor in whole.get_submodule(path).parameters())
+        if size > max_bytes:
+            raise ConfigError(
+                f"{component.name}: {step.name} alone takes {size} bytes in float32; {max_bytes} are allowed"
+            )
+        if held + size > max_bytes and i > bounds[-1]:
+            bounds.append(i)
+            held = 0
+        held += size
+    return _stages(component, whole, plan, [*bounds, len(plan.layers)], False)
+
+
+def stages_forward(
+    component: Component, feeds: Mapping[str, NDArray[np.generic]], max_bytes: int = STAGE_BYTES
+) -> Arrays:
+    """The outputs of the whole part in float32, with never more than `max_bytes` of its weights in memory."""
+    values: Arrays = dict(feeds)
+    stages = memory_stages(component, max_bytes)
+    missing = [spec.name for spec in component.inputs if spec.name not in values]
+    if missing:
+        raise RunnerError(f"feeds of {component.name}: missing {', '.join(missing)}")
+    wanted = [spec.name for spec in component.outputs]
+    for i, stage in enumerate(stages):
+        with stage.load() as runner:
+            values.update(runner.run({spec.name: values[spec.name] for spec in stage.inputs}))
+        later = {spec.name for after in stages[i + 1 :] for spec in after.inputs}
+        values = {name: value for name, value in values.items() if name in later or name in wanted}
+    return {name: values[name] for name in wanted}
+
+
+def pick(root: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """A module that holds only the submodules at `paths`, under the same paths; they are shared, not copied."""
+    chosen = nn.Module()
+    for path in dict.fromkeys(paths):
+        *above, leaf = path.split(".")
+        owner = chosen
+        for name in above:
+            if name not in owner._modules:
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        owner.add_module(leaf, root.get_submodule(path))
+    return chosen
+
+
+def _stages(
+    component: Component, whole: nn.Module, plan: Program, bounds: Sequence[int], recompute: bool
+) -> list[Stage]:
+    stages = []
+    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        steps = plan.layers[first:last]
+        after = [step for step in plan.layers[last:] if not (recompute and step.name == EMBEDDING)]
+        if recompute and first > 0 and any(f"{EMBEDDING}.out" in step.reads for step in steps):
+            steps = (plan.layers[0], *steps)
+        stages.append(_stage(component, whole, plan, steps, after, i, recompute))
+    return stages
+
+
+def _stage(
+    component: Component,
+    whole: nn.Module,
+    plan: Program,
+    steps: tuple[Layer, ...],
+    after: Sequence[Layer],
+    index: int,
+    recompute: bool,
+) -> Stage:
+    written = [name for step in steps for name in step.writes]
+    reads = list(dict.fromkeys(name for step in steps for name in step.reads if name not in written))
+    reads.sort(key=lambda name: plan.inputs.index(name) if name in plan.inputs else -1)
+    needed = {name for step in after for name in step.reads} | set(plan.outputs)
+    if recompute:
+        needed.discard(f"{EMBEDDING}.out")
+    writes = [name for name in written if name in needed]
+    paths = [path for step in steps for path in step.modules]
+    prefixes = tuple(f"{path}." for path in paths)
+    return Stage(
+        name=f"{component.name}.{index}",
+        class_name=component.class_name,
+        config=component.config,
+        build=partial(_build, component, steps, reads, writes),
+        weights=subset(component.weights, [name for name in component.weights.names() if name.startswith(prefixes)]),
+        inputs=tuple(plan.specs[name] for name in reads),
+        outputs=tuple(plan.specs[name] for name in writes),
+        smallest=_sizes(component, plan, reads),
+        template=partial(_template, whole, steps, reads, writes),
+        parent=component.name,
+        layers=tuple(step.name for step in steps),
+    )
+
+
+def _build(component: Component, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> nn.Module:
+    return StageModule(component.build().get_submodule("inner"), steps, reads, writes)
+
+
+def _template(whole: nn.Module, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> nn.Module:
+    # the copy keeps the shared whole on the meta device when the stage is filled
+    return copy.deepcopy(StageModule(whole, steps, reads, writes)).eval()
+
+
+def _sizes(component: Component, plan: Program, reads: Sequence[str]) -> dict[str, int]:
+    sizes = dict(component.smallest)
+    for name in reads:
+        for axis in plan.specs[name].axes():
+            if axis.startswith("tokens_"):
+                factor = int(axis.removeprefix("tokens_"))
+                sizes[axis] = (sizes["height"] // factor) * (sizes["width"] // factor)
+    return sizes
