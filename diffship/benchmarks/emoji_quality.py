@@ -133,19 +133,16 @@ def _row(subject: str, metric: str, value: float, unit: str = "share") -> Row:
 
 def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: float, batch: int = 32) -> Uint8:
     """(seeds * n, size, size, 3): every prompt once per seed; the noise of a prompt is fixed by its place and seed."""
-    from diffship.sampling.generate import Request, checked, finish, start
-    from diffship.sampling.loop import denoise, plain
+    from diffship.sampling.generate import Request, generate_many
 
     requests = [
         Request(prompt=text, steps=steps, guidance=guidance, seed=10_000 * seed + place, sampler="ddim")
         for seed in range(seeds)
         for place, text in enumerate(texts)
     ]
-    denoiser = checked(plain(model.use("unet")))
     pictures: list[Uint8] = []
     for first in range(0, len(requests), batch):
-        trajectories = [start(model, request)[0] for request in requests[first : first + batch]]
-        pictures += [picture.pixels for picture in finish(model, denoise(trajectories, denoiser))]
+        pictures += [picture.pixels for picture in generate_many(model, requests[first : first + batch])]
         print(f"drawn {len(pictures)} of {len(requests)}", file=sys.stderr)
     return np.stack(pictures)
 
