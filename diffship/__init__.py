@@ -4,7 +4,8 @@
     with open_model("out/emoji") as model:
         pictures = generate(model, Request("red apple"))
 
-Importing the package imports nothing else; each name is loaded when it is first used.
+Importing the package imports nothing else; each name is loaded when it is first used. `export` is not among them: the
+module `diffship.export` has that name, so it is `from diffship.export import export`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
-    from diffship.export import export as export
     from diffship.runtimes.model import open_model as open_model
     from diffship.runtimes.verify import verify as verify
     from diffship.sampling.generate import Request as Request
     from diffship.sampling.generate import generate as generate
 
 __version__ = "0.1.0"
-__all__ = ["Request", "__version__", "compare", "export", "generate", "open_model", "verify"]
+__all__ = ["Request", "__version__", "compare", "generate", "open_model", "verify"]
 
 _WHERE = {
     "Request": "diffship.sampling.generate",
     "compare": "diffship.core.compare",
-    "export": "diffship.export",
     "generate": "diffship.sampling.generate",
     "open_model": "diffship.runtimes.model",
     "verify": "diffship.runtimes.verify",

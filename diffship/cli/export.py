@@ -94,7 +94,7 @@ def made_parents(path: Path) -> Iterator[None]:
 def describe(folder: Path, manifest: Any) -> Result:
     parts = [_part(part, manifest.files) for part in manifest.parts]
     document = {"bundle": str(folder), "target": manifest.target, "parts": parts}
-    head = ("part", "precision", "proof", "max abs", "PSNR dB", "bytes", "seconds")
+    head = ("part", "precision", "proof", "max abs", "PSNR dB", "bytes", "export s", "proof s")
     rows = [
         (
             part["name"],
@@ -103,7 +103,8 @@ def describe(folder: Path, manifest: Any) -> Result:
             figure(part["max_abs"]),
             figure(part["psnr_db"], ".1f"),
             size_text(part["bytes"]),
-            figure(part["seconds"], ".1f"),
+            figure(part["export_seconds"], ".1f"),
+            figure(part["proof_seconds"], ".1f"),
         )
         for part in parts
     ]
@@ -118,6 +119,7 @@ def _part(part: Any, files: Any) -> dict[str, Any]:
         "proof": proof["status"],
         "max_abs": proof.get("max_abs"),
         "psnr_db": proof.get("psnr_db"),
-        "seconds": proof.get("seconds"),
+        "export_seconds": proof.get("export_seconds"),
+        "proof_seconds": proof.get("seconds"),
         "bytes": sum(files[name].size for name in part.files if name in files),
     }

@@ -77,6 +77,7 @@ def test_run_writes_pictures_with_their_settings(command: Any, tiny_bundle: Path
     assert (tmp_path / "g.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_run_twice_gives_the_same_bytes(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         document = command("run", tiny_bundle, "red apple", "--steps", 2, "-o", tmp_path / name, "--no-metadata")
@@ -114,6 +115,7 @@ def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["compare", "arch:tiny-sd", tiny_bundle, "red apple", "--steps", 2, "--grid", tmp_path / "g.png"]
     document = check(command(*words), "compare")
@@ -136,6 +138,7 @@ def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
     assert check(command("verify", folder), "verify")["exit_code"] == 1
 
 
+@pytest.mark.slow
 def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     from diffship.runtimes.model import open_model
     from diffship.sampling.generate import Request, start
