@@ -50,8 +50,10 @@ class OpenVinoRunner:
         core = _import().Core()
         try:
             model = core.read_model(str(files[0]))
+            # from the file: compiling merges tensors, and then a port may answer to an inner name
+            inputs, outputs = _ports(model.inputs), _ports(model.outputs)
             _give_ranks(model)
-            return _CompiledSession(core.compile_model(model, "CPU", self._properties()))
+            return _CompiledSession(core.compile_model(model, "CPU", self._properties()), inputs, outputs)
         except RunnerError:
             raise
         except Exception as fault:
@@ -93,19 +95,22 @@ class OpenVinoRunner:
 class _CompiledSession:
     """A pool of infer requests: each serves one thread at a time and is kept for the next."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         self._compiled: Any = compiled
         self._idle: deque[Any] = deque()
         self._lock = threading.Lock()
-        self.inputs: Mapping[str, str] = _ports(compiled.inputs)
-        self.outputs: Mapping[str, str] = _ports(compiled.outputs)
-        self._index = {name: index for index, name in enumerate(self.outputs)}
+        self.inputs = inputs
+        self.outputs = outputs
+        self._feeds = {name: index for index, name in enumerate(inputs)}
+        self._results = {name: index for index, name in enumerate(outputs)}
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         request = self._borrow()
         try:
-            results = request.infer(dict(feeds), share_inputs=True, share_outputs=True)
-            return [np.array(results[self._index[name]]) for name in outputs]
+            results = request.infer(
+                {self._feeds[name]: feed for name, feed in feeds.items()}, share_inputs=True, share_outputs=True
+            )
+            return [np.array(results[self._results[name]]) for name in outputs]
         except Exception as fault:
             raise RunnerError(f"openvino stopped: {first_line(fault)}") from None
         finally:
