@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffship.core.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _GAP = 8
 _MAX_SIDE = 16384
 
@@ -28,23 +29,33 @@ def grid(pictures: Sequence[Pixels], labels: Sequence[str], columns: int | None 
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     points = max(10, min(width // 11, 24))
-    font, line = ImageFont.load_default(size=points), math.ceil(points * 1.5)
-    cell = (width + _GAP, height + line + _GAP)
+    font, line = ImageFont.load_default(size=points), math.ceil(points * 1.3)
+    texts = [wrapped(label, font, width) for label in labels]
+    cell = (width + _GAP, height + line * max(len(lines) for lines in texts) + _GAP)
     sheet = (columns * cell[0] + _GAP, math.ceil(len(pictures) / columns) * cell[1] + _GAP)
     if max(sheet) > _MAX_SIDE:
         raise ConfigError(f"the grid would be {sheet[0]}x{sheet[1]} pixels, more than {_MAX_SIDE} a side; draw fewer")
     image = Image.new("RGB", sheet, "white")
     draw = ImageDraw.Draw(image)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for index, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
         left, top = _GAP + index % columns * cell[0], _GAP + index // columns * cell[1]
         image.paste(Image.fromarray(picture), (left, top))
-        draw.text((left, top + height + 2), shorten(label, font, width), fill="black", font=font)
+        for row, text in enumerate(lines):
+            draw.text((left, top + height + row * line), text, fill="black", font=font)
     return image
 
 
-def shorten(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """`label` in one line of at most `width` pixels, cut with an ellipsis."""
-    text = " ".join(label.split())
+def wrapped(label: str, font: Font, width: int) -> list[str]:
+    """`label` in at most two lines of `width` pixels, broken at a space, the rest cut with an ellipsis."""
+    words, first = label.split(), ""
+    while words and font.getlength(f"{first} {words[0]}") <= width:
+        first = f"{first} {words.pop(0)}".strip()
+    if not first:
+        return [shortened(" ".join(words), font, width)]
+    return [first, shortened(" ".join(words), font, width)] if words else [first]
+
+
+def shortened(text: str, font: Font, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from diffship.benchmarks.grid import grid, png_bytes
+from diffship.benchmarks.grid import grid, png_bytes, wrapped
 from diffship.benchmarks.side_by_side import picture_psnr
 from diffship.cli.doctor import satisfies
 from diffship.cli.drawing import file_names, read_prompts, slug
@@ -141,6 +141,14 @@ def test_grid_places_every_picture(tmp_path: Path) -> None:
     file.write_bytes(png_bytes(sheet))
     with Image.open(file) as read:
         assert read.size == sheet.size
+
+
+def test_labels_take_two_lines_at_most() -> None:
+    font = ImageFont.load_default(size=10)
+    for label in ("red apple", "thumbs up: dark skin tone", "word " * 50, "w" * 100, "x " + "w" * 100, "", "   "):
+        lines = wrapped(label, font, 80)
+        assert 1 <= len(lines) <= 2 and all(font.getlength(line) <= 80 for line in lines)
+    assert wrapped("thumbs up: dark skin tone", font, 80) == ["thumbs up: dark", "skin tone"]
 
 
 def test_grid_refuses() -> None:
