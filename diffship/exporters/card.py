@@ -35,7 +35,10 @@ def card_text(manifest: Manifest) -> str:
     lines += [f"# {name}, compiled for {manifest.target}", "", f"Made by diffship from `{name}`{revision}.", ""]
     if licence.get("restrictions"):
         lines += [f"Use restrictions carried from the source: {licence['restrictions']}", ""]
-    lines += ["| part | precision | proof | max abs error | PSNR | source tensors (sha256) |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| part | precision | proof | max abs error | PSNR | source tensors (sha256) |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [_row(part) for part in manifest.parts]
     commands = ["diffship verify .", 'diffship run . "a red apple" -o out/']
     return "\n".join([*lines, "", "```", *commands, "```", ""])
@@ -45,4 +48,5 @@ def _row(part: Part) -> str:
     proof = part.proof
     error, psnr = proof.get("max_abs"), proof.get("psnr_db")
     figures = ("-" if error is None else f"{error:.2g}", "-" if psnr is None else f"{psnr:.1f} dB")
-    return f"| {part.name} | {part.precision} | {proof['status']} | {figures[0]} | {figures[1]} | {part.source_digest[:16]} |"
+    cells = (part.name, part.precision, str(proof["status"]), *figures, part.source_digest[:16])
+    return f"| {' | '.join(cells)} |"

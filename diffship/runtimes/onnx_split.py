@@ -115,14 +115,22 @@ def _cuts(facts: _Facts, max_bytes: int) -> list[int]:
             best = count
         if best == start:
             node = facts.nodes[start]
-            raise RunnerError(f"operator {node.name[:120]} has {held} bytes of weights; {max_bytes} may be held at once")
+            raise RunnerError(
+                f"operator {node.name[:120]} has {held} bytes of weights; {max_bytes} may be held at once"
+            )
         bounds.append(best)
         start = best
     return bounds
 
 
 def _stage(
-    facts: _Facts, types: Mapping[str, onnx.ValueInfoProto], source: Path, folder: Path, index: int, start: int, stop: int
+    facts: _Facts,
+    types: Mapping[str, onnx.ValueInfoProto],
+    source: Path,
+    folder: Path,
+    index: int,
+    start: int,
+    stop: int,
 ) -> SplitStage:
     import onnx
 

@@ -1,4 +1,8 @@
-"""torch.export of a component whose weights do not exist: every tensor is fake, only shapes and dtypes are real."""
+"""torch.export of a component whose weights do not exist: every tensor is fake, only shapes and dtypes are real.
+
+A part is traced twice, at two sets of sizes; a number that differs between the two programs is a free size. That takes
+half the time of one trace with symbolic sizes, most of which sympy spends on the shapes behind strided convolutions.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +18,47 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffship.core.errors import UnsupportedError
 from diffship.core.spec import TensorSpec
 
+Programs = tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]
+
 
 def capture(
-    module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Mapping[str, int], dtype: torch.dtype
-) -> torch.export.ExportedProgram:
-    """The program of `module` (on the meta device), dynamic in every named axis.
+    module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Sequence[Mapping[str, int]], dtype: torch.dtype
+) -> Programs:
+    """The programs of `module` (on the meta device) at both `sizes`, equal but for numbers that depend on a size.
 
-    Parameters and float inputs take `dtype`; `timestep` stays float32. `sizes` must be legal for the module, with
-    every axis above 1 and no two of them equal by accident: torch.export takes 0, 1 and equal sizes as facts.
+    Parameters and float inputs take `dtype`; `timestep` stays float32.
 
     Raises:
         UnsupportedError: torch.export cannot follow the module's Python code.
     """
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _as_fake(module, dtype)
-        feeds = tuple(_feed(spec, sizes, dtype) for spec in inputs)
-        dynamic = tuple(
-            {i: torch.export.Dim.AUTO for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in inputs
-        )
-        try:
-            return torch.export.export(_Positional(fake), feeds, dynamic_shapes=(dynamic,), strict=False)
-        except Exception as fault:
-            reason = " ".join(str(fault).split())[:240]
-            raise UnsupportedError(f"torch.export cannot follow {type(module).__name__}: {reason}") from fault
+        fake = _Positional(_as_fake(module, dtype))
+        first, second = (_export(fake, tuple(_feed(spec, known, dtype) for spec in inputs)) for known in sizes)
+        return first, second
+
+
+def trace_sizes(smallest: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Two legal sizes for each axis, with a ratio of its own, so that no two axes, halves or products look alike."""
+    ratios = ((3, 17), (5, 11), (7, 13), (23, 29), (19, 31))
+    first, second = {}, {}
+    for (axis, least), (a, b) in zip(sorted(smallest.items(), key=_by_axis), ratios, strict=False):
+        step = 1 if axis == "sequence_length" else least
+        first[axis], second[axis] = a * step, b * step
+    return first, second
+
+
+def _by_axis(item: tuple[str, int]) -> tuple[int, str]:
+    # the sequence gets the fourth ratio: two lengths below the 77 positions that a text encoder has
+    order = {"batch_size": 0, "sequence_length": 3}
+    return (order.get(item[0], 1 if "height" in item[0] else 2), item[0])
+
+
+def _export(module: torch.nn.Module, feeds: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, feeds, strict=False)
+    except Exception as fault:
+        reason = " ".join(str(fault).split())[:240]
+        raise UnsupportedError(f"torch.export cannot follow this part: {reason}") from fault
 
 
 class _Positional(torch.nn.Module):

@@ -18,7 +18,7 @@ from diffship.core.manifest import Part
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
-from diffship.exporters.onnx.capture import capture
+from diffship.exporters.onnx.capture import capture, trace_sizes
 from diffship.exporters.onnx.graph import DATA_FILE, IR_VERSION
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
@@ -113,8 +113,8 @@ class Onnx:
     def graph(self, component: Component) -> bytes:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
-        program = capture(component.meta, specs, _trace_sizes(component), _DTYPES[self.precision])
-        translation = Translation(program, self.opset, lambda name: name.removeprefix(INNER))
+        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), _DTYPES[self.precision])
+        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
         model = translation.run(specs, component.outputs, "diffship")
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
@@ -151,19 +151,8 @@ def _check_weights(component: Component) -> list[Problem]:
     return problems
 
 
-def _trace_sizes(component: Component) -> dict[str, int]:
-    """Legal sizes, all different, none 1: what torch.export must not mistake for a constant or for each other."""
-    sizes: dict[str, int] = {}
-    for axis, smallest in component.smallest_sizes().items():
-        factor = 3 + 2 * len(sizes)
-        sizes[axis] = 77 if axis == "sequence_length" else smallest * factor
-    return sizes
-
-
 def _versions() -> Mapping[str, str]:
     import diffusers
     import transformers
 
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
-
-

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
 IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
-TYPES = {
+TYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "float64": TensorProto.DOUBLE,
@@ -24,16 +24,16 @@ TYPES = {
     "int8": TensorProto.INT8,
     "bool": TensorProto.BOOL,
 }
-NAMES = {code: name for name, code in TYPES.items()}
+NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
-Dim = Any  # int, or a sympy expression that names a free size
+Dim = int | tuple[int, int]  # a free size is what it was in the first and in the second trace
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor in the graph; `dtype` as in a TensorSpec, `shape` in ints and symbolic sizes."""
+    """A tensor in the graph; `dtype` as in a TensorSpec, `shape` in ints and free sizes."""
 
     name: str
     dtype: str
@@ -51,9 +51,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Size:
-    """One free size at run time: an int64 tensor of shape (1,)."""
+    """A number that depends on the input's size, as it was in the first and in the second trace."""
 
-    name: str
+    pair: tuple[int, int]
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Graph:
         return self.constant(np.array(values, np.int64)).name
 
     def weight(self, weight: Weight, transposed: bool = False) -> Value:
-        """The initialiser of a parameter. A transposed one is stored transposed: engines would fold it at every load."""
+        """The initialiser of a parameter; stored transposed where asked, as engines would fold that at every load."""
         name = weight.source + (TRANSPOSED if transposed else "")
         shape = weight.shape[::-1] if transposed else weight.shape
         self.weights[name] = Weight(weight.source, weight.dtype, shape)

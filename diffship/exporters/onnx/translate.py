@@ -1,7 +1,7 @@
 """An exported program becomes an ONNX model: one walk over its nodes, constants folded on the way, no weight touched.
 
-torch.onnx.export decomposes the program a second time and leaves shape arithmetic for each reshape; for the SD1.5
-U-Net this walk takes a second where that takes half a minute, and leaves nothing for a clean-up.
+torch.onnx.export decomposes the program once more and leaves shape arithmetic for each reshape; this walk takes a
+second where that takes half a minute (SD1.5's U-Net), and leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.spec import TensorSpec
-from diffship.exporters.onnx.graph import Dim, Graph, Size, Value, Weight, port
+from diffship.exporters.onnx.capture import Programs
+from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
 
 Operator = Callable[..., Any]
 OPERATORS: dict[str, Operator] = {}
 _PREFIX = "part."
 _NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard", "aten.lift_fresh")
-_ARITHMETIC = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
 
 
 def implements(*names: str) -> Callable[[Operator], Operator]:
@@ -39,12 +39,14 @@ def implements(*names: str) -> Callable[[Operator], Operator]:
 class Translation:
     """The state of one walk: what each node of the program has become, and the node in hand."""
 
-    def __init__(self, program: torch.export.ExportedProgram, opset: int, weight_name: Callable[[str], str]) -> None:
+    def __init__(self, programs: Programs, opset: int, weight_name: Callable[[str], str]) -> None:
         self.graph = Graph(opset)
         self.opset = opset
-        self._program = program
+        self._program = programs[0]
+        self._twins = _paired(*programs)
         self._weight_name = weight_name
         self._known: dict[torch.fx.Node, Any] = {}
+        self._lengths: dict[tuple[int, int], str] = {}
         self.node: torch.fx.Node
 
     # what operators use
@@ -52,30 +54,30 @@ class Translation:
     @property
     def dtype(self) -> str:
         """Element type of the current node's (first) result."""
-        return dtype_name(_first(self.node.meta["val"]).dtype)
+        return dtype_name(_results(self.node)[0].dtype)
 
     @property
     def shape(self) -> tuple[Dim, ...]:
-        return dims(_first(self.node.meta["val"]).shape)
+        """Shape of the current node's (first) result."""
+        return self.shapes[0]
+
+    @property
+    def shapes(self) -> list[tuple[Dim, ...]]:
+        """Shapes of all results of the current node."""
+        return self._shapes(self.node)
 
     def emit(
         self, op: str, *inputs: Any, dtype: str | None = None, shape: tuple[Dim, ...] | None = None, **attributes: Any
     ) -> Value:
         """A node whose output is like the current result unless `dtype` or `shape` say otherwise."""
         names = [self.name(value) for value in inputs]
-        return self.graph.emit(
-            op, names, dtype or self.dtype, self.shape if shape is None else shape, **attributes
-        )
+        return self.graph.emit(op, names, dtype or self.dtype, self.shape if shape is None else shape, **attributes)
 
-    def name(self, value: Any, dtype: str | None = None) -> str:
-        """The ONNX name of any argument; Python numbers become constants of `dtype` (the result's by default)."""
+    def name(self, value: Any) -> str:
+        """The ONNX name of any argument; Python numbers become constants of the result's type."""
         if value is None:
             return ""
-        if isinstance(value, str):
-            return value
-        if isinstance(value, (Value, Size)):
-            return value.name
-        return self.value(value, dtype).name
+        return value if isinstance(value, str) else self.value(value).name
 
     def value(self, value: Any, dtype: str | None = None) -> Value:
         """Any argument as a Value of its own dtype; numbers take `dtype` (the result's by default)."""
@@ -86,7 +88,7 @@ class Translation:
         if isinstance(value, torch.Tensor):
             return self.graph.constant(value.detach().numpy())
         if isinstance(value, Size):
-            return self.emit("Squeeze", value, self.graph.ints([0]), dtype="int64", shape=())
+            return self.emit("Squeeze", self.sizes([value]), self.graph.ints([0]), dtype="int64", shape=())
         return self.graph.constant(np.array(value, dtype or self.dtype))
 
     def cast(self, value: Any, dtype: str) -> Value:
@@ -96,24 +98,16 @@ class Translation:
         found = self.value(value)
         if found.dtype == dtype:
             return found
-        return self.emit("Cast", found, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dtype=dtype, shape=found.shape)
+        return self.emit("Cast", found, to=TYPES[dtype], dtype=dtype, shape=found.shape)
 
     def sizes(self, values: Sequence[Any]) -> str:
         """An int64 vector of ints and Sizes."""
-        if all(isinstance(value, int) for value in values):
+        if not any(isinstance(value, Size) for value in values):
             return self.graph.ints(values)
-        names = [value.name if isinstance(value, Size) else self.graph.ints([value]) for value in values]
+        names = [self._length(value) if isinstance(value, Size) else self.graph.ints([value]) for value in values]
         if len(names) == 1:
             return names[0]
         return self.emit("Concat", *names, dtype="int64", shape=(len(names),), axis=0).name
-
-    def size_of(self, value: Value, axis: int) -> int | Size:
-        dim = value.shape[axis]
-        if isinstance(dim, int):
-            return dim
-        return Size(
-            self.emit("Shape", value, dtype="int64", shape=(1,), start=axis, end=axis + 1).name
-        )
 
     # the walk
 
@@ -124,7 +118,9 @@ class Translation:
         for node in self._program.graph.nodes:
             self.node = node
             if node.op == "call_function":
+                self.graph.scope = scope_of(node)
                 self._known[node] = self._call(node)
+                self._measure(self._known[node])
             elif node.op == "output":
                 results = node.args[0]
         named = self._name_outputs(outputs, results)
@@ -145,10 +141,10 @@ class Translation:
         return ports
 
     def _input(self, node: torch.fx.Node, spec: TensorSpec, ports: list[onnx.ValueInfoProto]) -> Value:
-        value = node.meta["val"]
-        made = Value(spec.name, dtype_name(value.dtype), dims(value.shape))
+        made = Value(spec.name, dtype_name(node.meta["val"].dtype), self._shapes(node)[0])
         if spec.name != "timestep":
             ports.append(port(spec.name, made.dtype, spec.shape))
+            self._measure(made)
             return made
         # one value for all samples or one per sample: an axis of its own here, and an `Expand` in the model
         ports.append(port(spec.name, made.dtype, ("timesteps",)))
@@ -158,38 +154,58 @@ class Translation:
         if entry.kind == InputKind.CONSTANT_TENSOR:
             return self._program.constants[entry.target]
         value = node.meta["val"]
-        return Weight(
-            self._weight_name(entry.target.removeprefix(_PREFIX)), dtype_name(value.dtype), tuple(value.shape)
-        )
+        source = self._weight_name(entry.target.removeprefix(_PREFIX))
+        return Weight(source, dtype_name(value.dtype), tuple(value.shape))
 
     def _call(self, node: torch.fx.Node) -> Any:
         target = str(node.target)
         if target.startswith(_NO_EFFECT):
             return None
-        arguments = torch.fx.node.map_arg(node.args, self._known.__getitem__)
-        keywords = torch.fx.node.map_arg(node.kwargs, self._known.__getitem__)
+        twin = self._twins[node]
+        arguments = self._resolved(node.args, twin.args)
+        keywords = {
+            key: self._resolved(value, twin.kwargs[key]) for key, value in node.kwargs.items() if key not in _PLACEMENT
+        }
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
-        if node.target in _ARITHMETIC:
-            return self._arithmetic(node.target, *arguments)
         if _foldable(arguments) and _foldable(keywords):
-            return self._fold(node, arguments, keywords)
+            return node.target(*_off_device(arguments), **keywords)  # type: ignore[operator]
         if target not in OPERATORS:
-            where = f" in {scope_of(node)}" if scope_of(node) else ""
-            raise UnsupportedError(f"no ONNX form for {target}{where}; add it to diffship/exporters/onnx/operators")
-        self.graph.scope = scope_of(node)
-        keywords = {key: value for key, value in keywords.items() if key not in _PLACEMENT}
+            raise UnsupportedError(f"no ONNX form for {target} in {self.graph.scope or 'the part itself'}")
         return OPERATORS[target](self, *arguments, **keywords)
 
-    def _fold(self, node: torch.fx.Node, arguments: Any, keywords: Any) -> Any:
-        keywords = {key: value for key, value in keywords.items() if key not in _PLACEMENT}
-        return node.target(*_off_device(arguments), **keywords)  # type: ignore[operator]
+    def _resolved(self, first: Any, second: Any) -> Any:
+        """An argument with nodes replaced by what they became, and numbers that differ by Sizes."""
+        if isinstance(first, torch.fx.Node):
+            return self._known[first]
+        if isinstance(first, (tuple, list)):
+            return [self._resolved(a, b) for a, b in zip(first, second, strict=True)]
+        if type(first) is int and first != second:
+            return Size((first, second))
+        if first != second:
+            raise UnsupportedError(f"{self.node.target} depends on the input's size by {first!r}, then {second!r}")
+        return first
 
-    def _arithmetic(self, function: Any, *arguments: Any) -> Any:
-        if not any(isinstance(value, Size) for value in arguments):
-            return function(*arguments)
-        names = [value.name if isinstance(value, Size) else self.graph.ints([value]) for value in arguments]
-        return Size(self.emit(_ARITHMETIC[function], *names, dtype="int64", shape=(1,)).name)
+    def _measure(self, value: Any) -> None:
+        """Take each free size where it first appears; sizes that nobody asks for are dropped with their nodes."""
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, Value):
+                for axis, dim in enumerate(tensor.shape):
+                    if isinstance(dim, tuple) and dim not in self._lengths:
+                        cut = {"start": axis, "end": axis + 1}
+                        self._lengths[dim] = self.graph.emit("Shape", [tensor.name], "int64", (1,), **cut).name
+
+    def _length(self, size: Size) -> str:
+        if size.pair not in self._lengths:
+            raise UnsupportedError(f"{self.node.target} needs the size {size.pair}, which no tensor before it has")
+        return self._lengths[size.pair]
+
+    def _shapes(self, node: torch.fx.Node) -> list[tuple[Dim, ...]]:
+        pairs = zip(_results(node), _results(self._twins[node]), strict=True)
+        return [
+            tuple(a if a == b else (a, b) for a, b in zip(map(int, one.shape), map(int, two.shape), strict=True))
+            for one, two in pairs
+        ]
 
     def _name_outputs(self, specs: Sequence[TensorSpec], results: Sequence[Any]) -> list[onnx.ValueInfoProto]:
         entries = self._program.graph_signature.output_specs
@@ -197,37 +213,25 @@ class Translation:
         if len(wanted) != len(specs):
             raise UnsupportedError(f"the module gives {len(wanted)} outputs; its specs name {len(specs)}")
         self.graph.scope = ""
-        ports, taken = [], set[str]()
+        ports, names = [], dict[str, str]()
         for spec, node in zip(specs, wanted, strict=True):
             value = self.value(self._known[node])
-            self._name_output(value, spec.name, taken)
+            self._name_output(value, spec.name, names)
             ports.append(port(spec.name, value.dtype, spec.shape))
         return ports
 
-    def _name_output(self, value: Value, name: str, taken: set[str]) -> None:
-        made = {output for node in self.graph.nodes for output in node.output}
-        if value.name in made and value.name not in taken:
+    def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
+        """Rename the tensor itself; an Identity only where it is an input, or an output already."""
+        made = any(value.name in node.output for node in self.graph.nodes)
+        if made and value.name not in names:
             self.graph.rename(value.name, name)
-            self._known = {
-                node: Value(name, known.dtype, known.shape) if known == value else known
-                for node, known in self._known.items()
-            }
+            names[value.name] = name
         else:
-            identity = self.graph.emit("Identity", [value.name], value.dtype, value.shape)
-            self.graph.rename(identity.name, name)
-        taken.add(name)
+            now = names.get(value.name, value.name)
+            self.graph.rename(self.graph.emit("Identity", [now], value.dtype, value.shape).name, name)
 
 
 _PLACEMENT = ("device", "pin_memory", "layout", "non_blocking", "memory_format", "copy")
-
-
-def dims(shape: Sequence[Any]) -> tuple[Dim, ...]:
-    """Ints, and sympy expressions where a size is free; equal expressions are equal sizes."""
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) and not _fixed(size) else int(size) for size in shape)
-
-
-def _fixed(size: torch.SymInt) -> bool:
-    return bool(size.node.expr.is_number)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -237,14 +241,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 def scope_of(node: torch.fx.Node) -> str:
     """The module path that the node came from, without the wrappers' own names."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    for wrapper in ("part", "inner"):
-        path = path.removeprefix(wrapper).removeprefix(".") if path.split(".")[0] == wrapper else path
-    return path
+    path = str(stack[-1][0]).split(".") if stack else []
+    return ".".join(path[sum(name == wrapper for name, wrapper in zip(path, ("part", "inner"), strict=False)) :])
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, (tuple, list)) else value
+def _paired(first: torch.export.ExportedProgram, second: torch.export.ExportedProgram) -> dict[Any, torch.fx.Node]:
+    """Node of the first program -> node of the second."""
+    nodes = [list(program.graph.nodes) for program in (first, second)]
+    same = len(nodes[0]) == len(nodes[1]) and all(
+        (a.name, str(a.target)) == (b.name, str(b.target)) for a, b in zip(*nodes, strict=True)
+    )
+    if not same:
+        raise UnsupportedError("the part does other operations at other sizes, so it has no graph for all sizes")
+    return dict(zip(*nodes, strict=True))
+
+
+def _results(node: torch.fx.Node) -> list[Any]:
+    value = node.meta["val"]
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -33,13 +33,17 @@ def add(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
 
 @implements("aten.sub.Tensor", "aten.sub.Scalar")
 def sub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
+    return _sub(t, a, b, alpha)
+
+
+def _sub(t: Translation, a: Any, b: Any, alpha: float) -> Value:
     scaled = b if alpha == 1 else t.emit("Mul", t.cast(b, t.dtype), t.value(alpha))
     return _same(t, a, scaled, 0) or _binary(t, "Sub", a, scaled)
 
 
 @implements("aten.rsub.Scalar")
 def rsub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
-    return sub(t, b, a, alpha)
+    return _sub(t, b, a, alpha)
 
 
 @implements("aten.mul.Tensor", "aten.mul.Scalar")

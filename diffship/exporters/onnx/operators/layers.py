@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from diffship.core.errors import UnsupportedError
-from diffship.exporters.onnx.graph import Value, Weight
+from diffship.exporters.onnx.graph import Dim, Size, Value, Weight
 from diffship.exporters.onnx.translate import Translation, implements
+
+_FREE = (-1, -2)  # a size that nothing asks for
 
 
 @implements("aten.linear.default")
@@ -87,7 +89,7 @@ def group_norm(
     t: Translation, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Value:
     found = t.value(x)
-    channels = [found.shape[1]]
+    channels = [_fixed(found.shape[1], "channels")]
     scale = _ones(t, channels) if weight is None else t.value(weight)
     shift = _ones(t, channels, 0.0) if bias is None else t.value(bias)
     if t.opset >= 21:
@@ -97,7 +99,7 @@ def group_norm(
 
 def _plain_group_norm(t: Translation, x: Value, groups: int, scale: Value, shift: Value, eps: float) -> Value:
     """Each group as one instance (Wu and He 2018, "Group Normalization", figure 2)."""
-    split = t.emit("Reshape", x, t.graph.ints([0, groups, -1]), shape=(x.shape[0], groups, None))
+    split = t.emit("Reshape", x, t.graph.ints([0, groups, -1]), shape=(x.shape[0], groups, _FREE))
     ones, zeros = _ones(t, [groups]), _ones(t, [groups], 0.0)
     even = t.emit("InstanceNormalization", split, ones, zeros, epsilon=eps, shape=split.shape)
     back = t.emit("Reshape", even, t.emit("Shape", x, dtype="int64", shape=(len(x.shape),)))
@@ -131,7 +133,9 @@ def attention(
     if t.opset < 23:
         return _plain_attention(t, t.value(query), t.value(key), value, mask, is_causal, scale)
     options: dict[str, Any] = {"is_causal": 1} if is_causal else {}
-    if scale is not None and not math.isclose(scale, t.value(query).shape[-1] ** -0.5, rel_tol=1e-6):
+    if scale is not None and not math.isclose(
+        scale, _fixed(t.value(query).shape[-1], "head widths") ** -0.5, rel_tol=1e-6
+    ):
         options["scale"] = float(scale)
     return t.emit("Attention", query, key, value, *([] if mask is None else [mask]), **options)
 
@@ -139,7 +143,7 @@ def attention(
 def _plain_attention(
     t: Translation, query: Value, key: Value, value: Any, mask: Any, is_causal: bool, scale: float | None
 ) -> Value:
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = _fixed(query.shape[-1], "head widths") ** -0.5 if scale is None else scale
     scores_shape = (*query.shape[:-1], key.shape[-2])
     # scaled before the product, so that fp16 does not overflow in it
     scaled = t.emit("Mul", query, t.value(factor, query.dtype), shape=query.shape)
@@ -151,12 +155,22 @@ def _plain_attention(
     return t.emit("MatMul", t.emit("Softmax", scores, axis=-1, shape=scores_shape), value)
 
 
+def _fixed(dim: Dim, what: str) -> int:
+    if not isinstance(dim, int):
+        raise UnsupportedError(f"{what} that depend on the input's size have no ONNX form")
+    return dim
+
+
 def _causal(t: Translation, query: Value, key: Value) -> Value:
     """0 up to the diagonal, the lowest number above it; (length, length)."""
     length = (query.shape[-2], key.shape[-2])
-    sizes = t.sizes([t.size_of(query, 2), t.size_of(key, 2)])
+    sizes = t.sizes([_dim(size) for size in length])
     low = t.emit("Expand", t.value(float(np.finfo(t.dtype).min)), sizes, shape=length)
     return t.emit("Trilu", low, t.graph.constant(np.array(1, np.int64)), upper=1, shape=length)
+
+
+def _dim(dim: Dim) -> int | Size:
+    return dim if isinstance(dim, int) else Size(dim)
 
 
 def _additive(t: Translation, mask: Value) -> Value:
@@ -168,12 +182,16 @@ def _additive(t: Translation, mask: Value) -> Value:
 
 @implements("aten.upsample_nearest2d.vec")
 def upsample_nearest(t: Translation, x: Any, sizes: Sequence[Any] | None, scales: Sequence[float] | None) -> Value:
-    options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    options: dict[str, Any] = {
+        "mode": "nearest",
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
     if scales is not None:
         factors = t.graph.constant(np.array([1, 1, *scales], np.float32))
         return t.emit("Resize", x, None, factors, **options)
     found = t.value(x)
-    head = [t.size_of(found, 0), t.size_of(found, 1)]
+    head = [_dim(dim) for dim in found.shape[:2]]
     return t.emit("Resize", found, None, None, t.sizes([*head, *(sizes or ())]), **options)
 
 

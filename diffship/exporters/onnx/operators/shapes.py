@@ -31,11 +31,6 @@ def convert(t: Translation, x: Any, *_: Any, **__: Any) -> Value:
     return t.cast(x, t.dtype)
 
 
-@implements("aten.sym_size.int")
-def size(t: Translation, x: Any, axis: int) -> int | Size:
-    return t.size_of(t.value(x), axis)
-
-
 @implements("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int")
 def reshape(t: Translation, x: Any, asked: Sequence[Any] = (), *rest: Any) -> Value:
     sizes = rest[0] if rest else asked
@@ -124,23 +119,21 @@ def select(t: Translation, x: Any, axis: int, index: int) -> Value:
 
 @implements("aten.chunk.default")
 def chunk(t: Translation, x: Any, count: int, axis: int = 0) -> list[Value]:
-    pieces = t.node.meta["val"]
-    return _split(t, x, [piece.shape[axis] for piece in pieces], axis)
+    return _split(t, x, axis)
 
 
 @implements("aten.split.Tensor", "aten.split_with_sizes.default")
 def split(t: Translation, x: Any, sizes: Any, axis: int = 0) -> list[Value]:
-    pieces = t.node.meta["val"]
-    return _split(t, x, [piece.shape[axis] for piece in pieces], axis)
+    return _split(t, x, axis)
 
 
-def _split(t: Translation, x: Any, lengths: Sequence[Any], axis: int) -> list[Value]:
+def _split(t: Translation, x: Any, axis: int) -> list[Value]:
     found = t.value(x)
+    lengths = [shape[axis] for shape in t.shapes]
     if not all(isinstance(length, int) for length in lengths):
         raise UnsupportedError("a split along a free axis has no ONNX form here")
-    shapes = [(*found.shape[:axis], length, *found.shape[axis:][1:]) for length in lengths]
-    inputs = [found.name, t.graph.ints([int(length) for length in lengths])]
-    return t.graph.emit_many("Split", inputs, [(found.dtype, shape) for shape in shapes], axis=axis)
+    outputs = [(found.dtype, shape) for shape in t.shapes]
+    return t.graph.emit_many("Split", [found.name, t.sizes(lengths)], outputs, axis=axis)
 
 
 @implements("aten.cat.default", "aten.concat.default")
@@ -165,12 +158,16 @@ def arange(t: Translation, *bounds: Any, dtype: Any = None) -> Value:
 
 @implements("aten.full.default")
 def full(t: Translation, sizes: Sequence[Any], value: Any, dtype: Any = None) -> Value:
+    return _full(t, sizes, value)
+
+
+def _full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
     return t.emit("Expand", t.value(value), t.sizes(sizes))
 
 
 @implements("aten.zeros.default", "aten.ones.default")
 def filled(t: Translation, sizes: Sequence[Any], dtype: Any = None) -> Value:
-    return full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
+    return _full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
 
 
 @implements("aten.embedding.default")
