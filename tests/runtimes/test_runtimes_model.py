@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffship.core.bundle import Bundle
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, UnsupportedError
+from diffship.runtimes import engine as engines
+from diffship.runtimes.model import BundleModel, open_model
+from diffship.sampling.generate import generate
+from diffship.sampling.request import Request
+
+REQUEST = Request(prompt="a red apple", steps=2, size=(64, 64), seed=1)
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> object:
+    sources = pytest.importorskip("diffship.models.sources")
+    return sources.open_source("arch:tiny-sd").model()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_whole_pipeline_equals_torch_step_by_step(tiny_bundle: Path, torch_model: object, engine: str) -> None:
+    request = Request(prompt="a red apple", steps=4, size=(64, 64), seed=1)
+    latents: dict[str, list[np.ndarray]] = {"torch": [], engine: []}
+    pictures = {}
+    with open_model(tiny_bundle, engine, threads=1) as model:
+        for name, opened in (("torch", torch_model), (engine, model)):
+            keep = latents[name]
+            pictures[name] = generate(opened, request, on_step=lambda batch, keep=keep: keep.append(batch[0].latents))
+    for step, (right, ours) in enumerate(zip(latents["torch"], latents[engine], strict=True)):
+        assert np.abs(np.asarray(right) - np.asarray(ours)).max() <= 1e-3, f"step {step}"
+    assert len(latents["torch"]) >= 4
+    assert psnr(pictures["torch"][0].pixels, pictures[engine][0].pixels) >= 40
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (192, 64), (192, 192)])
+def test_sizes_equal_torch(tiny_bundle: Path, torch_model: object, size: tuple[int, int]) -> None:
+    request = Request(prompt="x", steps=1, size=size, seed=3)
+    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
+        ours = generate(model, request)[0].pixels
+    assert ours.shape == (size[1], size[0], 3)
+    assert psnr(ours, generate(torch_model, request)[0].pixels) >= 40
+
+
+def test_an_illegal_size_names_the_nearest_two(tiny_bundle: Path) -> None:
+    with (
+        open_model(tiny_bundle, "onnxruntime") as model,
+        pytest.raises(ConfigError, match=r"width is 72; .*: the nearest are 64 and 128"),
+    ):
+        generate(model, Request(prompt="x", steps=1, size=(72, 64)))
+
+
+def test_same_seed_is_bit_equal_and_a_batch_equals_singles(tiny_bundle: Path) -> None:
+    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
+        first, again = (generate(model, REQUEST)[0].trajectory.latents for _ in range(2))
+        batch = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, images=4))
+        singles = [
+            generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1 + i))[0] for i in range(4)
+        ]
+    np.testing.assert_array_equal(first, again)
+    for together, alone in zip(batch, singles, strict=True):
+        assert np.abs(together.trajectory.latents - alone.trajectory.latents).max() <= 1e-4
+
+
+def test_thread_count_changes_less_than_1e_5(tiny_bundle: Path) -> None:
+    results = []
+    for threads in (1, 2):
+        with open_model(tiny_bundle, "onnxruntime", threads=threads) as model:
+            results.append(generate(model, REQUEST)[0].trajectory.latents)
+    assert np.abs(results[0] - results[1]).max() <= 1e-5
+
+
+def test_parts_load_when_used_once_and_again_after_release(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
+        assert isinstance(model, BundleModel)
+        assert model._runners == {} and {"unet", "vae_decoder", "text_encoder"} <= model.parts
+        started = threading.Barrier(4)
+
+        def use(_: int) -> object:
+            started.wait(timeout=30)
+            return model.use("vae_decoder")
+
+        with ThreadPoolExecutor(4) as pool:
+            runners = list(pool.map(use, range(4), timeout=60))
+        assert len({id(runner) for runner in runners}) == 1
+        model.release("vae_decoder")
+        model.release("vae_decoder")
+        model.release("no such part")
+        assert model.use("vae_decoder") is not runners[0]
+        with pytest.raises(BundleError, match="no part 'vae'"):
+            model.use("vae")
+    assert model._runners == {}
+
+
+def test_facts_equal_those_of_the_source(tiny_bundle: Path, torch_model: object) -> None:
+    with open_model(tiny_bundle, "onnxruntime") as model:
+        for fact in ("family", "digest", "parts"):
+            assert getattr(model, fact) == getattr(torch_model, fact), fact
+        prompts = ["a red apple", "", "ÿ 🍎"]
+        for name, tokenizer in torch_model.tokenizers.items():  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(model.tokenizers[name](prompts).ids, tokenizer(prompts).ids)
+
+
+def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path) -> None:
+    with open_model(tiny_bundle, "onnxruntime", threads=1, arena=False) as model:
+        low = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, memory="low"))[0].pixels
+        assert model._runners == {}
+        assert psnr(low, generate(model, REQUEST)[0].pixels) >= 40
+
+
+def test_what_is_neither_bundle_nor_model(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"neither diffship\.json nor model_index\.json"), open_model(tmp_path):
+        pass
+    with (
+        pytest.raises(UnsupportedError, match="Run: diffship export arch:tiny-sd --to onnx"),
+        open_model("arch:tiny-sd", "onnxruntime"),
+    ):
+        pass
+
+
+def test_torch_opens_sources_but_no_bundles(tiny_bundle: Path) -> None:
+    with open_model("arch:tiny-sd", "torch") as model:
+        assert "unet" in model.parts
+    with (
+        pytest.raises(UnsupportedError, match="torch does not read onnx bundles; use --engine onnxruntime or openvino"),
+        open_model(tiny_bundle, "torch"),
+    ):
+        pass
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    there = engines.installed
+    for file in ("onnxruntime", "openvino", "torch"):
+        monkeypatch.setattr(f"diffship.runtimes.{file}.installed", lambda name: name not in modules and there(name))
+
+
+def test_default_engine_and_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BundleModel(bundle).engine == "onnxruntime"
+    without(monkeypatch, "onnxruntime")
+    assert BundleModel(bundle).engine == "openvino"
+    without(monkeypatch, "onnxruntime", "openvino")
+    with pytest.raises(MissingExtra, match=r"pip install 'diffship\[onnxruntime\]'"):
+        BundleModel(bundle)
+    without(monkeypatch, "diffusers")
+    with pytest.raises(MissingExtra, match=r"pip install 'diffship\[torch\]'"), open_model("arch:tiny-sd"):
+        pass
+
+
+def test_probe_tells_version_devices_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = {probe.engine: probe for probe in engines.probe_all()}
+    assert list(probes) == ["onnxruntime", "openvino", "torch"]
+    for probe in probes.values():
+        assert probe.available and probe.version and "cpu" in probe.devices and not probe.conflict
+        assert set(probe.to_json()) >= {"engine", "available", "version", "devices", "reason", "install", "conflict"}
+    without(monkeypatch, "onnxruntime", "openvino", "torch")
+    for probe in engines.probe_all():
+        assert not probe.available and "not installed" in probe.reason and f"diffship[{probe.engine}]" in probe.install
+
+
+def test_probe_reports_two_onnxruntimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffship.runtimes.onnxruntime.package_version", lambda *names: "1.0")
+    probe = engines.engine_class("onnxruntime").probe()
+    assert "both installed" in probe.conflict
+
+
+EDGE = """
+import sys
+
+class Blocked:
+    names = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "openvino"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from diffship import Request, generate, open_model, verify
+report = verify(sys.argv[1], threads=1)
+assert report.passed, report.text()
+with open_model(sys.argv[1], threads=1) as model:
+    picture = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1))[0]
+assert not Blocked.names & set(sys.modules), Blocked.names & set(sys.modules)
+import hashlib
+print(report.engine, picture.pixels.shape, hashlib.sha256(picture.pixels.tobytes()).hexdigest())
+"""
+
+
+def test_edge_process_without_torch_draws_the_same_picture(tiny_bundle: Path) -> None:
+    import hashlib
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", textwrap.dedent(EDGE), str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
+        pixels = generate(model, REQUEST)[0].pixels
+    assert done.stdout.split() == ["onnxruntime", "(64,", "64,", "3)", hashlib.sha256(pixels.tobytes()).hexdigest()]
