@@ -59,10 +59,16 @@ _REFINER_UNET = {
     "transformer_layers_per_block": 4,
     "up_block_types": [_PLAIN_UP, _CROSS_UP, _CROSS_UP, _PLAIN_UP],
 }
-_TINY = {"attention_head_dim": 2, "block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "sample_size": 8}
+# widths that grow where the big ones grow, so that the tensors have the same names; heads are 8 wide
+_TINY = {
+    "attention_head_dim": [2, 3, 4, 4],
+    "block_out_channels": [16, 24, 32, 32],
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
 _TINY_XL = {
-    "attention_head_dim": [2, 4, 4],
-    "block_out_channels": [16, 32, 32],
+    "attention_head_dim": [2, 3, 4],
+    "block_out_channels": [16, 24, 32],
     "norm_num_groups": 8,
     "sample_size": 8,
     "cross_attention_dim": 80,
@@ -72,8 +78,8 @@ _TINY_XL = {
 }
 _TINY_REFINER = {
     **_TINY_XL,
-    "attention_head_dim": [2, 2, 4, 4],
-    "block_out_channels": [16, 16, 32, 32],
+    "attention_head_dim": [2, 3, 4, 4],
+    "block_out_channels": [16, 24, 32, 32],
     "cross_attention_dim": 48,
     "projection_class_embeddings_input_dim": 88,
     "transformer_layers_per_block": 1,
@@ -147,7 +153,13 @@ _KL: Config = {
     "scaling_factor": 0.18215,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-_TINY_KL = {**_KL, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+_TINY_KL = {
+    **_KL,
+    "block_out_channels": [8, 12, 16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
 VAES: dict[str, Config] = {
     "sd15": _KL,
     "sd21": {**_KL, "sample_size": 768},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import unknown
@@ -13,6 +15,14 @@ from diffship.models.unet_program import unet_program
 from diffship.models.vae_program import vae_program
 
 _INSIDE = re.compile(r"(.*\.attentions\.\d+)\.(proj_in|transformer_blocks\.\d+|proj_out)\Z")
+
+_WALKS: dict[str, Callable[[Component, Any], Program]] = {
+    "text_encoder": text_program,
+    "text_encoder_2": text_program,
+    "unet": unet_program,
+    "vae_encoder": vae_program,
+    "vae_decoder": vae_program,
+}
 
 
 def blocks(component: Component) -> tuple[str, ...]:
@@ -37,12 +47,15 @@ def program(component: Component) -> Program:
 
 
 def program_of(component: Component, inner: object) -> Program:
-    """As `program`, over an `inner` that exists already."""
-    if component.name == "unet":
-        return unet_program(component, inner)
-    if component.name.startswith("vae_"):
-        return vae_program(component, inner)
-    return text_program(component, inner)
+    """As `program`, over an `inner` that exists already.
+
+    Raises:
+        ConfigError: the component is a stage already, or of a kind without layers.
+    """
+    walk = _WALKS.get(component.name)
+    if walk is None:
+        raise ConfigError(f"{component.name} cannot be cut; legal: {', '.join(_WALKS)}")
+    return walk(component, inner)
 
 
 def end_of(name: str, steps: tuple[Layer, ...]) -> int:

@@ -68,9 +68,8 @@ def _weights(paths: list[PurePosixPath], folder: str) -> list[str]:
     here = [path for path in paths if str(path.parent) == (folder or ".") and path.name.startswith(_STEMS)]
     files = [path for path in here if path.suffix == ".safetensors"]
     for variant in ("", ".fp16", ".bf16"):
-        pattern = re.compile(
-            rf"({'|'.join(_STEMS)}){re.escape(variant)}(-\d{{5}}-of-\d{{5}})?{re.escape(variant)}\.safetensors\Z"
-        )
+        form, shard = re.escape(variant), r"-\d{5}-of-\d{5}"
+        pattern = re.compile(rf"({'|'.join(_STEMS)})({form}({shard})?|{shard}{form})\.safetensors\Z")
         chosen = [str(path) for path in files if pattern.match(path.name)]
         if chosen:
             return chosen

@@ -7,6 +7,7 @@ partitioned execution place them on different files and devices.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +134,7 @@ def _stages(
     component: Component, whole: nn.Module, plan: Program, bounds: Sequence[int], recompute: bool
 ) -> list[Stage]:
     stages = []
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (first, last) in enumerate(itertools.pairwise(bounds)):
         steps = plan.layers[first:last]
         after = [step for step in plan.layers[last:] if not (recompute and step.name == EMBEDDING)]
         if recompute and first > 0 and any(f"{EMBEDDING}.out" in step.reads for step in steps):

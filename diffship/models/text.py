@@ -56,7 +56,8 @@ def embed(embeddings: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Token plus position embeddings, (batch, sequence, width)."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     tokens: torch.Tensor = embeddings.token_embedding(input_ids)
-    return tokens + embeddings.position_embedding(positions)
+    places: torch.Tensor = embeddings.position_embedding(positions)
+    return tokens + places
 
 
 def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,7 @@ Merges = Sequence[tuple[str, str]]
 
 def clip_files(size: int = 49408, pad: str = END) -> dict[str, bytes]:
     """{file name: content} of CLIP's tokenizer, cut to its first merges where `size` is below 49,408 ids."""
-    merges = clip_merges()[: size - 514]
-    return tokenizer_files(vocabulary_of(merges), merges, pad)
+    return {**_clip_vocabulary(size), **_settings(pad, CONTEXT)}
 
 
 @cache
@@ -50,14 +49,7 @@ def tokenizer_files(
     vocabulary: Mapping[str, int], merges: Merges, pad: str = END, context: int = CONTEXT
 ) -> dict[str, bytes]:
     """All files of one tokenizer; `pad` is `!` in the second encoder of SDXL and in SD 2, END elsewhere."""
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    return {
-        "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
-        "merges.txt": ("\n".join(lines) + "\n").encode(),
-        "tokenizer.json": fast_tokenizer(vocabulary, merges).to_str(pretty=False).encode(),
-        "tokenizer_config.json": _dump(_config(pad, context)),
-        "special_tokens_map.json": _dump(_specials(pad)),
-    }
+    return {**_vocabulary_files(vocabulary, merges), **_settings(pad, context)}
 
 
 def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
@@ -114,6 +106,26 @@ def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges) -> Tokenizer:
     return tokenizer
 
 
+@cache
+def _clip_vocabulary(size: int) -> dict[str, bytes]:
+    merges = clip_merges()[: size - 514]
+    return _vocabulary_files(vocabulary_of(merges), merges)
+
+
+def _vocabulary_files(vocabulary: Mapping[str, int], merges: Merges) -> dict[str, bytes]:
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    return {
+        "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
+        "merges.txt": ("\n".join(lines) + "\n").encode(),
+        "tokenizer.json": fast_tokenizer(vocabulary, merges).to_str(pretty=False).encode(),
+    }
+
+
+def _settings(pad: str, context: int) -> dict[str, bytes]:
+    specials = {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
+    return {"tokenizer_config.json": _dump(_config(pad, context)), "special_tokens_map.json": _dump(specials)}
+
+
 def _read(found: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if "vocab.json" in found and "merges.txt" in found:
         vocabulary: dict[str, int] = json.loads(found["vocab.json"])
@@ -149,10 +161,6 @@ def _config(pad: str, context: int) -> dict[str, Any]:
         "tokenizer_class": "CLIPTokenizer",
         "unk_token": _added(END),
     }
-
-
-def _specials(pad: str) -> dict[str, Any]:
-    return {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
 
 
 def _added(content: str) -> dict[str, Any]:

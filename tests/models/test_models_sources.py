@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from diffship.core.errors import ConfigError, SourceError, UnsupportedError
+from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
+from diffship.core.weights import MemoryWeights
+from diffship.models import arch_configs
+from diffship.models.hub import is_hub_id, select_files
+from diffship.models.pipeline import Pipeline
+from diffship.models.sources import open_source
+
+
+@cache
+def arch(name: str) -> Pipeline:
+    return open_source(f"arch:{name}")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return arch("tiny-sd").save(tmp_path_factory.mktemp("saved") / "tiny-sd")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def digests(pipeline: Pipeline) -> dict[str, str]:
+    return {name: component.digest for name, component in pipeline.components.items()}
+
+
+def test_saved_folder_opens_with_the_same_tensors(saved: Path) -> None:
+    again = open_source(str(saved))
+    assert digests(again) == digests(arch("tiny-sd"))
+    assert again.family == arch("tiny-sd").family
+    assert again.tokenizers == arch("tiny-sd").tokenizers
+    assert again.source["kind"] == "folder"
+    assert again.model_index == arch("tiny-sd").model_index
+
+
+def test_stock_diffusers_loads_the_saved_folder_and_agrees(saved: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(saved)
+    component = arch("tiny-sd").components["text_encoder"]
+    feeds = component.example(0)
+    with torch.no_grad():
+        expected = stock.text_encoder(torch.from_numpy(feeds["input_ids"]))[0].numpy()
+    assert np.abs(component.load().run(feeds)["last_hidden_state"] - expected).max() < 1e-6
+    latents = stock("a red apple", num_inference_steps=1, output_type="latent").images
+    assert latents.shape == (1, 4, 8, 8) and torch.isfinite(latents).all()
+
+
+def test_stock_diffusers_loads_sdxl_in_half_precision(tmp_path: Path) -> None:
+    folder = arch("tiny-sdxl").save(tmp_path / "xl", dtype="float16")
+    assert {
+        entry.meta.dtype for entry in read_header(folder / "text_encoder_2" / "model.safetensors").entries.values()
+    } == {"float16"}
+    stock = StableDiffusionXLPipeline.from_pretrained(folder)
+    # EulerDiscreteScheduler hands torch tensors to np.array in a form that numpy 2 deprecates
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    assert stock("x", num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+    assert open_source(str(folder)).family == arch("tiny-sdxl").family
+
+
+def test_text_encoder_is_written_with_classic_names(saved: Path) -> None:
+    names = read_header(saved / "text_encoder" / "model.safetensors").entries
+    assert all(name.startswith("text_model.") for name in names)
+
+
+@pytest.mark.parametrize("name", ["tiny-lcm", "tiny-inpaint", "tiny-refiner", "tiny-sd+lcm+taesd", "tiny-sdxl+lcm"])
+def test_every_family_survives_a_folder(name: str, tmp_path: Path) -> None:
+    again = open_source(str(arch(name).save(tmp_path / "model")))
+    assert again.family == arch(name).family
+    assert digests(again) == digests(arch(name))
+
+
+def test_facts_of_the_families() -> None:
+    facts = {name: arch(name).family for name in ("sd15", "sd21", "sdxl", "sdxl-refiner", "lcm-sd15", "sd15-inpaint")}
+    assert [f.default_size for f in facts.values()] == [512, 768, 1024, 1024, 512, 512]
+    assert [f.size_step for f in facts.values()] == [64, 64, 32, 64, 64, 64]
+    assert [f.text_width for f in facts.values()] == [768, 1024, 2048, 1280, 768, 768]
+    assert [f.time_ids for f in facts.values()] == [None, None, 6, 5, None, None]
+    assert facts["sd21"].prediction_type == "v_prediction"
+    assert facts["sdxl"].scaling_factor == 0.13025 and facts["sdxl"].pooled_width == 1280
+    assert facts["lcm-sd15"].time_cond_dim == 256 and arch("lcm-sd15").scheduler["_class_name"] == "LCMScheduler"
+    assert facts["sd15-inpaint"].unet_channels == 9
+    assert arch("sd15+taesd").family.scaling_factor == 1.0
+    assert arch("sd21+lcm").scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("name", list(arch_configs.UNETS))
+def test_every_architecture_opens_with_each_suffix(name: str) -> None:
+    pipeline = open_source(f"arch:{name}+lcm+taesd")
+    assert pipeline.family.time_cond_dim
+    assert pipeline.components["vae_decoder"].class_name == "AutoencoderTiny"
+    assert pipeline.scheduler["_class_name"] == "LCMScheduler"
+
+
+def test_wrong_architectures_are_refused_with_the_nearest_name() -> None:
+    with pytest.raises(SourceError, match=r"did you mean 'sd15'"):
+        open_source("arch:sd5")
+    with pytest.raises(SourceError, match="unknown suffix 'lmc'"):
+        open_source("arch:sd15+lmc")
+
+
+def test_full_precision_is_preferred_and_half_is_accepted(folder: Path) -> None:
+    before = digests(open_source(str(folder)))
+    half = (
+        arch("tiny-sd").save(folder.parent / "half", dtype="float16") / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    shutil.copy(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert digests(open_source(str(folder))) == before
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    after = open_source(str(folder)).components["unet"]
+    assert {after.weights.meta(name).dtype for name in after.weights.names()} == {"float16"}
+    feeds = after.example(0)
+    assert after.load().run(feeds)["out_sample"].dtype == np.float32
+
+
+def shard(folder: Path) -> Path:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    header = read_header(file)
+    names = list(header.entries)
+    table = {}
+    for i in range(3):
+        weights = MemoryWeights({name: read_tensor(header, name) for name in names[i::3]})
+        shard_name = f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors"
+        write_safetensors(folder / shard_name, {n: weights.meta(n) for n in weights.names()}, weights.read)
+        table.update(dict.fromkeys(weights.names(), shard_name))
+    file.unlink()
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return index
+
+
+def test_sharded_checkpoints(folder: Path) -> None:
+    before = digests(open_source(str(folder)))
+    index = shard(folder / "unet")
+    assert digests(open_source(str(folder))) == before
+    table = json.loads(index.read_text())["weight_map"]
+    for bad in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", 3):
+        edit(index, weight_map={**table, next(iter(table)): bad})
+        with pytest.raises(SourceError, match="a file of this folder"):
+            open_source(str(folder))
+
+
+def test_only_tokenizer_json_or_only_merges(folder: Path) -> None:
+    full = arch("tiny-sd").tokenizers["tokenizer"]
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (folder / "tokenizer" / name).unlink()
+    found = open_source(str(folder)).tokenizers["tokenizer"]
+    assert json.loads(found["vocab.json"]) == json.loads(full["vocab.json"])
+    assert found["merges.txt"] == full["merges.txt"]
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match="not a CLIP tokenizer"):
+        open_source(str(folder))
+
+
+def test_base_supplies_missing_parts(folder: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no vae, text_encoder, tokenizer, scheduler.*--base"):
+        open_source(str(folder / "unet"))
+    merged = open_source(str(folder / "unet"), base="arch:tiny-sd+taesd")
+    assert merged.components["unet"].digest == arch("tiny-sd").components["unet"].digest
+    assert merged.components["vae_decoder"].class_name == "AutoencoderTiny"
+    assert merged.source["base"]["id"] == "arch:tiny-sd+taesd"
+    with pytest.raises(SourceError, match="not one family"):
+        open_source(str(folder / "unet"), base="arch:tiny-sdxl")
+
+
+def test_base_of_a_time_conditioned_unet_gets_its_scheduler(tmp_path: Path) -> None:
+    folder = arch("tiny-sdxl+lcm").save(tmp_path / "lcm")
+    merged = open_source(str(folder / "unet"), base="arch:tiny-sdxl")
+    assert merged.scheduler["_class_name"] == "LCMScheduler"
+    assert merged.scheduler["beta_start"] == arch("tiny-sdxl").scheduler["beta_start"]
+    assert merged.components["text_encoder_2"].digest == arch("tiny-sdxl").components["text_encoder_2"].digest
+    assert merged.model_index["_class_name"] == "StableDiffusionXLPipeline"
+
+
+class Canary:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "diffusion_pytorch_model.safetensors"])
+def test_pickles_are_never_opened(folder: Path, name: str) -> None:
+    canary = folder / "canary"
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / name).write_bytes(pickle.dumps(Canary(str(canary))))
+    with pytest.raises(SourceError, match="safetensors/convert"):
+        open_source(str(folder))
+    assert not canary.exists()
+
+
+def test_single_files_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
+    file = tmp_path / "v1-5.ckpt"
+    file.write_bytes(pickle.dumps({"state_dict": 1}))
+    with pytest.raises(SourceError, match="safetensors/convert"):
+        open_source(str(file))
+    write_safetensors(tmp_path / "one.safetensors", {}, lambda name: np.zeros(0))
+    with pytest.raises(SourceError, match="from_single_file"):
+        open_source(str(tmp_path / "one.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model_index.json", {"_class_name": ["pipeline", "MyPipeline"]}),
+        ("model_index.json", {"unet": ["my_unet", "MyUNet"]}),
+        ("model_index.json", {"safety_checker": ["checker", "Checker"]}),
+        ("model_index.json", {"unet": ["diffusers"]}),
+        ("model_index.json", {"custom_pipeline": "somebody/pipeline"}),
+        ("unet/config.json", {"auto_map": {"AutoModel": "m.Model"}}),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "m.Model"}}),
+        ("vae/config.json", {"trust_remote_code": True}),
+        ("scheduler/scheduler_config.json", {"auto_map": {"A": "b.C"}}),
+        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}),
+    ],
+)
+def test_code_that_comes_with_a_model_is_refused(folder: Path, file: str, change: dict[str, Any]) -> None:
+    for name in ("pipeline.py", "unet/my_unet.py", "m.py"):
+        (folder / name).write_text("open('canary', 'w')")
+    edit(folder / file, **change)
+    with pytest.raises(SourceError, match=r"never run|must be \[library, class\]"):
+        open_source(str(folder))
+    assert not (folder / "canary").exists()
+
+
+def test_other_families_and_classes_are_refused(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", _class_name="UNet3DConditionModel")
+    with pytest.raises(UnsupportedError, match="UNet3DConditionModel"):
+        open_source(str(folder))
+    edit(folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
+    with pytest.raises(UnsupportedError, match="U-Net pipelines"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": NaN', "\x00"])
+def test_damaged_json_is_refused(folder: Path, text: str) -> None:
+    (folder / "unet" / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=r"unet/config\.json"):
+        open_source(str(folder))
+
+
+def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"vae: has no diffusion_pytorch_model\.safetensors"):
+        open_source(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="not a diffusers folder"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(SourceError, match="does not exist"):
+        open_source(str(tmp_path / "nowhere"))
+
+
+def test_licence_and_restrictions_are_carried(folder: Path, tmp_path: Path) -> None:
+    front = "---\nlicense: creativeml-openrail-m\nlicense_link: 'https://example.org/l'\ntags:\n- a: b\n---\n"
+    card = f"{front}# Model\nlicense: mit\n"
+    (folder / "README.md").write_text(card)
+    (folder / "LICENSE.md").write_text("the terms")
+    licence = open_source(str(folder)).licence
+    assert (licence["id"], licence["link"]) == ("creativeml-openrail-m", "https://example.org/l")
+    assert "Attachment A" in licence["restrictions"]
+    assert licence["notices"] == [{"file": "LICENSE.md", "text": "the terms"}]
+    again = open_source(str(open_source(str(folder)).save(tmp_path / "copy"))).licence
+    assert again == licence
+    merged = open_source(str(folder / "unet"), base=str(folder)).licence
+    assert "Attachment A" in merged["restrictions"]
+
+
+def test_saving_keeps_what_is_there_and_leaves_nothing_half_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        arch("tiny-sd").save(folder)
+    monkeypatch.setattr("diffship.models.folder.write_licence", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        arch("tiny-sd").save(folder.parent / "new")
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_saving_reports_progress(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    arch("tiny-sd").save(tmp_path / "m", progress=lambda *step: seen.append(step))
+    ends = {label: (done, total) for label, done, total in seen}
+    assert set(ends) == {"write unet", "write text_encoder", "write vae"}
+    assert all(done == total for done, total in ends.values())
+
+
+def cache_layout(folder: Path, root: Path, name: str, commit: str) -> None:
+    repo = root / f"models--{name.replace('/', '--')}"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    for i, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        link = repo / "snapshots" / commit / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, repo / "blobs" / f"{i:040x}")
+        link.symlink_to(Path(*[".."] * (len(file.relative_to(folder).parts) + 1), "blobs", f"{i:040x}"))
+
+
+def test_hub_cache_of_links_is_read_offline_and_its_commit_recorded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache_layout(folder, tmp_path / "hub", "someone/tiny", commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    pipeline = open_source("someone/tiny")
+    assert pipeline.source == {"id": "someone/tiny", "revision": commit, "kind": "hub"}
+    assert digests(pipeline) == digests(arch("tiny-sd"))
+    with pytest.raises(SourceError, match="no path here"):
+        open_source("someone/absent")
+    with pytest.raises(SourceError, match="at v2"):
+        open_source("someone/tiny", revision="v2")
+
+
+def test_only_files_that_are_read_are_fetched() -> None:
+    names = [
+        "README.md", "LICENSE.md", "model_index.json", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "pipeline.py",
+        "unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/config.json", "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
+        "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors.index.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+        "safety_checker/model.safetensors", "safety_checker/config.json", "unet/model.onnx", "unet/code.py",
+    ]  # fmt: skip
+    assert select_files(names) == sorted(
+        [
+            "README.md", "LICENSE.md", "model_index.json", "unet/config.json", "text_encoder/config.json",
+            "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors",
+            "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "vae/diffusion_pytorch_model-00002-of-00002.safetensors",
+            "vae/diffusion_pytorch_model.safetensors.index.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+        ]
+    )  # fmt: skip
+
+
+def test_hub_ids() -> None:
+    assert all(map(is_hub_id, ("stabilityai/sdxl-turbo", "gpt2", "a/b.c-d_e")))
+    assert not any(map(is_hub_id, ("", "../x", "/etc/passwd", "a/b/c", "a b", "a//b", "-x/y", "x" * 200)))
