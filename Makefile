@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | prove | wheel | clean          docs/install.md has the same as plain commands
+# make demo | test | test-all | lint | prove | wheel | venv-optimum | clean          docs/install.md has the same as plain commands
 #
 # VENV=dir          where the virtual environment lies
 # PYTHON=python3.12 which Python 3.11-3.13 makes it
@@ -16,13 +16,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DIFFSHIP := $(BIN)/diffship
 
-.PHONY: demo test test-all lint prove wheel clean
+OPTIMUM ?= $(VENV)-optimum
+
+.PHONY: demo test test-all lint prove wheel clean venv-optimum
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runs
 	$(DIFFSHIP) export emoji --to onnx -o $(OUT)/emoji --overwrite
 	$(DIFFSHIP) verify $(OUT)/emoji
-	$(DIFFSHIP) run $(OUT)/emoji --prompts-file docs/demo-prompts.txt --steps 25 --seed 1 -o $(OUT)/pictures --grid $(OUT)/grid.png
+	$(DIFFSHIP) run $(OUT)/emoji --prompts-file docs/demo-prompts.txt --steps 25 --guidance 4 --seed 1 -o $(OUT)/pictures --grid $(OUT)/grid.png
 	@echo "The bundle lies in $(OUT)/emoji, the pictures in $(OUT)/pictures, the grid in $(OUT)/grid.png"
 
 test: $(VENV)/.tests
@@ -38,6 +40,15 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# optimum pins an older transformers: the client that our bundles must satisfy has an environment of its own.
+venv-optimum: $(OPTIMUM)/.made
+
+$(OPTIMUM)/.made: $(VENV)/.made
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install $$($(PYTHON) scripts/torch_index.py "$(TORCH_INDEX)") "$(TORCH_INSTALL)"
+	$(OPTIMUM)/bin/python -m pip install "optimum-onnx[onnxruntime]==0.1.0" diffusers==0.36.0 transformers==4.57.3 accelerate
+	touch $@
 
 wheel: $(VENV)/.runs
 	$(PIP) wheel --no-deps -w dist .
