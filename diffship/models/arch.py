@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from diffship.core.errors import SourceError
 from diffship.core.strict import unknown
-from diffship.core.weights import SeededWeights, TensorMeta, Weights
+from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models import arch_configs as configs
 from diffship.models.autoencoder import KL, TINY, Decoder, Encoder
 from diffship.models.component import weight_metas
@@ -40,11 +44,19 @@ def arch_material(text: str) -> Material:
     if "lcm" in suffixes:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
     vae_class, vae = _vae(name, "taesd" in suffixes)
-    modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _unet_weights(unet))}
-    modules["vae"] = Module(vae_class, {**vae, "_class_name": vae_class}, _vae_weights(vae_class, vae))
+    modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _ArchWeights([partial(UNet, unet)], _SEEDS["unet"]))}
+    modules["vae"] = Module(
+        vae_class,
+        {**vae, "_class_name": vae_class},
+        _ArchWeights([partial(half, vae_class, vae) for half in (Encoder, Decoder)], _SEEDS["vae"]),
+    )
     for part, (class_name, config) in configs.TEXTS[_TEXT_OF.get(name, name)].items():
         config = {**config, "architectures": [class_name]}
-        modules[part] = Module(class_name, config, _text_weights(part, class_name, config))
+        modules[part] = Module(
+            class_name,
+            config,
+            _ArchWeights([partial(TextEncoder, config, class_name == PROJECTED, False)], _SEEDS[part]),
+        )
     return Material(
         source={"id": text, "revision": None, "kind": "arch"},
         modules=modules,
@@ -100,19 +112,30 @@ def _tokenizers(name: str, modules: Mapping[str, Module]) -> dict[str, dict[str,
     return found
 
 
-def _unet_weights(config: Mapping[str, Any]) -> Weights:
-    with torch.device("meta"):
-        return SeededWeights(weight_metas(UNet(config)), _SEEDS["unet"])
+class _ArchWeights:
+    """Seeded weights whose names and shapes are found when they are first asked for."""
 
+    def __init__(self, builds: Sequence[Callable[[], nn.Module]], seed: int) -> None:
+        self._builds = tuple(builds)
+        self._seed = seed
 
-def _vae_weights(class_name: str, config: Mapping[str, Any]) -> Weights:
-    metas: dict[str, TensorMeta] = {}
-    with torch.device("meta"):
-        for half in (Encoder(class_name, config), Decoder(class_name, config)):
-            metas.update(weight_metas(half))
-    return SeededWeights(metas, _SEEDS["vae"])
+    @cached_property
+    def _drawn(self) -> SeededWeights:
+        metas: dict[str, TensorMeta] = {}
+        with torch.device("meta"):
+            for build in self._builds:
+                metas.update(weight_metas(build()))
+        return SeededWeights(metas, self._seed)
 
+    @property
+    def nbytes(self) -> int:
+        return self._drawn.nbytes
 
-def _text_weights(part: str, class_name: str, config: Mapping[str, Any]) -> Weights:
-    with torch.device("meta"):
-        return SeededWeights(weight_metas(TextEncoder(config, class_name == PROJECTED, False)), _SEEDS[part])
+    def names(self) -> tuple[str, ...]:
+        return self._drawn.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        return self._drawn.meta(name)
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        return self._drawn.read(name)

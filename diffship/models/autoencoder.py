@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.errors import UnsupportedError
 from diffship.core.spec import TensorSpec
-from diffship.core.weights import Weights, renamed
-from diffship.models.component import Component, weight_metas
+from diffship.core.weights import Weights, renamed, subset
+from diffship.models.component import Component
 
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 # names of attention tensors before diffusers 0.18; checkpoints on the hub still have them
@@ -96,14 +96,13 @@ def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:
 
 
 def _owning(component: Component) -> Component:
-    names = list(weight_metas(component.meta))
-    known = set(component.weights.names())
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise SourceError(
-            f"{component.name}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}"
-        )
-    return replace(component, weights=renamed(component.weights, {name: name for name in names}))
+    side = component.name.removeprefix("vae_")
+    convolution = {"encoder": "quant_conv", "decoder": "post_quant_conv"}[side]
+    prefixes = [f"{side}."]
+    if component.class_name == KL and component.config.get(f"use_{convolution}", True):
+        prefixes.append(f"{convolution}.")
+    names = [name for name in component.weights.names() if name.startswith(tuple(prefixes))]
+    return replace(component, weights=subset(component.weights, names))
 
 
 def _half(class_name: str, config: Mapping[str, Any], parts: tuple[str, ...]) -> nn.Module:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from diffship.core.errors import MissingExtra, SourceError
+from diffship.core.errors import DiffshipError, MissingExtra, SourceError
 from diffship.core.job import require_disk
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
@@ -33,16 +33,21 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
         from huggingface_hub.constants import is_offline_mode
     except ModuleNotFoundError:
         raise MissingExtra("huggingface_hub", "torch") from None
+    offline = is_offline_mode()
     try:
-        if is_offline_mode():
+        if offline:
             return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
         info = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         wanted = select_files(sizes)
         require_disk(hub.constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
         return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
-    except (OSError, ValueError, RuntimeError) as fault:
-        raise SourceError(_refusal(name, revision, fault)) from None
+    except DiffshipError:
+        raise
+    except (
+        Exception
+    ) as fault:  # the hub's client lets the errors of its HTTP library through, which have no common root
+        raise SourceError(_refusal(name, revision, fault, offline)) from None
 
 
 def select_files(names: Iterable[str]) -> list[str]:
@@ -81,10 +86,11 @@ def _cached(folder: str) -> tuple[Path, str]:
     return path, path.name
 
 
-def _refusal(name: str, revision: str | None, fault: Exception) -> str:
-    reason = " ".join(str(fault).split())[:160]
-    at = f" at {revision}" if revision else ""
-    return (
-        f"{name!r} is no path here, and the hub gives no model of that name{at}: {type(fault).__name__}: {reason}. "
-        "Legal: a diffusers folder, a hub id, emoji, arch:NAME"
-    )
+def _refusal(name: str, revision: str | None, fault: Exception, offline: bool) -> str:
+    what = f"{name!r}{f' at {revision}' if revision else ''} is no path here"
+    legal = "Legal: a diffusers folder, a hub id, emoji, arch:NAME"
+    if offline:
+        return f"{what}, and not in the local hub cache; HF_HUB_OFFLINE keeps it from being fetched. {legal}"
+    reason = " ".join(str(fault).split())
+    short = reason if len(reason) <= 160 else reason[:157] + "..."
+    return f"{what}, and the hub does not give it: {type(fault).__name__}: {short}. {legal}"

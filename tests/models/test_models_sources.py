@@ -324,10 +324,23 @@ def test_hub_cache_of_links_is_read_offline_and_its_commit_recorded(
     pipeline = open_source("someone/tiny")
     assert pipeline.source == {"id": "someone/tiny", "revision": commit, "kind": "hub"}
     assert digests(pipeline) == digests(arch("tiny-sd"))
-    with pytest.raises(SourceError, match="no path here"):
+    with pytest.raises(SourceError, match="no path here, and not in the local hub cache; HF_HUB_OFFLINE"):
         open_source("someone/absent")
     with pytest.raises(SourceError, match="at v2"):
         open_source("someone/tiny", revision="v2")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(Exception):
+        pass
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Unreachable("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(SourceError, match="does not give it: Unreachable: Name or service not known"):
+        open_source("someone/tiny")
 
 
 def test_only_files_that_are_read_are_fetched() -> None:
