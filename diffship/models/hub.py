@@ -30,10 +30,9 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
     """
     try:
         import huggingface_hub as hub
-        from huggingface_hub.constants import is_offline_mode
     except ModuleNotFoundError:
         raise MissingExtra("huggingface_hub", "torch") from None
-    offline = is_offline_mode()
+    offline = bool(hub.constants.HF_HUB_OFFLINE)
     try:
         if offline:
             return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
