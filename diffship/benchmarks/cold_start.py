@@ -1,6 +1,6 @@
 """From the command line to the first picture, in an environment without torch: seconds, memory, installed bytes.
 
-python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE --out benchmarks/results/cold-start.json
+python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE --out FILE
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
@@ -23,11 +24,12 @@ for found in importlib.metadata.distributions():
     files = [found.locate_file(f) for f in found.files or ()]
     sizes[found.metadata["Name"]] = sum(pathlib.Path(f).stat().st_size for f in files if pathlib.Path(f).is_file())
 torch = importlib.util.find_spec("torch") is not None
-print(json.dumps({"torch": torch, "bytes": sum(v for k, v in sizes.items() if k not in ("pip", "setuptools", "wheel"))}))
+own = sum(size for name, size in sizes.items() if name not in ("pip", "setuptools", "wheel"))
+print(json.dumps({"torch": torch, "bytes": own}))
 """
 
 
-def installed(python: str) -> dict[str, object]:
+def installed(python: str) -> dict[str, Any]:
     """Whether torch is there, and the bytes of all distributions but the installer's own."""
     done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True)
     return dict(json.loads(done.stdout))

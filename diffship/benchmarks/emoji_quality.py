@@ -2,8 +2,9 @@
 
     python -m diffship.benchmarks.emoji_quality MODEL --data DATA --out benchmarks/results/emoji-quality.json
 
-MODEL is a bundle or a source; DATA is the folder that `diffship train emoji-data` wrote. Training prompts and held-out
-skin-tone combinations are drawn apart; real pictures of the same captions are the ceiling, an untrained U-Net the floor.
+MODEL is a bundle or a source; DATA is the folder that `diffship train emoji-data` wrote. Training prompts and
+held-out skin-tone combinations are drawn apart; real pictures of the same captions are the ceiling, an untrained U-Net
+the floor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time and peak memory of whole exports, gate included, against `optimum-cli export onnx` on the same weights.
 
-    python -m diffship.benchmarks.export_cost --source arch:sd15 --work FOLDER --out benchmarks/results/export-sd15.json \
+    python -m diffship.benchmarks.export_cost --source arch:sd15 --work FOLDER --out FILE \
         [--optimum-cli PATH]
 """
 

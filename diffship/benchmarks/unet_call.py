@@ -22,6 +22,7 @@ import numpy as np
 from diffship.benchmarks.process import Measured, measure, resident_bytes
 from diffship.benchmarks.record import write_result
 from diffship.core.row import Row
+from diffship.core.runner import Runner
 
 OURS = ("onnxruntime", "openvino", "torch", "torch-compile")
 FEEDS = {"batch_size": 2, "height": 64, "width": 64, "sequence_length": 77}
@@ -51,6 +52,7 @@ def call(subject: str, source: str, bundle: Path) -> Callable[[], Any]:
 
     component = open_source(source).components["unet"]
     feeds = component.example(0, FEEDS)
+    runner: Runner
     if subject == "torch":
         runner = component.load("cpu")
     elif subject == "torch-compile":
@@ -66,7 +68,7 @@ def call(subject: str, source: str, bundle: Path) -> Callable[[], Any]:
 def _compiled(component: Any, feeds: dict[str, Any]) -> Callable[[], Any]:
     import torch
 
-    module = torch.compile(component.module("cpu"))
+    module: Callable[..., Any] = torch.compile(component.module("cpu"))
     tensors = [torch.from_numpy(np.asarray(feeds[spec.name])) for spec in component.inputs]
 
     def once() -> Any:
@@ -109,9 +111,9 @@ def _row(subject: str, metric: str, value: float | None, status: str = "ok") -> 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """All subjects, `rounds` times over; a subject that fails is a row that says so."""
+    itself = [sys.executable, "-m", "diffship.benchmarks.unet_call", "--source", arguments.source]
     commands = {
-        subject: [sys.executable, "-m", "diffship.benchmarks.unet_call", "--child", subject]
-        + ["--source", arguments.source, "--bundle", str(arguments.bundle), "--calls", str(arguments.calls)]
+        subject: [*itself, "--child", subject, "--bundle", str(arguments.bundle), "--calls", str(arguments.calls)]
         for subject in arguments.subjects
     }
     if arguments.optimum_python:

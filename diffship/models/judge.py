@@ -7,6 +7,7 @@ a generated picture while it is trained. What it is used for lives in `diffship.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize, silu
 
-CONFIG = {"vocabulary": 4300, "widths": (32, 64, 128, 192), "caption_width": 192, "embedding": 128, "input_size": 64}
+from diffship.core.strict import load
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Sizes of the two towers; `input_size` is the side in pixels that pictures are reduced to."""
+
+    vocabulary: int = 4300
+    widths: tuple[int, ...] = (32, 64, 128, 192)
+    caption_width: int = 192
+    embedding: int = 128
+    input_size: int = 64
 
 
 class Residual(nn.Module):
@@ -37,27 +49,21 @@ class Residual(nn.Module):
 class Judge(nn.Module):
     """Scores how well a picture fits a caption: cosine of two unit vectors."""
 
-    def __init__(
-        self,
-        vocabulary: int = 4300,
-        widths: tuple[int, ...] = (32, 64, 128, 192),
-        caption_width: int = 192,
-        embedding: int = 128,
-        input_size: int = 64,
-    ) -> None:
+    def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
-        self.input_size = input_size
+        self.config = config
+        widths = config.widths
         self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
         self.stages = nn.ModuleList(Residual(a, b) for a, b in pairwise(widths))
-        self.image_out = nn.Linear(widths[-1] * 2, embedding)
-        self.words = nn.Embedding(vocabulary, caption_width)
-        self.caption_in = nn.Linear(caption_width, caption_width)
-        self.caption_out = nn.Linear(caption_width, embedding)
+        self.image_out = nn.Linear(widths[-1] * 2, config.embedding)
+        self.words = nn.Embedding(config.vocabulary, config.caption_width)
+        self.caption_in = nn.Linear(config.caption_width, config.caption_width)
+        self.caption_out = nn.Linear(config.caption_width, config.embedding)
         self.log_scale = nn.Parameter(torch.tensor(2.6))
 
     def features(self, pictures: Tensor) -> Tensor:
         """(b, 3, size, size) float32 in [-1, 1] -> (b, 2 * widths[-1]): mean and maximum over places."""
-        x = silu(self.stem(adaptive_avg_pool2d(pictures, self.input_size)))
+        x = silu(self.stem(adaptive_avg_pool2d(pictures, self.config.input_size)))
         for stage in self.stages:
             x = stage(x)
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
@@ -73,16 +79,16 @@ class Judge(nn.Module):
         return normalize(self.caption_out(silu(self.caption_in(mean)) + mean), dim=-1)
 
 
-def save_judge(judge: Judge, folder: Path, config: dict[str, object]) -> None:
+def save_judge(judge: Judge, folder: Path) -> None:
     """Write `config.json` and fp16 `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(asdict(judge.config), indent=2) + "\n", encoding="utf-8")
     save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, folder / "model.safetensors")
 
 
 def load_judge(folder: Path) -> Judge:
-    """Read a judge written by `save_judge`, in float32, ready for use."""
+    """Read a judge written by `save_judge`, in float32, ready for use; raises ConfigError for another config."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    judge = Judge(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+    judge = Judge(load(JudgeConfig, config, str(folder / "config.json")))
     judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)

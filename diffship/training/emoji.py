@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -59,6 +60,9 @@ DOMAIN_PEOPLE = (
 HELD_OUT_SHARE = 0.1
 
 
+Entry = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Record:
     """One picture: `split` is `train` or `held_out` (a skin-tone combination the model must never see)."""
@@ -100,7 +104,7 @@ def prepare(fluent: Path, labels: Path, folder: Path, google: Path | None = None
     return len(records)
 
 
-def _entries(data: list[dict]) -> Iterator[tuple[str, dict, dict]]:
+def _entries(data: list[Entry]) -> Iterator[tuple[str, Entry, Entry]]:
     """(code, the entry itself, its base entry), skins included; codes without variation selectors."""
     for base in data:
         for entry in (base, *base.get("skins", ())):
@@ -111,12 +115,12 @@ def _code(hexcode: str) -> str:
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
-def _tone(entry: dict) -> int:
+def _tone(entry: Entry) -> int:
     tone = entry.get("tone", 0)
     return tone if isinstance(tone, int) else tone[0]
 
 
-def _held_out(entries: list[tuple[str, dict, dict]]) -> set[str]:
+def _held_out(entries: list[tuple[str, Entry, Entry]]) -> set[str]:
     """A tenth of the skin-tone combinations, drawn apart inside and outside the stated domain."""
     draw = random.Random(2026)
     chosen: set[str] = set()
@@ -126,15 +130,15 @@ def _held_out(entries: list[tuple[str, dict, dict]]) -> set[str]:
     return chosen
 
 
-def _in_domain(base: dict) -> bool:
+def _in_domain(base: Entry) -> bool:
     return _group(base) in DOMAIN_GROUPS or base["label"] in DOMAIN_PEOPLE
 
 
-def _group(base: dict) -> str:
+def _group(base: Entry) -> str:
     return GROUPS[base["group"]] if "group" in base else "component"
 
 
-def _record(found: tuple[str, dict, dict], name: str, split: str, style: str) -> Record:
+def _record(found: tuple[str, Entry, Entry], name: str, split: str, style: str) -> Record:
     _, entry, base = found
     return Record(
         file_name=name,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffship.core.errors import ConfigError
-from diffship.models.judge import CONFIG, Judge, save_judge
+from diffship.models.judge import Judge, JudgeConfig, save_judge
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
 from diffship.training.loop import load_average
 from diffship.training.preview import SCHEDULER
@@ -62,14 +62,13 @@ def pack(options: TrainOptions) -> dict[str, object]:
     _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **CLASSES})
     packed: dict[str, object] = {"unet_steps": step, "scaling_factor": scaling, "folder": str(folder)}
     if (runs / "judge" / "state.safetensors").exists():
-        config = {**CONFIG, "vocabulary": len(words)}
-        judge = Judge(**config)
+        judge = Judge(JudgeConfig(vocabulary=len(words)))
         packed["judge_steps"] = load_average(runs / "judge" / "state.safetensors", {"judge": judge})
-        save_judge(judge, folder / "judge", config)
+        save_judge(judge, folder / "judge")
     return packed
 
 
-def _module(folder: Path, module: torch.nn.Module, name: str, classic: bool = False) -> None:
+def _module(folder: Path, module: Any, name: str, classic: bool = False) -> None:
     """Config and weights; transformers 5 drops the `text_model.` prefix that every hub checkpoint has: put it back."""
     folder.mkdir(parents=True, exist_ok=True)
     if classic:

@@ -116,7 +116,7 @@ def train_judge(options: TrainOptions) -> dict[str, object]:
     """Train the judge; needs the tokenizer that `emoji-unet` wrote."""
     from transformers import CLIPTokenizer
 
-    from diffship.models.judge import CONFIG, Judge
+    from diffship.models.judge import Judge, JudgeConfig
     from diffship.training.judge import JudgeTask, sees
 
     words = options.out / "emoji-unet" / "tokenizer"
@@ -129,7 +129,7 @@ def train_judge(options: TrainOptions) -> dict[str, object]:
         return both.input_ids, both.attention_mask
 
     pictures = Pictures.read(options.data, sees)
-    judge = Judge(**{**CONFIG, "vocabulary": len(tokenizer)})
+    judge = Judge(JudgeConfig(vocabulary=len(tokenizer)))
     task = JudgeTask(judge, pictures, encode_captions)
     return {"stage": "judge", "step": _train(task, "judge", options, options.out / "judge")}
 

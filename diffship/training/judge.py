@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ STYLE_HELD_OUT = 0.2
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
-def sees(record: dict) -> bool:
+def sees(record: dict[str, Any]) -> bool:
     """Whether the judge may learn from a picture.
 
     It never sees a held-out skin-tone combination, nor the second drawing style of one concept in five: those prove

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffship.models.judge import Judge, load_judge, save_judge
+from diffship.models.judge import Judge, JudgeConfig, load_judge, save_judge
 from diffship.training.judge import JudgeTask, distort
 from diffship.training.loop import Schedule, train
 from diffship.training.pictures import Pictures
 
-CONFIG = {"vocabulary": 12, "widths": [8, 8, 16, 16], "caption_width": 16, "embedding": 16, "input_size": 32}
+CONFIG = JudgeConfig(vocabulary=12, widths=(8, 8, 16, 16), caption_width=16, embedding=16, input_size=32)
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 0, 0), (128, 128, 0))
 
 
 def _judge() -> Judge:
     torch.manual_seed(0)
-    return Judge(**{key: tuple(value) if isinstance(value, list) else value for key, value in CONFIG.items()})
+    return Judge(CONFIG)
 
 
 def _pictures() -> Pictures:
@@ -34,7 +34,7 @@ def _encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_saved_judge_sees_the_same(tmp_path: Path) -> None:
     judge = _judge().eval()
-    save_judge(judge, tmp_path, CONFIG)
+    save_judge(judge, tmp_path)
     again = load_judge(tmp_path)
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.allclose(judge.see(pictures), again.see(pictures), atol=2e-2)

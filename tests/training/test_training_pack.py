@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffship.models.judge import CONFIG, Judge, load_judge
+from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.training.commands import TrainOptions, run
 from diffship.training.emoji_stages import new_text_encoder, new_unet, new_vae
 from diffship.training.loop import Schedule, train
@@ -32,7 +32,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = train_vocabulary(["red apple", "green apple"] * 2, 300, runs / "emoji-unet" / "tokenizer")
     none = Schedule(steps=0, batch=1, rate=1e-3)
     train(_Untrained(unet=new_unet(), text_encoder=new_text_encoder(size)), none, runs / "emoji-unet")
-    train(_Untrained(judge=Judge(**{**CONFIG, "vocabulary": size})), none, runs / "judge")
+    train(_Untrained(judge=Judge(JudgeConfig(vocabulary=size))), none, runs / "judge")
     (runs / "emoji-vae").mkdir()
     save_file({k: v.contiguous() for k, v in new_vae().state_dict().items()}, runs / "emoji-vae" / "vae.safetensors")
     save_file({"mean": torch.randn(2, 4, 16, 16) * 2}, runs / "emoji-unet" / "latents.safetensors")
