@@ -43,9 +43,8 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
         return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
     except DiffshipError:
         raise
-    except (
-        Exception
-    ) as fault:  # the hub's client lets the errors of its HTTP library through, which have no common root
+    except Exception as fault:
+        # the hub's client lets the errors of its HTTP library through, which have no common root
         raise SourceError(_refusal(name, revision, fault, offline)) from None
 
 
