@@ -28,6 +28,7 @@ CLASSES = {
     "safety_checker": [None, None],
     "feature_extractor": [None, None],
 }
+DEFAULTS = {"guidance_default": 4.0, "steps_default": 25}
 TOKENIZER = {
     "tokenizer_class": "CLIPTokenizer",
     "bos_token": START,
@@ -59,7 +60,7 @@ def pack(options: TrainOptions) -> dict[str, object]:
     _module(folder / "text_encoder", text_encoder, "model", classic=True)
     _tokenizer(unet_run / "tokenizer", folder / "tokenizer", len(words))
     _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **SCHEDULER})
-    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **CLASSES})
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "_diffship": DEFAULTS, **CLASSES})
     packed: dict[str, object] = {"unet_steps": step, "scaling_factor": scaling, "folder": str(folder)}
     if (runs / "judge" / "state.safetensors").exists():
         judge = Judge(JudgeConfig(vocabulary=len(words)))
