@@ -118,7 +118,11 @@ def test_a_missed_tolerance_is_an_error_with_figures(
     from diffship.exporters import golden
 
     true = golden.reference
-    monkeypatch.setattr(golden, "reference", lambda *a: {n: x + np.float32(0.01) for n, x in true(*a).items()})
+
+    def shifted(*arguments: Any) -> dict[str, Any]:
+        return {name: np.add(array, np.float32(0.01)) for name, array in true(*arguments).items()}
+
+    monkeypatch.setattr(golden, "reference", shifted)
     with pytest.raises(ParityError, match=r"text_encoder \(fp32\) does not compute the same.*max 0\.01.*PSNR") as fault:
         export(text_only, out=tmp_path / "b", job=made.graphs)
     assert fault.value.exit_code == 1
@@ -143,7 +147,7 @@ def test_an_engine_that_fails_is_a_parity_error(
 def test_disk_is_checked_before_work(text_only: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(UnsupportedError, match="the bundle needs .* of disk"):
+    with pytest.raises(UnsupportedError, match=r"the bundle needs .* of disk"):
         export(text_only, out=tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +156,7 @@ def test_memory_is_checked_before_work(text_only: Pipeline, tmp_path: Path, monk
     from diffship.core import job
 
     monkeypatch.setattr(job, "available_memory", lambda: 100 << 20)
-    with pytest.raises(UnsupportedError, match="the export needs .* of memory"):
+    with pytest.raises(UnsupportedError, match=r"the export needs .* of memory"):
         export(text_only, out=tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
@@ -179,7 +183,7 @@ def test_a_place_that_is_taken_is_kept(text_only: Pipeline, tmp_path: Path) -> N
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="exists already|never replaced"):
+        with pytest.raises(ConfigError, match=r"exists already|never replaced"):
             export(text_only, out=tmp_path / "b", overwrite=overwrite)
     assert (tmp_path / "b" / "mine.txt").read_text() == "mine"
 

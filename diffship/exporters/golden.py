@@ -54,16 +54,9 @@ def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     count = sum(component.weights.meta(name).count for name in component.weights.names())
     if 4 * count <= max_bytes:
         return _run(component, feeds)
-    from diffship.models.stages import memory_stages
+    from diffship.models.stages import stages_forward
 
-    values: Arrays = dict(feeds)
-    stages = memory_stages(component, max_bytes)
-    for index, stage in enumerate(stages):
-        values.update(_run(stage, {spec.name: values[spec.name] for spec in stage.inputs}))
-        wanted = {spec.name for later in stages[index + 1 :] for spec in later.inputs}
-        wanted |= {spec.name for spec in component.outputs}
-        values = {name: array for name, array in values.items() if name in wanted}
-    return {spec.name: values[spec.name] for spec in component.outputs}
+    return stages_forward(component, feeds, max_bytes)
 
 
 def _run(component: Component, feeds: Arrays) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_the_checker_accepts_the_file_with_its_data(tiny_sd_bundle: Bundle, part
 
 def test_the_unet_has_native_operators_and_no_leftovers(tiny_sd_bundle: Bundle) -> None:
     found = operators(graph_of(tiny_sd_bundle, "unet"))
-    # SD's topology: 22 resnets with two norms each, 16 transformers with one, conv_norm_out; attention twice in each of 16
+    # SD's topology: 22 resnets with two norms each, 16 transformers with one norm and two attentions, conv_norm_out
     assert (found["GroupNormalization"], found["Attention"], found["Gelu"]) == (61, 32, 16)
     assert found["Expand"] == 1, "one timestep for all samples"
     leftovers = {"Constant", "Identity", "Cast", "SequenceAt", "Squeeze", "InstanceNormalization", "Erf", "Dropout"}
@@ -99,7 +100,7 @@ def test_weights_lie_in_one_data_file_without_overlap(tiny_sd_bundle: Bundle, pa
             spans.append((int(claims["offset"]), int(claims["offset"]) + int(claims["length"])))
             assert spans[-1][0] % 64 == 0
     spans.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert spans[-1][1] == tiny_sd_bundle.file(f"{part}/model.onnx_data").stat().st_size
     assert {file.name for file in tiny_sd_bundle.file(f"{part}/model.onnx").parent.iterdir()} == {
         "model.onnx",

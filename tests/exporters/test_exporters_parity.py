@@ -149,20 +149,18 @@ XL = {
     "use_linear_projection": True,
     "transformer_layers_per_block": (1, 2),
 }
-KINDS = {
-    "no mid block": {"mid_block_type": None},
-    "lcm": {"time_cond_proj_dim": 12},
-    "sdxl": XL,
-    "inpaint": {"in_channels": 9},
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no mid block": ({"mid_block_type": None}, "fp32"),
+    "lcm inpaint": ({"time_cond_proj_dim": 12, "in_channels": 9}, "fp32"),
+    "sdxl": (XL, "fp32"),
+    "sdxl lcm": ({**XL, "time_cond_proj_dim": 12}, "fp16"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_reduced_and_extended_unets(kind: str, precision: str, tmp_path: Path, graphs: Job) -> None:
-    if precision == "fp16" and kind in ("no mid block", "inpaint"):
-        pytest.skip("their inputs are those of the plain one")
-    component = small_unet(**KINDS[kind])
+def test_reduced_and_extended_unets(kind: str, tmp_path: Path, graphs: Job) -> None:
+    changes, precision = KINDS[kind]
+    component = small_unet(**changes)
     Onnx(precision=precision).export(component, tmp_path, graphs)
     whole = Whole(tmp_path / "unet" / "model.onnx", component)
     feeds = component.example(3, {"batch_size": 2, "height": 6, "width": 4})
