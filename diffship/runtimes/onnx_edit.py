@@ -16,6 +16,7 @@ from diffship.core.errors import BundleError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
 FLOAT, INT64, FLOAT16 = 1, 7, 10
+_SHORT = 8  # values of a constant that are read: shapes have fewer
 
 Field = tuple[int, int, "int | memoryview"]  # number, wire type, value
 
@@ -150,25 +151,27 @@ def _attribute(data: memoryview) -> Attribute:
         elif number == 3 and isinstance(value, int):
             whole = _signed(value)
         elif number == 8:
-            many += [_signed(value)] if isinstance(value, int) else [_signed(v) for v in _varints(value)]
+            many += [_signed(entry) for entry in _numbers(value)]
     return Attribute(name, bytes(data), whole, decimal, tuple(many))
 
 
 def _constant(data: memoryview) -> tuple[str, Constant]:
-    name, dtype, shape, raw, outside = "", 0, list[int](), None, False
+    name, dtype, shape, raw, listed = "", 0, list[int](), b"", list[int]()
     for number, _, value in _fields(data):
         if number == 1:
-            shape += [value] if isinstance(value, int) else list(_varints(value))
+            shape += _numbers(value)
         elif number == 2 and isinstance(value, int):
             dtype = value
+        elif number == 7 and len(listed) <= _SHORT:
+            listed += [_signed(entry) for entry in _numbers(value)]
         elif number == 8:
             name = _string(value)
         elif number == 9 and isinstance(value, memoryview):
-            raw = value
-        outside = outside or number in (13, 14)
-    short = dtype == INT64 and raw is not None and not outside and len(raw) <= 64 and len(raw) % 8 == 0
-    values = tuple(int(v) for v in np.frombuffer(raw, "<i8")) if short and raw is not None else None
-    return name, Constant(dtype, tuple(shape), values)
+            raw = bytes(value[: 8 * _SHORT + 1])
+    if dtype == INT64 and len(shape) == 1 and shape[0] <= _SHORT and len(raw) == 8 * shape[0] > 0:
+        listed = [int(entry) for entry in np.frombuffer(raw, "<i8")]
+    known = dtype == INT64 and shape == [len(listed)]
+    return name, Constant(dtype, tuple(shape), tuple(listed) if known else None)
 
 
 def _opset(data: memoryview) -> tuple[str, int]:
@@ -216,11 +219,15 @@ def _varint(data: Sequence[int], position: int) -> tuple[int, int]:
     raise BundleError("it is cut off, or no protobuf")
 
 
-def _varints(data: memoryview) -> Iterator[int]:
-    position = 0
-    while position < len(data):
-        value, position = _varint(data, position)
-        yield value
+def _numbers(value: int | memoryview) -> list[int]:
+    """A repeated integer field, packed or not."""
+    if isinstance(value, int):
+        return [value]
+    numbers, position = [], 0
+    while position < len(value):
+        entry, position = _varint(value, position)
+        numbers.append(entry)
+    return numbers
 
 
 def _signed(value: int) -> int:
