@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +71,7 @@ def export(
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     job = job or Job()
     pipeline = _chosen(_opened(source, base, revision), parts)
-    _check(exporter, pipeline, Path(out))
+    _check(exporter, pipeline, Path(out), verify)
     started = time.perf_counter()
     with write_bundle(out, overwrite) as draft:
         work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes())
@@ -101,13 +102,17 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
 
 
-def _check(exporter: Any, pipeline: Pipeline, out: Path) -> None:
+def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
     from diffship.exporters.problem import refuse
 
     refuse(exporter.check(pipeline))
     components = pipeline.components.values()
     require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")
+    if verify:
+        # a part that is proved in stages has one of them in a temporary folder
+        largest = max(map(exporter.disk_bytes, components))
+        require_disk(tempfile.gettempdir(), min(largest, GATE_BYTES // 2), "the proof (see TMPDIR)")
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
