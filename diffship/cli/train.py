@@ -43,6 +43,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     try:
         from diffship.training import commands
+        from diffship.training.options import TrainOptions
     except ModuleNotFoundError as fault:
         raise MissingExtra(fault.name or "torch", "torch") from None
     if not options.data.is_dir():
@@ -50,9 +51,7 @@ def run(options: argparse.Namespace) -> Result:
     chosen = {name: getattr(options, name) for name in ("precision", *NUMBERS)}
     positive("--", chosen)
     given = {name: value for name, value in chosen.items() if value is not None}
-    reached: dict[str, Any] = commands.run(
-        options.name, commands.TrainOptions(data=options.data, out=options.out, **given)
-    )
+    reached: dict[str, Any] = commands.run(options.name, TrainOptions(data=options.data, out=options.out, **given))
     text = "\n".join(f"{key}: {value}" for key, value in reached.items())
     return Result({"stage": options.name, "out": str(options.out), "reached": reached}, text)
 
@@ -63,5 +62,5 @@ def positive(prefix: str, values: dict[str, Any]) -> None:
         if isinstance(value, (int, float)) and not 0 < value < float("inf") and name != "seed":
             raise ConfigError(f"{prefix}{name} is {value}; legal is a positive number")
     seed = values.get("seed")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ConfigError(f"{prefix}seed is {seed}; legal is a whole number from 0 to {2**63 - 1}")
+    if seed is not None and not 0 <= seed < 2**24:
+        raise ConfigError(f"{prefix}seed is {seed}; legal is a whole number from 0 to {2**24 - 1}")

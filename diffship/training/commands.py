@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from diffship.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Flags of `diffship train`. `None` takes the stage's own default.
-
-    Attributes:
-        data: folder of images with `metadata.jsonl` (for `emoji-data`: where the npm archives lie).
-        out: folder of the run; every stage keeps its checkpoint in `out/<stage>/` and continues from it.
-        minutes: stop (and save) after this long; the same command goes on.
-        decay: the rate falls to zero over the last `decay` steps before `steps`.
-    """
-
-    data: Path
-    out: Path
-    steps: int | None = None
-    batch: int | None = None
-    rate: float | None = None
-    decay: int | None = None
-    minutes: float = math.inf
-    threads: int | None = None
-    precision: str = "no"
-    seed: int = 0
+from diffship.training.options import TrainOptions
 
 
 def run(name: str, options: TrainOptions) -> dict[str, object]:

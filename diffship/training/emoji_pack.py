@@ -17,7 +17,7 @@ from diffship.training.preview import SCHEDULER
 from diffship.training.vocabulary import END, START
 
 if TYPE_CHECKING:
-    from diffship.training.commands import TrainOptions
+    from diffship.training.options import TrainOptions
 
 CLASSES = {
     "scheduler": ["diffusers", "DDIMScheduler"],
@@ -41,11 +41,11 @@ TOKENIZER = {
 
 
 def pack(options: TrainOptions) -> dict[str, object]:
-    """Write the family into `options.data` (the folder to fill) from the runs in `options.out`.
+    """Write the family into the folder `options.out` from the runs in `options.data`.
 
     Weights are the averages, as fp16 safetensors under classic (hub) names; nothing is pickled.
     """
-    folder, runs = options.data, options.out
+    folder, runs = options.out, options.data
     unet_run = runs / "emoji-unet"
     if not (unet_run / "state.safetensors").exists():
         raise ConfigError(f"{unet_run} holds no checkpoint; run first: diffship train emoji-unet")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from diffship.training.commands import TrainOptions
+    from diffship.training.options import TrainOptions
 
 VOCABULARY = 4096
 DEFAULTS = {

@@ -13,9 +13,10 @@ from PIL import Image
 
 from diffship.core.errors import ConfigError
 from diffship.training import judge as judging
-from diffship.training.commands import STAGES, TrainOptions, run
+from diffship.training.commands import STAGES, run
 from diffship.training.diffusion import alphas_cumprod, caption_variants, loss_weight
 from diffship.training.emoji import prepare
+from diffship.training.options import TrainOptions
 from diffship.training.pictures import Pictures
 from diffship.training.vae import augment, gradient_l1, multiscale_l1, psnr
 from diffship.training.vocabulary import END, START, train_vocabulary

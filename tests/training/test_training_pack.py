@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffship.models.judge import Judge, JudgeConfig, load_judge
-from diffship.training.commands import TrainOptions, run
+from diffship.training.commands import run
 from diffship.training.emoji_stages import new_text_encoder, new_unet, new_vae
 from diffship.training.loop import Schedule, train
+from diffship.training.options import TrainOptions
 from diffship.training.vocabulary import train_vocabulary
 
 
@@ -36,7 +37,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (runs / "emoji-vae").mkdir()
     save_file({k: v.contiguous() for k, v in new_vae().state_dict().items()}, runs / "emoji-vae" / "vae.safetensors")
     save_file({"mean": torch.randn(2, 4, 16, 16) * 2}, runs / "emoji-unet" / "latents.safetensors")
-    report = run("emoji-pack", TrainOptions(data=folder, out=runs))
+    report = run("emoji-pack", TrainOptions(data=runs, out=folder))
     assert report["unet_steps"] == report["judge_steps"] == 0
     return folder
 
