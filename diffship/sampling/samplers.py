@@ -104,7 +104,7 @@ class Sampler(Schedule):
         return load_fields(cls, known(config, {field.name for field in fields(cls)}), cls.diffusers_class)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _timesteps(sampler: Sampler, steps: int) -> F64:
     check_range("steps", steps, *LIMITS.steps)
     if steps >= sampler.num_train_timesteps:
@@ -122,7 +122,7 @@ def _timesteps(sampler: Sampler, steps: int) -> F64:
     return times
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _coefficients(sampler: Sampler, step: int, steps: int, age: int) -> Coefficients:
     check_range("step", step, 0, sampler.calls(steps) - 1)
     check_range("age", age, 0, sampler.memory(step, steps))

@@ -158,3 +158,11 @@ def test_any_config_steps_or_is_refused(changes: dict[str, Any], name: str, step
             assert all(type(entry) is float for row in made.matrix for entry in row)
     except DiffshipError:
         pass
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_legal_number_of_steps_does_not_open_the_cache_to_its_equals(name: str) -> None:
+    sampler = make_sampler({**SD, "skip_prk_steps": True}, name)
+    assert sampler.calls(4) >= 4
+    with pytest.raises(ConfigError, match="steps"):
+        sampler.calls(4.0)  # type: ignore[arg-type]
