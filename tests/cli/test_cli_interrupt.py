@@ -14,7 +14,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSI
 
 def interrupt_when(words: list[str], ready: object, timeout: float = 120.0) -> tuple[int, str]:
     """Exit code and stderr of `diffship WORDS` after Ctrl-C as soon as `ready()` is true."""
-    process = subprocess.Popen([sys.executable, "-m", "diffship", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffship", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would all its children: tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + timeout
     assert callable(ready)
     while not ready() and process.poll() is None and time.monotonic() < end:
