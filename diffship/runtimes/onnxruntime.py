@@ -80,7 +80,7 @@ class OnnxRuntimeRunner:
 
     def _model(self, path: Path, options: Any) -> str | bytes:
         """The path, or the tuned model, which finds its weights in the same folder."""
-        wanted = self.tune and self.device == "cpu" and self.optimisation == "all"
+        wanted = self.tune and self.device == "cpu" and self.optimisation != "off"
         if not wanted or path.stat().st_size > _TUNE_BYTES:
             return str(path)
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))

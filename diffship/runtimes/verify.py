@@ -44,7 +44,7 @@ class PartCheck:
     def to_json(self) -> dict[str, object]:
         table: dict[str, object] = {name: getattr(self, name) for name in ("part", "status", "precision", "stages")}
         table["seconds"] = round(self.seconds, 3)
-        table["report"] = self.report.to_json() if self.report else None
+        table["report"] = None if self.report is None else self.report.to_json()
         return {**table, "reason": self.reason, "suspects": list(self.suspects)}
 
     def text(self) -> str:
