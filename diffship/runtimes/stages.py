@@ -93,7 +93,8 @@ class _Chain:
 
 
 def _run_stage(engine: Engine, stage: Any, values: Mapping[str, np.ndarray]) -> Arrays:
-    session = engine.open([stage.path])
+    path = stage.path  # writes the stretch; its folder holds nothing else
+    session = engine.open([path, *(file for file in sorted(path.parent.iterdir()) if file != path)])
     try:
         feeds = {name: as_dtype(name, values[name], dtype) for name, dtype in session.inputs.items()}
         return dict(zip(stage.outputs, session.run(feeds, list(stage.outputs)), strict=True))
