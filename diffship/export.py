@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffship.core.bundle import Bundle, FileRecord, write_bundle
-from diffship.core.errors import ConfigError, ParityError
+from diffship.core.errors import ConfigError, MissingExtra, ParityError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.manifest import Manifest, Part
 from diffship.core.registry import EXPORTERS, load
@@ -58,7 +59,10 @@ def export(
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
     with `verify=False` the manifest says "unproven". A `job` with a folder keeps graphs for the next export.
 
+    Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
+
     Raises:
+        MissingExtra: torch is needed and not installed.
         ConfigError: an unknown target, option or part, or the place is taken.
         SourceError: the source cannot be read, or its weights are damaged.
         UnsupportedError: a part has no form in this target, or disk or memory do not suffice.
@@ -70,6 +74,9 @@ def export(
     if not str(out):
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     job = job or Job()
+    if find_spec("torch") is None:
+        plain = parts is None and base is None and verify and exporter == type(exporter)()
+        return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
     pipeline = _chosen(_opened(source, base, revision), parts)
     _check(exporter, pipeline, Path(out), verify)
     started = time.perf_counter()
@@ -80,6 +87,24 @@ def export(
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
+
+
+def _restored(source: str | Path | Pipeline, to: str, out: Path, overwrite: bool, job: Job) -> Bundle:
+    """The bundle that the package ships ready, weights added: what an export with torch would write."""
+    from diffship.exporters.onnx.prepared import restore
+    from diffship.models.sources import packaged
+
+    home = packaged(str(source))
+    if home is None or not (home / to).is_dir():
+        return _without_torch()
+    job.progress(f"restore {source}", 0, 1)
+    bundle = restore(home / to, home, out, overwrite)
+    job.progress(f"restore {source}", 1, 1)
+    return bundle
+
+
+def _without_torch() -> NoReturn:
+    raise MissingExtra("torch", "torch,onnx")
 
 
 def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None) -> Pipeline:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the bundle says 'unproven'")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="keep graphs here: the next export only adds weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> Result:
             parts=options.parts,
             verify=not options.no_verify,
             overwrite=options.overwrite,
-            job=Job(progress=stages),
+            job=Job(options.cache, progress=stages),
             **chosen,
         )
     return describe(bundle.path, bundle.manifest)

@@ -46,13 +46,18 @@ def find_material(text: str, revision: str | None = None) -> Material:
         return folder_material(path, {"id": path.resolve().name, "revision": None, "kind": "folder"})
     if kind != "unknown" or path.is_file():
         raise _not_a_folder(path)
-    packaged = _HERE / text
-    if _PACKAGED.match(text) and (packaged / "model_index.json").is_file():
-        return folder_material(packaged, {"id": text, "revision": None, "kind": "packaged"})
+    if (home := packaged(text)) is not None:
+        return folder_material(home, {"id": text, "revision": None, "kind": "packaged"})
     if not is_hub_id(text):
         raise SourceError(f"{text[:200]!r} does not exist; legal: a diffusers folder, a hub id, emoji, arch:NAME")
     folder, commit = hub_folder(text, revision)
     return folder_material(folder, {"id": text, "revision": commit, "kind": "hub"})
+
+
+def packaged(text: str) -> Path | None:
+    """The folder of a model that this package ships under the name `text`, or None."""
+    home = _HERE / text
+    return home if _PACKAGED.match(text) and (home / "model_index.json").is_file() else None
 
 
 def with_base(material: Material, base: Material) -> Material:

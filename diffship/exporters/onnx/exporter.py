@@ -19,8 +19,8 @@ from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, trace_sizes
-from diffship.exporters.onnx.graph import DATA_FILE, IR_VERSION
-from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
+from diffship.exporters.onnx.graph import IR_VERSION
+from diffship.exporters.onnx.layout import DATA_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import Translation, dtype_name
 from diffship.exporters.problem import Problem
@@ -95,7 +95,13 @@ class Onnx:
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
-        extra = {"opset": self.opset, "data_bytes": data_bytes(model), "nodes": len(model.graph.node)}
+        count = sum(component.weights.meta(name).count for name in component.weights.names())
+        extra = {
+            "opset": self.opset,
+            "nodes": len(model.graph.node),
+            "data_bytes": data_bytes(model),
+            "parameters": count,
+        }
         return Part(
             name=component.name,
             files=files,

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
+from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+
 IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 TYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -25,7 +26,6 @@ TYPES: dict[str, int] = {
     "bool": TensorProto.BOOL,
 }
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
-TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
 Dim = int | tuple[int, int]  # a free size is what it was in the first and in the second trace

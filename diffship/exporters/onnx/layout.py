@@ -10,6 +10,9 @@ from diffship.models.component import Component
 from diffship.models.folder import folder_config, write_tokenizer
 from diffship.models.pipeline import Pipeline
 
+DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
+TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
+
 
 def write_part_config(component: Component, folder: Path) -> None:
     """config.json of a part; both halves of a VAE get the whole VAE's.

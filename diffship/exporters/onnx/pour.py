@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import Weights, source_digest
-from diffship.exporters.onnx.graph import DATA_FILE, NAMES, TRANSPOSED
+from diffship.exporters.onnx.graph import NAMES
+from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
 
 OnTensor = Callable[[int], None]
 
