@@ -13,7 +13,7 @@ import pytest
 
 import diffship
 from diffship.core import errors
-from diffship.core.registry import EXTRAS
+from diffship.core.lazy import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffship"

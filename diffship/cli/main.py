@@ -13,7 +13,7 @@ from diffship import __version__
 from diffship.cli import compare, doctor, export, inspect, run, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
-from diffship.core.registry import EXTRAS
+from diffship.core.lazy import EXTRAS
 from diffship.core.strict import unknown
 
 VERBS = {

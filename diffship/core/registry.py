@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.errors import ConfigError
+from diffship.core.lazy import need
 from diffship.core.strict import unknown
 
 EXPORTERS: dict[str, str] = {"onnx": "diffship.exporters.onnx:Onnx"}
@@ -16,27 +16,6 @@ RUNNERS: dict[str, str] = {
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
 PASSES: dict[str, str] = {}
-
-# import name -> (what to call it, the extra that installs it)
-EXTRAS: dict[str, tuple[str, str]] = {
-    "torch": ("torch", "torch"),
-    "diffusers": ("diffusers", "torch"),
-    "transformers": ("transformers", "torch"),
-    "accelerate": ("accelerate", "torch"),
-    "peft": ("peft", "torch"),
-    "huggingface_hub": ("huggingface_hub", "torch"),
-    "onnx": ("onnx", "onnx"),
-    "onnxscript": ("onnxscript", "onnx"),
-    "onnxruntime": ("onnxruntime", "onnxruntime"),
-    "openvino": ("openvino", "openvino"),
-    "tensorrt": ("tensorrt", "tensorrt"),
-    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx"),
-    "coremltools": ("coremltools", "coreml"),
-    "torch_pruning": ("torch-pruning", "prune"),
-    "fastapi": ("fastapi", "serve"),
-    "httpx": ("httpx", "edge"),
-    "lpips": ("lpips", "quality"),
-}
 
 
 def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:
@@ -49,10 +28,4 @@ def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:
     if name not in table:
         raise ConfigError(unknown(what, name, table))
     module, _, attribute = table[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as fault:
-        package = (fault.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        raise MissingExtra(*EXTRAS[package]) from fault
+    return getattr(need(module), attribute)

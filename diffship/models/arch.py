@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from diffship.core.errors import SourceError
+from diffship.core.lazy import lazy
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models import arch_configs as configs
@@ -22,6 +21,12 @@ from diffship.models.text import PROJECTED, TextEncoder
 from diffship.models.tokenizer_files import END, clip_files
 from diffship.models.unet import CLASS as UNET
 from diffship.models.unet import UNet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = lazy("torch")
 
 PREFIX = "arch:"
 SUFFIXES = ("lcm", "taesd")

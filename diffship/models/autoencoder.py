@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed, subset
 from diffship.models.component import Component
+
+if TYPE_CHECKING:
+    import diffusers
+    import torch
+    from torch import nn
+    from torch.nn import Module
+else:
+    diffusers, nn = lazy("diffusers"), lazy("torch.nn")
+    Module = lazy_base("torch.nn", "Module")
 
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 # names of attention tensors before diffusers 0.18; checkpoints on the hub still have them
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class Encoder(nn.Module):
+class Encoder(Module):
     """(sample,) -> (latent_parameters,): mean and log variance for KL, the latents themselves for the tiny one."""
 
     inner: Any
@@ -35,7 +41,7 @@ class Encoder(nn.Module):
         return (self.inner.quant_conv(encoded) if hasattr(self.inner, "quant_conv") else encoded,)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """(latent_sample,) -> (sample,) in [-1, 1]; the latents are divided by the scaling factor already."""
 
     inner: Any
@@ -106,7 +112,7 @@ def _owning(component: Component) -> Component:
 
 
 def _half(class_name: str, config: Mapping[str, Any], parts: tuple[str, ...]) -> nn.Module:
-    whole = (AutoencoderKL if class_name == KL else AutoencoderTiny).from_config(dict(config))
+    whole = (diffusers.AutoencoderKL if class_name == KL else diffusers.AutoencoderTiny).from_config(dict(config))
     half = nn.Module()
     for part in parts:
         module = getattr(whole, part, None)

@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from diffship.core.errors import SourceError
+from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, source_digest
 from diffship.models.examples import draw
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from diffship.models.runner import TorchRunner
+else:
+    torch, nn = lazy("torch"), lazy("torch.nn")
 
 INNER = "inner."  # every part wraps its network in an attribute of this name
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.models.component import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import functional as F
+    from torch.overrides import TorchFunctionMode
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
+    TorchFunctionMode = lazy_base("torch.overrides", "TorchFunctionMode")
 
 
 @dataclass(frozen=True)

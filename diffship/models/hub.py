@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from diffship.core.errors import DiffshipError, MissingExtra, SourceError
+from diffship.core.errors import DiffshipError, SourceError
 from diffship.core.job import require_disk
+from diffship.core.lazy import need
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
 _FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -28,10 +29,7 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
         SourceError: no such id or revision, no network, or not in the cache.
         MissingExtra: huggingface_hub is not installed.
     """
-    try:
-        import huggingface_hub as hub
-    except ModuleNotFoundError:
-        raise MissingExtra("huggingface_hub", "torch") from None
+    hub = need("huggingface_hub")
     offline = bool(hub.constants.HF_HUB_OFFLINE)
     try:
         if offline:

@@ -10,13 +10,20 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, normalize, silu
-
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.strict import load
+
+if TYPE_CHECKING:
+    import torch
+    from safetensors import torch as tensors
+    from torch import Tensor, nn
+    from torch.nn import Module
+    from torch.nn import functional as F
+else:
+    torch, nn, F = lazy("torch"), lazy("torch.nn"), lazy("torch.nn.functional")
+    tensors, Module = lazy("safetensors.torch"), lazy_base("torch.nn", "Module")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class JudgeConfig:
     input_size: int = 64
 
 
-class Residual(nn.Module):
+class Residual(Module):
     """(b, i, h, w) -> (b, o, h/2, w/2)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -42,11 +49,11 @@ class Residual(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm2(self.conv2(silu(self.norm1(self.conv1(x)))))
-        return silu(inner + self.skip(x))
+        inner = self.norm2(self.conv2(F.silu(self.norm1(self.conv1(x)))))
+        return F.silu(inner + self.skip(x))
 
 
-class Judge(nn.Module):
+class Judge(Module):
     """Scores how well a picture fits a caption: cosine of two unit vectors."""
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -63,32 +70,32 @@ class Judge(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """(b, 3, size, size) float32 in [-1, 1] -> (b, 2 * widths[-1]): mean and maximum over places."""
-        x = silu(self.stem(adaptive_avg_pool2d(pictures, self.config.input_size)))
+        x = F.silu(self.stem(F.adaptive_avg_pool2d(pictures, self.config.input_size)))
         for stage in self.stages:
             x = stage(x)
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
     def see(self, pictures: Tensor) -> Tensor:
         """Unit vectors (b, embedding) of pictures (b, 3, size, size) in [-1, 1]."""
-        return normalize(self.image_out(self.features(pictures)), dim=-1)
+        return F.normalize(self.image_out(self.features(pictures)), dim=-1)
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors (b, embedding) of captions: ids (b, n) int64, mask (b, n) 1 where a token counts."""
         weights = mask.to(self.words.weight.dtype).unsqueeze(-1)
         mean = (self.words(ids) * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return normalize(self.caption_out(silu(self.caption_in(mean)) + mean), dim=-1)
+        return F.normalize(self.caption_out(F.silu(self.caption_in(mean)) + mean), dim=-1)
 
 
 def save_judge(judge: Judge, folder: Path) -> None:
     """Write `config.json` and fp16 `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(judge.config), indent=2) + "\n", encoding="utf-8")
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, folder / "model.safetensors")
+    tensors.save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, folder / "model.safetensors")
 
 
 def load_judge(folder: Path) -> Judge:
     """Read a judge written by `save_judge`, in float32, ready for use; raises ConfigError for another config."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     judge = Judge(load(JudgeConfig, config, str(folder / "config.json")))
-    judge.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    judge.load_state_dict({k: v.float() for k, v in tensors.load_file(folder / "model.safetensors").items()})
     return judge.eval().requires_grad_(False)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.spec import Axis, TensorSpec
 
-Tensors = tuple[torch.Tensor, ...]
-Apply = Callable[..., Tensors]  # (modules by path relative to `inner`, *tensors read) -> tensors written
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Tensors: TypeAlias = "tuple[torch.Tensor, ...]"
+Apply: TypeAlias = "Callable[..., Tensors]"  # (modules by path relative to `inner`, *tensors read) -> tensors written
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.utils.dlpack
-from torch import nn
 
 from diffship.core.errors import RunnerError
+from diffship.core.lazy import lazy
 from diffship.core.runner import Array, Handle
 from diffship.core.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils import dlpack
+else:
+    torch, dlpack = lazy("torch"), lazy("torch.utils.dlpack")
 
 # their values (999, 1024) are not exact in 16 bits; the parts cast after the sinusoids
 _ALWAYS_FLOAT32 = ("timestep", "time_ids")
@@ -30,12 +35,12 @@ class TorchRunner:
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.device = device
-        self.dtype = dtype
+        self.dtype = dtype or torch.float32
         self._module: nn.Module | None = module
 
     def run(self, feeds: Mapping[str, Array | Handle]) -> dict[str, Array]:
@@ -99,7 +104,7 @@ def _as_torch(value: Any) -> torch.Tensor:
     if _is_numpy(value):
         array = np.asarray(value)
         return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    return torch.utils.dlpack.from_dlpack(value)
+    return dlpack.from_dlpack(value)
 
 
 def _is_numpy(value: Any) -> bool:

@@ -11,18 +11,25 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from diffship.core.errors import ConfigError, RunnerError
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.weights import subset
 from diffship.models.blocks import end_of, program_of
 from diffship.models.component import Component
 from diffship.models.program import Layer, Program, Tree
 from diffship.models.unet_program import EMBEDDING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.nn import Module
+else:
+    nn, Module = lazy("torch.nn"), lazy_base("torch.nn", "Module")
 
 Arrays = dict[str, NDArray[np.generic]]
 STAGE_BYTES = 512 << 20
@@ -37,7 +44,7 @@ class Stage(Component):
     layers: tuple[str, ...] = ()
 
 
-class StageModule(nn.Module):
+class StageModule(Module):
     """Holds only the modules of its layers, under their paths in the whole."""
 
     def __init__(self, inner: nn.Module, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed
 from diffship.models.clip_names import classic_map
 from diffship.models.component import Component
 
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from torch import nn
+    from torch.nn import Module
+else:
+    torch, nn, transformers = lazy("torch"), lazy("torch.nn"), lazy("transformers")
+    Module = lazy_base("torch.nn", "Module")
+
 PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Module):
     """(input_ids,) -> ([text_embeds,] last_hidden_state[, pooler_output][, hidden_states.0 .. hidden_states.N]).
 
     Runs the layers itself: positions are computed (no index buffer to load), the causal mask stays a flag of the
@@ -32,7 +38,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         clip_config = clip_text_config(config)
         self.inner = nn.Module()
-        network = CLIPTextModel(clip_config)
+        network = transformers.CLIPTextModel(clip_config)
         self.inner.text_model = getattr(network, "text_model", network)
         del self.inner.text_model.embeddings.position_ids
         if projected:
@@ -92,16 +98,16 @@ def text_encoder(
     return Component(name, class_name, dict(config), build, weights, inputs, outputs, sizes)
 
 
-def clip_text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+def clip_text_config(config: Mapping[str, Any]) -> transformers.CLIPTextConfig:
     """The transformers config, attention set to the fused kernel."""
     skip = ("architectures", "_name_or_path", "transformers_version", "model_type", "torch_dtype", "dtype")
-    clip_config = CLIPTextConfig(**{key: value for key, value in config.items() if key not in skip})
+    clip_config = transformers.CLIPTextConfig(**{key: value for key, value in config.items() if key not in skip})
     clip_config._attn_implementation = "sdpa"
     return clip_config
 
 
 def _outputs(config: Mapping[str, Any], projected: bool, hidden_states: bool) -> tuple[TensorSpec, ...]:
-    defaults = CLIPTextConfig()
+    defaults = transformers.CLIPTextConfig()
     width = int(config.get("hidden_size", defaults.hidden_size))
     state = ("batch_size", "sequence_length", width)
     last = TensorSpec("last_hidden_state", "float32", state)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from diffship.models.component import Component
 from diffship.models.program import Builder, Program, Tensors, Tree
 from diffship.models.text import embed, pool, run_layer
+
+if TYPE_CHECKING:
+    import torch
 
 _EMBEDDINGS, _FINAL = "text_model.embeddings", "text_model.final_layer_norm"
 

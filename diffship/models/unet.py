@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights
 from diffship.models.component import Component
+
+if TYPE_CHECKING:
+    import diffusers
+    import torch
+    from torch.nn import Module
+else:
+    diffusers, Module = lazy("diffusers"), lazy_base("torch.nn", "Module")
 
 CLASS = "UNet2DConditionModel"
 _DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -30,14 +34,14 @@ _UNSUPPORTED = {
 }
 
 
-class UNet(nn.Module):
+class UNet(Module):
     """(sample, timestep, encoder_hidden_states[, text_embeds, time_ids][, timestep_cond]) -> (out_sample,)."""
 
     inner: Any
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner = UNet2DConditionModel.from_config(_constructor_config(config))
+        self.inner = diffusers.UNet2DConditionModel.from_config(_constructor_config(config))
         self.conditions = condition_names(config)
 
     def forward(

@@ -6,16 +6,22 @@ Transformers are cut at every block: SDXL's have ten, 1.4 GB of float32 weights 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy
 from diffship.models.component import Component
 from diffship.models.program import Builder, Program, Sequence2d, Tensors, Tree
 from diffship.models.unet import condition_names
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models import attention_processor
+    from diffusers.models.transformers import transformer_2d
+else:
+    torch = lazy("torch")
+    attention_processor = lazy("diffusers.models.attention_processor")
+    transformer_2d = lazy("diffusers.models.transformers.transformer_2d")
 
 EMBEDDING = "time_embedding"
 _EMB = f"{EMBEDDING}.out"
@@ -100,10 +106,10 @@ class _Walk:
     def _attention(self, path: str, module: Any) -> None:
         if module is None:
             return
-        if isinstance(module, Attention):
+        if isinstance(module, attention_processor.Attention):
             self.flow.module(path, self.channels)
             return
-        if not isinstance(module, Transformer2DModel):
+        if not isinstance(module, transformer_2d.Transformer2DModel):
             raise UnsupportedError(f"unet: {path} is a {type(module).__name__}; it cannot be cut")
         residual, width = self.flow.hidden, module.inner_dim
         tokens = ("batch_size", f"tokens_{2**-self.flow.scale}", width)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from diffship.models.autoencoder import TINY
 from diffship.models.component import Component
 from diffship.models.program import Builder, Program, Sequence2d, Tensors, Tree
+
+if TYPE_CHECKING:
+    import torch
 
 
 def vae_program(component: Component, inner: Any) -> Program:

@@ -1,0 +1,104 @@
+"""Optional packages, imported when they are first used, so that every module here imports without them.
+
+A module that needs one says so once, for the type checker and for the interpreter:
+
+    if TYPE_CHECKING:
+        import torch
+        from torch.nn import Module
+    else:
+        torch, Module = lazy("torch"), lazy_base("torch.nn", "Module")
+
+From there on both read as ever. The first use imports the package, or names the extra that installs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from diffship.core.errors import MissingExtra
+
+# import name -> (what to call it, the extra that installs it)
+EXTRAS: dict[str, tuple[str, str]] = {
+    "torch": ("torch", "torch"),
+    "diffusers": ("diffusers", "torch"),
+    "transformers": ("transformers", "torch"),
+    "accelerate": ("accelerate", "torch"),
+    "peft": ("peft", "torch"),
+    "huggingface_hub": ("huggingface_hub", "torch"),
+    "onnx": ("onnx", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
+    "onnx_ir": ("onnx_ir", "onnx"),
+    "onnxruntime": ("onnxruntime", "onnxruntime"),
+    "openvino": ("openvino", "openvino"),
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx"),
+    "coremltools": ("coremltools", "coreml"),
+    "torch_pruning": ("torch-pruning", "prune"),
+    "fastapi": ("fastapi", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
+    "httpx": ("httpx", "edge"),
+    "lpips": ("lpips", "quality"),
+    "torch_fidelity": ("torch-fidelity", "quality"),
+}
+# These import without torch, and then offer classes that only complain.
+_NEED_TORCH = ("diffusers", "transformers")
+
+
+def need(name: str) -> ModuleType:
+    """The module `name`, imported now.
+
+    Raises:
+        MissingExtra: it, or an optional package that it stands on, is not installed.
+    """
+    try:
+        if name.partition(".")[0] in _NEED_TORCH:
+            importlib.import_module("torch")
+        return importlib.import_module(name)
+    except ModuleNotFoundError as fault:
+        package = (fault.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingExtra(*EXTRAS[package]) from fault
+
+
+class _Lazy:
+    """Stands for a module; each attribute is that module's own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(_loaded(self._name), attribute)
+
+    def __repr__(self) -> str:
+        return f"<lazy module {self._name!r}>"
+
+
+_loaded = cache(need)
+
+
+def lazy(name: str) -> Any:
+    """A stand-in for the module `name`, which is imported when an attribute of it is first asked for."""
+    return _Lazy(name)
+
+
+def lazy_base(module: str, name: str) -> Any:
+    """A stand-in for the base class `name` of `module`, which joins a derived class when its first instance is made.
+
+    Instances are of the derived class and of the real base; the derived class itself is not a subclass of the base.
+    """
+
+    def new(cls: type, *_: object, **__: object) -> object:
+        real = getattr(need(module), name)
+        return object.__new__(cls if issubclass(cls, real) else _joined(cls, real))
+
+    return type(name, (), {"__new__": new})
+
+
+@cache
+def _joined(cls: type, real: type) -> type:
+    place = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(real)(cls.__name__, (cls, real), place)
