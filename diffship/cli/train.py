@@ -10,7 +10,7 @@ from typing import Any
 from diffship.cli.output import Result
 from diffship.core.errors import ConfigError, MissingExtra
 
-STAGES = ("emoji-data", "emoji-vae", "emoji-unet", "emoji-decoder", "judge", "emoji-pack")
+STAGES = ("emoji-data", "emoji-vae", "emoji-unet", "emoji-decoder", "judge", "emoji-pack", "emoji-unpack")
 EXAMPLES = """examples:
   diffship train emoji-data --data archives/ --out data/emoji
   diffship train emoji-vae --data data/emoji --out runs/emoji --minutes 60 --threads 1

@@ -71,6 +71,12 @@ def _pack(options: TrainOptions) -> dict[str, object]:
     return emoji_pack.pack(options)
 
 
+def _unpack(options: TrainOptions) -> dict[str, object]:
+    from diffship.training import emoji_unpack
+
+    return emoji_unpack.unpack(options)
+
+
 STAGES: dict[str, Callable[[TrainOptions], dict[str, object]]] = {
     "emoji-data": _data,
     "emoji-vae": _vae,
@@ -78,4 +84,5 @@ STAGES: dict[str, Callable[[TrainOptions], dict[str, object]]] = {
     "emoji-decoder": _decoder,
     "judge": _judge,
     "emoji-pack": _pack,
+    "emoji-unpack": _unpack,
 }

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffship.core.errors import ConfigError
 from diffship.models.judge import Judge, JudgeConfig, save_judge
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
+from diffship.training.emoji_unpack import steps_before
 from diffship.training.loop import load_average
 from diffship.training.preview import SCHEDULER
 from diffship.training.vocabulary import END, START
@@ -55,13 +56,14 @@ def pack(options: TrainOptions) -> dict[str, object]:
     vae = load_vae(runs)
     scaling = scaling_factor(load_file(unet_run / "latents.safetensors")["mean"])
     vae.register_to_config(scaling_factor=scaling, force_upcast=False)
-    _module(folder / "unet", unet, "diffusion_pytorch_model")
+    steps = step + steps_before(unet_run)
+    _module(folder / "unet", unet, "diffusion_pytorch_model", steps=steps)
     _module(folder / "vae", vae, "diffusion_pytorch_model")
     _module(folder / "text_encoder", text_encoder, "model", classic=True)
     _tokenizer(unet_run / "tokenizer", folder / "tokenizer", len(words))
     _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **SCHEDULER})
     _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "_diffship": DEFAULTS, **CLASSES})
-    packed: dict[str, object] = {"unet_steps": step, "scaling_factor": scaling, "folder": str(folder)}
+    packed: dict[str, object] = {"unet_steps": steps, "scaling_factor": scaling, "folder": str(folder)}
     if (runs / "judge" / "state.safetensors").exists():
         judge = Judge(JudgeConfig(vocabulary=len(words)))
         packed["judge_steps"] = load_average(runs / "judge" / "state.safetensors", {"judge": judge})
@@ -69,7 +71,7 @@ def pack(options: TrainOptions) -> dict[str, object]:
     return packed
 
 
-def _module(folder: Path, module: Any, name: str, classic: bool = False) -> None:
+def _module(folder: Path, module: Any, name: str, classic: bool = False, steps: int | None = None) -> None:
     """Config and weights; transformers 5 drops the `text_model.` prefix that every hub checkpoint has: put it back."""
     folder.mkdir(parents=True, exist_ok=True)
     if classic:
@@ -81,7 +83,8 @@ def _module(folder: Path, module: Any, name: str, classic: bool = False) -> None
     tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
     if classic:
         tensors = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in tensors.items()}
-    save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    facts = {"format": "pt"} if steps is None else {"format": "pt", "steps": str(steps)}
+    save_file(tensors, folder / f"{name}.safetensors", facts)
 
 
 def _tokenizer(source: Path, folder: Path, vocabulary: int) -> None:

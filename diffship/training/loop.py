@@ -208,6 +208,14 @@ def load_average(state: Path, modules: Mapping[str, nn.Module]) -> int:
         return int(json.loads(file.metadata()["state"])["step"])
 
 
+def save_start(state: Path, modules: Mapping[str, nn.Module]) -> None:
+    """A checkpoint of step 0 that holds the modules as they are, without moments."""
+    parameters = {name: value.detach() for name, value in _parameters(modules).items()}
+    state.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{kind}/{name}": value.clone() for kind in ("live", "average") for name, value in parameters.items()}
+    save_file(tensors, state, {"state": json.dumps({"step": 0})})
+
+
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {
         f"{name}/{key}": value

@@ -12,7 +12,8 @@ class TrainOptions:
     """Flags of `diffship train`. `None` takes the stage's own default.
 
     Attributes:
-        data: folder of images with `metadata.jsonl` (`emoji-data`: where the npm archives lie; `emoji-pack`: the runs).
+        data: folder of images with `metadata.jsonl` (`emoji-data`: where the npm archives lie; `emoji-pack`: the runs;
+            `emoji-unpack`: the packed family).
         out: folder of the runs; every stage keeps its checkpoint in `out/<stage>/` and continues from it. `emoji-data`
             and `emoji-pack` write their result there.
         minutes: stop (and save) after this long; the same command goes on.

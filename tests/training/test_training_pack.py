@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffship.core.errors import ConfigError
 from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.training.commands import run
 from diffship.training.emoji_stages import new_text_encoder, new_unet, new_vae
@@ -64,3 +66,30 @@ def test_the_text_encoder_has_its_classic_names_in_fp16(packed: Path) -> None:
 def test_the_judge_lies_beside_it(packed: Path) -> None:
     judge = load_judge(packed / "judge")
     assert judge.see(torch.zeros(1, 3, 128, 128)).norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_unpacked_weights_go_on_and_pack_to_the_same_files(packed: Path, tmp_path: Path) -> None:
+    runs, again = tmp_path / "runs", tmp_path / "again"
+    shutil.copytree(packed, tmp_path / "packed")
+    file = tmp_path / "packed" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "steps": "946"})
+    assert run("emoji-unpack", TrainOptions(data=tmp_path / "packed", out=runs))["unet_steps"] == 946
+    save_file({"mean": torch.randn(2, 4, 16, 16)}, runs / "emoji-unet" / "latents.safetensors")
+    state = load_file(runs / "emoji-unet" / "state.safetensors")
+    assert {name.split("/")[0] for name in state} == {"live", "average"}
+    assert run("emoji-pack", TrainOptions(data=runs, out=again))["unet_steps"] == 946
+    for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "judge/model"):
+        assert _equal(packed / f"{name}.safetensors", again / f"{name}.safetensors"), name
+
+
+def _equal(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_unpacking_refuses_a_wrong_folder_and_existing_runs(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a packed family"):
+        run("emoji-unpack", TrainOptions(data=tmp_path, out=tmp_path / "runs"))
+    run("emoji-unpack", TrainOptions(data=packed, out=tmp_path / "runs"))
+    with pytest.raises(ConfigError, match="has a checkpoint already"):
+        run("emoji-unpack", TrainOptions(data=packed, out=tmp_path / "runs"))
