@@ -10,15 +10,21 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 
-Programs = tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]
+if TYPE_CHECKING:
+    import torch
+    from torch._subclasses import fake_tensor
+    from torch.nn import Module
+else:
+    torch, fake_tensor = lazy("torch"), lazy("torch._subclasses.fake_tensor")
+    Module = lazy_base("torch.nn", "Module")
+
+Programs: TypeAlias = "tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]"
 
 
 def capture(
@@ -31,7 +37,7 @@ def capture(
     Raises:
         UnsupportedError: torch.export cannot follow the module's Python code.
     """
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet(), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         fake = _Positional(_as_fake(module, dtype))
         first, second = (_export(fake, tuple(_feed(spec, known, dtype) for spec in inputs)) for known in sizes)
         return first, second
@@ -61,7 +67,7 @@ def _export(module: torch.nn.Module, feeds: tuple[torch.Tensor, ...]) -> torch.e
         raise UnsupportedError(f"torch.export cannot follow this part: {reason}") from fault
 
 
-class _Positional(torch.nn.Module):
+class _Positional(Module):
     """Names of the wrapped module's parameters get the prefix `part.`; buffers and inputs keep their order."""
 
     def __init__(self, part: torch.nn.Module) -> None:

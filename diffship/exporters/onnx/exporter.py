@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import onnx
-import torch
 
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
+from diffship.core.lazy import need
 from diffship.core.manifest import Part
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices
@@ -22,14 +23,14 @@ from diffship.exporters.onnx.capture import capture, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
-from diffship.exporters.onnx.translate import Translation, dtype_name
+from diffship.exporters.onnx.translate import Translation
 from diffship.exporters.problem import Problem
-from diffship.models.component import INNER, Component
+from diffship.models.component import INNER, Component, torch_dtype
 from diffship.models.pipeline import Pipeline
 
 REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
 MODEL_FILE = "model.onnx"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
 
@@ -59,7 +60,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        width = _DTYPES[self.precision].itemsize
+        width = np.dtype(_DTYPES[self.precision]).itemsize
         count = sum(component.weights.meta(name).count for name in component.weights.names())
         return count * width + (4 << 20)
 
@@ -119,7 +120,8 @@ class Onnx:
     def graph(self, component: Component) -> bytes:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
-        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), _DTYPES[self.precision])
+        dtype = torch_dtype(_DTYPES[self.precision])
+        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
         translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
         model = translation.run(specs, component.outputs, "diffship")
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -139,7 +141,7 @@ class Onnx:
     def _spec(self, spec: TensorSpec) -> TensorSpec:
         if not spec.dtype.startswith("float") or spec.name == "timestep":
             return spec
-        return TensorSpec(spec.name, dtype_name(_DTYPES[self.precision]), spec.shape)
+        return TensorSpec(spec.name, _DTYPES[self.precision], spec.shape)
 
 
 def _check_weights(component: Component) -> list[Problem]:
@@ -158,7 +160,4 @@ def _check_weights(component: Component) -> list[Problem]:
 
 
 def _versions() -> Mapping[str, str]:
-    import diffusers
-    import transformers
-
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    return {name: need(name).__version__ for name in ("torch", "diffusers", "transformers")}

@@ -5,26 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from diffship.core.lazy import lazy
 from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
 
+if TYPE_CHECKING:
+    import onnx
+    from onnx import helper, numpy_helper
+else:
+    onnx, helper, numpy_helper = lazy("onnx"), lazy("onnx.helper"), lazy("onnx.numpy_helper")
+
 IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+# the numbers of onnx.TensorProto.DataType and .DataLocation: part of the format, so they need no package
 TYPES: dict[str, int] = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "float64": TensorProto.DOUBLE,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-    "int32": TensorProto.INT32,
-    "uint8": TensorProto.UINT8,
-    "int8": TensorProto.INT8,
-    "bool": TensorProto.BOOL,
+    "float32": 1,
+    "float16": 10,
+    "float64": 11,
+    "bfloat16": 16,
+    "int64": 7,
+    "int32": 6,
+    "uint8": 2,
+    "int8": 3,
+    "bool": 9,
 }
+EXTERNAL = 1
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
@@ -164,8 +171,8 @@ def _external(weights: Sequence[tuple[str, Weight]]) -> list[onnx.TensorProto]:
         length = math.prod(weight.shape) * helper.tensor_dtype_to_np_dtype(TYPES[weight.dtype]).itemsize
         align = _ALIGN_LARGE if length >= 1 << 20 else _ALIGN_SMALL
         offset += -offset % align
-        tensor = TensorProto(name=name, data_type=TYPES[weight.dtype], dims=weight.shape)
-        tensor.data_location = TensorProto.EXTERNAL
+        tensor = onnx.TensorProto(name=name, data_type=TYPES[weight.dtype], dims=weight.shape)
+        tensor.data_location = EXTERNAL
         _entries(tensor, {"location": DATA_FILE, "offset": offset, "length": length})
         tensors.append(tensor)
         offset += length

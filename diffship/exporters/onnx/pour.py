@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import Weights, source_digest
-from diffship.exporters.onnx.graph import NAMES
+from diffship.exporters.onnx.graph import EXTERNAL, NAMES
 from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+
+if TYPE_CHECKING:
+    import onnx
 
 OnTensor = Callable[[int], None]
 
@@ -59,7 +61,7 @@ class _Place:
 def _places(model: onnx.ModelProto) -> dict[str, list[_Place]]:
     places: dict[str, list[_Place]] = defaultdict(list)
     for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_location == EXTERNAL:
             place = _Place(tensor)
             places[place.source].append(place)
     return places

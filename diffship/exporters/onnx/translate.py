@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import torch
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx.capture import Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+    from torch.export import graph_signature
+else:
+    torch, graph_signature = lazy("torch"), lazy("torch.export.graph_signature")
 
 Operator = Callable[..., Any]
 OPERATORS: dict[str, Operator] = {}
@@ -131,10 +136,10 @@ class Translation:
         nodes = {node.name: node for node in self._program.graph.nodes if node.op == "placeholder"}
         waiting = iter(specs)
         for entry in self._program.graph_signature.input_specs:
-            if isinstance(entry.arg, ConstantArgument):
+            if isinstance(entry.arg, graph_signature.ConstantArgument):
                 continue
             node = nodes[entry.arg.name]
-            if entry.kind == InputKind.USER_INPUT:
+            if entry.kind == graph_signature.InputKind.USER_INPUT:
                 self._known[node] = self._input(node, next(waiting), ports)
             else:
                 self._known[node] = self._stored(entry, node)
@@ -151,7 +156,7 @@ class Translation:
         return self.graph.emit("Reshape", [spec.name, self.graph.ints([-1])], made.dtype, made.shape)
 
     def _stored(self, entry: Any, node: torch.fx.Node) -> Any:
-        if entry.kind == InputKind.CONSTANT_TENSOR:
+        if entry.kind == graph_signature.InputKind.CONSTANT_TENSOR:
             return self._program.constants[entry.target]
         value = node.meta["val"]
         source = self._weight_name(entry.target.removeprefix(_PREFIX))
@@ -209,7 +214,11 @@ class Translation:
 
     def _name_outputs(self, specs: Sequence[TensorSpec], results: Sequence[Any]) -> list[onnx.ValueInfoProto]:
         entries = self._program.graph_signature.output_specs
-        wanted = [node for entry, node in zip(entries, results, strict=True) if entry.kind == OutputKind.USER_OUTPUT]
+        wanted = [
+            node
+            for entry, node in zip(entries, results, strict=True)
+            if entry.kind == graph_signature.OutputKind.USER_OUTPUT
+        ]
         if len(wanted) != len(specs):
             raise UnsupportedError(f"the module gives {len(wanted)} outputs; its specs name {len(specs)}")
         self.graph.scope = ""

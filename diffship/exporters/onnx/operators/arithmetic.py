@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from diffship.core.lazy import lazy
 from diffship.exporters.onnx.graph import Value, Weight
 from diffship.exporters.onnx.translate import Translation, dtype_name, implements
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 _SQRT_HALF = math.sqrt(0.5)
 
