@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.cli.output import Result
-from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.errors import ConfigError
 
 STAGES = ("emoji-data", "emoji-vae", "emoji-unet", "emoji-decoder", "judge", "emoji-pack", "emoji-unpack")
 EXAMPLES = """examples:
@@ -41,11 +41,9 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    try:
-        from diffship.training import commands
-        from diffship.training.options import TrainOptions
-    except ModuleNotFoundError as fault:
-        raise MissingExtra(fault.name or "torch", "torch") from None
+    from diffship.training import commands
+    from diffship.training.options import TrainOptions
+
     if not options.data.is_dir():
         raise ConfigError(f"--data {str(options.data)!r} is not a folder")
     chosen = {name: getattr(options, name) for name in ("precision", *NUMBERS)}

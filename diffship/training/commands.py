@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy
 from diffship.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 
 def run(name: str, options: TrainOptions) -> dict[str, object]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
-from torch.nn.functional import mse_loss
-from transformers import CLIPTextModel
+from diffship.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+    from torch.nn import functional as F
+    from transformers import CLIPTextModel
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 UNET_CONFIG = {
     "sample_size": 16,
@@ -98,7 +104,7 @@ class DiffusionTask:
         hidden = self.text_encoder(ids.to(device))[0]
         noisy = noisy.to(device, memory_format=torch.channels_last)
         predicted = self.unet(noisy, steps.to(device), hidden, return_dict=False)[0].float()
-        errors = mse_loss(predicted, noise.to(device), reduction="none").mean((1, 2, 3))
+        errors = F.mse_loss(predicted, noise.to(device), reduction="none").mean((1, 2, 3))
         alpha = alpha.flatten().to(device)
         loss = (loss_weight(alpha / (1 - alpha)) * errors).mean()
         return loss, {"mse": errors.mean().item()}

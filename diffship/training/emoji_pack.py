@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy
 from diffship.models.judge import Judge, JudgeConfig, save_judge
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
 from diffship.training.emoji_unpack import steps_before
@@ -18,7 +16,12 @@ from diffship.training.preview import SCHEDULER
 from diffship.training.vocabulary import END, START
 
 if TYPE_CHECKING:
+    import torch
+    from safetensors import torch as tensor_file
+
     from diffship.training.options import TrainOptions
+else:
+    torch, tensor_file = lazy("torch"), lazy("safetensors.torch")
 
 CLASSES = {
     "scheduler": ["diffusers", "DDIMScheduler"],
@@ -54,7 +57,7 @@ def pack(options: TrainOptions) -> dict[str, object]:
     unet, text_encoder = new_unet(), new_text_encoder(len(words))
     step = load_average(unet_run / "state.safetensors", {"unet": unet, "text_encoder": text_encoder})
     vae = load_vae(runs)
-    scaling = scaling_factor(load_file(unet_run / "latents.safetensors")["mean"])
+    scaling = scaling_factor(tensor_file.load_file(unet_run / "latents.safetensors")["mean"])
     vae.register_to_config(scaling_factor=scaling, force_upcast=False)
     steps = step + steps_before(unet_run)
     _module(folder / "unet", unet, "diffusion_pytorch_model", steps=steps)
@@ -84,7 +87,7 @@ def _module(folder: Path, module: Any, name: str, classic: bool = False, steps: 
     if classic:
         tensors = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in tensors.items()}
     facts = {"format": "pt"} if steps is None else {"format": "pt", "steps": str(steps)}
-    save_file(tensors, folder / f"{name}.safetensors", facts)
+    tensor_file.save_file(tensors, folder / f"{name}.safetensors", facts)
 
 
 def _tokenizer(source: Path, folder: Path, vocabulary: int) -> None:

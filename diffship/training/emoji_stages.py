@@ -6,11 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy
 from diffship.training.diffusion import (
     TEXT_CONFIG,
     UNET_CONFIG,
@@ -25,10 +22,15 @@ from diffship.training.vae import VAE_CONFIG, VaeTask, psnr
 from diffship.training.vocabulary import CONTEXT, train_vocabulary
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors import torch as tensor_file
+    from torch import Tensor
     from transformers import CLIPTextModel
 
     from diffship.training.options import TrainOptions
+else:
+    torch, tensor_file = lazy("torch"), lazy("safetensors.torch")
 
 VOCABULARY = 4096
 DEFAULTS = {
@@ -73,7 +75,9 @@ def train_vae(options: TrainOptions, decoder_only: bool) -> dict[str, object]:
 def save_whole(vae: AutoencoderKL, folder: Path, modules: dict[str, torch.nn.Module]) -> None:
     """`vae.safetensors`: every weight, trained or frozen, with the averages in place of the live ones."""
     load_average(folder / "state.safetensors", modules)
-    save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, folder / "vae.safetensors")
+    tensor_file.save_file(
+        {key: value.contiguous() for key, value in vae.state_dict().items()}, folder / "vae.safetensors"
+    )
 
 
 def held_out_psnr(vae: AutoencoderKL, pictures: Pictures) -> float:
@@ -157,7 +161,7 @@ def load_vae(out: Path) -> AutoencoderKL:
         file = out / stage / "vae.safetensors"
         if file.exists():
             vae = new_vae()
-            vae.load_state_dict(load_file(file))
+            vae.load_state_dict(tensor_file.load_file(file))
             return vae.eval()
     raise ConfigError(f"{out} has no trained auto-encoder; run first: diffship train emoji-vae")
 
@@ -189,8 +193,8 @@ def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latent
                 means.append(posterior.mean)
                 stds.append(posterior.std)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, cache)
-    held = load_file(cache)
+        tensor_file.save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, cache)
+    held = tensor_file.load_file(cache)
     factor = scaling_factor(held["mean"])
     names = {name: i for i, name in enumerate(sorted({record["concept"] for record in pictures.records}))}
     concept = torch.tensor([names[record["concept"]] for record in pictures.records])

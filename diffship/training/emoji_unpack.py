@@ -7,17 +7,21 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy
 from diffship.models.judge import load_judge
 from diffship.training.emoji_stages import new_text_encoder, new_unet
 from diffship.training.loop import save_start
 
 if TYPE_CHECKING:
+    import torch
+    from safetensors import torch as tensor_file
+
     from diffship.training.options import TrainOptions
+else:
+    tensor_file = lazy("safetensors.torch")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -38,7 +42,7 @@ def unpack(options: TrainOptions) -> dict[str, object]:
         raise ConfigError(f"{run} has a checkpoint already; remove it first, or go on with: diffship train emoji-unet")
     shutil.copytree(packed / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
     (runs / "emoji-vae").mkdir(exist_ok=True)
-    save_file(_float32(packed / "vae" / WEIGHTS), runs / "emoji-vae" / "vae.safetensors")
+    tensor_file.save_file(_float32(packed / "vae" / WEIGHTS), runs / "emoji-vae" / "vae.safetensors")
     words = json.loads((packed / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     unet, text_encoder = new_unet(), new_text_encoder(len(words))
     unet.load_state_dict(_float32(packed / "unet" / WEIGHTS))
@@ -64,7 +68,7 @@ def steps_before(run: Path) -> int:
 
 
 def _float32(file: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in load_file(file).items()}
+    return {name: tensor.float() for name, tensor in tensor_file.load_file(file).items()}
 
 
 def _named_for(module: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

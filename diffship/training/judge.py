@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
-
+from diffship.core.lazy import lazy
 from diffship.models.judge import Judge
 from diffship.training.pictures import Pictures
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
+
 STYLE_HELD_OUT = 0.2
-Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+Encode: TypeAlias = "Callable[[Sequence[str]], tuple[Tensor, Tensor]]"
 
 
 def sees(record: dict[str, Any]) -> bool:
@@ -51,7 +55,7 @@ class JudgeTask:
         read = self.judge.read(*self.encode([self._caption(row, generator) for row in rows]))
         logits = seen @ read.T * self.judge.log_scale.exp().clamp(max=50)
         target = torch.arange(batch)
-        loss = (cross_entropy(logits, target, label_smoothing=0.05) + cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(logits, target, label_smoothing=0.05) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"top1": (logits.argmax(1) == target).float().mean().item()}
 
     def _caption(self, row: int, generator: torch.Generator) -> str:
@@ -80,12 +84,12 @@ def distort(pixels: Tensor, generator: torch.Generator) -> Tensor:
     mirror = torch.where(uniform(0, 1) < 0.3, -1.0, 1.0)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     rows = torch.stack([cos * mirror, -sin, uniform(-0.15, 0.15), sin * mirror, cos, uniform(-0.15, 0.15)], dim=1)
-    grid = affine_grid(rows.view(count, 2, 3), [count, 3, 64, 64], align_corners=False)
-    moved = grid_sample(interpolate(pixels, size=(64, 64), mode="area") - 1, grid, align_corners=False) + 1
+    grid = F.affine_grid(rows.view(count, 2, 3), [count, 3, 64, 64], align_corners=False)
+    moved = F.grid_sample(F.interpolate(pixels, size=(64, 64), mode="area") - 1, grid, align_corners=False) + 1
     tinted = (moved + 1) * uniform(0.85, 1.05, 3, 1, 1) - 1 + uniform(-0.05, 0.05, 1, 1, 1)
     soft = uniform(0, 1) < 0.5
     for size in (32, 24):
-        blurred = interpolate(interpolate(tinted, size=(size, size), mode="area"), size=(64, 64), mode="bilinear")
+        blurred = F.interpolate(F.interpolate(tinted, size=(size, size), mode="area"), size=(64, 64), mode="bilinear")
         tinted = torch.where((soft & (uniform(0, 1) < 0.5))[:, None, None, None], blurred, tinted)
     noise = torch.randn(tinted.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
     return (tinted + noise).clamp(-1, 1)

@@ -14,13 +14,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-import torch
-from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+
+from diffship.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import accelerate
+    import torch
+    from safetensors import torch as tensor_file
+    from torch import Tensor, nn
+else:
+    accelerate, torch = lazy("accelerate"), lazy("torch")
+    tensor_file = lazy("safetensors.torch")
 
 
 class Task(Protocol):
@@ -117,7 +124,7 @@ class _Run:
 
     def __init__(self, task: Task, schedule: Schedule, state: Path, precision: str) -> None:
         self.task, self.schedule, self.state = task, schedule, state
-        self.accelerator = Accelerator(mixed_precision=precision)
+        self.accelerator = accelerate.Accelerator(mixed_precision=precision)
         for module in task.modules.values():
             module.to(self.accelerator.device)
         self.parameters = _parameters(task.modules)
@@ -213,7 +220,7 @@ def save_start(state: Path, modules: Mapping[str, nn.Module]) -> None:
     parameters = {name: value.detach() for name, value in _parameters(modules).items()}
     state.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{name}": value.clone() for kind in ("live", "average") for name, value in parameters.items()}
-    save_file(tensors, state, {"state": json.dumps({"step": 0})})
+    tensor_file.save_file(tensors, state, {"state": json.dumps({"step": 0})})
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -232,7 +239,7 @@ def _save(state: Path, step: int, parameters: Mapping[str, Any], average: Mappin
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"{key}/{name}"] = moment.contiguous()
     temporary = state.with_suffix(".partial")
-    save_file(tensors, temporary, {"state": json.dumps({"step": step})})
+    tensor_file.save_file(tensors, temporary, {"state": json.dumps({"step": step})})
     os.replace(temporary, state)
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
-from torch import Tensor
 
+from diffship.core.lazy import lazy
 from diffship.training.diffusion import DiffusionTask
+
+if TYPE_CHECKING:
+    import diffusers
+    import torch
+    from torch import Tensor
+else:
+    diffusers, torch = lazy("diffusers"), lazy("torch")
 
 PROMPTS = (
     *("red apple", "pizza", "black cat", "red heart", "mushroom", "dog face", "birthday cake", "hamburger"),
@@ -29,10 +35,9 @@ SCHEDULER = {
 }
 
 
-@torch.no_grad()
 def draw(
     task: DiffusionTask,
-    vae: AutoencoderKL,
+    vae: diffusers.AutoencoderKL,
     scaling: float,
     ids: Callable[[str], Tensor],
     prompts: Sequence[str] = PROMPTS,
@@ -40,15 +45,16 @@ def draw(
     guidance: float = 4.0,
 ) -> Tensor:
     """(n, 3, size, size) in [-1, 1]: DDIM with classifier-free guidance, the same noise at every call."""
-    device = next(task.unet.parameters()).device
-    scheduler = DDIMScheduler(**SCHEDULER)
-    scheduler.set_timesteps(steps)
-    hidden = task.text_encoder(torch.stack([ids("")] * len(prompts) + [ids(p) for p in prompts]).to(device))[0]
-    x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    for step in scheduler.timesteps:
-        plain, guided = task.unet(torch.cat([x, x]), step, hidden).sample.chunk(2)
-        x = scheduler.step(plain + guidance * (guided - plain), step, x).prev_sample
-    return torch.as_tensor(vae.to(device).decode(x / scaling).sample.clamp(-1, 1).cpu())
+    with torch.no_grad():
+        device = next(task.unet.parameters()).device
+        scheduler = diffusers.DDIMScheduler(**SCHEDULER)
+        scheduler.set_timesteps(steps)
+        hidden = task.text_encoder(torch.stack([ids("")] * len(prompts) + [ids(p) for p in prompts]).to(device))[0]
+        x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
+        for step in scheduler.timesteps:
+            plain, guided = task.unet(torch.cat([x, x]), step, hidden).sample.chunk(2)
+            x = scheduler.step(plain + guidance * (guided - plain), step, x).prev_sample
+        return torch.as_tensor(vae.to(device).decode(x / scaling).sample.clamp(-1, 1).cpu())
 
 
 def save_grid(pictures: Tensor, file: Path, columns: int = 8) -> None:

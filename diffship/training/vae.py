@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from typing import TYPE_CHECKING
 
+from diffship.core.lazy import lazy
 from diffship.training.pictures import Pictures
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+    from torch.nn import functional as F
+else:
+    torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 VAE_CONFIG = {
     "in_channels": 3,
@@ -75,7 +81,7 @@ def multiscale_l1(a: Tensor, b: Tensor) -> Tensor:
     """Mean absolute difference at full, half and quarter size."""
     total = (a - b).abs().mean()
     for scale in (2, 4):
-        total = total + (avg_pool2d(a, scale) - avg_pool2d(b, scale)).abs().mean()
+        total = total + (F.avg_pool2d(a, scale) - F.avg_pool2d(b, scale)).abs().mean()
     return total
 
 
@@ -92,4 +98,4 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def enlarge(pixels: Tensor, size: int) -> Tensor:
-    return interpolate(pixels, size=(size, size), mode="nearest")
+    return F.interpolate(pixels, size=(size, size), mode="nearest")

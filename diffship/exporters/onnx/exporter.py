@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx
 
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
-from diffship.core.lazy import need
+from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices
@@ -27,6 +26,11 @@ from diffship.exporters.onnx.translate import Translation
 from diffship.exporters.problem import Problem
 from diffship.models.component import INNER, Component, torch_dtype
 from diffship.models.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    import onnx
+else:
+    onnx = lazy("onnx")
 
 REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
 MODEL_FILE = "model.onnx"

@@ -19,7 +19,7 @@ else:
     onnx, helper, numpy_helper = lazy("onnx"), lazy("onnx.helper"), lazy("onnx.numpy_helper")
 
 IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
-# the numbers of onnx.TensorProto.DataType and .DataLocation: part of the format, so they need no package
+# the numbers of onnx.TensorProto.DataType: part of the format, so they need no package
 TYPES: dict[str, int] = {
     "float32": 1,
     "float16": 10,
@@ -31,7 +31,6 @@ TYPES: dict[str, int] = {
     "int8": 3,
     "bool": 9,
 }
-EXTERNAL = 1
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
@@ -172,7 +171,7 @@ def _external(weights: Sequence[tuple[str, Weight]]) -> list[onnx.TensorProto]:
         align = _ALIGN_LARGE if length >= 1 << 20 else _ALIGN_SMALL
         offset += -offset % align
         tensor = onnx.TensorProto(name=name, data_type=TYPES[weight.dtype], dims=weight.shape)
-        tensor.data_location = EXTERNAL
+        tensor.data_location = onnx.TensorProto.EXTERNAL
         _entries(tensor, {"location": DATA_FILE, "offset": offset, "length": length})
         tensors.append(tensor)
         offset += length

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, to_float32
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.lazy import lazy
 from diffship.core.weights import Weights, source_digest
-from diffship.exporters.onnx.graph import EXTERNAL, NAMES
+from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
 
 if TYPE_CHECKING:
     import onnx
+else:
+    onnx = lazy("onnx")
 
 OnTensor = Callable[[int], None]
 
@@ -61,7 +64,7 @@ class _Place:
 def _places(model: onnx.ModelProto) -> dict[str, list[_Place]]:
     places: dict[str, list[_Place]] = defaultdict(list)
     for tensor in model.graph.initializer:
-        if tensor.data_location == EXTERNAL:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = _Place(tensor)
             places[place.source].append(place)
     return places
