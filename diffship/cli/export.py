@@ -11,7 +11,7 @@ from typing import Any
 from diffship.cli.flags import add_fields, given_fields, names
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.progress import Stages
-from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.errors import ConfigError
 from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
@@ -37,10 +37,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Add the flags of the exporter that `--to` names: the fields of its class."""
     target = _target(words)
     if target in EXPORTERS:
-        try:
-            add_fields(parser, load(EXPORTERS, target, "target"), f"target {target}")
-        except DiffshipError:
-            return  # its package is missing: `run` says so
+        add_fields(parser, load(EXPORTERS, target, "target"), f"target {target}")
 
 
 def _target(words: Sequence[str]) -> str:

@@ -30,7 +30,6 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "huggingface_hub": ("huggingface_hub", "torch"),
     "onnx": ("onnx", "onnx"),
     "onnxscript": ("onnxscript", "onnx"),
-    "onnx_ir": ("onnx_ir", "onnx"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "tensorrt"),

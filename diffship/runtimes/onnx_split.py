@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffship.core.errors import BundleError, MissingExtra, RunnerError
+from diffship.core.errors import BundleError, RunnerError
+from diffship.core.lazy import lazy, need
 
 if TYPE_CHECKING:
     import onnx
+else:
+    onnx = lazy("onnx")
 
 _DATA = "stage.onnx_data"
 _CHUNK = 1 << 24
@@ -132,8 +135,6 @@ def _stage(
     start: int,
     stop: int,
 ) -> SplitStage:
-    import onnx
-
     nodes = facts.nodes[start:stop]
     made = {name for node in nodes for name in node.output if name}
     read = dict.fromkeys(name for names in facts.reads[start:stop] for name in names)
@@ -151,10 +152,7 @@ def _stage(
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    try:
-        import onnx
-    except ModuleNotFoundError as fault:
-        raise MissingExtra("onnx", "onnx") from fault
+    need("onnx")  # which brings protobuf
     from google.protobuf.message import DecodeError
 
     try:
@@ -165,8 +163,6 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def _types(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     """Type of every tensor that may cross a cut; inferred only where the file does not state it."""
-    import onnx
-
     graph = model.graph
     known = {info.name: info for info in (*graph.value_info, *graph.input, *graph.output)}
     if not all(name in known for node in graph.node for name in node.output if name):
@@ -205,8 +201,6 @@ def _clear(folder: Path) -> None:
 
 
 def _write(model: onnx.ModelProto, source: Path, place: Path) -> None:
-    import onnx
-
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     with open(place.with_name(_DATA), "wb") as target:

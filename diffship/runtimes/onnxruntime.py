@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffship.core.errors import MissingExtra, RunnerError, UnsupportedError
+from diffship.core.lazy import need
 from diffship.core.strict import bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.runtimes.onnx_tune import tuned
@@ -234,10 +235,7 @@ _imported = threading.Lock()
 
 def _import() -> Any:
     """The onnxruntime module, with telemetry off."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as fault:
-        raise MissingExtra("onnxruntime", "onnxruntime") from fault
+    onnxruntime = need("onnxruntime")
     with _imported:
         if hasattr(onnxruntime, "disable_telemetry_events"):
             onnxruntime.disable_telemetry_events()

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffship.core.errors import MissingExtra, RunnerError
+from diffship.core.errors import RunnerError
+from diffship.core.lazy import need
 from diffship.core.strict import bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 
@@ -47,7 +48,7 @@ class OpenVinoRunner:
 
     def open(self, files: Sequence[Path]) -> Session:
         """Open `files[0]`, an ONNX file in a bundle (or a stage cut from one) with its data beside it."""
-        core = _import().Core()
+        core = need("openvino").Core()
         try:
             model = core.read_model(str(files[0]))
             # from the file: compiling merges tensors, and then a port may answer to an inner name
@@ -69,7 +70,7 @@ class OpenVinoRunner:
         if not installed("openvino"):
             return Probe(cls.name, False, reason="openvino is not installed", install=install)
         try:
-            module = _import()
+            module = need("openvino")
             devices = tuple(device.lower() for device in module.Core().available_devices if device == "CPU")
             return Probe(
                 cls.name, bool(devices), module.__version__, devices, "" if devices else "no CPU device", install
@@ -151,11 +152,3 @@ def _dtype(port: Any) -> str:
     if code not in DTYPES:
         raise RunnerError(f"tensor {port.get_any_name()} has type {code}; legal: {', '.join(DTYPES)}")
     return DTYPES[code]
-
-
-def _import() -> Any:
-    try:
-        import openvino
-    except ModuleNotFoundError as fault:
-        raise MissingExtra("openvino", "openvino") from fault
-    return openvino

@@ -59,7 +59,12 @@ class Onnx:
             raise ConfigError(f"opset {self.opset!r} is not legal; legal: {min(IR_VERSION)} to {max(IR_VERSION)}")
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
-        """Everything that would stop an export of these components, found without reading a weight."""
+        """Everything that would stop an export of these components, found without reading a weight.
+
+        Raises:
+            MissingExtra: onnx is not installed.
+        """
+        need("onnx")
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
 
     def disk_bytes(self, component: Component) -> int:
