@@ -1,0 +1,202 @@
+"""What the published repositories say of themselves, as data; and the pages of docs/reproduce made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffship.benchmarks.record import Results, read_result
+from diffship.core.errors import ConfigError
+from diffship.core.row import Row as MeasuredRow
+from diffship.core.strict import bounds, load
+from prove.capabilities import missing
+from prove.catalogue import HERE, read_toml
+
+PUBLISHED = HERE / "published"
+ROOT = HERE.parents[1]
+PAGES = ROOT / "docs" / "reproduce"
+RESULTS = ROOT / "benchmarks" / "results"
+SUITE = "prove-real"
+NETWORK = "needs a networked machine and the published weights"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a published repository and ours for the same; `ours` is empty where there is nothing to run."""
+
+    title: str
+    theirs: str
+    ours: str
+    needs: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a published table. `checkpoint` is the catalogue's row that re-proves it, `needs` as there."""
+
+    cells: tuple[str, ...]
+    checkpoint: str = ""
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """`conditions`: hardware, step counts, size and precision, as far as the source states them."""
+
+    title: str
+    source: str
+    conditions: str
+    columns: tuple[str, ...]
+    row: tuple[Row, ...]
+    ours: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.row:
+            if len(row.cells) != len(self.columns):
+                raise ConfigError(f"{self.title}: {row.cells[0]!r} has {len(row.cells)} cells, not {len(self.columns)}")
+
+
+@dataclass(frozen=True)
+class Page:
+    """One published repository, at the commit that was read."""
+
+    schema: int = field(metadata=bounds(1, 1))
+    name: str
+    title: str
+    repository: str
+    commit: str
+    licence: str
+    intro: str
+    command: tuple[Command, ...]
+    table: tuple[Table, ...]
+
+
+def read_pages(folder: Path = PUBLISHED) -> list[Page]:
+    """Every page, by file name.
+
+    Raises:
+        ConfigError: a file that is not of the form above.
+    """
+    return [load(Page, read_toml(file), file.name) for file in sorted(folder.glob("*.toml"))]
+
+
+def figures_of(checkpoint: str, pages: Iterable[Page]) -> list[str]:
+    """Published figures of one checkpoint, each with its conditions: what is printed beside the measured ones."""
+    found = []
+    for page in pages:
+        for table in page.table:
+            for row in table.row:
+                if row.checkpoint == checkpoint:
+                    cells = [f"{name} {cell}" for name, cell in zip(table.columns[1:], row.cells[1:], strict=True)]
+                    found.append(f"{row.cells[0]}: {'; '.join(cells)} ({table.conditions}; {table.source})")
+    return found
+
+
+def measured_here(folder: Path = RESULTS) -> dict[str, str]:
+    """Checkpoint -> what a committed result says of it, in Markdown; only rows with status ok count.
+
+    Raises:
+        ConfigError: a results file was edited by hand, or is of another schema.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob(f"{SUITE}*.json")):
+        results = read_result(file)
+        for row in results.rows:
+            if row.metric == "image_seconds" and row.status == "ok":
+                found[row.subject] = f"measured: {_figure(row, results)} ([{file.name}]({_link(file)}))"
+    return found
+
+
+def result_of(needs: Sequence[str], run: str, checkpoint: str, known: Mapping[str, str]) -> str:
+    """`measured: ...`, `not yet: ...` or "unproven: run `...`"; a dash where there is nothing of ours to run."""
+    lacking = missing(needs)
+    if lacking:
+        return f"not yet: {', '.join(lacking)}"
+    if checkpoint in known:
+        return known[checkpoint]
+    return f"unproven: run `{run}`" if run else "-"
+
+
+def prove_command(checkpoint: str) -> str:
+    """The command that re-proves one checkpoint."""
+    return f"python scripts/prove_real.py --only {checkpoint}"
+
+
+def page_text(page: Page, known: Mapping[str, str]) -> str:
+    """The Markdown page; made again by `python scripts/prove_real.py --pages`."""
+    lines = [
+        f"# Reproducing {page.title}",
+        "",
+        f"<!-- made from scripts/prove/published/{page.name}.toml; write it again with "
+        "`python scripts/prove_real.py --pages` -->",
+        "",
+        f"[{page.repository}]({page.repository}) at commit `{page.commit[:12]}`, {page.licence}.",
+        "",
+        page.intro.strip(),
+        "",
+        "A result is *measured* where a committed file in `benchmarks/results/` holds it, *unproven* where the command",
+        "exists and nobody has run it and committed what came out, and *not yet* where this version cannot do it. A",
+        "command that is *not yet* is written in the form that it will have.",
+        "",
+        "## Commands",
+        "",
+    ]
+    for command in page.command:
+        lines += _command(command, known)
+    lines += ["## Tables", ""]
+    for table in page.table:
+        lines += _table(table, known)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_pages(folder: Path = PAGES) -> list[Path]:
+    """Write every page; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known, written = measured_here(), []
+    for page in read_pages():
+        file = folder / f"{page.name}.md"
+        file.write_text(page_text(page, known), encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def _command(command: Command, known: Mapping[str, str]) -> list[str]:
+    lines = [f"### {command.title}", "", "Theirs:", "", "```text", command.theirs.strip(), "```", ""]
+    if command.ours:
+        fence = ["```text"] if missing(command.needs) else [f"<!-- not run: {NETWORK} -->", "```sh"]
+        lines += ["Ours:", "", *fence, command.ours.strip(), "```", ""]
+    if command.note:
+        lines += [command.note.strip(), ""]
+    lacking = missing(command.needs)
+    if lacking:
+        return [*lines, f"Result: not yet: {', '.join(lacking)}.", ""]
+    return [*lines, "Result: unproven: run the command above." if command.ours else "Result: nothing to run.", ""]
+
+
+def _table(table: Table, known: Mapping[str, str]) -> list[str]:
+    head = [*table.columns, "ours"]
+    lines = [f"### {table.title}", "", f"Source: {table.source}. {table.conditions}.", ""]
+    if table.ours:
+        lines += [f"Ours: `{table.ours}`", ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for row in table.row:
+        run = prove_command(row.checkpoint) if row.checkpoint else table.ours
+        lines.append(_line([*row.cells, result_of(row.needs, run, row.checkpoint, known)]))
+    return [*lines, "", *([table.note.strip(), ""] if table.note else [])]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _figure(row: MeasuredRow, results: Results) -> str:
+    units = {"steps": " steps", "size": " px", "precision": "", "engine": "", "device": ""}
+    said = [f"{row.conditions[key]}{unit}" for key, unit in units.items() if row.conditions.get(key) is not None]
+    return f"{row.value:g} s an image on {results.hardware}, {', '.join(said)}"
+
+
+def _link(file: Path) -> str:
+    return f"../../benchmarks/results/{file.name}"
