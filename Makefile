@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | prove | wheel | venv-optimum | clean          docs/install.md has the same as plain commands
+# make demo | test | test-all | lint | prove | tables | wheel | venv-optimum | clean          docs/install.md has the same as plain commands
 #
 # VENV=dir          where the virtual environment lies
 # PYTHON=python3.12 which Python 3.11-3.13 makes it
@@ -18,7 +18,7 @@ DIFFSHIP := $(BIN)/diffship
 
 OPTIMUM ?= $(VENV)-optimum
 
-.PHONY: demo test test-all lint prove wheel clean venv-optimum
+.PHONY: demo test test-all lint prove tables wheel clean venv-optimum
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runs
@@ -40,6 +40,10 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The tables of README and docs, from benchmarks/results/*.json alone.
+tables: $(VENV)/.runs
+	$(BIN)/python -m diffship.benchmarks.publish
 
 # optimum pins an older transformers: the client that our bundles must satisfy has an environment of its own.
 venv-optimum: $(OPTIMUM)/.made

@@ -264,7 +264,7 @@ def test_the_guard_lets_model_eval_pass() -> None:
 def test_extras_are_those_of_the_design() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     engines = "onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx coreml"
-    assert set(extras) == set(f"torch onnx edge prune serve quality dev {engines}".split())
+    assert set(extras) == set(f"torch onnx edge prune serve quality plots dev {engines}".split())
     assert not any("torch" in line for line in extras["edge"] + extras["onnxruntime"])
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.quality import bootstrap, frechet_distance, hits, nearest
+from diffship.benchmarks.bootstrap import interval
+from diffship.benchmarks.quality import frechet_distance, hits, nearest
 from diffship.benchmarks.record import write_result
 from diffship.core.row import Row
 
@@ -100,10 +101,8 @@ def judge_rows(bench: Bench, subject: str, asked: Asked, drawn: Uint8, seeds: in
     wanted = list(asked.wanted) * seeds
     rows = []
     for rank in RANKS:
-        right = hits(seen, captions, wanted, rank).astype(np.float64)
-        low, high = bootstrap(right)
-        rows += [_row(subject, f"top{rank}", right.mean()), _row(subject, f"top{rank}_low", low)]
-        rows.append(_row(subject, f"top{rank}_high", high))
+        right = interval(hits(seen, captions, wanted, rank).astype(np.float64).reshape(seeds, -1))
+        rows.append(_row(subject, f"top{rank}", right.mean, low=right.low, high=right.high, n=seeds * right.units))
     _, real = bench.look(asked.real)
     rows.append(_row(subject, "frechet_distance", frechet_distance(features, real), "judge features"))
     return rows
@@ -125,11 +124,9 @@ def nearest_rows(bench: Bench, subject: str, drawn: Uint8) -> list[Row]:
     ]
 
 
-def _row(subject: str, metric: str, value: float, unit: str = "share") -> Row:
-    value = round(float(value), 4)
-    return Row(
-        suite="emoji-quality", subject=subject, metric=metric, value=value, unit=unit, status="ok", environment={}
-    )
+def _row(subject: str, metric: str, value: float, unit: str = "share", **spread: Any) -> Row:
+    digits: dict[str, Any] = {name: round(float(entry), 4) if name != "n" else entry for name, entry in spread.items()}
+    return Row("emoji-quality", subject, metric, round(float(value), 4), unit, kind="quality", **digits)
 
 
 def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: float, batch: int = 32) -> Uint8:

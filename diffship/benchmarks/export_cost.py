@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffship.benchmarks.process import Measured, measure
@@ -18,32 +19,48 @@ from diffship.core.row import Row
 
 OURS = "diffship"
 GRAPH_ONLY = "diffship --no-verify"
+PEER = "optimum-cli"
+SUITE = "export"
+UNITS = {
+    "export_seconds": ("s", "latency"),
+    "export_peak_resident_bytes": ("bytes", "memory"),
+    "export_bytes_on_disk": ("bytes", "size"),
+}
 
 
-def commands(source: Path, work: Path, precision: str, optimum_cli: str | None) -> dict[str, list[str]]:
-    """The exports to measure: ours with and without the gate, and the peer's with its own validation."""
+@dataclass(frozen=True)
+class ExportRun:
+    """One export to measure: the command and the folder that it writes."""
+
+    subject: str
+    command: list[str]
+    target: Path
+
+
+def runs_of(source: Path, work: Path, precision: str, optimum_cli: str | None) -> list[ExportRun]:
+    """Ours with and without the gate, and the peer's with its own validation."""
     export = [sys.executable, "-m", "diffship", "export", str(source), "--to", "onnx", "--precision", precision]
-    chosen = {
-        OURS: [*export, "-o", str(work / "ours")],
-        GRAPH_ONLY: [*export, "-o", str(work / "ours-unproven"), "--no-verify"],
-    }
+    ours, bare, theirs = (work / name for name in ("ours", "ours-unproven", "optimum"))
+    runs = [
+        ExportRun(OURS, [*export, "-o", str(ours)], ours),
+        ExportRun(GRAPH_ONLY, [*export, "-o", str(bare), "--no-verify"], bare),
+    ]
     if optimum_cli:
-        peer = [optimum_cli, "export", "onnx", "--model", str(source), "--task", "text-to-image"]
-        chosen["optimum-cli"] = [*peer, str(work / "optimum")]
-    return chosen
+        peer = [optimum_cli, "export", "onnx", "--model", str(source), "--task", "text-to-image", str(theirs)]
+        runs.append(ExportRun(PEER, peer, theirs))
+    return runs
 
 
-def rows_of(subject: str, measured: Measured, size: int) -> list[Row]:
-    """Seconds, peak memory and size on disk; a failed export is a row with its exit code."""
-    status = "ok" if measured.code == 0 else "failed"
-    figures = {
-        "export_seconds": (measured.seconds, "s"),
-        "export_peak_resident_bytes": (measured.peak_bytes, "bytes"),
-        "export_bytes_on_disk": (size, "bytes"),
-    }
+def rows_of(subject: str, measured: Measured, size: int, model: str, precision: str) -> list[Row]:
+    """Seconds, peak memory and size on disk; a failed export is one row that says why."""
+    conditions = {"model": model, "runner": subject, "part": "export", "precision": precision}
+    if measured.code:
+        reason = measured.reason
+        return [Row(SUITE, subject, "export_seconds", None, "s", measured.status, reason=reason, conditions=conditions)]
+    values = (measured.seconds, measured.peak_bytes, size)
     return [
-        Row(suite="export", subject=subject, metric=metric, value=value, unit=unit, status=status, environment={})
-        for metric, (value, unit) in figures.items()
+        Row(SUITE, subject, metric, value, unit, kind=kind, conditions=conditions)
+        for (metric, (unit, kind)), value in zip(UNITS.items(), values, strict=True)
     ]
 
 
@@ -55,25 +72,25 @@ def save_source(source: str, folder: Path) -> None:
         open_source(source).save(folder)
 
 
-def run(arguments: argparse.Namespace) -> list[Row]:
+def export_rows(run: ExportRun, model: str, precision: str, timeout: float, keep: bool = False) -> list[Row]:
+    """Run one export into its folder, emptied before, and removed after unless `keep`."""
+    shutil.rmtree(run.target, ignore_errors=True)
+    measured = measure(run.command, timeout=timeout)
+    size = sum(file.stat().st_size for file in run.target.rglob("*") if file.is_file()) if run.target.exists() else 0
+    if not keep:
+        shutil.rmtree(run.target, ignore_errors=True)
+    return rows_of(run.subject, measured, size, model, precision)
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], object] = lambda text: None) -> list[Row]:
     folder = arguments.work / arguments.source.replace(":", "-")
     save_source(arguments.source, folder)
     rows = []
-    chosen = commands(folder, arguments.work, arguments.precision, arguments.optimum_cli)
-    for subject in arguments.subjects or chosen:
-        target = Path(
-            chosen[subject][-1] if subject == "optimum-cli" else chosen[subject][chosen[subject].index("-o") + 1]
-        )
-        shutil.rmtree(target, ignore_errors=True)
-        measured = measure(chosen[subject], timeout=arguments.timeout)
-        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.exists() else 0
-        rows += rows_of(subject, measured, size)
-        text = f"{subject}: {measured.seconds:.0f} s, peak {measured.peak_bytes / 2**30:.2f} GiB, exit {measured.code}"
-        print(text, file=sys.stderr)
-        if measured.code:
-            print(measured.output[-2000:], file=sys.stderr)
-        if not arguments.keep:
-            shutil.rmtree(target, ignore_errors=True)
+    for entry in runs_of(folder, arguments.work, arguments.precision, arguments.optimum_cli):
+        if not arguments.subjects or entry.subject in arguments.subjects:
+            found = export_rows(entry, arguments.source, arguments.precision, arguments.timeout, arguments.keep)
+            say(f"{entry.subject}: " + ", ".join(f"{row.value} {row.unit} {row.reason}".strip() for row in found))
+            rows += found
     return rows
 
 
@@ -89,12 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = run(arguments)
+    rows = run(arguments, lambda text: print(text, file=sys.stderr))
     if arguments.out:
-        command = (
-            f"python -m diffship.benchmarks.export_cost --source {arguments.source} --precision {arguments.precision}"
-        )
-        write_result(arguments.out, "export", command, rows, {"source": arguments.source})
+        command = "python -m diffship.benchmarks.export_cost"
+        command += f" --source {arguments.source} --precision {arguments.precision}"
+        write_result(arguments.out, SUITE, command, rows, {"source": arguments.source})
     for row in rows:
         print(f"{row.subject:22} {row.metric:28} {row.value} {row.unit} {row.status}")
 

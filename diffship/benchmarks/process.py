@@ -1,17 +1,31 @@
-"""Run one measured subject in its own process, so that memory is its own and a crash is a row."""
+"""Run one measured subject in its own process, so that memory is its own, and a crash or OOM is a row."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import resource
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffship.core.row import Row
+
 POLL_SECONDS = 0.05
+TIMEOUT_CODE = 124
+OVER_LIMIT_CODE = -1000  # no signal and no exit status has this number
+# What allocators of python, C++, torch, ONNX Runtime, OpenVINO and CUDA say when they fail.
+_NO_MEMORY = re.compile(
+    r"MemoryError|bad_alloc|can't allocate memory|CUDA out of memory|OutOfMemoryError|Cannot allocate memory"
+    r"|Failed to allocate memory|failed to allocate|not enough memory|Out of memory",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,26 @@ class Measured:
     code: int
     output: str
 
+    @property
+    def status(self) -> str:
+        """The status of a Row: ok, OOM (also where the system's killer struck) or failed."""
+        if self.code == 0:
+            return "ok"
+        killed = self.code in (OVER_LIMIT_CODE, -signal.SIGKILL, 128 + signal.SIGKILL)
+        return "OOM" if killed or _NO_MEMORY.search(self.output[-20_000:]) else "failed"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ok, in one line: the last thing that it said."""
+        if self.code == 0:
+            return ""
+        if self.code == OVER_LIMIT_CODE:
+            return f"more than the memory limit: killed at {self.peak_bytes} bytes resident"
+        if self.code == TIMEOUT_CODE:
+            return f"out of time after {self.seconds:.0f} s"
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        return f"exit {self.code}: {_without_paths(lines[-1])[:300] if lines else 'no output'}"
+
     def document(self) -> dict[str, object]:
         """The last line of the output as JSON: how a subject reports figures of its own."""
         for line in reversed(self.output.strip().splitlines()):
@@ -31,30 +65,70 @@ class Measured:
         raise ValueError(f"no JSON line in the output: {self.output[-400:]}")
 
 
-def measure(command: Sequence[str], timeout: float, env: Mapping[str, str] | None = None) -> Measured:
-    """Run `command` to its end or kill it after `timeout` seconds (exit code 124)."""
+def measure(
+    command: Sequence[str],
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    memory_limit: int | None = None,
+) -> Measured:
+    """Run `command` to its end, or kill it and its children after `timeout` seconds or above `memory_limit` bytes.
+
+    The limit holds for anonymous memory at once (RLIMIT_DATA, so that an allocation fails as on a smaller machine)
+    and for resident memory within 50 ms; mapped files that are not in use do not count.
+    """
     started = time.monotonic()
     with subprocess.Popen(
-        list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
+        list(command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(env or {})},
+        start_new_session=True,  # so that children of the subject can be stopped with it
     ) as process:
-        peak = [0]
-        watch = threading.Thread(target=_watch, args=(process, peak), daemon=True)
-        watch.start()
         try:
-            output, _ = process.communicate(timeout=timeout)
-            code = process.returncode
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate(timeout=30)
-            code = 124
-        watch.join(timeout=5)
-    return Measured(time.monotonic() - started, peak[0], code, output)
+            peak, code, output = _waited(process, timeout, memory_limit)
+        except BaseException:
+            _kill(process)
+            raise
+    return Measured(time.monotonic() - started, peak, code, output)
 
 
-def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
+def failed_row(suite: str, subject: str, metric: str, unit: str, measured: Measured, kind: str = "latency") -> Row:
+    """The row of a subject that did not finish."""
+    return Row(suite, subject, metric, None, unit, measured.status, kind=kind, reason=measured.reason)
+
+
+def _waited(process: subprocess.Popen[str], timeout: float, limit: int | None) -> tuple[int, int, str]:
+    if limit is not None and hasattr(resource, "prlimit"):
+        with suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    peak = [0]
+    watch = threading.Thread(target=_watch, args=(process, peak, limit), daemon=True)
+    watch.start()
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        output, _ = process.communicate(timeout=30)
+        code = TIMEOUT_CODE
+    watch.join(timeout=5)
+    over = limit is not None and peak[0] > limit and code != TIMEOUT_CODE
+    return peak[0], OVER_LIMIT_CODE if over else code, output
+
+
+def _watch(process: subprocess.Popen[str], peak: list[int], limit: int | None) -> None:
     while process.poll() is None:
         peak[0] = max(peak[0], sum(resident_bytes(pid) for pid in _family(process.pid)))
+        if limit is not None and peak[0] > limit:
+            _kill(process)
         time.sleep(POLL_SECONDS)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[int]:
@@ -78,3 +152,8 @@ def resident_bytes(pid: int | str = "self") -> int:
         return 0
     fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return 1024 * sum(int(fields.get(key, 0)) for key in ("RssAnon", "RssShmem", "RssFile"))
+
+
+def _without_paths(line: str) -> str:
+    """The line with every absolute path shortened to its last name: results say nothing of the machine's folders."""
+    return re.sub(r"(?<![\w.])/(?:[^\s'\"/:]+/)+([^\s'\"/:]*)", r".../\1", line)

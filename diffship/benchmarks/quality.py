@@ -58,11 +58,3 @@ def nearest(pictures: NDArray[np.float32], training: NDArray[np.float32], chunk:
         distance = (rows**2).sum(axis=1)[:, None] + square - 2 * rows @ b.T.astype(np.float64)
         best.append(distance.min(axis=1))
     return np.sqrt(np.concatenate(best).clip(min=0) / a.shape[1])
-
-
-def bootstrap(values: NDArray[np.float64], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values` by resampling them `draws` times."""
-    generator = np.random.default_rng(seed)
-    rows = generator.integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[rows].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)

@@ -1,80 +1,108 @@
-"""A committed result: rows, the command and the machine that made them, and a digest that shows edits by hand."""
+"""A results file: rows, the command and the machine that made them, and a digest that shows edits by hand.
+
+docs/schema/results/v2.json is its form, docs/benchmarks.md says what the fields mean.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from diffship.benchmarks.machine import code_digest, environment, hardware
+from diffship.core.atomic import write_file
+from diffship.core.errors import ConfigError
 from diffship.core.row import Row
+from diffship.core.strict import load
 
-SCHEMA = 1
-PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
+SCHEMA = 2
+FILE_BYTES = 64 << 20
+_SIGNED = ("suite", "command", "code", "environment", "settings", "rows")
 
 
-def environment() -> dict[str, object]:
-    """Processor, memory, threads, system, package versions and commit of this machine; no host name, no path."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 1,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
-    }
+@dataclass(frozen=True)
+class Results:
+    """One results file. `code` digests the sources that the figures depend on, `settings` say how to repeat them."""
+
+    suite: str
+    command: str
+    code: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def hardware(self) -> str:
+        return hardware(self.environment)
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content, digest included; the environment stands once, not in every row."""
+        rows = [{key: value for key, value in asdict(row).items() if key != "environment"} for row in self.rows]
+        head = {"suite": self.suite, "command": self.command, "code": self.code}
+        signed = {**head, "environment": self.environment, "settings": self.settings, "rows": rows}
+        return {"schema": SCHEMA, **signed, "digest": content_digest(signed)}
 
 
 def write_result(
-    file: Path, suite: str, command: str, rows: Sequence[Row], notes: Mapping[str, object] | None = None
-) -> None:
-    """Write one suite as JSON; `notes` says what a reader must know to repeat it."""
-    listed = [asdict(row) for row in rows]
-    content = {
-        "schema": SCHEMA,
-        "suite": suite,
-        "command": command,
-        "environment": environment(),
-        "notes": dict(notes or {}),
-        "rows": listed,
-        "digest": rows_digest(listed),
-    }
+    file: Path, suite: str, command: str, rows: Sequence[Row], settings: Mapping[str, object] | None = None
+) -> Results:
+    """Write one suite measured on this machine as JSON, whole or not at all."""
+    made = Results(suite, command, code_digest(), environment(), dict(settings or {}), tuple(rows))
+    save(file, made)
+    return made
+
+
+def save(file: Path, results: Results) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(results.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def rows_digest(rows: Sequence[Mapping[str, object]]) -> str:
-    """sha256 over the rows in canonical JSON."""
-    text = json.dumps(list(rows), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def read_result(file: Path) -> Results:
+    """A results file of this schema whose digest is right; its rows carry the file's environment.
+
+    Raises:
+        ConfigError: not readable, another schema, edited by hand, or not of the documented form.
+    """
+    content = _parsed(file)
+    schema = content.pop("schema", None)
+    if schema != SCHEMA:
+        raise ConfigError(_other_schema(file, schema, content.get("command")))
+    digest = content.pop("digest", None)
+    if not isinstance(content.get("rows"), list) or digest != content_digest(content):
+        raise ConfigError(
+            f"{file}: its digest does not match its content, so it was edited by hand. "
+            f"Measure again: {str(content.get('command'))[:300]}"
+        )
+    results = load(Results, content, str(file))
+    return replace(results, rows=tuple(replace(row, environment=results.environment) for row in results.rows))
+
+
+def content_digest(content: Mapping[str, object]) -> str:
+    """sha256 over everything that a reader relies on, in canonical JSON."""
+    signed = {key: content.get(key) for key in _SIGNED}
+    text = json.dumps(signed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _cpu() -> str:
+def _parsed(file: Path) -> dict[str, Any]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        with open(file, "rb") as stream:
+            raw = stream.read(FILE_BYTES + 1)
+        content = json.loads(raw) if len(raw) <= FILE_BYTES else None
+    except OSError as fault:
+        raise ConfigError(f"{file}: cannot be read: {fault.strerror}") from None
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"{file} is not JSON: {str(fault)[:200]}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a results file: a JSON object of at most {FILE_BYTES} bytes")
+    return content
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+def _other_schema(file: Path, schema: object, command: object) -> str:
+    text = f"{file} has schema {str(schema)[:20]}, this version reads {SCHEMA}"
+    if isinstance(schema, int) and schema > SCHEMA:
+        return f"{text}. A newer diffship wrote it: pip install -U diffship"
+    return f"{text}. Measure it again with this version: {str(command or 'diffship bench --help')[:300]}"

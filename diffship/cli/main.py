@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffship import __version__
-from diffship.cli import compare, doctor, export, inspect, run, train, verify
+from diffship.cli import bench, compare, doctor, export, inspect, run, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
@@ -22,6 +22,7 @@ VERBS = {
     "verify": verify,
     "inspect": inspect,
     "compare": compare,
+    "bench": bench,
     "doctor": doctor,
     "train": train,
 }
@@ -73,7 +74,8 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _add_manners(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    if "--json" not in parser._option_string_actions:  # bench has one that also takes a file
+        group.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     group.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -100,8 +102,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of `diffship ARGUMENTS`; prints the result on stdout, everything else on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json, debug = "--json" in words, "--debug" in words
     verb = words[0] if words and words[0] in VERBS else ""
+    as_json, debug = bench.prints_json(words) if verb == "bench" else "--json" in words, "--debug" in words
     try:
         options = parse(words)
         result: Result = VERBS[options.verb].run(options)

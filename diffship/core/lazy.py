@@ -40,6 +40,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "uvicorn": ("uvicorn", "serve"),
     "httpx": ("httpx", "edge"),
     "lpips": ("lpips", "quality"),
+    "matplotlib": ("matplotlib", "plots"),
     "torch_fidelity": ("torch-fidelity", "quality"),
 }
 # These import without torch, and then offer classes that only complain.

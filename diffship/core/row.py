@@ -10,7 +10,8 @@ from typing import Any
 from diffship.core.errors import ConfigError
 from diffship.core.strict import choices, load, plain
 
-STATUSES = ("ok", "failed", "skipped", "unsupported")
+STATUSES = ("ok", "failed", "OOM", "missing", "skipped", "unsupported")
+KINDS = ("latency", "memory", "size", "quality", "load", "training")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Row:
     """`Row("parity", "sd15/unet", "max_abs", 4e-6, "", "ok")`: `value` is None where nothing was measured.
 
     `unit` is spelt out (`ms`, `bytes`, `dB`, `""` for a plain number); `environment` says where it was measured.
+    `status` is "OOM" where memory ran out and "missing" where what was to be measured is not installed; `reason` says
+    why a value is None. `low` and `high` are its spread over `n` measurements (docs/benchmarks.md says which spread);
+    `conditions` are what a table sorts by: model, runner, part, batch, size, steps.
     """
 
     suite: str
@@ -27,12 +31,20 @@ class Row:
     unit: str = ""
     status: str = field(default="ok", metadata=choices(*STATUSES))
     environment: dict[str, Any] = field(default_factory=dict)
+    kind: str = field(default="latency", metadata=choices(*KINDS))
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    reason: str = ""
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise ConfigError(f"row status {self.status!r} is not one of {', '.join(STATUSES)}")
-        if self.value is not None and not math.isfinite(self.value):
-            raise ConfigError(f"row {self.suite}/{self.subject}/{self.metric}: {self.value} is not finite")
+        for name, word, legal in (("status", self.status, STATUSES), ("kind", self.kind, KINDS)):
+            if word not in legal:
+                raise ConfigError(f"row {name} {word!r} is not one of {', '.join(legal)}")
+        for value in (self.value, self.low, self.high):
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"row {self.suite}/{self.subject}/{self.metric}: {value} is not finite")
 
     def to_json(self) -> dict[str, Any]:
         return dict(plain(self))

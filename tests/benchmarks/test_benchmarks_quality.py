@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffship.benchmarks.quality import bootstrap, frechet_distance, hits, nearest, retrieval
+from diffship.benchmarks.quality import frechet_distance, hits, nearest, retrieval
 
 
 def test_retrieval_counts_ranks() -> None:
@@ -41,11 +41,3 @@ def test_nearest_finds_the_copy() -> None:
     distances = nearest(pictures, training, chunk=1)
     assert distances[0] == pytest.approx(0, abs=1e-5)
     assert distances[1] == pytest.approx(0.1, rel=1e-4)
-
-
-def test_bootstrap_interval_covers_the_mean_and_narrows() -> None:
-    values = np.random.default_rng(3).normal(1.0, 1.0, size=400)
-    low, high = bootstrap(values)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert bootstrap(values) == (low, high)

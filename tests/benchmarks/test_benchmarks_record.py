@@ -1,62 +1,147 @@
-"""Results carry their command, their machine and a digest; processes are measured with their children."""
+"""Results carry their command, their machine and a digest; other schemas and edits by hand are refused."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from diffship.benchmarks.process import measure
-from diffship.benchmarks.record import environment, rows_digest, write_result
+from diffship.benchmarks import machine
+from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
+from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 
-RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+FORM = ROOT / "docs" / "schema" / "results" / "v2.json"
 
 
-def _row(value: float) -> Row:
-    return Row(suite="s", subject="x", metric="m", value=value, unit="s", status="ok", environment={})
+def a_row(**changes: Any) -> Row:
+    plain: dict[str, Any] = {"suite": "s", "subject": "x", "metric": "m", "value": 1.5, "unit": "s"}
+    return Row(**{**plain, **changes})
 
 
-def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
-    write_result(tmp_path / "deep" / "r.json", "s", "make it", [_row(1.5)])
-    content = json.loads((tmp_path / "deep" / "r.json").read_text(encoding="utf-8"))
-    assert content["command"] == "make it"
-    assert content["environment"]["cores"] >= 1
-    assert content["digest"] == rows_digest(content["rows"])
-    content["rows"][0]["value"] = 1.4
-    assert content["digest"] != rows_digest(content["rows"])
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "deep" / "r.json"
+    write_result(path, "s", "make it", [a_row(low=1.0, high=2.0, n=3, conditions={"model": "emoji"})], {"calls": 3})
+    return path
+
+
+def changed(file: Path, **changes: object) -> Path:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
+    found = read_result(file)
+    assert (found.suite, found.command, found.settings) == ("s", "make it", {"calls": 3})
+    (row,) = found.rows
+    assert (row.value, row.low, row.high, row.n) == (1.5, 1.0, 2.0, 3)
+    assert row.environment == found.environment and found.environment["cores"] >= 1
+    assert found.code == machine.code_digest()
+
+
+def test_an_edit_by_hand_is_refused_and_says_what_to_do(file: Path) -> None:
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows[0]["value"] = 1.4
+    with pytest.raises(ConfigError, match=r"edited by hand. Measure again: make it$"):
+        read_result(changed(file, rows=rows))
+
+
+@pytest.mark.parametrize("key", ["environment", "settings", "command", "code", "suite"])
+def test_what_a_reader_relies_on_is_signed(key: str, file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    edited = {**content[key], "cpu": "faster"} if isinstance(content[key], dict) else "other"
+    with pytest.raises(ConfigError, match="edited by hand"):
+        read_result(changed(file, **{key: edited}))
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (1, f"has schema 1, this version reads {SCHEMA}. Measure it again with this version: make it"),
+        (None, "has schema None"),
+        (SCHEMA + 1, "A newer diffship wrote it: pip install -U diffship"),
+    ],
+)
+def test_another_schema_is_refused_and_says_what_to_do(schema: object, message: str, file: Path) -> None:
+    with pytest.raises(ConfigError) as fault:
+        read_result(changed(file, schema=schema))
+    assert message in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "null"])
+def test_a_file_that_is_none_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as fault:
+        read_result(tmp_path / "r.json")
+    assert "r.json" in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_a_row_of_another_form_is_refused_even_with_a_right_digest(file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["rows"][0]["verdict"] = "best"
+    content["digest"] = content_digest(content)
+    with pytest.raises(ConfigError, match="unknown key 'verdict'"):
+        read_result(changed(file, **content))
 
 
 def test_the_environment_names_no_host_and_no_path() -> None:
-    text = json.dumps(environment())
+    found = machine.environment()
+    text = json.dumps(found)
     assert "/" not in text.replace("\\/", "")
-    assert set(environment()) >= {"cpu", "memory_gib", "python", "packages"}
+    assert set(found) >= {"cpu", "gpus", "driver", "memory_gib", "threads", "python", "packages", "commit"}
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
-def test_no_committed_result_was_edited_by_hand(file: Path) -> None:
+def test_threads_are_those_that_engines_will_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert machine.threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "nonsense")
+    assert machine.threads() >= 1
+
+
+def test_ceilings_are_rates_of_this_machine() -> None:
+    found = machine.ceilings(repeats=1)
+    assert found.keys() == {"matrix_product_flops", "copy_bytes_per_second"}
+    assert all(1e7 < value < 1e15 for value in found.values())
+
+
+def test_the_code_digest_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("core/a.py", "runtimes/b.py", "benchmarks/peers/c.py", "benchmarks/tables.py", "cli/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n", encoding="utf-8")
+    before = machine.code_digest(tmp_path)
+    for name, matters in (("core/a.py", True), ("benchmarks/peers/c.py", True), ("benchmarks/tables.py", False)):
+        (tmp_path / name).write_text("2\n", encoding="utf-8")
+        assert (machine.code_digest(tmp_path) != before) is matters
+        before = machine.code_digest(tmp_path)
+
+
+def test_the_documented_form_fits_what_is_written(file: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(FORM.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
     content = json.loads(file.read_text(encoding="utf-8"))
-    assert content["schema"] == 1
-    assert content["digest"] == rows_digest(content["rows"])
-    assert content["command"]
+    jsonschema.validate(content, schema)
+    content["rows"][0]["status"] = "fine"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, schema)
 
 
-def test_memory_of_children_counts() -> None:
-    child = "held = bytearray([1]) * 60_000_000; import time; time.sleep(0.5)"
-    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    measured = measure([sys.executable, "-c", program], timeout=30)
-    assert measured.code == 0
-    assert measured.peak_bytes > 60_000_000
-    assert measured.seconds > 0.5
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_are_of_this_schema_and_as_they_were_measured(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    assert read_result(path).command
+    content = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.validate(content, json.loads(FORM.read_text(encoding="utf-8")))
 
 
-def test_a_subject_that_hangs_is_killed_and_said_to_be() -> None:
-    measured = measure(
-        [sys.executable, "-c", "import time; print('{\"a\": 1}', flush=True); time.sleep(60)"], timeout=1
-    )
-    assert measured.code == 124
-    assert measured.document() == {"a": 1}
-    with pytest.raises(ValueError, match="no JSON line"):
-        measure([sys.executable, "-c", "print('nothing')"], timeout=30).document()
+def test_rows_say_which_statuses_and_kinds_there_are() -> None:
+    assert a_row(value=None, status="OOM", reason="killed").status == "OOM"
+    for change in ({"status": "fine"}, {"kind": "speed"}, {"low": float("nan")}):
+        with pytest.raises(ConfigError):
+            a_row(**change)

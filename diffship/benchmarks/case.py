@@ -1,0 +1,116 @@
+"""Case: one thing to measure. A suite is a list of cases; a results file is what they became."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.core.strict import bounds, choices
+
+IMAGE = "image"
+PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
+PRECISIONS = ("fp32", "fp16", "bf16")
+DEVICES = ("cpu", "cuda")
+PROMPT = "a red apple on a table"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure of which targets: every combination of target, runner, part, batch and number of steps.
+
+    engines: our runners (empty: the installed ones). against: peers by name. parts: part names and `image`, the whole
+    way from prompt to picture (empty: all). batches: images at once; with guidance a U-Net call has two rows per image.
+    size: pixels a side (0: the model's). calls: timed calls of a part per round; images: timed images per round.
+    """
+
+    targets: tuple[str, ...]
+    engines: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    parts: tuple[str, ...] = field(default=(), metadata=choices(*PART_NAMES, IMAGE))
+    batches: tuple[int, ...] = field(default=(1,), metadata=bounds(1, 64))
+    steps: tuple[int, ...] = field(default=(4,), metadata=bounds(*LIMITS.steps))
+    size: int = field(default=0, metadata=bounds(0, LIMITS.size_px[1]))
+    guidance: float = field(default=7.5, metadata=bounds(*LIMITS.guidance))
+    sampler: str = "euler"
+    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
+    device: str = field(default="cpu", metadata=choices(*DEVICES))
+    calls: int = field(default=5, metadata=bounds(1, 10_000))
+    images: int = field(default=1, metadata=bounds(1, 1000))
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("nothing to measure: name a bundle or a source")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a suite: a target in one runner (an engine of ours or a peer), one part, one batch.
+
+    `steps` is 0 for parts. Everything here stands in the row's conditions and in the key under which it is resumed.
+    """
+
+    target: str
+    runner: str
+    part: str
+    batch: int
+    steps: int
+    size: int
+    guidance: float
+    sampler: str
+    precision: str
+    device: str
+    calls: int
+
+    @property
+    def subject(self) -> str:
+        """`arch:sd15 / openvino / unet`, with what distinguishes it from its neighbours."""
+        extra = [f"{self.steps} steps"] * bool(self.steps) + [f"batch {self.batch}"] * (self.batch > 1)
+        return " / ".join([label(self.target), self.runner, self.part]) + "".join(f", {word}" for word in extra)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Equal for cases that differ in their runner only: those are compared."""
+        return tuple(value for name, value in asdict(self).items() if name != "runner")
+
+    def key(self, round_: int, context: Mapping[str, object]) -> str:
+        """What a finished measurement is found by: the case, the round, and the code and machine it depends on."""
+        text = json.dumps([asdict(self), round_, dict(context)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def conditions(self, weights: str) -> dict[str, Any]:
+        """The row's conditions; `weights` says whether they are random."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("target", "calls")}
+        return {"model": label(self.target), "weights": weights, **facts}
+
+
+def label(target: str) -> str:
+    """How results name a target: as it was given, but an absolute path by its last name alone."""
+    return Path(target).name if Path(target).is_absolute() else target
+
+
+def cases_of(bench: Bench, parts: Mapping[str, tuple[str, ...]], engines: Mapping[str, tuple[str, ...]]) -> list[Case]:
+    """Every case of a bench; `parts` and `engines` say what each target has, by target.
+
+    Cases that are compared stand next to each other, so that a round interleaves them.
+    """
+    cases = []
+    for target in bench.targets:
+        wanted = [name for name in (*PART_NAMES, IMAGE) if name in (bench.parts or (*parts[target], IMAGE))]
+        for part in wanted:
+            for batch in bench.batches:
+                for steps in bench.steps if part == IMAGE else (0,):
+                    runners = (*(bench.engines or engines[target]), *bench.against)
+                    cases += [_case(bench, target, runner, part, batch, steps) for runner in runners]
+    return cases
+
+
+def _case(bench: Bench, target: str, runner: str, part: str, batch: int, steps: int) -> Case:
+    calls = bench.images if part == IMAGE else bench.calls
+    shared = (bench.size, bench.guidance, bench.sampler, bench.precision, bench.device, calls)
+    return Case(target, runner, part, batch, steps, *shared)

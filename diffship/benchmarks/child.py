@@ -1,0 +1,76 @@
+"""Inside a measured process of ours: one part, or a whole image, in one of our engines.
+
+python -m diffship.benchmarks.child '{"case": {...}, "folder": ..., "bundle": ..., "feeds": ..., "prompt": ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffship.benchmarks.case import IMAGE, Case
+from diffship.benchmarks.clock import device_peak, report, timed
+from diffship.benchmarks.machine import ceilings
+from diffship.core.strict import load
+
+TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    if "ceilings" in order:
+        report(ceilings(order["ceilings"]))
+        return
+    case = load(Case, order["case"], "case")
+    figures = timed(lambda: loaded(case, order), case.calls)
+    peak = device_peak(case.device) if case.runner == "torch" else None
+    report({**figures, "device_peak": peak})
+
+
+def loaded(case: Case, order: Mapping[str, Any]) -> Callable[[], object]:
+    """Open the model in its engine and return what makes one call."""
+    model = _model(case, order)
+    if case.part == IMAGE:
+        return _image(model, case, order)
+    from safetensors.numpy import load_file
+
+    feeds = load_file(order["feeds"])
+    runner = model.use(case.part)
+    return lambda: runner.run(feeds)
+
+
+def _model(case: Case, order: Mapping[str, Any]) -> Any:
+    if case.runner == "torch":
+        from diffship.models.sources import open_source
+
+        return open_source(order["folder"]).model(case.device, TORCH_DTYPES[case.precision])
+    from diffship.core.bundle import Bundle
+    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.model import BundleModel
+
+    takes_device = "device" in engine_class(case.runner).__dataclass_fields__
+    options = {"device": case.device} if takes_device and case.device != "cpu" else {}
+    return BundleModel(Bundle.open(order["bundle"]), case.runner, **options)
+
+
+def _image(model: Any, case: Case, order: Mapping[str, Any]) -> Callable[[], object]:
+    from diffship.sampling.generate import Request, generate
+
+    size = (int(order["size"]), int(order["size"]))
+    request = Request(
+        order["prompt"],
+        steps=case.steps,
+        guidance=case.guidance,
+        size=size,
+        sampler=case.sampler,
+        images=case.batch,
+    )
+    for part in sorted(model.parts - {"vae_encoder"}):  # all that an image needs, so that loading is counted as such
+        model.use(part)
+    return lambda: generate(model, request)
+
+
+if __name__ == "__main__":
+    main()

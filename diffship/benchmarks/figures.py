@@ -1,0 +1,167 @@
+"""Outcomes of a session as Rows: percentiles, throughput, memory, sizes, shares of the ceiling, and paired ratios."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffship.benchmarks import bootstrap
+from diffship.benchmarks.case import IMAGE, Case
+from diffship.benchmarks.materials import Materials
+from diffship.benchmarks.peers.table import PEERS
+from diffship.benchmarks.session import Measurement, Outcome
+from diffship.core.row import Row
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_WORST = ("OOM", "failed", "unsupported", "missing")  # which status a case has whose rounds ended differently
+
+
+def rows_of(measurement: Measurement, suite: str) -> list[Row]:
+    """All rows of a measurement, in the order of its cases; ratios of compared cases follow at the end."""
+    rows = [
+        Row(suite, "this machine", name, value, "bytes/s" if "bytes" in name else "FLOP/s", kind="load")
+        for name, value in measurement.ceilings.items()
+    ]
+    for case, outcomes in measurement.outcomes.items():
+        rows += _case_rows(suite, case, outcomes, measurement)
+    return rows + _ratios(suite, measurement)
+
+
+def _case_rows(suite: str, case: Case, outcomes: Sequence[Outcome], measurement: Measurement) -> list[Row]:
+    materials = measurement.materials[case]
+    shared: dict[str, Any] = {"conditions": {**case.conditions(materials.weights), "size": materials.size}}
+    metric = _metric(case)
+    good = [outcome for outcome in outcomes if outcome.status == "ok"]
+    if not good:
+        status = next(status for status in _WORST if any(outcome.status == status for outcome in outcomes))
+        first = next(outcome for outcome in outcomes if outcome.status == status)
+        return [Row(suite, case.subject, f"{metric}_p50", None, "s", status, reason=first.reason, **shared)]
+    reason = "" if len(good) == len(outcomes) else f"{len(outcomes) - len(good)} of {len(outcomes)} rounds did not end"
+    found = [*_times(metric, case, good), *_memory(good), *_facts(case, good, materials, measurement.ceilings)]
+    return [Row(suite, case.subject, reason=reason, **{**shared, **entry}) for entry in found]
+
+
+def _metric(case: Case) -> str:
+    return "image_seconds" if case.part == IMAGE else "call_seconds"
+
+
+def _times(metric: str, case: Case, good: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Percentiles over the calls of all rounds, their spread over the rounds; medians of what happens once a round."""
+    every = [value for outcome in good for value in outcome.figures["seconds"]]
+    found = []
+    for name, share in QUANTILES.items():
+        by_round = [float(np.quantile(outcome.figures["seconds"], share)) for outcome in good]
+        value = float(np.quantile(every, share))
+        found.append(_entry(f"{metric}_{name}", value, "s", by_round, n=len(every)))
+    throughput = [case.batch / statistics.median(outcome.figures["seconds"]) for outcome in good]
+    unit = "images/s" if case.part == IMAGE else "calls/s"
+    found.append(_entry("throughput", statistics.median(throughput), unit, throughput))
+    for name, key in (("load_seconds", "load"), ("warm_up_seconds", "first"), ("cold_start_seconds", "cold")):
+        values = [float(outcome.figures[key]) for outcome in good]
+        found.append(_entry(name, statistics.median(values), "s", values))
+    return found
+
+
+def _memory(good: Sequence[Outcome]) -> list[dict[str, Any]]:
+    peaks = [float(outcome.peak_bytes) for outcome in good]
+    found = [_entry("peak_host_bytes", max(peaks), "bytes", peaks, kind="memory")]
+    device = [float(peak) for outcome in good if (peak := outcome.figures.get("device_peak")) is not None]
+    return [*found, _entry("peak_device_bytes", max(device), "bytes", device, kind="memory")] if device else found
+
+
+def _facts(
+    case: Case, good: Sequence[Outcome], materials: Materials, ceilings: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Sizes of the part, or of all parts for an image; where MACs are known, the rate that was achieved."""
+    chosen = [case.part] if case.part != IMAGE else [name for name in materials.parts if name != "vae_encoder"]
+    parts = [materials.parts[name] for name in chosen if name in materials.parts]
+    where = "folder" if case.runner == "torch" or case.runner in PEERS else "bundle"
+    found = [
+        _plain("parameters", _sum(part["parameters"] for part in parts), ""),
+        _plain("file_bytes", _sum(part["file_bytes"].get(where) for part in parts), "bytes"),
+    ]
+    for name in ("conv_linear_macs", "attention_macs"):
+        found.append(_plain(name, _macs(case, materials, name), "MAC"))
+    values = [entry["value"] for entry in found[-2:]]
+    if None not in values:
+        flops = 2 * sum(values) / statistics.median(v for outcome in good for v in outcome.figures["seconds"])
+        found.append({"metric": "flops", "value": flops, "unit": "FLOP/s"})
+        wide = "matrix_product_flops_fp16" if case.precision != "fp32" else "matrix_product_flops"
+        ceiling = ceilings.get(wide) or ceilings.get("matrix_product_flops")
+        if ceiling:
+            found.append({"metric": "share_of_ceiling", "value": flops / ceiling, "unit": ""})
+    return [entry for entry in found if entry["value"] is not None]
+
+
+def _macs(case: Case, materials: Materials, name: str) -> float | None:
+    """Of one call, or of a whole image: U-Net calls times steps, the decoder once, the text encoders per prompt."""
+    if case.part == IMAGE:
+        counts = {"unet": case.steps * materials.rows_per_image * case.batch, "vae_decoder": case.batch}
+        counts |= {part: materials.rows_per_image for part in ("text_encoder", "text_encoder_2")}
+    else:
+        counts = {case.part: case.batch * (materials.rows_per_image if case.part == "unet" else 1)}
+    used = {part: count for part, count in counts.items() if part in materials.parts}
+    return _sum(_times_or_none(materials.parts[part][name], count) for part, count in used.items())
+
+
+def _times_or_none(value: float | None, count: int) -> float | None:
+    return None if value is None else value * count
+
+
+def _sum(values: Any) -> float | None:
+    listed = list(values)
+    return None if not listed or None in listed else float(sum(listed))
+
+
+def _ratios(suite: str, measurement: Measurement) -> list[Row]:
+    """Every one of our engines against every other runner of the same case: time ratio over paired rounds."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in measurement.outcomes:
+        groups.setdefault(case.group, []).append(case)
+    rows = []
+    for cases in groups.values():
+        for ours in (case for case in cases if case.runner not in PEERS):
+            rows += [
+                row
+                for theirs in cases
+                if theirs is not ours and (row := _ratio(suite, ours, theirs, measurement)) is not None
+            ]
+    return rows
+
+
+def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Row | None:
+    pairs = zip(measurement.outcomes[ours], measurement.outcomes[theirs], strict=True)
+    medians = [
+        (statistics.median(a.figures["seconds"]), statistics.median(b.figures["seconds"]))
+        for a, b in pairs
+        if a.status == b.status == "ok"
+    ]
+    if not medians:
+        return None
+    found = bootstrap.ratio([a for a, _ in medians], [b for _, b in medians])
+    materials = measurement.materials[ours]
+    conditions = {**ours.conditions(materials.weights), "size": materials.size, "against": theirs.runner}
+    return Row(
+        suite,
+        f"{ours.subject} against {theirs.runner}",
+        f"{_metric(ours)}_ratio",
+        found.mean,
+        low=found.low,
+        high=found.high,
+        n=len(medians),
+        conditions=conditions,
+    )
+
+
+def _entry(
+    metric: str, value: float, unit: str, spread: Sequence[float], n: int | None = None, kind: str = "latency"
+) -> dict[str, Any]:
+    span = {"low": min(spread), "high": max(spread), "n": n or len(spread)}
+    return {"metric": metric, "value": value, "unit": unit, "kind": kind, **span}
+
+
+def _plain(metric: str, value: float | None, unit: str) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "unit": unit, "kind": "size"}

@@ -1,0 +1,151 @@
+"""The machine that measured: what its results must say of it, and the ceilings that its figures are held against."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
+# What a figure depends on: everything that computes or measures. Not the command line, tables or training.
+ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
+MEASURING = ("case", "child", "clock", "machine", "materials", "process", "peers")
+_SIDE = 2048
+_COPY_BYTES = 256 << 20
+
+
+def environment() -> dict[str, object]:
+    """Processor, GPU, memory, threads, system, versions and commit of this machine; no host name, no path."""
+    gpu = gpus()
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "threads": threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [entry["name"] for entry in gpu],
+        "gpu_memory_gib": [entry["memory_gib"] for entry in gpu],
+        "driver": gpu[0]["driver"] if gpu else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def hardware(env: Mapping[str, Any]) -> str:
+    """One name for the machine of an environment block: its GPU, or its processor with cores and memory."""
+    if env.get("gpus"):
+        return f"{env['gpus'][0]} ({env['gpu_memory_gib'][0]:g} GiB)"
+    return f"{env['cpu']}, {env['threads']} threads, {env['memory_gib']:g} GiB"
+
+
+def threads() -> int:
+    """Threads that engines will use: OMP_NUM_THREADS where it is set, else the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(asked), allowed) if asked.isdigit() and int(asked) else allowed
+
+
+@cache
+def gpus() -> tuple[dict[str, Any], ...]:
+    """Name, memory and driver of every NVIDIA GPU; empty where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    lines = (_output(query) or "").splitlines()
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return tuple(
+        {"name": name, "memory_gib": round(float(memory) / 1024, 1), "driver": driver}
+        for name, memory, driver in (row for row in cells if len(row) == 3)
+    )
+
+
+def code_digest(package: Path | None = None) -> str:
+    """sha256 over the sources that a figure depends on; equal digests mean equal measured code."""
+    root = package or Path(__file__).parents[1]
+    files = [file for room in ROOMS for file in _sources(root / room)]
+    files += [file for name in MEASURING for file in _sources(root / "benchmarks" / name)]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def ceilings(device: str = "cpu", repeats: int = 5) -> dict[str, float]:
+    """Best rates of this machine: a float32 matrix product (FLOP/s) and a copy in memory (bytes/s, read and written).
+
+    The product is torch's where torch is installed (its library is the one that engines come near), else numpy's.
+    On a GPU the product is in float16 as well.
+    """
+    found = {"matrix_product_flops": 2 * _SIDE**3 / _best(_product(device, "float32"), repeats)}
+    if device != "cpu":
+        found["matrix_product_flops_fp16"] = 2 * _SIDE**3 / _best(_product(device, "float16"), repeats)
+    source = np.ones(_COPY_BYTES // 8)
+    target = np.empty_like(source)
+    found["copy_bytes_per_second"] = 2 * source.nbytes / _best(lambda: np.copyto(target, source), repeats)
+    return found
+
+
+def _product(device: str, dtype: str) -> Callable[[], object]:
+    try:
+        import torch
+    except ImportError:
+        matrix = np.random.default_rng(0).standard_normal((_SIDE, _SIDE)).astype(dtype)
+        return lambda: matrix @ matrix
+    tensor = torch.randn(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
+
+    def once() -> object:
+        result = tensor @ tensor
+        return result if device == "cpu" else float(result[0, 0])  # reading an element waits for the device
+
+    return once
+
+
+def _best(call: Callable[[], object], repeats: int) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _sources(path: Path) -> list[Path]:
+    file = path.with_suffix(".py")
+    return [file] if file.is_file() else sorted(path.rglob("*.py"))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,133 @@
+"""Plots of results as PNG and SVG: latency against quality, memory bars, roofline. Readable in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffship.benchmarks.record import Results
+from diffship.benchmarks.tables import cases
+from diffship.core.errors import ConfigError, MissingExtra
+
+Figure = Any  # matplotlib's; the package is imported when a plot is drawn
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_SIZE = (8.0, 4.8)  # inches
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """The plots that the rows suffice for, as `SUITE-NAME.png` and `.svg` in `folder`.
+
+    Raises:
+        MissingExtra: matplotlib is not installed. ConfigError: there are rows for none of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in (("memory", memory_bars), ("roofline", roofline), ("quality", latency_quality)):
+        figure = draw(results)
+        if figure is not None:
+            written += save(figure, folder / f"{results.suite}-{name}", str(results.to_json()["digest"]))
+    if not written:
+        raise ConfigError(f"{results.suite} has no memory, rate or quality figures: nothing to plot")
+    return written
+
+
+def save(figure: Figure, stem: Path, digest: str) -> list[Path]:
+    """Write both files; the SVG names the results that it was drawn from, and equal results give equal bytes."""
+    library = _library()
+    library.rcParams["svg.hashsalt"] = "diffship"
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    figure.savefig(paths[0], dpi=120, metadata={"Software": None, "Description": digest})
+    figure.savefig(paths[1], metadata={"Date": None, "Description": digest})
+    return paths
+
+
+def memory_bars(results: Results) -> Figure | None:
+    """Peak memory per case, in GB; None where no row has one."""
+    bars = []
+    for metrics in cases(results.rows).values():
+        row = metrics.get("peak_device_bytes") or metrics.get("peak_host_bytes")
+        if row is not None and row.value is not None:
+            bars.append((row.subject, row.value / 1e9))
+    if not bars:
+        return None
+    figure, axes = _axes(height=1.2 + 0.35 * len(bars))
+    axes.barh([name for name, _ in bars], [value for _, value in bars], color="0.55", edgecolor="black")
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory, GB")
+    return _finished(figure, axes, results)
+
+
+def roofline(results: Results) -> Figure | None:
+    """Achieved FLOP/s over FLOP per byte of weights, under this machine's copy and matrix-product ceilings.
+
+    Williams et al. 2009; the intensity counts weights only, so points lie to the right of where activations put them.
+    """
+    machine = {row.metric: row.value for row in results.rows if row.subject == "this machine" and row.value}
+    points = [point for metrics in cases(results.rows).values() if (point := _point(metrics)) is not None]
+    if not points or not {"matrix_product_flops", "copy_bytes_per_second"} <= machine.keys():
+        return None
+    top, slope = machine["matrix_product_flops"], machine["copy_bytes_per_second"]
+    assert top is not None and slope is not None
+    figure, axes = _axes()
+    span = [min(x for _, x, _ in points) / 3, max(x for _, x, _ in points) * 3, top / slope]
+    line = sorted(span)
+    axes.loglog(line, [min(top, slope * x) for x in line], color="black", label="ceiling of this machine")
+    for index, (name, x, y) in enumerate(points):
+        axes.loglog([x], [y], MARKERS[index % len(MARKERS)], color=str(0.15 + 0.06 * (index % 10)), label=name)
+    axes.set_xlabel("FLOP per byte of weights")
+    axes.set_ylabel("FLOP/s")
+    axes.legend(fontsize=6)
+    return _finished(figure, axes, results)
+
+
+def latency_quality(results: Results) -> Figure | None:
+    """Quality over seconds per image, for subjects that have both; None where none has."""
+    pairs: dict[str, dict[str, float]] = {}
+    names = {row.metric for row in results.rows if row.kind == "quality" and row.value is not None}
+    for row in results.rows:
+        if row.value is not None and (row.kind == "quality" or row.metric == "image_seconds_p50"):
+            pairs.setdefault(row.subject, {})[row.metric] = row.value
+    chosen = sorted(names)[0] if names else ""
+    points = [(name, found) for name, found in pairs.items() if {chosen, "image_seconds_p50"} <= found.keys()]
+    if not points:
+        return None
+    figure, axes = _axes()
+    for index, (name, found) in enumerate(points):
+        axes.plot(found["image_seconds_p50"], found[chosen], MARKERS[index % len(MARKERS)], color="0.3", label=name)
+    axes.set_xlabel("seconds per image")
+    axes.set_ylabel(chosen.replace("_", " "))
+    axes.legend(fontsize=7)
+    return _finished(figure, axes, results)
+
+
+def _point(metrics: Any) -> tuple[str, float, float] | None:
+    wanted = [metrics.get(name) for name in ("flops", "conv_linear_macs", "attention_macs", "file_bytes")]
+    values = [row.value for row in wanted if row is not None and row.value]
+    if len(values) != len(wanted):
+        return None
+    flops, conv, attention, size = values
+    return wanted[0].subject, 2 * (conv + attention) / size, flops
+
+
+def _axes(height: float = _SIZE[1]) -> tuple[Figure, Any]:
+    _library()
+    from matplotlib.figure import Figure as Drawn
+
+    figure = Drawn(figsize=(_SIZE[0], height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finished(figure: Figure, axes: Any, results: Results) -> Figure:
+    labels: Sequence[str] = (results.hardware, str(results.settings.get("title", results.suite)))
+    axes.set_title("\n".join(labels), fontsize=8)
+    axes.grid(True, which="both", alpha=0.3)
+    return figure
+
+
+def _library() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise MissingExtra("matplotlib", "plots") from None
+    return matplotlib

@@ -1,0 +1,139 @@
+"""Write the tables and figures of README and docs from `benchmarks/results/*.json` alone: `make tables`.
+
+    python -m diffship.benchmarks.publish [--root DIR] [--check] [--fresh] [--plots]
+
+A page holds markers, and what stands between them is written here:
+
+    <!-- table: cpu-edge parts -->     parts | ratios | figures of results/cpu-edge.json, or koala | lcm of all files
+    <!-- end table -->
+    <!-- figure: cold-start / emoji, 4 steps / cold_start_seconds_median -->2.1 s<!-- end figure -->
+
+`--check` writes nothing and says which page is not what the files give; `--fresh` names results whose code has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from diffship.benchmarks.hardware import koala_form, lcm_form
+from diffship.benchmarks.machine import code_digest
+from diffship.benchmarks.plots import draw_all
+from diffship.benchmarks.record import Results, read_result
+from diffship.benchmarks.tables import Table, figures_table, parts_table, ratios_table, value
+from diffship.core.atomic import write_file
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.strict import unknown
+
+RESULTS = Path("benchmarks") / "results"
+IMAGES = Path("docs") / "images"
+PAGES = ("README.md", "docs/*.md", "docs/reproduce/*.md")
+_TABLE = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+_FIGURE = re.compile(r"(<!-- figure: ([^\n]*?) -->)(.*?)(<!-- end figure -->)", re.DOTALL)
+_STRAY = re.compile(r"<!-- (?:end )?(?:table|figure)\b")
+FORMS: dict[str, Callable[[Results], Table]] = {
+    "parts": parts_table,
+    "ratios": ratios_table,
+    "figures": figures_table,
+}
+MERGED: dict[str, Callable[[Sequence[Results]], Table]] = {"koala": koala_form, "lcm": lcm_form}
+
+
+def read_all(root: Path) -> dict[str, Results]:
+    """Every results file by its stem. Raises ConfigError for one that was edited by hand or has another schema."""
+    return {file.stem: read_result(file) for file in sorted((root / RESULTS).glob("*.json"))}
+
+
+def rendered(text: str, results: Mapping[str, Results], where: str) -> str:
+    """The page with everything between markers written anew.
+
+    Raises:
+        ConfigError: a marker that names no results, row or form, or that is not closed.
+    """
+    page = _TABLE.sub(lambda match: f"{match[1]}\n{_table(match[2], results, where)}\n\n{match[4]}", text)
+    page = _FIGURE.sub(lambda match: f"{match[1]}{_figure(match[2], results, where)}{match[4]}", page)
+    left = _STRAY.search(_FIGURE.sub("", _TABLE.sub("", page)))
+    if left:
+        raise ConfigError(f"{where}: a marker is not closed: {page[left.start() :][:80]!r}")
+    return page
+
+
+def publish(root: Path, check: bool = False) -> list[str]:
+    """Write every page; the names of those that were not what the files give."""
+    results = read_all(root)
+    changed = []
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text, results, page.relative_to(root).as_posix())
+        if new != text:
+            changed.append(page.relative_to(root).as_posix())
+            if not check:
+                write_file(page, new)
+    return changed
+
+
+def pages(root: Path) -> list[Path]:
+    return sorted({page for pattern in PAGES for page in root.glob(pattern)})
+
+
+def stale(root: Path) -> list[str]:
+    """Results that were measured with other code than this: true then, to be measured again before a release."""
+    now = code_digest()
+    return [name for name, found in read_all(root).items() if found.code != now]
+
+
+def _table(words: str, results: Mapping[str, Results], where: str) -> str:
+    name, _, form = words.rpartition(" ")
+    if words in MERGED:
+        return MERGED[words](list(results.values())).markdown()
+    if form not in FORMS:
+        raise ConfigError(f"{where}: {unknown('form of a table', form, (*FORMS, *MERGED))}")
+    if name not in results:
+        return f"Not measured yet: `diffship bench --suite {name} -o {(RESULTS / name).as_posix()}.json`"
+    return FORMS[form](results[name]).markdown()
+
+
+def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
+    name, _, rest = words.partition(" / ")
+    subject, _, metric = rest.rpartition(" / ")  # a subject may hold the separator itself
+    if name not in results:
+        raise ConfigError(f"{where}: the figure {words!r} has no JSON; there is no {(RESULTS / name).as_posix()}.json")
+    rows = {(row.subject, row.metric): row for row in results[name].rows}
+    if (subject, metric) not in rows:
+        raise ConfigError(f"{where}: {name}.json has no {metric!r} of {subject!r}")
+    return value(rows[subject, metric])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("."))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
+    parser.add_argument("--fresh", action="store_true", help="exit 1 where results were measured with other code")
+    parser.add_argument("--plots", action="store_true", help="draw the plots too (pip install 'diffship[plots]')")
+    arguments = parser.parse_args(argv)
+    try:
+        return _main(arguments)
+    except DiffshipError as fault:
+        print(f"publish: {fault}", file=sys.stderr)
+        return fault.exit_code
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    changed = publish(arguments.root, arguments.check)
+    for page in changed:
+        print(f"{page}: {'is not what the results give; run make tables' if arguments.check else 'written'}")
+    if arguments.plots:
+        for results in read_all(arguments.root).values():
+            if any(row.kind == "memory" for row in results.rows):
+                print(*draw_all(results, arguments.root / IMAGES), sep="\n")
+    old = stale(arguments.root) if arguments.fresh else []
+    for name in old:
+        print(f"{name}.json: measured with other code than this; measure it again before a release")
+    return 1 if old or (changed and arguments.check) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""Measure cases in rounds, one process each, and remember every one that finished, so that an interrupt loses one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of
+from diffship.benchmarks.clock import told
+from diffship.benchmarks.machine import code_digest, environment, threads
+from diffship.benchmarks.materials import Materials, Order, read_materials, slug
+from diffship.benchmarks.peers.environments import isolated_path, peer_python
+from diffship.benchmarks.peers.table import PEERS
+from diffship.benchmarks.process import Measured, measure
+from diffship.core.errors import DiffshipError, PeerError, UnsupportedError
+from diffship.core.job import Job
+from diffship.core.strict import load
+
+Progress = Callable[[str, int, int], None]
+CEILINGS = "ceilings"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case in one round: the child's figures, or why there are none."""
+
+    status: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; `work` keeps materials and the journal, `root` is where peers' environments lie."""
+
+    work: Path
+    root: Path
+    rounds: int = 3
+    timeout: float = 3600
+    memory_limit: int | None = None
+    resume: bool = False
+    install: bool = True
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All rounds of all cases, by case, with what the cases were measured on."""
+
+    outcomes: dict[Case, list[Outcome]]
+    materials: dict[Case, Materials]
+    ceilings: dict[str, float]
+
+
+class Journal:
+    """One JSON line per finished measurement, by key; a line that an interrupt cut short is not read."""
+
+    def __init__(self, file: Path, resume: bool) -> None:
+        self._file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            file.unlink(missing_ok=True)
+        self._known = dict(self._read()) if resume else {}
+
+    def get(self, key: str) -> Outcome | None:
+        return self._known.get(key)
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        self._known[key] = outcome
+        with open(self._file, "a", encoding="utf-8") as stream:
+            stream.write("\n" + json.dumps({"key": key, **asdict(outcome)}))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _read(self) -> list[tuple[str, Outcome]]:
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        found = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                found.append((str(entry.pop("key")), load(Outcome, entry, "journal")))
+            except (ValueError, KeyError, AttributeError, DiffshipError):
+                continue
+        return found
+
+
+class Session:
+    """Measures benches under one set of settings."""
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        self._settings = settings
+        self._progress = progress or (lambda label, done, total: None)
+        self._journal = Journal(settings.work / "journal.jsonl", settings.resume)
+        machine = {key: value for key, value in environment().items() if key != "commit"}
+        self._context = {"code": code_digest(), "machine": machine, "limit": settings.memory_limit}
+        self._pythons: dict[str, Path | Outcome] = {}
+        self._exported: dict[tuple[str, str], Path | Outcome] = {}
+
+    def measure(self, benches: Sequence[Bench]) -> Measurement:
+        """Every case of every bench, `rounds` times; within a round they follow each other, compared ones adjacent."""
+        materials: dict[Case, Materials] = {}
+        for bench in benches:
+            made = {target: self._materials(bench, target) for target in bench.targets}
+            parts = {target: tuple(found.parts) for target, found in made.items()}
+            engines = {target: _engines(found) for target, found in made.items()}
+            materials |= {case: made[case.target] for case in cases_of(bench, parts, engines)}
+        cases = list(materials)
+        outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
+        ceilings: list[dict[str, float]] = []
+        done, total = 0, len(cases) * self._settings.rounds
+        for turn in range(self._settings.rounds):
+            ceilings.append(self._ceilings(turn, "cuda" if any(case.device == "cuda" for case in cases) else "cpu"))
+            for case in cases:
+                self._progress(f"round {turn + 1}: {case.subject}", done, total)
+                outcomes[case].append(self._case(case, turn, materials[case]))
+                done += 1
+        self._progress("measured", done, total)
+        best = {key: max(found[key] for found in ceilings if key in found) for found in ceilings for key in found}
+        return Measurement(outcomes, materials, best)
+
+    def _materials(self, bench: Bench, target: str) -> Materials:
+        """Raises what the preparing process says, before anything is measured."""
+        wanted = not bench.engines or any(name not in ("torch", *PEERS) for name in bench.engines)
+        parts = tuple(name for name in bench.parts if name != IMAGE)
+        order = Order(
+            target=target,
+            work=str(self._settings.work),
+            size=bench.size,
+            guidance=bench.guidance,
+            precision=bench.precision,
+            batches=bench.batches,
+            parts=parts,
+            bundle=wanted,
+        )
+        self._progress(f"prepare {target}", 0, 1)
+        text = json.dumps(asdict(order))
+        done = measure([sys.executable, "-m", "diffship.benchmarks.materials", text], self._settings.timeout, told())
+        try:
+            document = done.document()
+        except ValueError:
+            document = {"error": f"{target} cannot be prepared: {done.reason}"}
+        found = read_materials(document)
+        self._progress(f"prepare {target}", 1, 1)
+        return found
+
+    def _ceilings(self, turn: int, device: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "diffship.benchmarks.child", json.dumps({CEILINGS: device})]
+        done = measure(command, self._settings.timeout, told())
+        return {name: float(str(value)) for name, value in done.document().items()} if done.code == 0 else {}
+
+    def _case(self, case: Case, turn: int, materials: Materials) -> Outcome:
+        key = case.key(turn, self._context)
+        known = self._journal.get(key)
+        if known is not None:
+            return known
+        try:
+            command, env = self._command(case, materials)
+        except PeerError as fault:
+            return Outcome("missing", reason=str(fault))  # not kept: it may be there the next time
+        except DiffshipError as fault:
+            return Outcome("unsupported", reason=str(fault))
+        outcome = _outcome(measure(command, self._settings.timeout, {**told(), **env}, self._settings.memory_limit))
+        self._journal.put(key, outcome)
+        return outcome
+
+    def _command(self, case: Case, materials: Materials) -> tuple[list[str], dict[str, str]]:
+        """The child's command line. Raises PeerError or UnsupportedError where this case cannot be run at all."""
+        order: dict[str, Any] = {
+            "case": asdict(case),
+            "folder": materials.folder,
+            "bundle": materials.bundle,
+            "feeds": materials.feeds.get(case.part, {}).get(str(case.batch)),
+            "size": materials.size,
+            "prompt": PROMPT,
+            "threads": threads(),
+        }
+        if case.part != IMAGE and order["feeds"] is None:
+            raise UnsupportedError(f"{case.target} has no part {case.part}")
+        if case.runner not in PEERS:
+            _require_engine(case, materials)
+            return [sys.executable, "-m", "diffship.benchmarks.child", json.dumps(order)], {}
+        peer = PEERS[case.runner]
+        python = self._python(case.runner)
+        if materials.folder is None:
+            raise UnsupportedError(
+                f"{case.runner} needs the source's weights; {case.target} is a bundle: bench the source"
+            )
+        if case.part != IMAGE and not peer.parts:
+            raise UnsupportedError(f"{case.runner} has no calls for single parts; it draws whole images")
+        if peer.cli:
+            order["exported"] = str(self._export(case, materials.folder, python))
+        path = {"PYTHONPATH": str(isolated_path(self._settings.work / "peer-path"))}
+        return [str(python), "-m", peer.child, json.dumps(order)], path if peer.then else {}
+
+    def _python(self, name: str) -> Path:
+        """Found or made once; a failure is kept, so that it is not tried for every case."""
+        if name not in self._pythons:
+            self._progress(f"environment of {name}", 0, 1)
+            try:
+                self._pythons[name] = peer_python(name, self._settings.root, self._settings.install)
+            except PeerError as fault:
+                self._pythons[name] = Outcome("missing", reason=str(fault))
+            self._progress(f"environment of {name}", 1, 1)
+        return _or_raise(self._pythons[name], PeerError)
+
+    def _export(self, case: Case, folder: str, python: Path) -> Path:
+        """What the peer's own exporter makes of the folder, kept in the work folder."""
+        key = (case.target, case.runner)
+        if key not in self._exported:
+            if case.precision != "fp32":
+                raise UnsupportedError(f"{case.runner} is exported in fp32 here; {case.precision} was asked for")
+            self._exported[key] = self._exported_now(case, folder, python)
+        return _or_raise(self._exported[key], UnsupportedError)
+
+    def _exported_now(self, case: Case, folder: str, python: Path) -> Path | Outcome:
+        def make(out: Path) -> None:
+            words = [word.format(folder=folder, out=out) for word in PEERS[case.runner].cli]
+            command = [str(python.parent / "optimum-cli"), *words]
+            self._progress(f"{case.runner} exports {case.target}", 0, 1)
+            done = measure(command, self._settings.timeout, told(), self._settings.memory_limit)
+            self._progress(f"{case.runner} exports {case.target}", 1, 1)
+            if done.code:
+                raise UnsupportedError(f"its export of {case.target} is {done.status}: {done.reason}")
+
+        try:
+            name = f"{case.runner}-{Path(folder).name}"
+            return Job(self._settings.work / slug(case.target)).once(name, make)
+        except UnsupportedError as fault:
+            return Outcome("unsupported", reason=str(fault))
+
+
+def _engines(materials: Materials) -> tuple[str, ...]:
+    """Our installed runners that can run the target."""
+    from diffship.core.registry import RUNNERS
+    from diffship.runtimes.engine import engine_class
+
+    able = [name for name in RUNNERS if _runs(name, materials) and engine_class(name).probe().available]
+    return tuple(able)
+
+
+def _runs(engine: str, materials: Materials) -> bool:
+    from diffship.runtimes.engine import engine_class
+
+    return materials.folder is not None if engine == "torch" else materials.kind in engine_class(engine).targets
+
+
+def _require_engine(case: Case, materials: Materials) -> None:
+    from diffship.runtimes.engine import engine_class
+
+    probe = engine_class(case.runner).probe()
+    if not probe.available:
+        raise PeerError(f"{probe.reason}. Run: {probe.install}")
+    if not _runs(case.runner, materials):
+        raise UnsupportedError(f"engine {case.runner} does not run {case.target}, which is {materials.kind}")
+
+
+def _or_raise(found: Path | Outcome, error: type[DiffshipError]) -> Path:
+    if isinstance(found, Outcome):
+        raise error(found.reason)
+    return found
+
+
+def _outcome(measured: Measured) -> Outcome:
+    try:
+        figures = measured.document() if measured.code == 0 else {}
+    except ValueError:
+        measured = replace(measured, code=1)
+        figures = {}
+    return Outcome(measured.status, measured.seconds, measured.peak_bytes, figures, measured.reason)

@@ -1,0 +1,85 @@
+"""Suites: strict TOML under benchmarks/suites/, one command each.
+
+`schema = 1`, `title = ...`, `rounds = 3`, then `[[bench]]` tables (fields of Bench) and `[[export]]` tables.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffship.benchmarks.case import PRECISIONS, Bench
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.core.strict import bounds, choices, load, unknown
+
+SCHEMA = 1
+FOLDER = Path("benchmarks") / "suites"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}\Z")
+
+
+@dataclass(frozen=True)
+class ExportBench:
+    """Whole exports of a source, proof included: ours with and without the proof, and `against` (optimum)."""
+
+    source: str
+    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
+    against: tuple[str, ...] = field(default=(), metadata=choices("optimum"))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite file says."""
+
+    name: str
+    title: str
+    rounds: int
+    benches: tuple[Bench, ...]
+    exports: tuple[ExportBench, ...]
+
+
+@dataclass(frozen=True)
+class _File:
+    title: str
+    schema: int = field(metadata=bounds(SCHEMA, SCHEMA))
+    rounds: int = field(default=3, metadata=bounds(1, 100))
+    bench: tuple[Bench, ...] = ()
+    export: tuple[ExportBench, ...] = ()
+
+
+def read_suite(name: str, folder: Path = FOLDER) -> Suite:
+    """The suite called `name` in `folder`, or a path to a `.toml` file.
+
+    Raises:
+        ConfigError: there is none of that name (the nearest is named), it is not TOML, or a key or value is not legal.
+    """
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not name.endswith(".toml") and (not _NAME.match(name) or not path.is_file()):
+        raise ConfigError(
+            f"{unknown('suite', name, sorted(file.stem for file in folder.glob('*.toml')))} (in {folder})"
+        )
+    return parse_suite(_table(path), path.stem, str(path))
+
+
+def parse_suite(table: Mapping[str, Any], name: str, where: str = "suite") -> Suite:
+    file = load(_File, dict(table), where)
+    if not file.bench and not file.export:
+        raise ConfigError(f"{where}: nothing to measure; it needs [[bench]] or [[export]]")
+    return Suite(name, file.title, file.rounds, file.bench, file.export)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(LIMITS.recipe_bytes + 1)
+        if len(raw) > LIMITS.recipe_bytes:
+            raise ConfigError(f"{path}: a suite takes at most {LIMITS.recipe_bytes} bytes")
+        return tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None

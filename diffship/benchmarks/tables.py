@@ -1,0 +1,181 @@
+"""Results as tables: one line per case, in text, Markdown and CSV. Nothing here measures or rounds a stored value."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffship.benchmarks import bootstrap
+from diffship.benchmarks.record import Results
+from diffship.core.row import Row
+
+KEYS = ("model", "runner", "part", "batch", "steps", "size", "precision", "device")
+DASH = "-"
+COLUMNS = ("p50", "rounds", "p90", "p99", "throughput", "load", "warm-up", "cold start", "peak memory", "file")
+HEAD = ("model", "part", "runner", *COLUMNS, "GFLOP/s", "of ceiling")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A head and rows of text cells; `notes` stand below it."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        lines = [_line(self.head), _line("---" for _ in self.head), *(_line(row) for row in self.rows)]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+    def text(self) -> str:
+        widths = [max(len(row[i]) for row in (self.head, *self.rows)) for i in range(len(self.head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (self.head, *self.rows)
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def csv_text(results: Sequence[Results]) -> str:
+    """Every row of every file with all its digits: what a spreadsheet reads."""
+    names = ("hardware", "suite", "subject", "kind", "metric", "value", "unit", "status", "low", "high", "n", "reason")
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow((*names, *KEYS, "weights"))
+    for found in results:
+        for row in found.rows:
+            plain = [getattr(row, name) for name in names[1:]]
+            conditions = [row.conditions.get(name) for name in (*KEYS, "weights")]
+            writer.writerow(["" if cell is None else cell for cell in (found.hardware, *plain, *conditions)])
+    return stream.getvalue()
+
+
+def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """conditions -> metric -> row, in the order of the file; ratios and the machine's own rows are left out."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.conditions and "against" not in row.conditions:
+            found.setdefault(tuple(row.conditions.get(key) for key in KEYS), {})[row.metric] = row
+    return found
+
+
+def parts_table(results: Results) -> Table:
+    """One line per case: the times of a call (or image), memory, size, and what share of the ceiling it reached."""
+    rows = tuple(_case_line(key, metrics) for key, metrics in cases(results.rows).items())
+    return Table(HEAD, rows, tuple(_notes(results)))
+
+
+def ratios_table(results: Results) -> Table:
+    """Our engines against everything else of the same case, with the interval and what may be said."""
+    rows = []
+    for row in results.rows:
+        if "against" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
+            interval = bootstrap.Interval(row.value, row.low, row.high, row.n or 0, 1)
+            said = {"better": "faster", "worse": "slower"}.get(bootstrap.ratio_verdict(interval))
+            span = f"{row.low:.3f} to {row.high:.3f}"
+            part = _part(row.conditions)
+            names = (str(row.conditions["model"]), part, str(row.conditions["runner"]), str(row.conditions["against"]))
+            rows.append((*names, f"{row.value:.3f}", span, str(row.n), said or bootstrap.NO_DIFFERENCE))
+    head = ("model", "part", "ours", "against", "time ratio", "95 % interval", "rounds", "verdict")
+    return Table(head, tuple(rows), (f"Measured on {results.hardware}.",))
+
+
+def figures_table(results: Results) -> Table:
+    """Any other suite: every row with its spread."""
+    rows = tuple(
+        (row.subject, row.metric.replace("_", " "), value(row), _span(row), status(row)) for row in results.rows
+    )
+    return Table(("subject", "figure", "value", "spread", "status"), rows, tuple(_notes(results)))
+
+
+def value(row: Row | None) -> str:
+    """A row's value with its unit, in three digits; its status where it has none."""
+    if row is None:
+        return DASH
+    return row.status if row.value is None else figure(row.value, row.unit)
+
+
+def figure(number: float, unit: str) -> str:
+    """`1.23 s`, `45.6 ms`, `3.21 GB`, `12.3 GFLOP/s`: decimal prefixes, three digits."""
+    if unit == "s":
+        scaled = ((1, "s"), (1e-3, "ms")) if number >= 1 else ((1e-3, "ms"), (1e-6, "us"))
+        scale, name = scaled[0] if number >= scaled[0][0] or number == 0 else scaled[1]
+        return f"{digits(number / scale)} {name}"
+    if unit.startswith(("bytes", "FLOP", "MAC")):
+        word = unit.replace("bytes", "B")
+        for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if number >= scale:
+                return f"{digits(number / scale)} {prefix}{word}"
+        return f"{digits(number)} {word}"
+    return f"{digits(number)} {unit}".strip()
+
+
+def digits(number: float) -> str:
+    """Three digits, never in exponents."""
+    if number == 0 or not math.isfinite(number):
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(number))))
+    return f"{number:.{min(places, 6)}f}"
+
+
+def status(row: Row) -> str:
+    return row.status if not row.reason else f"{row.status}: {row.reason}"
+
+
+def labelled(conditions: Mapping[str, Any]) -> str:
+    """The model's name; "random weights" where it has no others, so that no one reads quality into it."""
+    weights = str(conditions.get("weights", ""))
+    return f"{conditions['model']} ({weights})" if weights.startswith("random") else str(conditions["model"])
+
+
+def _case_line(key: tuple[Any, ...], metrics: Mapping[str, Row]) -> tuple[str, ...]:
+    first = next(iter(metrics.values()))
+    stem = "image_seconds" if first.conditions["part"] == "image" else "call_seconds"
+    if first.conditions["part"] == "export":
+        stem = "export_seconds"
+    median = metrics.get(f"{stem}_p50") or metrics.get(stem)
+    names = (labelled(first.conditions), _part(first.conditions), str(first.conditions["runner"]))
+    if median is None or median.value is None:
+        said = value(median) if median else DASH
+        return (*names, said, *[DASH] * (len(HEAD) - 4))
+    wanted = (f"{stem}_p90", f"{stem}_p99", "throughput", "load_seconds", "warm_up_seconds", "cold_start_seconds")
+    cells = [value(metrics.get(name)) for name in wanted]
+    memory = metrics.get("peak_device_bytes") or metrics.get("peak_host_bytes")
+    flops, share = metrics.get("flops"), metrics.get("share_of_ceiling")
+    rate = DASH if flops is None or flops.value is None else digits(flops.value / 1e9)
+    of = DASH if share is None or share.value is None else f"{share.value:.0%}"
+    return (*names, value(median), _span(median), *cells, value(memory), value(metrics.get("file_bytes")), rate, of)
+
+
+def _part(conditions: Mapping[str, Any]) -> str:
+    words = [str(conditions.get("part", ""))]
+    if conditions.get("steps"):
+        words.append(f"{conditions['steps']} steps")
+    if conditions.get("batch", 1) != 1:
+        words.append(f"batch {conditions['batch']}")
+    if conditions.get("size"):
+        words.append(f"{conditions['size']} px")
+    return ", ".join(words)
+
+
+def _span(row: Row) -> str:
+    if row.low is None or row.high is None:
+        return DASH
+    return f"{figure(row.low, row.unit)} to {figure(row.high, row.unit)}"
+
+
+def _notes(results: Results) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results.environment.get("packages", {}).items())
+    ceilings = [row for row in results.rows if row.subject == "this machine" and row.metric.startswith("matrix")]
+    notes = [f"Measured on {results.hardware}; {versions}; commit {results.environment.get('commit')}."]
+    notes += [f"Ceiling: {value(row)}, the best float32 matrix product of this machine." for row in ceilings[:1]]
+    whys = {f"{row.subject}: {row.status}, {row.reason}" for row in results.rows if row.value is None and row.reason}
+    return [*notes, *sorted(whys), f"Command: `{results.command}`"]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

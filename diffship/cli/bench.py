@@ -1,0 +1,210 @@
+"""bench: measure bundles and sources, in our engines and in other toolchains, as rows that say where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffship.cli.flags import names
+from diffship.cli.output import Result
+from diffship.cli.progress import Stages
+from diffship.core.errors import ConfigError
+from diffship.core.registry import RUNNERS
+from diffship.core.strict import load, unknown
+
+if TYPE_CHECKING:
+    from diffship.benchmarks.record import Results
+    from diffship.benchmarks.suite import Suite
+    from diffship.benchmarks.tables import Table
+
+PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
+SHAPES = ("engines", "against", "parts", "batches", "steps", "size", "guidance", "sampler", "precision", "device")
+BENCH_FIELDS = (*SHAPES, "calls", "images")
+EXAMPLES = """examples:
+  diffship bench out/emoji --parts unet,image --steps 4 --rounds 1
+  diffship bench emoji --against diffusers,optimum-intel --json out/emoji.json
+  diffship bench --suite cpu-edge -o benchmarks/results/cpu-edge.json --resume
+  diffship bench --merge benchmarks/results/*.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", metavar="TARGET", nargs="*", default=[], help="bundles or sources")
+    parser.add_argument("--suite", metavar="NAME", help="what benchmarks/suites/NAME.toml (or a .toml file) says")
+    parser.add_argument("--merge", metavar="FILE", type=Path, nargs="+", help="join results of several machines")
+    _add_shapes(parser.add_argument_group("what is measured"))
+    how = parser.add_argument_group("how")
+    how.add_argument("--rounds", metavar="N", type=int, help="times that all rows are measured, interleaved (3)")
+    how.add_argument("--resume", action="store_true", help="keep what an interrupted run of the same code measured")
+    how.add_argument("--memory-limit", metavar="BYTES", type=byte_count, help="per row, such as 4GB; above it is OOM")
+    how.add_argument("--timeout", metavar="S", type=float, default=3600, help="per row, in seconds (3600)")
+    how.add_argument("--work", metavar="DIR", type=Path, default=Path("out/bench"), help="keeps exports (out/bench)")
+    how.add_argument("--no-install", action="store_true", help="make no environments for peers; missing ones are rows")
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", metavar="FILE.json", nargs="?", const="", type=json_name, help="as -o; alone: on stdout")
+    out.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the results file")
+    out.add_argument("--csv", metavar="FILE", type=Path, help="every row, for a spreadsheet")
+    out.add_argument("--markdown", metavar="FILE", type=Path, help="the tables")
+    out.add_argument("--plots", metavar="DIR", type=Path, help="memory bars, roofline, latency against quality")
+
+
+def _add_shapes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--engines", metavar="A,B", type=names, help=f"ours: {', '.join(RUNNERS)} (the installed ones)")
+    group.add_argument("--against", metavar="A,B", type=names, help=f"other people's: {', '.join(PEER_NAMES)}")
+    group.add_argument("--parts", metavar="A,B", type=names, help="part names and image (all)")
+    group.add_argument("--batches", metavar="N,M", type=numbers, help="images at once (1)")
+    group.add_argument("--steps", metavar="N,M", type=numbers, help="denoising steps of images (4)")
+    group.add_argument("--size", metavar="N", type=int, help="pixels a side (the model's)")
+    group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (7.5)")
+    group.add_argument("--sampler", choices=("ddim", "euler", "lcm"), help="the same for everyone (euler)")
+    group.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the weights (fp32)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="where it is computed (cpu)")
+    group.add_argument("--calls", metavar="N", type=int, help="timed calls of a part per round (5)")
+    group.add_argument("--images", metavar="N", type=int, help="timed images per round (1)")
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """All flags are known without loading an engine."""
+
+
+def run(options: argparse.Namespace) -> Result:
+    from diffship.benchmarks.record import read_result, save
+
+    file = _output(options)
+    if options.merge:
+        return _merge(options, [read_result(path) for path in options.merge])
+    suite = _suite(options)
+    results = _measured(options, suite)
+    if file:
+        save(file, results)
+    _side_files(options, [results], _tables(results))
+    text = "\n\n".join(table.text() for table in _tables(results) if table.rows)
+    failed = [row for row in results.rows if row.status == "failed"]
+    return Result({"results": results.to_json()}, text, 1 if failed else 0)
+
+
+def byte_count(text: str) -> int:
+    """`4GB`, `512MiB`, `1000000`."""
+    found = _BYTES.match(text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** "_kmg".index(found[2] or "_")) if found else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 4GB or 512MiB")
+    return size
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`4,25` as whole numbers."""
+    try:
+        return tuple(int(word) for word in names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, such as 4,25") from None
+
+
+def json_name(text: str) -> Path:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end with .json; for JSON on stdout put --json last")
+    return Path(text)
+
+
+def prints_json(words: Sequence[str]) -> bool:
+    """Whether `--json` among these words is the one without a file."""
+    at = words.index("--json") if "--json" in words else -1
+    return at >= 0 and not (at + 1 < len(words) and words[at + 1].endswith(".json"))
+
+
+def _output(options: argparse.Namespace) -> Path | None:
+    named = [path for path in (options.output, options.json or None) if path is not None]
+    if len(named) > 1:
+        raise ConfigError("-o and --json FILE name the same thing; give one of them")
+    if named and options.merge:
+        raise ConfigError("--merge measures nothing; use --markdown or --csv to keep its tables")
+    return named[0] if named else None
+
+
+def _suite(options: argparse.Namespace) -> Suite:
+    from diffship.benchmarks.case import Bench
+    from diffship.benchmarks.suite import Suite, read_suite
+
+    given = {name: value for name in BENCH_FIELDS if (value := getattr(options, name)) is not None}
+    if options.suite:
+        if options.targets or given:
+            stray = options.targets[0] if options.targets else f"--{next(iter(given))}"
+            raise ConfigError(f"--suite says what is measured; leave {stray} out")
+        return read_suite(options.suite)
+    for kind, legal, found in (("engine", RUNNERS, options.engines), ("peer", PEER_NAMES, options.against)):
+        for name in found or ():
+            if name not in legal:
+                raise ConfigError(unknown(kind, name, legal))
+    bench = load(Bench, {"targets": tuple(options.targets), **given}, "bench")
+    return Suite("bench", "diffship bench", 3, (bench,), ())
+
+
+def _measured(options: argparse.Namespace, suite: Suite) -> Results:
+    from diffship.benchmarks.bench import run_suite
+    from diffship.benchmarks.session import Settings
+
+    settings = Settings(
+        work=options.work.resolve(),
+        root=Path.cwd(),
+        rounds=options.rounds or suite.rounds,
+        timeout=options.timeout,
+        memory_limit=options.memory_limit,
+        resume=options.resume,
+        install=not options.no_install,
+    )
+    with Stages(options.quiet) as stages:
+        return run_suite(suite, _command(options), settings, stages)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that repeats this; folders and files of this machine are left out."""
+    from diffship.benchmarks.case import label
+
+    words = ["diffship", "bench", *([f"--suite {options.suite}"] if options.suite else map(label, options.targets))]
+    for name in (*BENCH_FIELDS, "rounds", "memory_limit"):
+        value = getattr(options, name)
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(text)}")
+    return " ".join(words)
+
+
+def _tables(results: Results) -> list[Table]:
+    from diffship.benchmarks.tables import parts_table, ratios_table
+
+    return [parts_table(results), ratios_table(results)]
+
+
+def _merge(options: argparse.Namespace, files: list[Results]) -> Result:
+    from diffship.benchmarks.hardware import merged
+
+    if options.targets or options.suite:
+        raise ConfigError("--merge reads results; leave targets and --suite out")
+    tables = merged(files)
+    _side_files(options, files, list(tables.values()))
+    text = "\n\n".join(f"In {name}:\n{table.text()}" for name, table in tables.items())
+    shapes: dict[str, Any] = {
+        name: {"head": list(table.head), "rows": [list(row) for row in table.rows], "notes": list(table.notes)}
+        for name, table in zip(("koala", "lcm_lora"), tables.values(), strict=True)
+    }
+    return Result({"merged": shapes}, text)
+
+
+def _side_files(options: argparse.Namespace, files: list[Results], tables: list[Table]) -> None:
+    from diffship.benchmarks.tables import csv_text
+    from diffship.core.atomic import write_file
+
+    if options.csv:
+        write_file(options.csv, csv_text(files))
+    if options.markdown:
+        write_file(options.markdown, "\n\n".join(table.markdown() for table in tables if table.rows) + "\n")
+    if options.plots:
+        from diffship.benchmarks.plots import draw_all
+
+        for results in files:
+            draw_all(results, options.plots)
