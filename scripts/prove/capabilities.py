@@ -61,7 +61,7 @@ CAPABILITIES: Mapping[str, Capability] = {
     # these have no form in the command line yet: whoever builds one gives it a test here
     "coco": Capability("FID, IS and CLIP score on COCO captions", _never),
     "asymmetric-vae": Capability("VAEs whose decoder is narrower than their encoder", _never),
-    "sd3": Capability("Stable Diffusion 3", _never),
+    "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),
     "video": Capability("video models", _never),
     "controlnet": Capability("ControlNet", lambda: parses("export", "A", "--controlnet", "n=B", "-o", "C")),

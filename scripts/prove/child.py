@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from diffship.core.errors import ConfigError, DiffshipError, SourceError
 from diffship.core.sniff import PICKLE_SUFFIXES
 from diffship.core.strict import bounds, load
@@ -151,7 +153,10 @@ def export(asked: Export) -> dict[str, Any]:
 
 
 def bench(asked: Bench) -> dict[str, Any]:
-    """Seconds to open, of the first picture, and the median of the others (of the first where it is the only one)."""
+    """Seconds to open, of the first picture, and the medians of the others and of a VAE decode of one picture.
+
+    Where there is one picture only, it is the median too.
+    """
     from diffship import Request, generate, open_model
 
     options = {} if asked.device is None else {"device": asked.device}
@@ -162,14 +167,21 @@ def bench(asked: Bench) -> dict[str, Any]:
     with open_model(asked.bundle, asked.engine, **options) as model:
         opened = time.perf_counter() - begun
         seconds = [_timed(generate, model, request) for _ in range(asked.repeat)]
+        feeds = {"latent_sample": np.zeros(_latents(model.family, asked.size), np.float32)}
+        decodes = [_timed(model.use("vae_decoder").run, feeds) for _ in range(asked.repeat)]
         engine = getattr(model, "engine", None)
     return {
         "engine": str(engine) if engine else None,
         "load_seconds": opened,
         "first_image_seconds": seconds[0],
         "image_seconds": statistics.median(seconds[1:] or seconds),
+        "vae_decoder_seconds": statistics.median(decodes),
         "spread_seconds": [min(seconds[1:] or seconds), max(seconds[1:] or seconds)],
     }
+
+
+def _latents(family: Any, size: int) -> tuple[int, int, int, int]:
+    return (1, family.latent_channels, *family.latent_size(size, size))
 
 
 def _timed(call: Any, *arguments: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from diffship.core.errors import ConfigError
 from diffship.core.row import Row as MeasuredRow
 from diffship.core.strict import bounds, load
 from prove.capabilities import missing
-from prove.catalogue import HERE, read_toml
+from prove.catalogue import HERE, Catalogue, Checkpoint, read_catalogue, read_toml
 
 PUBLISHED = HERE / "published"
 ROOT = HERE.parents[1]
 PAGES = ROOT / "docs" / "reproduce"
 RESULTS = ROOT / "benchmarks" / "results"
 SUITE = "prove-real"
+Known = Mapping[tuple[str, str], str]
 NETWORK = "needs a networked machine and the published weights"
 
 
@@ -34,23 +35,31 @@ class Command:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a published table. `checkpoint` is the catalogue's row that re-proves it, `needs` as there."""
+    """One row of a published table. `checkpoints` are the catalogue's rows that re-prove it.
+
+    Without one, `run` is our command for it and `needs` names the capabilities that the command takes.
+    """
 
     cells: tuple[str, ...]
-    checkpoint: str = ""
+    checkpoints: tuple[str, ...] = ()
+    run: str = ""
     needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """`conditions`: hardware, step counts, size and precision, as far as the source states them."""
+    """`conditions`: hardware, step counts, size and precision, as far as the source states them.
+
+    `metric` is the one of our results that stands against it.
+    """
 
     title: str
     source: str
     conditions: str
     columns: tuple[str, ...]
     row: tuple[Row, ...]
-    ours: str = ""
+    metric: str = "image_seconds"
+    needs: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -89,35 +98,46 @@ def figures_of(checkpoint: str, pages: Iterable[Page]) -> list[str]:
     for page in pages:
         for table in page.table:
             for row in table.row:
-                if row.checkpoint == checkpoint:
+                if checkpoint in row.checkpoints:
                     cells = [f"{name} {cell}" for name, cell in zip(table.columns[1:], row.cells[1:], strict=True)]
                     found.append(f"{row.cells[0]}: {'; '.join(cells)} ({table.conditions}; {table.source})")
     return found
 
 
-def measured_here(folder: Path = RESULTS) -> dict[str, str]:
-    """Checkpoint -> what a committed result says of it, in Markdown; only rows with status ok count.
+def measured_here(folder: Path = RESULTS) -> Known:
+    """(checkpoint, metric) -> what a committed result says of it, in Markdown; only rows with status ok count.
 
     Raises:
         ConfigError: a results file was edited by hand, or is of another schema.
     """
-    found: dict[str, str] = {}
+    found: dict[tuple[str, str], str] = {}
     for file in sorted(folder.glob(f"{SUITE}*.json")):
         results = read_result(file)
         for row in results.rows:
-            if row.metric == "image_seconds" and row.status == "ok":
-                found[row.subject] = f"measured: {_figure(row, results)} ([{file.name}]({_link(file)}))"
+            if row.status == "ok" and row.unit == "s":
+                said = f"measured: {_figure(row, results)} ([{file.name}]({_link(file)}))"
+                found[row.subject, row.metric] = said
     return found
 
 
-def result_of(needs: Sequence[str], run: str, checkpoint: str, known: Mapping[str, str]) -> str:
+def result_of(row: Row, table: Table, catalogue: Catalogue, known: Known) -> str:
     """`measured: ...`, `not yet: ...` or "unproven: run `...`"; a dash where there is nothing of ours to run."""
-    lacking = missing(needs)
-    if lacking:
+    if lacking := missing([*table.needs, *row.needs]):
         return f"not yet: {', '.join(lacking)}"
-    if checkpoint in known:
-        return known[checkpoint]
-    return f"unproven: run `{run}`" if run else "-"
+    if not row.checkpoints:
+        return f"unproven: run `{row.run}`" if row.run else "-"
+    said = {name: _standing(catalogue.checkpoints[name], table.metric, known) for name in row.checkpoints}
+    if len(said) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{name}: {text}" for name, text in said.items())
+
+
+def _standing(entry: Checkpoint, metric: str, known: Known) -> str:
+    if (entry.name, metric) in known:
+        return known[entry.name, metric]
+    if lacking := missing(entry.needs):
+        return f"not yet: {', '.join(lacking)}"
+    return f"unproven: run `{prove_command(entry.name)}`"
 
 
 def prove_command(checkpoint: str) -> str:
@@ -125,7 +145,7 @@ def prove_command(checkpoint: str) -> str:
     return f"python scripts/prove_real.py --only {checkpoint}"
 
 
-def page_text(page: Page, known: Mapping[str, str]) -> str:
+def page_text(page: Page, catalogue: Catalogue, known: Known) -> str:
     """The Markdown page; made again by `python scripts/prove_real.py --pages`."""
     lines = [
         f"# Reproducing {page.title}",
@@ -133,7 +153,7 @@ def page_text(page: Page, known: Mapping[str, str]) -> str:
         f"<!-- made from scripts/prove/published/{page.name}.toml; write it again with "
         "`python scripts/prove_real.py --pages` -->",
         "",
-        f"[{page.repository}]({page.repository}) at commit `{page.commit[:12]}`, {page.licence}.",
+        f"<{page.repository}> at commit `{page.commit[:12]}`; {page.licence}.",
         "",
         page.intro.strip(),
         "",
@@ -145,25 +165,25 @@ def page_text(page: Page, known: Mapping[str, str]) -> str:
         "",
     ]
     for command in page.command:
-        lines += _command(command, known)
+        lines += _command(command)
     lines += ["## Tables", ""]
     for table in page.table:
-        lines += _table(table, known)
+        lines += _table(table, catalogue, known)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def write_pages(folder: Path = PAGES) -> list[Path]:
     """Write every page; the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    known, written = measured_here(), []
+    catalogue, known, written = read_catalogue(), measured_here(), []
     for page in read_pages():
         file = folder / f"{page.name}.md"
-        file.write_text(page_text(page, known), encoding="utf-8")
+        file.write_text(page_text(page, catalogue, known), encoding="utf-8")
         written.append(file)
     return written
 
 
-def _command(command: Command, known: Mapping[str, str]) -> list[str]:
+def _command(command: Command) -> list[str]:
     lines = [f"### {command.title}", "", "Theirs:", "", "```text", command.theirs.strip(), "```", ""]
     if command.ours:
         fence = ["```text"] if missing(command.needs) else [f"<!-- not run: {NETWORK} -->", "```sh"]
@@ -173,18 +193,16 @@ def _command(command: Command, known: Mapping[str, str]) -> list[str]:
     lacking = missing(command.needs)
     if lacking:
         return [*lines, f"Result: not yet: {', '.join(lacking)}.", ""]
-    return [*lines, "Result: unproven: run the command above." if command.ours else "Result: nothing to run.", ""]
+    run = "nothing to measure" if command.ours.startswith("pip ") else "unproven: run the command above"
+    return [*lines, f"Result: {run if command.ours else 'nothing to run'}.", ""]
 
 
-def _table(table: Table, known: Mapping[str, str]) -> list[str]:
+def _table(table: Table, catalogue: Catalogue, known: Known) -> list[str]:
     head = [*table.columns, "ours"]
     lines = [f"### {table.title}", "", f"Source: {table.source}. {table.conditions}.", ""]
-    if table.ours:
-        lines += [f"Ours: `{table.ours}`", ""]
     lines += [_line(head), _line(["---"] * len(head))]
     for row in table.row:
-        run = prove_command(row.checkpoint) if row.checkpoint else table.ours
-        lines.append(_line([*row.cells, result_of(row.needs, run, row.checkpoint, known)]))
+        lines.append(_line([*row.cells, result_of(row, table, catalogue, known)]))
     return [*lines, "", *([table.note.strip(), ""] if table.note else [])]
 
 
@@ -195,7 +213,7 @@ def _line(cells: Iterable[str]) -> str:
 def _figure(row: MeasuredRow, results: Results) -> str:
     units = {"steps": " steps", "size": " px", "precision": "", "engine": "", "device": ""}
     said = [f"{row.conditions[key]}{unit}" for key, unit in units.items() if row.conditions.get(key) is not None]
-    return f"{row.value:g} s an image on {results.hardware}, {', '.join(said)}"
+    return f"{row.value:g} s on {results.hardware}, {', '.join(said)}"
 
 
 def _link(file: Path) -> str:

@@ -22,6 +22,7 @@ FACTS = {
         ("load_seconds", "load_seconds", "s"),
         ("first_image_seconds", "first_image_seconds", "s"),
         ("image_seconds", "image_seconds", "s"),
+        ("vae_decoder_seconds", "vae_decoder_seconds", "s"),
     ),
 }
 STATUS = {"ok": "ok", "failed": "failed", "OOM": "OOM", "blocked": "unsupported", "not yet": "unsupported"}
