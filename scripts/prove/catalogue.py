@@ -20,6 +20,7 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?\Z")
+_REVISION = rf'(?m)^revision *= *"{UNVERIFIED}".*\n'
 _KINDS = ("exact", "parameters")
 
 
@@ -136,13 +137,13 @@ def pin(path: Path, commits: Mapping[str, str]) -> list[str]:
     for name, commit in commits.items():
         if not _COMMIT.match(commit):
             raise ConfigError(f"{name}: {commit[:80]!r} is no commit of 40 hexadecimal digits")
-    lines, written, name = path.read_text(encoding="utf-8").splitlines(), [], ""
-    for at, line in enumerate(lines):
-        key, _, value = (word.strip() for word in line.partition("="))
-        if key == "name":
-            name = value.strip('"')
-        if key == "revision" and value.startswith(f'"{UNVERIFIED}"') and name in commits:
-            lines[at] = f'revision = "{commits[name]}"\nevidence = "resolved from the hub by --pin"'
-            written.append(name)
-    write_file(path, "\n".join(lines) + "\n")
+    head, *blocks = re.split(r"(?m)^(?=\[\[checkpoint\]\])", path.read_text(encoding="utf-8"))
+    written = []
+    for at, block in enumerate(blocks):
+        name = re.search(r'(?m)^name *= *"(.*)"', block)
+        if name and name[1] in commits and re.search(_REVISION, block):
+            said = f'revision = "{commits[name[1]]}"\nevidence = "resolved from the hub by --pin"\n'
+            blocks[at] = re.sub(_REVISION, said, re.sub(r"(?m)^evidence *=.*\n", "", block), count=1)
+            written.append(name[1])
+    write_file(path, "".join([head, *blocks]))
     return written

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -147,6 +148,7 @@ def export(asked: Export) -> dict[str, Any]:
         job=Job(asked.job, _say),
         precision=asked.precision,
     )
+    shutil.rmtree(asked.job, ignore_errors=True)  # its graphs were for the case of an interruption
     proofs = {part.name: part.proof.get("status") for part in bundle.manifest.parts}
     size = sum(record.size for record in bundle.manifest.files.values())
     return {"parts": proofs, "bytes": size, "licence": bundle.manifest.licence.get("id", "")}

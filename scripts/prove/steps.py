@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Box:
     steps: int | None = None  # overrides of the catalogue's steps and size, for a trial run
     size: int | None = None
     run: Run = field(default=measure, compare=False)
-    say: Say = field(default=print, compare=False)
+    say: Say = field(default=partial(print, flush=True), compare=False)
 
     def environment(self, fetching: bool) -> dict[str, str]:
         """What the step's process gets: the cache, and no network once everything is fetched."""
