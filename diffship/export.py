@@ -129,7 +129,7 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
 
 def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
-    from diffship.exporters.problem import refuse
+    from diffship.core.problem import refuse
 
     refuse(exporter.check(pipeline))
     components = pipeline.components.values()

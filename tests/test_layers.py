@@ -19,7 +19,8 @@ BELOW = {
     "exporters": {"calibration", "models", "sampling", "core"},
 }
 BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"]}
-BELOW["benchmarks"] = {"export", *BELOW["export"]}
+BELOW["compress"] = {"compression", *BELOW["compression"]}
+BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
 BELOW["cli"] = {"benchmarks", *BELOW["benchmarks"]}
 
 # Files of torch-free rooms that import torch or `models`, inside functions only.

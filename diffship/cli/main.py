@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffship import __version__
-from diffship.cli import bench, compare, doctor, export, inspect, run, train, verify
+from diffship.cli import bench, compare, compress, doctor, export, inspect, run, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
@@ -18,6 +18,7 @@ from diffship.core.strict import unknown
 
 VERBS = {
     "export": export,
+    "compress": compress,
     "run": run,
     "verify": verify,
     "inspect": inspect,

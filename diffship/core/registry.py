@@ -15,7 +15,7 @@ RUNNERS: dict[str, str] = {
     "openvino": "diffship.runtimes.openvino:OpenVinoRunner",
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
-PASSES: dict[str, str] = {}
+PASSES: dict[str, str] = {"layout": "diffship.compression.layout:LayoutPass"}
 
 
 def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:

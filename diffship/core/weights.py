@@ -27,6 +27,7 @@ __all__ = [
     "renamed",
     "source_digest",
     "subset",
+    "taken",
     "to_float32",
 ]
 Array = NDArray[np.generic]
@@ -169,6 +170,46 @@ class _Cast:
             return from_float32(to_float32(array, meta.dtype), self._dtype)
         except ConfigError as fault:
             raise ConfigError(f"tensor {name}: {fault}") from None
+
+
+class _Taken:
+    def __init__(self, weights: Weights, kept: Mapping[str, Mapping[int, NDArray[np.intp]]]) -> None:
+        self._weights = weights
+        self._kept = kept
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return self._weights.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        meta = self._weights.meta(name)
+        shape = list(meta.shape)
+        for axis, index in self._kept.get(name, {}).items():
+            shape[axis] = len(index)
+        return TensorMeta(meta.dtype, tuple(shape))
+
+    def read(self, name: str) -> Array:
+        array = self._weights.read(name)
+        for axis, index in self._kept.get(name, {}).items():
+            array = np.take(array, index, axis)
+        return array
+
+
+def taken(weights: Weights, kept: Mapping[str, Mapping[int, NDArray[np.intp]]]) -> Weights:
+    """Tensors cut to `{name: {axis: indices that stay}}`; those that it does not name are whole.
+
+    Raises:
+        SourceError: a name does not exist, or an index lies outside its axis.
+    """
+    for name, axes in kept.items():
+        shape = weights.meta(name).shape
+        for axis, index in axes.items():
+            if not 0 <= axis < len(shape) or index.min() < 0 or index.max() >= shape[axis]:
+                raise SourceError(f"tensor {name} has shape {shape}; axis {axis} cannot be cut as asked")
+    return _Taken(weights, kept)
 
 
 def renamed(weights: Weights, old_names: Mapping[str, str]) -> Weights:

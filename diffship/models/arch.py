@@ -16,11 +16,13 @@ from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models import arch_configs as configs
 from diffship.models.autoencoder import KL, TINY, Decoder, Encoder
 from diffship.models.component import weight_metas
+from diffship.models.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.pipeline import Material, Module
 from diffship.models.text import PROJECTED, TextEncoder
 from diffship.models.tokenizer_files import END, clip_files
 from diffship.models.unet import CLASS as UNET
 from diffship.models.unet import UNet
+from diffship.models.widths import with_widths
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +33,28 @@ else:
 PREFIX = "arch:"
 SUFFIXES = ("lcm", "taesd")
 # architectures that share the text encoders, VAE and scheduler of another
-_TEXT_OF = {"lcm-sd15": "sd15", "sd15-inpaint": "sd15", "tiny-lcm": "tiny-sd", "tiny-inpaint": "tiny-sd"}
-_VAE_OF = {**_TEXT_OF, "sdxl-refiner": "sdxl", "tiny-refiner": "tiny-sdxl"}
-_SCHEDULER_OF = {**_VAE_OF, "tiny-sd": "sd15", "tiny-sdxl": "sdxl", "tiny-inpaint": "sd15", "tiny-refiner": "sdxl"}
+_TEXT_OF = {
+    "sd21-base": "sd21",
+    "lcm-sd15": "sd15",
+    "sd15-inpaint": "sd15",
+    "tiny-lcm": "tiny-sd",
+    "tiny-inpaint": "tiny-sd",
+}
+_VAE_OF = {**_TEXT_OF, "sd21-base": "sd15", "sdxl-refiner": "sdxl", "tiny-refiner": "tiny-sdxl"}
+_SCHEDULER_OF = {
+    **_VAE_OF,
+    "sd21-base": "sd21-base",
+    "tiny-sd": "sd15",
+    "tiny-sdxl": "sdxl",
+    "tiny-inpaint": "sd15",
+    "tiny-refiner": "sdxl",
+}
 _SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "unet": 3, "vae": 4}
-NAMES = tuple(configs.UNETS)
+# published reductions by the architecture that they reduce; BK-SDM has a second series, made of SD 2.1 base
+_TEACHERS = {name: "sd15" if layout.levels == 4 else "sdxl" for name, layout in LAYOUTS.items()}
+_SECOND = {name.replace("bk-", "bk-v2-"): name for name in LAYOUTS if name.startswith("bk-")}
+_TEACHERS |= dict.fromkeys(_SECOND, "sd21-base")
+NAMES = (*configs.UNETS, *_TEACHERS)
 
 
 def arch_material(text: str) -> Material:
@@ -45,7 +64,7 @@ def arch_material(text: str) -> Material:
         SourceError: an unknown name or suffix.
     """
     name, suffixes = parse_arch(text)
-    unet = dict(configs.UNETS[name])
+    unet, name = _unet(name), _TEACHERS.get(name, name)
     if "lcm" in suffixes:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
     vae_class, vae = _vae(name, "taesd" in suffixes)
@@ -70,6 +89,15 @@ def arch_material(text: str) -> Material:
         index=_index(name, unet),
         licence={"id": "", "name": "none (random weights)", "link": "", "restrictions": "", "notices": []},
     )
+
+
+def _unet(name: str) -> dict[str, Any]:
+    """Config of a whole U-Net, or of a published reduction of one, its inner widths included."""
+    if name in configs.UNETS:
+        return dict(configs.UNETS[name])
+    layout = LAYOUTS[_SECOND.get(name, name)]
+    config = student_config(layout, configs.UNETS[_TEACHERS[name]])
+    return with_widths(config, layout_widths(layout, config))
 
 
 def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:

@@ -88,6 +88,7 @@ _TINY_REFINER = {
 UNETS: dict[str, Config] = {
     "sd15": _SD_UNET,
     "sd21": _SD2_UNET,
+    "sd21-base": {**_SD2_UNET, "sample_size": 64, "upcast_attention": False},
     "sdxl": _XL_UNET,
     "sdxl-refiner": _REFINER_UNET,
     "lcm-sd15": {**_SD_UNET, "time_cond_proj_dim": 256},
@@ -216,6 +217,7 @@ _EULER = {
 SCHEDULERS: dict[str, Config] = {
     "sd15": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sd21": {**_BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sd21-base": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sdxl": _EULER,
 }
 LCM_SCHEDULER: Config = {

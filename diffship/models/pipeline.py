@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def assemble(material: Material) -> Pipeline:
         {name: module.config for name, module in text.items()},
     )
     hidden = family.name != "sd"
-    smallest = -(-SMALLEST_PX // family.size_step) * family.size_step
+    smallest = _smallest(family)
     parts = [text_encoder(n, m.class_name, m.config, m.weights, hidden) for n, m in text.items()]
     parts.append(unet(modules["unet"].config, modules["unet"].weights, smallest // family.vae_factor))
     parts.extend(autoencoder(vae.class_name, vae.config, vae.weights, smallest))
@@ -136,7 +136,37 @@ def assemble(material: Material) -> Pipeline:
         model_index=complete_index(material, family),
         source=dict(material.source),
         licence=dict(material.licence),
+        history=_history(material.index),
     )
+
+
+def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:
+    own = index.get("_diffship")
+    entries = own.get("history") if isinstance(own, dict) else None
+    return tuple(entries) if isinstance(entries, list) else ()
+
+
+def with_unet(pipeline: Pipeline, config: Mapping[str, Any], weights: Weights, entry: Mapping[str, Any]) -> Pipeline:
+    """`pipeline` with another U-Net; `entry` says in its history how that was made.
+
+    The history is also kept in the model_index, where stock diffusers passes over it.
+
+    Raises:
+        SourceError: the U-Net does not fit the other parts.
+    """
+    parts = dict(pipeline.components)
+    vae = parts["vae_decoder"]
+    texts = {name: parts[name].config for name in TEXT_PARTS if name in parts}
+    history = (*pipeline.history, dict(entry))
+    own = {**pipeline.model_index.get("_diffship", {}), "history": list(history)}
+    index = {**pipeline.model_index, "_diffship": own}
+    family = family_of(config, vae.class_name, vae.config, pipeline.scheduler, index, texts)
+    parts["unet"] = unet(config, weights, _smallest(family) // family.vae_factor)
+    return replace(pipeline, family=family, components=parts, model_index=index, history=history)
+
+
+def _smallest(family: Family) -> int:
+    return -(-SMALLEST_PX // family.size_step) * family.size_step
 
 
 def missing_parts(material: Material) -> list[str]:

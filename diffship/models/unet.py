@@ -11,6 +11,7 @@ from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights
 from diffship.models.component import Component
+from diffship.models.widths import KEY, narrow_module, widths_of
 
 if TYPE_CHECKING:
     import diffusers
@@ -42,6 +43,7 @@ class UNet(Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.inner = diffusers.UNet2DConditionModel.from_config(_constructor_config(config))
+        narrow_module(self.inner, widths_of(config))
         self.conditions = condition_names(config)
 
     def forward(
@@ -119,12 +121,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"unet: block type {odd[0] if odd else config['mid_block_type']!r} is not supported")
     if not isinstance(config.get("block_out_channels"), (list, tuple)):
         raise SourceError("unet: its config has no block_out_channels; is it a UNet2DConditionModel?")
-    if config.get("diffship"):
-        raise UnsupportedError("unet: pruned widths (config key `diffship`) are not read by this version")
+    widths_of(config)
 
 
 def _constructor_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "diffship"}
+    return {key: value for key, value in config.items() if key != KEY}
 
 
 def _specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -15,6 +15,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
+from diffship.core.problem import Problem
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
@@ -23,7 +24,6 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import Translation
-from diffship.exporters.problem import Problem
 from diffship.models.component import INNER, Component, torch_dtype
 from diffship.models.pipeline import Pipeline
 

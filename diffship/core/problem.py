@@ -1,4 +1,4 @@
-"""Problem: why a part cannot be exported as asked; all of them are found before the first part starts."""
+"""Problem: why a pass or an exporter cannot do what is asked; all are found before the first part starts."""
 
 from __future__ import annotations
 

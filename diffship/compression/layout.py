@@ -1,0 +1,74 @@
+"""The layout pass: a published reduction of the U-Net, with the teacher's weights copied into it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from diffship.compression.narrow import narrowed
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.job import Job
+from diffship.core.problem import Problem
+from diffship.core.strict import choices
+from diffship.core.weights import Weights, renamed
+from diffship.models.component import INNER, Component
+from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
+from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.unet import unet
+from diffship.models.widths import Widths, attentions, widths_of, with_widths
+
+
+@dataclass(frozen=True)
+class LayoutPass:
+    """Keep the layers of a published layout; the rest of the pipeline stays as it is.
+
+    name: which layout.
+    """
+
+    kind: ClassVar[str] = "layout"
+
+    name: str = field(metadata=choices(*LAYOUTS))
+
+    def check(self, pipeline: Pipeline) -> list[Problem]:
+        """Everything that would stop `run`, found from configs alone."""
+        try:
+            self.student(pipeline)
+        except DiffshipError as fault:
+            return [Problem("unet", f"{self.name}: {fault}")]
+        return []
+
+    def student(self, pipeline: Pipeline) -> tuple[dict[str, Any], Widths]:
+        """The student's config, without widths, and its widths.
+
+        Raises:
+            ConfigError: the layout does not fit the teacher.
+        """
+        layout, teacher = find_layout(self.name), pipeline.components["unet"].config
+        if widths_of(teacher):
+            raise ConfigError("the teacher is narrowed already; layouts are made of a whole U-Net")
+        config = student_config(layout, teacher)
+        return config, layout_widths(layout, config)
+
+    def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
+        """The pipeline with the student as its U-Net; tensors are cut and copied when they are read."""
+        config, widths = self.student(pipeline)
+        teacher = pipeline.components["unet"]
+        job.progress(f"layout {self.name}", 0, 1)
+        whole = unet(config, teacher.weights)
+        names = [name.removeprefix(INNER) for name in whole.meta.state_dict()]
+        weights: Weights = renamed(teacher.weights, weight_map(find_layout(self.name), teacher.config, names))
+        if widths:
+            weights = narrowed(weights, widths, _head_counts(whole))
+        entry = {"pass": self.kind, **asdict(self)}
+        entry |= {"parameters_before": count_parameters(teacher.weights), "parameters": count_parameters(weights)}
+        job.progress(f"layout {self.name}", 1, 1)
+        return with_unet(pipeline, with_widths(config, widths), weights, entry)
+
+
+def _head_counts(component: Component) -> dict[str, int]:
+    layers = dict(component.meta.get_submodule("inner").named_modules())
+    return {name: int(layers[name].heads) for name in attentions(layers)}
+
+
+def count_parameters(weights: Weights) -> int:
+    return sum(weights.meta(name).count for name in weights.names())

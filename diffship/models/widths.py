@@ -1,0 +1,110 @@
+"""Inner widths that no diffusers config can say: narrowed residual blocks and attention with fewer heads.
+
+They lie in the U-Net's config.json under the key `diffship`. Only interiors change, so no neighbour is touched: a
+residual block keeps what it takes and gives, and attention keeps the width of a head (Hybrid SD, arXiv 2408.06646).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.errors import SourceError
+from diffship.core.lazy import lazy
+from diffship.core.strict import bounds, load, plain, unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+else:
+    nn = lazy("torch.nn")
+
+KEY = "diffship"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """inner: channels between the two convolutions of a residual block, by its name. heads: of an attention layer
+    (`....transformer_blocks.0.attn1`), by its name. What is not named is as its config says."""
+
+    inner: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 65536))
+    heads: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 1024))
+
+    def __bool__(self) -> bool:
+        return bool(self.inner or self.heads)
+
+
+def widths_of(config: Mapping[str, Any]) -> Widths:
+    """What a U-Net's config says under `diffship`; raises SourceError for anything that this version does not know."""
+    found = config.get(KEY)
+    widths = Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
+    for name, value in (*widths.inner.items(), *widths.heads.items()):
+        if value < 1:
+            raise SourceError(f"unet config: {name} is {value} wide")
+    return widths
+
+
+def with_widths(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+    """`config` with `widths` in it, or without the key where nothing is narrowed."""
+    rest = {key: value for key, value in config.items() if key != KEY}
+    return {**rest, KEY: plain(widths)} if widths else rest
+
+
+def narrow_module(module: Any, widths: Widths) -> None:
+    """Give the layers of a UNet2DConditionModel (on any device, weights to be filled later) their inner widths.
+
+    Raises:
+        SourceError: no such layer, a wider one than its config says, or one that its norm groups do not divide.
+    """
+    layers = dict(module.named_modules())
+    for name, inner in widths.inner.items():
+        _narrow_resnet(_found(layers, name, "conv1", residual_blocks), name, inner)
+    for name, heads in widths.heads.items():
+        _narrow_attention(_found(layers, name, "to_q", attentions), name, heads)
+
+
+def residual_blocks(layers: Mapping[str, Any]) -> list[str]:
+    """Names of all residual blocks, in the order of the module."""
+    return [name for name, layer in layers.items() if hasattr(layer, "conv1") and hasattr(layer, "conv2")]
+
+
+def attentions(layers: Mapping[str, Any]) -> list[str]:
+    """Names of all attention layers, self (`attn1`) and cross (`attn2`)."""
+    return [name for name, layer in layers.items() if hasattr(layer, "to_q")]
+
+
+def _found(layers: Mapping[str, Any], name: str, part: str, legal: Callable[[Any], Iterable[str]]) -> Any:
+    if name not in layers or not hasattr(layers[name], part):
+        raise SourceError(f"unet config: {unknown('layer', name, legal(layers))}")
+    return layers[name]
+
+
+def _narrow_resnet(block: Any, name: str, inner: int) -> None:
+    outer, groups = block.conv1.out_channels, block.norm2.num_groups
+    if inner > outer or inner % groups:
+        raise SourceError(f"unet config: {name} is {inner} wide inside; legal: multiples of {groups} up to {outer}")
+    block.conv1 = _conv(block.conv1, block.conv1.in_channels, inner)
+    if block.time_emb_proj is not None:
+        block.time_emb_proj = _linear(block.time_emb_proj, block.time_emb_proj.in_features, inner)
+    block.norm2 = nn.GroupNorm(groups, inner, eps=block.norm2.eps, affine=block.norm2.affine)
+    block.conv2 = _conv(block.conv2, inner, block.conv2.out_channels)
+
+
+def _narrow_attention(layer: Any, name: str, heads: int) -> None:
+    if heads > layer.heads:
+        raise SourceError(f"unet config: {name} has {heads} heads; its config gives it {layer.heads}")
+    width = layer.inner_dim // layer.heads * heads
+    layer.heads = layer.sliceable_head_dim = heads
+    layer.inner_dim = layer.inner_kv_dim = width
+    for part in ("to_q", "to_k", "to_v"):
+        old = getattr(layer, part)
+        setattr(layer, part, _linear(old, old.in_features, width))
+    layer.to_out[0] = _linear(layer.to_out[0], width, layer.to_out[0].out_features)
+
+
+def _conv(old: Any, inside: int, outside: int) -> Any:
+    return nn.Conv2d(inside, outside, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+
+
+def _linear(old: Any, inside: int, outside: int) -> Any:
+    return nn.Linear(inside, outside, bias=old.bias is not None)
