@@ -1,4 +1,4 @@
-"""One step in a process of its own: `python child.py fetch|resolve|export|bench JSON`; its last line is one JSON table.
+"""One step in a process of its own: `python child.py fetch|resolve|export JSON`; its last line is one JSON table.
 
 A process for each step, so that running out of memory ends a step and not the run, and so that each step's peak memory
 is its own.
@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from diffship.core.errors import ConfigError, DiffshipError, SourceError
 from diffship.core.sniff import PICKLE_SUFFIXES
-from diffship.core.strict import bounds, load
+from diffship.core.strict import load
 
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 HUB_SECONDS = 30.0
@@ -47,21 +43,6 @@ class Export:
     precision: str
     out: str
     job: str
-
-
-@dataclass(frozen=True)
-class Bench:
-    """`repeat` pictures of one request; the first is the warm-up and reported apart."""
-
-    bundle: str
-    engine: str | None
-    device: str | None
-    prompt: str
-    seed: int
-    size: int
-    steps: int
-    guidance: float
-    repeat: int = field(metadata=bounds(1, 100))
 
 
 def fetch(asked: Fetch) -> dict[str, Any]:
@@ -154,44 +135,6 @@ def export(asked: Export) -> dict[str, Any]:
     return {"parts": proofs, "bytes": size, "licence": bundle.manifest.licence.get("id", "")}
 
 
-def bench(asked: Bench) -> dict[str, Any]:
-    """Seconds to open, of the first picture, and the medians of the others and of a VAE decode of one picture.
-
-    Where there is one picture only, it is the median too.
-    """
-    from diffship import Request, generate, open_model
-
-    options = {} if asked.device is None else {"device": asked.device}
-    request = Request(
-        asked.prompt, seed=asked.seed, size=(asked.size, asked.size), steps=asked.steps, guidance=asked.guidance
-    )
-    begun = time.perf_counter()
-    with open_model(asked.bundle, asked.engine, **options) as model:
-        opened = time.perf_counter() - begun
-        seconds = [_timed(generate, model, request) for _ in range(asked.repeat)]
-        feeds = {"latent_sample": np.zeros(_latents(model.family, asked.size), np.float32)}
-        decodes = [_timed(model.use("vae_decoder").run, feeds) for _ in range(asked.repeat)]
-        engine = getattr(model, "engine", None)
-    return {
-        "engine": str(engine) if engine else None,
-        "load_seconds": opened,
-        "first_image_seconds": seconds[0],
-        "image_seconds": statistics.median(seconds[1:] or seconds),
-        "vae_decoder_seconds": statistics.median(decodes),
-        "spread_seconds": [min(seconds[1:] or seconds), max(seconds[1:] or seconds)],
-    }
-
-
-def _latents(family: Any, size: int) -> tuple[int, int, int, int]:
-    return (1, family.latent_channels, *family.latent_size(size, size))
-
-
-def _timed(call: Any, *arguments: Any) -> float:
-    begun = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - begun
-
-
 def _has(folder: Path, part: str) -> bool:
     return (folder / "config.json").is_file() if part == "." else (folder / part).is_dir()
 
@@ -205,7 +148,6 @@ STEPS: Mapping[str, tuple[type[Any], Any]] = {
     "fetch": (Fetch, fetch),
     "resolve": (Fetch, resolve),
     "export": (Export, export),
-    "bench": (Bench, bench),
 }
 
 

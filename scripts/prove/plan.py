@@ -27,7 +27,7 @@ class Estimate:
 def estimate(entry: Checkpoint, base: Checkpoint | None, repeat: int) -> Estimate:
     """Download (base included), export with proof, verification, and `repeat` + 1 pictures; no measurement."""
     size = entry.bytes + (base.bytes if base else 0)
-    calls = entry.steps * (2 if entry.guidance > 1 and not _distilled(entry) else 1)
+    calls = entry.steps * (2 if entry.guidance > 1 and entry.sampler != "lcm" else 1)
     pictures = (repeat + 1) * calls * entry.gmac * 1e9 / MACS_PER_SECOND
     seconds = size / DOWNLOAD_BYTES_PER_SECOND + 1.5 * size * EXPORT_SECONDS_PER_BYTE + pictures
     return Estimate(size, seconds / 60)
@@ -82,8 +82,3 @@ def _revision(entry: Checkpoint) -> str:
     if entry.revision == UNVERIFIED:
         return "unverified: the hub's main is resolved at download, printed and recorded; --pin writes it down"
     return f"{entry.revision} ({entry.evidence})"
-
-
-def _distilled(entry: Checkpoint) -> bool:
-    # a distilled model takes the guidance as an input, so one call a step
-    return entry.name.startswith("lcm-")

@@ -20,9 +20,10 @@ FACTS = {
     "export": (("bytes", "bundle_bytes", "bytes"),),
     "bench": (
         ("load_seconds", "load_seconds", "s"),
-        ("first_image_seconds", "first_image_seconds", "s"),
-        ("image_seconds", "image_seconds", "s"),
+        ("unet_seconds", "unet_seconds", "s"),
         ("vae_decoder_seconds", "vae_decoder_seconds", "s"),
+        ("image_seconds", "image_seconds", "s"),
+        ("image_peak_bytes", "image_peak_bytes", "bytes"),
     ),
 }
 STATUS = {"ok": "ok", "failed": "failed", "OOM": "OOM", "blocked": "unsupported", "not yet": "unsupported"}
@@ -61,6 +62,7 @@ def conditions(prover: Prover, entry: Checkpoint) -> dict[str, Any]:
         "steps": box.steps or entry.steps,
         "size": box.size or entry.size,
         "guidance": entry.guidance,
+        "sampler": entry.sampler,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -95,7 +97,7 @@ def _line(entry: Checkpoint, rows: Mapping[str, Row]) -> tuple[object, ...]:
     values = [
         rows[name].value if name in rows else None for name in ("export_seconds", "load_seconds", "image_seconds")
     ]
-    sizes = [rows[name].value if name in rows else None for name in ("bundle_bytes", "bench_peak_bytes")]
+    sizes = [rows[name].value if name in rows else None for name in ("bundle_bytes", "image_peak_bytes")]
     seconds = ["-" if value is None else f"{value:.1f}" for value in values]
     amounts = ["-" if value is None else size_text(int(value)) for value in sizes]
     answer = "yes" if proved.value else ("no" if proved.status == "failed" else "-")

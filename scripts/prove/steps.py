@@ -19,6 +19,16 @@ from prove.state import Outcome, State, digest
 
 CHILD = Path(__file__).with_name("child.py")
 ORDER = ("fetch", "export", "verify", "bench", "generate")
+# what is taken over from `diffship bench`: part -> its metric -> ours
+TIMED = {
+    "unet": {"call_seconds_p50": "unet_seconds"},
+    "vae_decoder": {"call_seconds_p50": "vae_decoder_seconds"},
+    "image": {
+        "image_seconds_p50": "image_seconds",
+        "load_seconds": "load_seconds",
+        "peak_host_bytes": "image_peak_bytes",
+    },
+}
 STEP_SECONDS = 6 * 3600.0
 Run = Callable[[Sequence[str], float, Mapping[str, str]], Measured]
 Say = Callable[[str], None]
@@ -131,8 +141,15 @@ class Prover:
         return [sys.executable, "-m", "diffship", "verify", str(bundle), *self._engine(), "--json", "--quiet"]
 
     def _bench(self, entry: Checkpoint, bundle: Path) -> list[str]:
-        asked = {"bundle": str(bundle), "engine": self.box.engine, "device": self.box.device, **self._picture(entry)}
-        return _child("bench", {**asked, "guidance": entry.guidance, "repeat": self.box.repeat})
+        picture, box = self._picture(entry), self.box
+        command = [sys.executable, "-m", "diffship", "bench", str(bundle), "--engines", box.engine or "onnxruntime"]
+        for flag in ("size", "steps"):
+            command += [f"--{flag}", str(picture[flag])]
+        command += ["--guidance", str(entry.guidance), "--sampler", entry.sampler, "--precision", box.precision]
+        command += ["--device", box.device] if box.device else []
+        command += ["--parts", ",".join(TIMED), "--images", str(box.repeat), "--calls", str(box.repeat)]
+        command += ["--timeout", str(int(box.step_seconds))]
+        return [*command, "--rounds", "1", "--work", str(self._folder(entry) / "bench"), "--json", "--quiet"]
 
     def _generate(self, entry: Checkpoint, bundle: Path) -> list[str]:
         picture = self._picture(entry)
@@ -176,6 +193,8 @@ def judge(step: str, mark: str, measured: Measured, limit: float) -> Outcome:
     """What a finished process means: ok with its facts, blocked by pickles, out of memory, or failed with one line."""
     facts = last_document(measured.output)
     result, reason = _verdict(measured, facts, limit)
+    if step == "bench" and facts and "results" in facts:  # exit code 1 where a row failed: the row says why
+        facts, result, reason = bench_facts(facts["results"])
     return Outcome(result, mark, measured.seconds, measured.peak_bytes, reason, facts or {})
 
 
@@ -192,6 +211,21 @@ def _verdict(measured: Measured, facts: Mapping[str, Any] | None, limit: float) 
         where = ", ".join("the top" if name == "." else name for name in facts["blocked"])
         return "blocked", f"only pickles in {where}; pickles are never read"
     return "ok", ""
+
+
+def bench_facts(results: Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """(figures by our names, `ok`, `failed` or `OOM`, why) of the rows that `diffship bench --json` prints."""
+    facts: dict[str, Any] = {}
+    for row in results.get("rows", ()):
+        names = TIMED.get(row["conditions"].get("part"), {})
+        if names and row["status"] != "ok":
+            said = f"{row['conditions']['part']}: {row['status']}: {row['reason']}"
+            return facts, "OOM" if row["status"] == "OOM" else "failed", _without_paths(said)
+        if row["metric"] in names:
+            facts[names[row["metric"]]] = row["value"]
+            facts["engine"] = row["conditions"].get("runner")
+    absent = [name for names in TIMED.values() for name in names.values() if name not in facts]
+    return (facts, "failed", f"no figure for {', '.join(absent)}") if absent else (facts, "ok", "")
 
 
 def last_document(output: str) -> dict[str, Any] | None:

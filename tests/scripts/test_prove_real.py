@@ -64,6 +64,25 @@ def cache(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def bench_rows(**image: Any) -> list[dict[str, Any]]:
+    """Rows in the form of `diffship bench --json`; `image` replaces fields of the image's."""
+
+    def rows(part: str, figures: Mapping[str, float], **fields: Any) -> list[dict[str, Any]]:
+        plain = {"status": "ok", "reason": "", "conditions": {"part": part, "runner": "fake"}}
+        return [{**plain, "metric": metric, "value": value, **fields} for metric, value in figures.items()]
+
+    return [
+        {"status": "ok", "reason": "", "conditions": {}, "metric": "matrix_product_flops", "value": 1.0},
+        *rows("unet", {"call_seconds_p50": 0.1, "throughput": 10.0}),
+        *rows("vae_decoder", {"call_seconds_p50": 0.2}),
+        *rows("image", {"image_seconds_p50": 2.0, "load_seconds": 0.5, "peak_host_bytes": 1e9}, **image),
+    ]
+
+
+def bench_output(rows: list[dict[str, Any]]) -> str:
+    return json.dumps({"verb": "bench", "results": {"rows": rows}})
+
+
 class Fake:
     """Stands in for processes: answers every step, raises KeyboardInterrupt or fails where it is told to."""
 
@@ -96,7 +115,7 @@ class Fake:
             outputs = [{"max_abs": 1e-6, "psnr_db": 99.0}, {"max_abs": 3e-6, "psnr_db": None}]
             return {"passed": True, "parts": [{"part": "unet", "status": "passed", "report": {"outputs": outputs}}]}
         if step == "bench":
-            return {"engine": "fake", "load_seconds": 0.5, "first_image_seconds": 3.0, "image_seconds": 2.0}
+            return {"verb": "bench", "results": {"rows": bench_rows()}}
         Path(command[command.index("-o") + 1]).write_bytes(b"png")
         return {"ok": True}
 
@@ -212,6 +231,7 @@ def test_every_step_runs_once_and_only_fetch_may_use_the_network(tmp_path: Path)
     rows = {found.metric: found for found in rows_of(job, entry)}
     assert rows["unet_max_abs"].value == 3e-6 and rows["unet_psnr_db"].value == 99
     assert rows["image_seconds"].value == 2 and rows["image_seconds"].conditions["commit"] == COMMIT
+    assert rows["vae_decoder_seconds"].value == 0.2 and rows["image_peak_bytes"].kind == "memory"
     assert rows["proved"].value == 1 and {found.status for found in rows.values()} == {"ok"}
 
 
@@ -266,6 +286,18 @@ def _commit(change: Mapping[str, Any], step: str) -> dict[str, Any]:
             Measured(1, 0, 1, '{\n "passed": false, "parts": [{"part": "unet", "status": "failed"}]\n}\n'),
             "not verified: unet failed",
         ),
+        (
+            "bench",
+            Measured(
+                1, 0, 1, json.dumps({"results": {"rows": bench_rows(status="OOM", reason="killed in /home/x/y")}})
+            ),
+            "image: OOM: killed in .../y",
+        ),
+        (
+            "bench",
+            Measured(1, 0, 0, bench_output(bench_rows()[:2])),
+            "no figure for vae_decoder_seconds",
+        ),
         ("generate", Measured(1, 0, 3, '{"ok": false, "error": {"message": "no engine"}}'), "no engine"),
     ],
 )
@@ -275,7 +307,7 @@ def test_a_failing_step_is_failed_and_nothing_after_it_runs(
     fake = Fake(tmp_path, fail={step: measured})
     job, said = prover(tmp_path, fake, row("tiny"))
     entry = job.catalogue.checkpoints["tiny"]
-    word = "OOM" if "memory" in reason else "failed"
+    word = "OOM" if "memory" in reason or "OOM" in reason else "failed"
     assert job.prove(entry) == word
     assert fake.done == list(ORDER[: ORDER.index(step) + 1])
     assert reason in said[-1]
@@ -415,7 +447,11 @@ def test_the_stand_in_is_proved_for_real(
     rows = rows_by_metric(tmp_path, "tiny")
     assert rows["proved"].value == 1 and rows["proved"].conditions["commit"] == COMMIT
     assert rows["proved"].conditions["licence"] == "apache-2.0"
-    assert rows["image_seconds"].value > 0 and rows["export_peak_bytes"].value > 50_000_000
+    assert (
+        rows["image_seconds"].value > 0
+        and rows["export_peak_bytes"].value > 50_000_000
+        and rows["unet_seconds"].value > 0
+    )
     assert rows["unet_psnr_db"].value > 60 and 0 < rows["unet_max_abs"].value < 1e-3
     assert rows_by_metric(tmp_path, "pickled")["proved"].status == "unsupported"
     assert rows_by_metric(tmp_path, "later")["proved"].value is None

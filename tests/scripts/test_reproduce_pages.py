@@ -138,6 +138,18 @@ def test_published_figures_are_the_published_ones() -> None:
     assert len(configurations) == 18 and configurations[-1].cells[4:6] == ("3.65s", "3.8x")
 
 
+def test_the_koala_figure_is_the_one_that_our_tables_show() -> None:
+    from diffship.benchmarks.published import koala, lcm_lora
+
+    def number(cell: str) -> float | None:
+        return None if cell in ("OOM", "-") else float(cell.removesuffix(" s"))
+
+    mine = [tuple(map(number, row.cells[at : at + 2])) for row in BY_NAME["koala"].table[0].row for at in (1, 3, 5)]
+    assert mine == [(cell.seconds, cell.memory_gb) for cell in koala()]
+    both = [number(cell) for row in BY_NAME["lcm-lora"].table[0].row for cell in row.cells[1:]]
+    assert sorted(both) == sorted(cell.seconds for cell in lcm_lora())
+
+
 def test_published_speed_ups_follow_from_published_latencies() -> None:
     """A slip of the pen in a latency or a speed-up would show here; theirs are rounded, some down."""
     base = 1.0
