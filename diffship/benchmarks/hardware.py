@@ -11,6 +11,7 @@ from diffship.benchmarks.tables import DASH, Table, cases, digits, labelled
 from diffship.core.errors import ConfigError
 
 OUT_OF_MEMORY = "OOM"
+MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Cell:
         """`9.65 s / 10.4 GB`."""
         if self.seconds is None:
             return OUT_OF_MEMORY if self.status in ("ok", OUT_OF_MEMORY) else self.status
-        room = "" if self.memory_gb is None or not memory else f" / {digits(self.memory_gb)} GB"
-        return f"{digits(self.seconds)} s{room}"
+        as_printed = "{:g}".format if self.origin != MEASURED else digits
+        room = "" if self.memory_gb is None or not memory else f" / {as_printed(self.memory_gb)} GB"
+        return f"{as_printed(self.seconds)} s{room}"
 
 
 RowOf = Callable[[Cell], tuple[str, ...]]
@@ -55,7 +57,7 @@ def cells_of(results: Sequence[Results]) -> list[Cell]:
             gigabytes = None if memory is None or memory.value is None else memory.value / 1e9
             place = f"{file.hardware}, {conditions['runner']}, {conditions['precision']}"
             size, steps = int(conditions["size"]), int(conditions["steps"])
-            cell = Cell("measured", labelled(conditions), place, size, steps, median.value, gigabytes, median.status)
+            cell = Cell(MEASURED, labelled(conditions), place, size, steps, median.value, gigabytes, median.status)
             key = (cell.model, place, size, steps)
             if found.setdefault(key, cell) != cell:
                 raise ConfigError(f"two files measure {cell.model}, {steps} steps, on {place}; merge one of them")
@@ -91,7 +93,7 @@ def _grid(cells: list[Cell], head: tuple[str, ...], row_of: RowOf, column_of: Co
     for cell in cells:
         rows.setdefault(row_of(cell), {})[column_of(cell)] = cell.text(memory)
     lines = [(*key, *(found.get(column, DASH) for column in columns)) for key, found in rows.items()]
-    origins = sorted({cell.origin for cell in cells if cell.origin != "measured"})
+    origins = sorted({cell.origin for cell in cells if cell.origin != MEASURED})
     return Table((*head, *columns), tuple(lines), tuple(f"Published rows: {origin}." for origin in origins))
 
 
@@ -104,7 +106,7 @@ def _hardware_row(cell: Cell) -> tuple[str, ...]:
 
 
 def _where(cell: Cell) -> str:
-    return "measured" if cell.origin == "measured" else "published"
+    return MEASURED if cell.origin == MEASURED else "published"
 
 
 def _size(cell: Cell) -> str:

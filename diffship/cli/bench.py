@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--work", metavar="DIR", type=Path, default=Path("out/bench"), help="keeps exports (out/bench)")
     how.add_argument("--no-install", action="store_true", help="make no environments for peers; missing ones are rows")
     out = parser.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE.json", nargs="?", const="", type=json_name, help="as -o; alone: on stdout")
+    out.add_argument("--json", metavar="FILE.json", nargs="?", type=json_name, help="as -o; alone: on stdout")
     out.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the results file")
     out.add_argument("--csv", metavar="FILE", type=Path, help="every row, for a spreadsheet")
     out.add_argument("--markdown", metavar="FILE", type=Path, help="the tables")
@@ -118,7 +118,7 @@ def prints_json(words: Sequence[str]) -> bool:
 
 
 def _output(options: argparse.Namespace) -> Path | None:
-    named = [path for path in (options.output, options.json or None) if path is not None]
+    named = [path for path in (options.output, options.json) if path is not None]
     if len(named) > 1:
         raise ConfigError("-o and --json FILE name the same thing; give one of them")
     if named and options.merge:

@@ -22,7 +22,7 @@ class Peer:
     cli: tuple[str, ...] = ()
     parts: bool = True
     needs: tuple[str, ...] = ()
-    build_seconds: int = 1800
+    build_seconds: int = 7200
 
 
 _PIPELINES = "diffship.benchmarks.peers.pipelines"
@@ -35,14 +35,15 @@ PEERS: dict[str, Peer] = {
         ("optimum-onnx[onnxruntime]==0.1.0", "diffusers==0.36.0", "transformers==4.57.3", "accelerate"),
         ("export", "onnx", "--model", "{folder}", "--task", "text-to-image", "{out}"),
     ),
+    # 2.1.0: from 2.2.0 on it wants torchvision, whose wheels on PyPI need CUDA's libraries beside a CPU build of torch.
     "optimum-intel": Peer(
         _PIPELINES,
-        (TORCH, "torchvision==0.28.0"),
+        (TORCH,),
         (
-            "optimum-intel==2.2.0",
+            "optimum-intel==2.1.0",
             "openvino==2026.4.1",
             "nncf==3.4.0",
-            "diffusers==0.39.0",
+            "diffusers==0.37.1",
             "transformers==5.5.4",
             "accelerate",
         ),

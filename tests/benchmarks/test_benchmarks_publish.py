@@ -1,0 +1,113 @@
+"""Tables and figures of the pages come from the results alone; what has no JSON, or was edited, is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffship.benchmarks.publish import main, publish, rendered, stale
+from diffship.benchmarks.record import write_result
+from diffship.core.errors import ConfigError
+from diffship.core.row import Row
+
+ROOT = Path(__file__).parents[2]
+CONDITIONS = {"model": "emoji", "runner": "torch", "part": "image", "batch": 1, "steps": 4, "size": 128}
+PAGE = """# A page
+
+<!-- table: some figures -->
+<!-- end table -->
+
+It starts in <!-- figure: some / emoji / torch / cold_start_seconds --><!-- end figure -->.
+
+<!-- table: koala -->
+<!-- end table -->
+
+<!-- table: other parts -->
+<!-- end table -->
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout with one results file and one page."""
+    rows = [
+        Row("some", "emoji / torch", "cold_start_seconds", 1.234, "s"),
+        Row("some", "emoji / torch", "image_seconds_p50", 2.5, "s", conditions={**CONDITIONS, "precision": "fp32"}),
+    ]
+    write_result(tmp_path / "benchmarks" / "results" / "some.json", "some", "make it", rows)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text(PAGE, encoding="utf-8")
+    return tmp_path
+
+
+def page(root: Path) -> str:
+    return (root / "docs" / "page.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_of_this_repository_are_what_the_results_give() -> None:
+    assert publish(ROOT, check=True) == []
+
+
+def test_a_page_is_written_once_and_then_stays(root: Path) -> None:
+    assert publish(root, check=True) == ["docs/page.md"] and page(root) == PAGE
+    assert publish(root) == ["docs/page.md"]
+    text = page(root)
+    assert "It starts in <!-- figure: some / emoji / torch / cold_start_seconds -->1.23 s<!-- end figure -->." in text
+    assert "| emoji / torch | cold start seconds | 1.23 s |" in text
+    assert "| emoji, 128 px, 4 steps | measured | 2.50 s |" in text
+    assert publish(root) == [] and page(root) == text
+
+
+def test_a_table_that_was_edited_by_hand_is_noticed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(root)
+    (root / "docs" / "page.md").write_text(page(root).replace("1.23 s |", "0.99 s |"), encoding="utf-8")
+    assert main(["--root", str(root), "--check"]) == 1
+    assert capsys.readouterr().out == "docs/page.md: is not what the results give; run make tables\n"
+    assert main(["--root", str(root)]) == 0 and "1.23 s |" in page(root)
+
+
+def test_results_that_were_edited_by_hand_stop_everything(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = root / "benchmarks" / "results" / "some.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["rows"][0]["value"] = 0.5
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert main(["--root", str(root)]) == 2
+    assert "edited by hand" in capsys.readouterr().err and page(root) == PAGE
+
+
+def test_a_figure_without_json_is_refused(root: Path) -> None:
+    publish(root)
+    (root / "benchmarks" / "results" / "some.json").unlink()
+    with pytest.raises(ConfigError, match=r"docs/page.md: the figure .* has no JSON"):
+        publish(root)
+
+
+def test_a_table_without_json_says_how_to_measure_it(root: Path) -> None:
+    publish(root)
+    assert "Not measured yet: `diffship bench --suite other -o benchmarks/results/other.json`" in page(root)
+    text = "<!-- table: other parts -->\n| 1.0 s |\n<!-- end table -->"
+    assert "1.0 s" not in rendered(text, {}, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: some partz -->\n<!-- end table -->", "did you mean 'parts'"),
+        ("<!-- table: some parts -->\n", "not closed"),
+        ("<!-- figure: some / x / y -->1 s", "not closed"),
+        ("<!-- end table -->", "not closed"),
+        ("<!-- figure: some / x / m --><!-- end figure -->", "has no JSON"),
+    ],
+)
+def test_markers_that_are_wrong_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as fault:
+        rendered(text, {}, "page.md")
+    assert message in str(fault.value) and str(fault.value).startswith("page.md: ")
+
+
+def test_results_of_other_code_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stale(root) == [] and main(["--root", str(root), "--fresh"]) == 0
+    monkeypatch.setattr("diffship.benchmarks.publish.code_digest", lambda: "f" * 64)
+    assert stale(root) == ["some"] and main(["--root", str(root), "--fresh"]) == 1

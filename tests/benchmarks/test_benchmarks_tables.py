@@ -1,0 +1,197 @@
+"""Tables of results, and several machines in one table beside the published rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffship.benchmarks import published
+from diffship.benchmarks.hardware import koala_form, lcm_form, merged
+from diffship.benchmarks.plots import draw_all
+from diffship.benchmarks.record import Results
+from diffship.benchmarks.tables import csv_text, digits, figure, figures_table, parts_table, ratios_table
+from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.row import Row
+
+CPU = {"cpu": "Some CPU", "threads": 2, "memory_gib": 24.0, "gpus": [], "packages": {"numpy": "2"}, "commit": "abc"}
+GPU = {**CPU, "gpus": ["Some GPU"], "gpu_memory_gib": [80.0]}
+IMAGE = {"model": "arch:sdxl", "weights": "random weights", "runner": "torch", "part": "image", "batch": 1}
+IMAGE |= {"steps": 4, "size": 1024, "precision": "fp16", "device": "cpu"}
+UNET = {**IMAGE, "part": "unet", "steps": 0}
+
+
+def results(rows: list[Row], environment: dict[str, Any] = CPU) -> Results:
+    return Results("some-suite", "diffship bench --suite some-suite", "0" * 64, environment, {}, tuple(rows))
+
+
+def image(seconds: float | None, steps: int = 4, status: str = "ok", **changes: Any) -> list[Row]:
+    conditions = {**IMAGE, "steps": steps, **changes}
+    subject = f"sdxl, {steps}"
+    row = Row("s", subject, "image_seconds_p50", seconds, "s", status, low=seconds, high=seconds, conditions=conditions)
+    peak = Row("s", subject, "peak_host_bytes", 12.5e9, "bytes", kind="memory", conditions=conditions)
+    return [row] if seconds is None else [row, peak]
+
+
+def unet() -> list[Row]:
+    values = {"call_seconds_p50": (0.5, "s"), "call_seconds_p90": (0.6, "s"), "flops": (1.5e12, "FLOP/s")}
+    values |= {"file_bytes": (2e9, "bytes"), "conv_linear_macs": (3e11, "MAC"), "attention_macs": (1e11, "MAC")}
+    values |= {"share_of_ceiling": (0.75, ""), "peak_host_bytes": (4e9, "bytes")}
+    rows = [Row("s", "u", name, value, unit, conditions=UNET) for name, (value, unit) in values.items()]
+    machine = {"matrix_product_flops": "FLOP/s", "copy_bytes_per_second": "bytes/s"}
+    return [*rows, *(Row("s", "this machine", name, 2e12, unit, kind="load") for name, unit in machine.items())]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1.2345, "s", "1.23 s"),
+        (12.345, "s", "12.3 s"),
+        (0.01234, "s", "12.3 ms"),
+        (0.0000123, "s", "12.3 us"),
+        (3_210_000_000, "bytes", "3.21 GB"),
+        (1.5e12, "FLOP/s", "1.50 TFLOP/s"),
+        (0.25, "share", "0.250 share"),
+        (0, "bytes", "0 B"),
+    ],
+)
+def test_figures_have_three_digits_and_a_unit(value: float, unit: str, text: str) -> None:
+    assert figure(value, unit) == text
+
+
+def test_digits_never_use_exponents() -> None:
+    assert [digits(v) for v in (1234.5, 0.00012345, 99.99)] == ["1234", "0.000123", "100.0"]
+
+
+def test_a_case_is_one_line_with_its_labels() -> None:
+    table = parts_table(results(unet()))
+    (line,) = table.rows
+    cells = dict(zip(table.head, line, strict=True))
+    assert cells["model"] == "arch:sdxl (random weights)" and cells["part"] == "unet, 1024 px"
+    assert (cells["p50"], cells["peak memory"], cells["GFLOP/s"], cells["of ceiling"]) == (
+        "500 ms",
+        "4.00 GB",
+        "1500",
+        "75%",
+    )
+    assert any("Ceiling: 2.00 TFLOP/s" in note for note in table.notes)
+
+
+def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
+    row = Row("s", "sdxl / sdcpp", "image_seconds_p50", None, "s", "missing", reason="no cmake", conditions=IMAGE)
+    table = parts_table(results([row]))
+    assert table.rows[0][3] == "missing"
+    assert "sdxl / sdcpp: missing, no cmake" in table.notes
+    assert "| missing |" in table.markdown() and "missing" in table.text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "said"),
+    [
+        (0.4, 0.6, 3, "faster"),
+        (1.1, 1.6, 3, "slower"),
+        (0.9, 1.1, 3, "no difference shown"),
+        (0.4, 0.6, 2, "no difference shown"),
+    ],
+)
+def test_a_ratio_says_no_more_than_its_interval(low: float, high: float, n: int, said: str) -> None:
+    conditions = {**UNET, "against": "diffusers"}
+    row = Row("s", "x", "call_seconds_ratio", (low * high) ** 0.5, low=low, high=high, n=n, conditions=conditions)
+    assert ratios_table(results([row])).rows[0][-1] == said
+
+
+def test_csv_has_every_row_with_all_digits() -> None:
+    text = csv_text([results(unet()), results(image(1 / 3), GPU)])
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == len(unet()) + 2
+    assert float(next(row for row in rows if row["metric"] == "image_seconds_p50")["value"]) == 1 / 3
+    assert {row["hardware"] for row in rows} == {"Some CPU, 2 threads, 24 GiB", "Some GPU (80 GiB)"}
+
+
+def test_published_rows_are_those_of_the_papers() -> None:
+    koala = {(row.model, row.hardware): row for row in published.koala()}
+    assert len(koala) == 33
+    lightning = koala["koala-lightning-700M", "RTX 4090 24 GB"]
+    assert (lightning.seconds, lightning.memory_gb, lightning.steps, lightning.size) == (0.66, 8.3, 10, 1024)
+    assert koala["sdxl-base-1.0", "RTX 3060 Ti 8 GB"].seconds is None
+    lcm = {(row.hardware, row.steps): row.seconds for row in published.lcm_lora()}
+    assert lcm["A100 80 GB", 4] == 1.2 and lcm["Intel i9-10980XE, 1 of 36 cores", 25] == 219
+
+
+def test_koala_form_has_models_by_hardware_with_out_of_memory() -> None:
+    table = koala_form([results(image(30.0)), results(image(1.0) + image(None, 25, "OOM"), GPU)])
+    assert table.head[:4] == (
+        "model",
+        "where from",
+        "Some CPU, 2 threads, 24 GiB, torch, fp16",
+        "Some GPU (80 GiB), torch, fp16",
+    )
+    rows = {row[0]: row for row in table.rows}
+    assert rows["arch:sdxl (random weights), 1024 px, 4 steps"][1:4] == (
+        "measured",
+        "30.0 s / 12.5 GB",
+        "1.00 s / 12.5 GB",
+    )
+    assert rows["arch:sdxl (random weights), 1024 px, 25 steps"][3] == "OOM"
+    theirs = rows["sdxl-base-1.0, 1024 px, 25 steps"]
+    assert theirs[1] == "published" and "OOM" in theirs and "3.23 s / 11.9 GB" in theirs
+    assert "sdxl-turbo, 512 px, steps not stated" in rows
+
+
+def test_lcm_form_has_hardware_by_model_and_steps() -> None:
+    table = lcm_form([results(image(2.0) + image(12.0, 25), GPU)])
+    rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+    ours = rows["Some GPU (80 GiB), torch, fp16"]
+    assert ours["arch:sdxl (random weights), 1024 px, 4 steps"] == "2.00 s"
+    assert ours["arch:sdxl (random weights), 1024 px, 25 steps"] == "12.0 s"
+    assert rows["Mac M1 Max"]["SDXL + LCM-LoRA, 1024 px, 4 steps"] == "6.5 s"
+    assert ours["SDXL, 1024 px, 25 steps"] == "-"  # published cells stay with their own hardware
+
+
+def test_merging_refuses_what_contradicts_itself_or_holds_no_image() -> None:
+    with pytest.raises(ConfigError, match="two files measure"):
+        merged([results(image(1.0)), results(image(2.0))])
+    with pytest.raises(ConfigError, match="holds a whole image"):
+        merged([results(unet())])
+    assert merged([results(image(1.0)), results(image(1.0))]).keys() == {"KOALA's form", "LCM-LoRA's form"}
+
+
+def test_any_suite_has_a_table() -> None:
+    rows = [Row("q", "model", "top1", 0.5, "share", kind="quality", low=0.4, high=0.6)]
+    assert figures_table(results(rows)).rows == (("model", "top1", "0.500 share", "0.400 share to 0.600 share", "ok"),)
+
+
+def test_plots_need_their_extra_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'diffship\[plots\]'"):
+        draw_all(results(unet()), tmp_path)
+
+
+@pytest.mark.slow
+def test_plots_are_drawn_from_rows_and_name_their_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    quality = Row("s", "m", "clip_score", 0.3, kind="quality")
+    latency = Row("s", "m", "image_seconds_p50", 2.0, "s")
+    found = results([*unet(), quality, latency])
+    written = draw_all(found, tmp_path / "a")
+    names = ("memory", "roofline", "quality")
+    assert {file.name for file in written} == {f"some-suite-{name}.{end}" for name in names for end in ("png", "svg")}
+    for file in written:
+        assert file.stat().st_size > 1000
+    svg = (tmp_path / "a" / "some-suite-memory.svg").read_text(encoding="utf-8")
+    assert str(found.to_json()["digest"]) in svg
+    draw_all(found, tmp_path / "b")
+    for file in written:
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="nothing to plot"):
+        draw_all(results([Row("s", "x", "m", 1.0)]), tmp_path)
