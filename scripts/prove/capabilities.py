@@ -47,7 +47,7 @@ CAPABILITIES: Mapping[str, Capability] = {
     "coreml": _exporter("coreml"),
     "tensorrt": _exporter("tensorrt"),
     "lora": _pass("lora", "LoRA fusion"),
-    "prune": _pass("prune", "significance pruning and pruned widths"),
+    "prune": _pass("prune", "significance pruning"),
     "distill": _pass("distill", "distillation"),
     "lcm": _pass("lcm", "consistency distillation"),
     "vae": _pass("vae", "training of a tiny VAE"),
@@ -60,6 +60,8 @@ CAPABILITIES: Mapping[str, Capability] = {
     ),
     # these have no form in the command line yet: whoever builds one gives it a test here
     "coco": Capability("FID, IS and CLIP score on COCO captions", _never),
+    "lora-proof": Capability("a step of this script that fetches a LoRA and fuses it into its base", _never),
+    "published-widths": Capability("the config keys of Hybrid SD's pruned widths (block_mid_channels)", _never),
     "asymmetric-vae": Capability("VAEs whose decoder is narrower than their encoder", _never),
     "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),
