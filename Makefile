@@ -11,6 +11,9 @@ OUT ?= out
 TORCH_INSTALL ?= torch==2.13.0
 TORCH_INDEX ?= auto
 PYTEST_ARGS ?=
+# two processes, each with the tests of whole files, so that a file's fixtures are made once
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +31,7 @@ demo: $(VENV)/.runs
 	@echo "The bundle lies in $(OUT)/emoji, the pictures in $(OUT)/pictures, the grid in $(OUT)/grid.png"
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "not (slow or gpu or mac or soak or proof)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or gpu or mac or soak or proof)" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests
 	$(BIN)/python -m pytest -m "not (gpu or mac or soak or proof)" $(PYTEST_ARGS)

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported; children inherit it. Two threads on tiny tensors wait for each other more than they compute,
+# and the workers of a parallel run would fight for the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
+from filelock import FileLock
 
 from diffship.cli.main import main
 
@@ -26,9 +34,27 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`arch:tiny-sd` exported to ONNX and proved; read-only."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a parallel run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def graphs_folder(shared: Path) -> Path:
+    """Graphs that the tests of this run have made: an export of a seen architecture only streams weights."""
+    return shared / "graphs"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared: Path, graphs_folder: Path) -> Path:
+    """`arch:tiny-sd` exported to ONNX and proved; read-only. The worker that asks first makes it."""
     pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    assert main(["export", "arch:tiny-sd", "--to", "onnx", "-o", str(folder), "--quiet"]) == 0
+    folder = shared / "tiny"
+    with FileLock(shared / "tiny.lock"):
+        if not folder.exists():
+            words = ["arch:tiny-sd", "--to", "onnx", "-o", str(folder), "--cache", str(graphs_folder)]
+            assert main(["export", *words, "--quiet"]) == 0
     return folder

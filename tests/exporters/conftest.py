@@ -1,4 +1,4 @@
-"""One graph per tiny architecture for the whole session; weights are poured again where a test wants other ones."""
+"""One graph per tiny architecture for the whole run; weights are poured again where a test wants other ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Export = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A Job that keeps graphs: an export of a seen architecture only streams weights."""
-    return Job(tmp_path_factory.mktemp("graphs"))
+def graphs(graphs_folder: Path) -> Job:
+    """A Job that keeps graphs."""
+    return Job(graphs_folder)
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,9 @@ def tiny_sd() -> Pipeline:
 
 
 @pytest.fixture(scope="session")
-def tiny_sd_bundle(tiny_sd: Pipeline, graphs: Job, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_sd_bundle(tiny_bundle: Path) -> Bundle:
     """All parts of `arch:tiny-sd`, fp32, proved."""
-    return export(tiny_sd, out=tmp_path_factory.mktemp("onnx") / "tiny-sd", job=graphs)
+    return Bundle.open(tiny_bundle)
 
 
 @pytest.fixture(scope="session")

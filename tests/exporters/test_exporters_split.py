@@ -17,10 +17,16 @@ from diffship.models.pipeline import Pipeline
 from diffship.runtimes.onnx_split import SplitStage, split
 
 
+def session_of(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options)
+
+
 def run_chain(stages: list[SplitStage], feeds: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
     values = dict(feeds)
     for stage in stages:
-        session = onnxruntime.InferenceSession(str(stage.path))
+        session = session_of(stage.path)
         results = session.run(list(stage.outputs), {name: values[name] for name in stage.inputs})
         values.update(zip(stage.outputs, results, strict=True))
     return {name: values[name] for name in outputs}
@@ -29,7 +35,7 @@ def run_chain(stages: list[SplitStage], feeds: dict[str, Any], outputs: list[str
 def test_a_unet_in_stretches_equals_the_whole(tiny_sd: Pipeline, tiny_sd_bundle: Bundle, tmp_path: Path) -> None:
     path = tiny_sd_bundle.file("unet/model.onnx")
     feeds = tiny_sd.components["unet"].example(0, {"batch_size": 2})
-    whole = onnxruntime.InferenceSession(str(path)).run(["out_sample"], feeds)[0]
+    whole = session_of(path).run(["out_sample"], feeds)[0]
     stages = split(path, 600_000, tmp_path)
     assert len(stages) >= 5
     assert all(stage.weight_bytes <= 600_000 for stage in stages)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def torch_model() -> object:
     return sources.open_source("arch:tiny-sd").model()
 
 
+@pytest.fixture(scope="module")
+def ort_model(tiny_bundle: Path) -> Iterator[BundleModel]:
+    """The bundle in ONNX Runtime on one thread, opened once for the tests that only draw with it."""
+    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
+        assert isinstance(model, BundleModel)
+        yield model
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_engine_leaves_the_floating_point_state_of_its_caller_alone(tiny_bundle: Path, engine: str) -> None:
     with open_model(tiny_bundle, engine) as model:
@@ -55,40 +64,33 @@ def test_whole_pipeline_equals_torch_step_by_step(tiny_bundle: Path, torch_model
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (192, 64), (192, 192)])
-def test_sizes_equal_torch(tiny_bundle: Path, torch_model: object, size: tuple[int, int]) -> None:
+def test_sizes_equal_torch(ort_model: BundleModel, torch_model: object, size: tuple[int, int]) -> None:
     request = Request(prompt="x", steps=1, size=size, seed=3)
-    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
-        ours = generate(model, request)[0].pixels
+    ours = generate(ort_model, request)[0].pixels
     assert ours.shape == (size[1], size[0], 3)
     assert psnr(ours, generate(torch_model, request)[0].pixels) >= 40
 
 
-def test_an_illegal_size_names_the_nearest_two(tiny_bundle: Path) -> None:
-    with (
-        open_model(tiny_bundle, "onnxruntime") as model,
-        pytest.raises(ConfigError, match=r"width is 72; .*: the nearest are 64 and 128"),
-    ):
-        generate(model, Request(prompt="x", steps=1, size=(72, 64)))
+def test_an_illegal_size_names_the_nearest_two(ort_model: BundleModel) -> None:
+    with pytest.raises(ConfigError, match=r"width is 72; .*: the nearest are 64 and 128"):
+        generate(ort_model, Request(prompt="x", steps=1, size=(72, 64)))
 
 
-def test_same_seed_is_bit_equal_and_a_batch_equals_singles(tiny_bundle: Path) -> None:
-    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
-        first, again = (generate(model, REQUEST)[0].trajectory.latents for _ in range(2))
-        batch = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, images=4))
-        singles = [
-            generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1 + i))[0] for i in range(4)
-        ]
+def test_same_seed_is_bit_equal_and_a_batch_equals_singles(ort_model: BundleModel) -> None:
+    first, again = (generate(ort_model, REQUEST)[0].trajectory.latents for _ in range(2))
+    batch = generate(ort_model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, images=4))
+    singles = [
+        generate(ort_model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1 + i))[0] for i in range(4)
+    ]
     np.testing.assert_array_equal(first, again)
     for together, alone in zip(batch, singles, strict=True):
         assert np.abs(together.trajectory.latents - alone.trajectory.latents).max() <= 1e-4
 
 
-def test_thread_count_changes_less_than_1e_5(tiny_bundle: Path) -> None:
-    results = []
-    for threads in (1, 2):
-        with open_model(tiny_bundle, "onnxruntime", threads=threads) as model:
-            results.append(generate(model, REQUEST)[0].trajectory.latents)
-    assert np.abs(results[0] - results[1]).max() <= 1e-5
+def test_thread_count_changes_less_than_1e_5(tiny_bundle: Path, ort_model: BundleModel) -> None:
+    with open_model(tiny_bundle, "onnxruntime", threads=2) as model:
+        two = generate(model, REQUEST)[0].trajectory.latents
+    assert np.abs(generate(ort_model, REQUEST)[0].trajectory.latents - two).max() <= 1e-5
 
 
 def test_parts_load_when_used_once_and_again_after_release(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,20 +115,19 @@ def test_parts_load_when_used_once_and_again_after_release(tiny_bundle: Path, mo
     assert model._runners == {}
 
 
-def test_facts_equal_those_of_the_source(tiny_bundle: Path, torch_model: object) -> None:
-    with open_model(tiny_bundle, "onnxruntime") as model:
-        for fact in ("family", "digest", "parts"):
-            assert getattr(model, fact) == getattr(torch_model, fact), fact
-        prompts = ["a red apple", "", "ÿ 🍎"]
-        for name, tokenizer in torch_model.tokenizers.items():  # type: ignore[attr-defined]
-            np.testing.assert_array_equal(model.tokenizers[name](prompts).ids, tokenizer(prompts).ids)
+def test_facts_equal_those_of_the_source(ort_model: BundleModel, torch_model: object) -> None:
+    for fact in ("family", "digest", "parts"):
+        assert getattr(ort_model, fact) == getattr(torch_model, fact), fact
+    prompts = ["a red apple", "", "ÿ 🍎"]
+    for name, tokenizer in torch_model.tokenizers.items():  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(ort_model.tokenizers[name](prompts).ids, tokenizer(prompts).ids)
 
 
-def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path) -> None:
+def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path, ort_model: BundleModel) -> None:
     with open_model(tiny_bundle, "onnxruntime", threads=1, arena=False) as model:
         low = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, memory="low"))[0].pixels
         assert model._runners == {}
-        assert psnr(low, generate(model, REQUEST)[0].pixels) >= 40
+    assert psnr(low, generate(ort_model, REQUEST)[0].pixels) >= 40
 
 
 def test_what_is_neither_bundle_nor_model(tmp_path: Path) -> None:
@@ -205,13 +206,12 @@ print(report.engine, picture.pixels.shape, hashlib.sha256(picture.pixels.tobytes
 """
 
 
-def test_edge_process_without_torch_draws_the_same_picture(tiny_bundle: Path) -> None:
+def test_edge_process_without_torch_draws_the_same_picture(tiny_bundle: Path, ort_model: BundleModel) -> None:
     import hashlib
 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", textwrap.dedent(EDGE), str(tiny_bundle)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
-        pixels = generate(model, REQUEST)[0].pixels
+    pixels = generate(ort_model, REQUEST)[0].pixels
     assert done.stdout.split() == ["onnxruntime", "(64,", "64,", "3)", hashlib.sha256(pixels.tobytes()).hexdigest()]
