@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import existing_file, setting
+from diffship.cli.flags import existing_file, names, plain_value, setting
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
@@ -87,7 +87,17 @@ def _source(given: str | None) -> str:
 def _flagged(options: argparse.Namespace) -> list[Any]:
     if len(options.passes) > 1:
         raise ConfigError("one --pass at a time; several go in a recipe: --recipe FILE")
-    return [load_options(load(PASSES, name, "pass"), dict(options.set), f"pass {name}") for name in options.passes]
+    return [_made(name, dict(options.set)) for name in options.passes]
+
+
+def _made(name: str, values: dict[str, Any]) -> Any:
+    """The pass `name`; where a field takes several values, `a,b` on the command line is a list."""
+    cls = load(PASSES, name, "pass")
+    hints = get_type_hints(cls)
+    listed = {key for key in values if get_origin(hints.get(key)) is tuple}
+    for key in listed:
+        values[key] = [plain_value(word) for word in names(str(values[key]))]
+    return load_options(cls, values, f"pass {name}")
 
 
 def _described(pipeline: Any, out: Path | None) -> Result:

@@ -15,7 +15,10 @@ RUNNERS: dict[str, str] = {
     "openvino": "diffship.runtimes.openvino:OpenVinoRunner",
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
-PASSES: dict[str, str] = {"layout": "diffship.compression.layout:LayoutPass"}
+PASSES: dict[str, str] = {
+    "layout": "diffship.compression.layout:LayoutPass",
+    "lora": "diffship.compression.lora:LoraPass",
+}
 
 
 def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 Config = dict[str, Any]
@@ -234,3 +235,11 @@ LCM_SCHEDULER: Config = {
     "timestep_scaling": 10.0,
     "timestep_spacing": "leading",
 }
+
+
+def lcm_scheduler(own: Mapping[str, Any]) -> Config:
+    """The LCM scheduler with the betas and prediction type of `own`."""
+    return {**LCM_SCHEDULER, **{key: own[key] for key in _BETA_KEYS if key in own}}
+
+
+_BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")

@@ -149,20 +149,22 @@ def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:
 def with_unet(pipeline: Pipeline, config: Mapping[str, Any], weights: Weights, entry: Mapping[str, Any]) -> Pipeline:
     """`pipeline` with another U-Net; `entry` says in its history how that was made.
 
-    The history is also kept in the model_index, where stock diffusers passes over it.
-
     Raises:
         SourceError: the U-Net does not fit the other parts.
     """
     parts = dict(pipeline.components)
     vae = parts["vae_decoder"]
     texts = {name: parts[name].config for name in TEXT_PARTS if name in parts}
+    family = family_of(config, vae.class_name, vae.config, pipeline.scheduler, pipeline.model_index, texts)
+    parts["unet"] = unet(config, weights, _smallest(family) // family.vae_factor)
+    return recorded(replace(pipeline, family=family, components=parts), entry)
+
+
+def recorded(pipeline: Pipeline, entry: Mapping[str, Any]) -> Pipeline:
+    """`pipeline` with one more entry in its history; the model_index keeps it, where stock diffusers passes over it."""
     history = (*pipeline.history, dict(entry))
     own = {**pipeline.model_index.get("_diffship", {}), "history": list(history)}
-    index = {**pipeline.model_index, "_diffship": own}
-    family = family_of(config, vae.class_name, vae.config, pipeline.scheduler, index, texts)
-    parts["unet"] = unet(config, weights, _smallest(family) // family.vae_factor)
-    return replace(pipeline, family=family, components=parts, model_index=index, history=history)
+    return replace(pipeline, model_index={**pipeline.model_index, "_diffship": own}, history=history)
 
 
 def _smallest(family: Family) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffship.core.errors import SourceError
 from diffship.core.sniff import classify, refuse_unsafe
 from diffship.models.arch import PREFIX, arch_material
-from diffship.models.arch_configs import LCM_SCHEDULER
+from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.diffusers_folder import folder_material
 from diffship.models.hub import hub_folder, is_hub_id
 from diffship.models.licences import joined
@@ -17,7 +17,6 @@ from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
 _HERE = Path(__file__).parent
-_BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")
 
 
 def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
@@ -94,7 +93,7 @@ def _scheduler_from(base: Material, unet: object) -> dict[str, object]:
     own = dict(base.scheduler or {})
     if not (isinstance(unet, dict) and unet.get("time_cond_proj_dim")) or own.get("_class_name") == "LCMScheduler":
         return own
-    return {**LCM_SCHEDULER, **{key: own[key] for key in _BETA_KEYS if key in own}}
+    return lcm_scheduler(own)
 
 
 def _not_a_folder(path: Path) -> SourceError:

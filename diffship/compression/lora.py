@@ -1,0 +1,79 @@
+"""The LoRA pass: low-rank changes of one or many files added into the weights, in float32, layer by layer.
+
+What comes out is a plain model that every exporter takes. LCM-LoRA (Luo et al., arXiv 2311.05556) is such a file: with
+`sampler = "lcm"` the result also says that it wants the LCM sampler, few steps and no guidance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from diffship.compression.lora_file import Delta, LoraFile, with_deltas
+from diffship.compression.lora_names import Names
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.job import Job
+from diffship.core.problem import Problem
+from diffship.core.strict import bounds, choices
+from diffship.models.arch_configs import lcm_scheduler
+from diffship.models.pipeline import Pipeline, recorded
+
+
+@dataclass(frozen=True)
+class LoraPass:
+    """Fuse LoRA files (safetensors; kohya's, diffusers' or peft's names) into the U-Net and the text encoders.
+
+    files: one or more. weights: how much of each, 1 where not given; negative ones subtract. sampler: `lcm` records the
+    LCM sampler in the result, with `steps` steps and guidance 1.
+    """
+
+    kind: ClassVar[str] = "lora"
+
+    files: tuple[str, ...]
+    weights: tuple[float, ...] = field(default=(), metadata=bounds(-10, 10))
+    sampler: str | None = field(default=None, metadata=choices("lcm"))
+    steps: int = field(default=4, metadata=bounds(1, 50))
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ConfigError("no LoRA file is given; set files=FILE.safetensors")
+        if self.weights and len(self.weights) != len(self.files):
+            raise ConfigError(f"{len(self.weights)} weights for {len(self.files)} files; give one for each, or none")
+
+    def check(self, pipeline: Pipeline) -> list[Problem]:
+        """What would stop `run`: unreadable files, keys that no layer has, shapes that do not fit."""
+        try:
+            self._deltas(pipeline)
+        except DiffshipError as fault:
+            return [Problem("", str(fault))]
+        return []
+
+    def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
+        """The pipeline with changed weights: float32 where a file changes them, as they were elsewhere."""
+        deltas = self._deltas(pipeline)
+        parts = dict(pipeline.components)
+        for done, (name, changes) in enumerate(deltas.items(), 1):
+            parts[name] = replace(parts[name], weights=with_deltas(parts[name].weights, changes))
+            job.progress(f"lora {name}", done, len(deltas))
+        layers = {name: len(changes) for name, changes in deltas.items()}
+        entry = {"pass": self.kind, **asdict(self), "files": [Path(file).name for file in self.files]}
+        return self._scheduled(recorded(replace(pipeline, components=parts), {**entry, "layers": layers}))
+
+    def _deltas(self, pipeline: Pipeline) -> dict[str, dict[str, list[Delta]]]:
+        """{part: {tensor: changes}} of all files together."""
+        weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
+        names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
+        found: dict[str, dict[str, list[Delta]]] = {}
+        for file, scale in zip(self.files, self.weights or (1.0,) * len(self.files), strict=True):
+            for (part, layer), delta in LoraFile(Path(file), names).deltas(weights, scale).items():
+                found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)
+        return {part: found[part] for part in pipeline.components if part in found}
+
+    def _scheduled(self, pipeline: Pipeline) -> Pipeline:
+        if self.sampler is None:
+            return pipeline
+        own = {**pipeline.model_index.get("_diffship", {}), "steps_default": self.steps, "guidance_default": 1.0}
+        index = {**pipeline.model_index, "_diffship": own, "scheduler": ["diffusers", "LCMScheduler"]}
+        family = replace(pipeline.family, steps_default=self.steps, guidance_default=1.0)
+        return replace(pipeline, scheduler=lcm_scheduler(pipeline.scheduler), model_index=index, family=family)

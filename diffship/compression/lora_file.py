@@ -1,0 +1,146 @@
+"""One LoRA file: its tensors paired by layer, checked against the model, and added when its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.compression.lora_names import Names, Place
+from diffship.core.dtype import TensorMeta
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.weights import SafetensorsWeights, Weights, to_float32
+
+Array = NDArray[np.generic]
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change of rank `rank` of one weight: `scale * up @ down`, read from `source` when it is applied."""
+
+    source: Weights = field(repr=False, compare=False)
+    down: str
+    up: str
+    scale: float
+
+    def of(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The change, float32, in the weight's `shape`; convolutions are (out, in, kh, kw)."""
+        down, up = (to_float32(self.source.read(name), self.source.meta(name).dtype) for name in (self.down, self.up))
+        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+        return (product * np.float32(self.scale)).reshape(tuple(shape))
+
+
+class LoraFile:
+    """A file of low-rank changes.
+
+    Raises:
+        SourceError: not safetensors, or keys that no layer of the model has; all are counted, the first ones named.
+    """
+
+    def __init__(self, path: Path, names: Names) -> None:
+        if not path.is_file():
+            raise SourceError(f"{path} is not a file; a LoRA is one .safetensors file")
+        self.path = path
+        self.weights = SafetensorsWeights(path)
+        self._layers: dict[tuple[str, str], dict[str, str]] = {}
+        unknown = []
+        for key in self.weights.names():
+            place = names.find(key)
+            if place is None:
+                unknown.append(key)
+            else:
+                self._add(place, key)
+        if unknown:
+            raise SourceError(f"{path.name}: {_some('key', unknown)} belong to no layer of this model")
+
+    def _add(self, place: Place, key: str) -> None:
+        roles = self._layers.setdefault((place.part, place.layer), {})
+        if place.role in roles:
+            raise SourceError(f"{self.path.name}: {roles[place.role]} and {key} are the same tensor of one layer")
+        roles[place.role] = key
+
+    def deltas(self, weights: Mapping[str, Weights], scale: float) -> dict[tuple[str, str], Delta]:
+        """{(part, layer): Delta} of the whole file.
+
+        Raises:
+            SourceError: half of a pair is missing, or a shape does not fit the layer.
+        """
+        found, wrong = {}, []
+        for (part, layer), roles in self._layers.items():
+            problem = self._problem(roles, weights[part].meta(f"{layer}.weight").shape)
+            if problem:
+                wrong.append(f"{part}.{layer} ({problem})")
+                continue
+            rank = self.weights.meta(roles["down"]).shape[0]
+            found[part, layer] = Delta(
+                self.weights, roles["down"], roles["up"], scale * self._alpha(roles, rank) / rank
+            )
+        if wrong:
+            raise SourceError(
+                f"{self.path.name}: {_some('layer', wrong)} do not fit this model: is it of another family?"
+            )
+        return found
+
+    def _problem(self, roles: Mapping[str, str], shape: tuple[int, ...]) -> str:
+        missing = [role for role in ("down", "up") if role not in roles]
+        if missing:
+            return f"no {missing[0]} matrix"
+        down, up = (self.weights.meta(roles[role]).shape for role in ("down", "up"))
+        if len(down) < 2 or len(up) < 2 or down[0] != up[1]:
+            return f"ranks differ: down {down}, up {up}"
+        fits = up[0] == shape[0] and np.prod(down[1:]) == np.prod(shape[1:]) and np.prod(up[2:], initial=1) == 1
+        return "" if fits else f"weight {shape}, down {down}, up {up}"
+
+    def _alpha(self, roles: Mapping[str, str], rank: int) -> float:
+        if "alpha" not in roles:
+            return float(rank)
+        value = to_float32(self.weights.read(roles["alpha"]), self.weights.meta(roles["alpha"]).dtype)
+        if value.size != 1 or not np.isfinite(value).all():
+            raise SourceError(f"{self.path.name}: {roles['alpha']} is not one number")
+        return float(value.reshape(()))
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} {what}s ({', '.join(names[:_LISTED])}{more})"
+
+
+class _Fused:
+    def __init__(self, weights: Weights, changes: Mapping[str, Sequence[Delta]]) -> None:
+        self._weights = weights
+        self._changes = changes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.meta(name).nbytes for name in self.names())
+
+    def names(self) -> tuple[str, ...]:
+        return self._weights.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        meta = self._weights.meta(name)
+        return TensorMeta("float32", meta.shape) if name in self._changes else meta
+
+    def read(self, name: str) -> Array:
+        array = self._weights.read(name)
+        changes = self._changes.get(name)
+        if changes is None:
+            return array
+        total = to_float32(array, self._weights.meta(name).dtype).copy()
+        for change in changes:
+            total += change.of(total.shape)
+        if not np.isfinite(total).all():
+            raise ConfigError(f"tensor {name} has NaN or infinite values after fusing; is a LoRA file damaged?")
+        return total
+
+
+def with_deltas(weights: Weights, changes: Mapping[str, Sequence[Delta]]) -> Weights:
+    """`weights` plus all changes of each tensor, added in float32 when it is read; changed tensors stay float32.
+
+    Rounding to half precision is for whoever writes them: small changes would be lost on the way.
+    """
+    return _Fused(weights, changes)

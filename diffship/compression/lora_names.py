@@ -1,0 +1,156 @@
+"""Whose tensor a key of a LoRA file belongs to: kohya's, diffusers' and peft's ways of writing it.
+
+A LoRA changes the weight `W` of one layer by `scale * (alpha / rank) * up @ down` (Hu et al., arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# kohya's prefix -> part; `lora_te1` and `lora_te2` where a pipeline has two text encoders
+_KOHYA = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
+_PARTS = ("unet", "text_encoder_2", "text_encoder")
+_ROLES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "alpha": "alpha",
+}
+_OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight\Z")
+_ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight\Z")  # peft keeps the adapter's name: lora_A.default.weight
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer (`part`, name of its weight's module) and what the tensor is to it: `down`, `up` or `alpha`."""
+
+    part: str
+    layer: str
+    role: str
+
+
+class Names:
+    """Finds places among the tensors of a pipeline: `weights` maps a part to the names of its tensors."""
+
+    def __init__(self, weights: Mapping[str, Iterable[str]], unet_config: Mapping[str, Any]) -> None:
+        self._layers = {part: set(_layers(names)) for part, names in weights.items()}
+        self._kohya = {
+            part: {layer.replace(".", "_"): layer for layer in layers} for part, layers in self._layers.items()
+        }
+        if "unet" in self._kohya:
+            self._kohya["unet"] |= original_names(self._layers["unet"], unet_config)
+
+    def find(self, key: str) -> Place | None:
+        """The place of `key`, or None where no layer of this pipeline has that name."""
+        return self._of_kohya(key) or self._of_dotted(key)
+
+    def _of_kohya(self, key: str) -> Place | None:
+        stem, _, suffix = key.partition(".")
+        role = _ROLES.get(suffix)
+        for prefix, part in _KOHYA.items():
+            if role and stem.startswith(f"{prefix}_") and part in self._kohya:
+                layer = self._kohya[part].get(stem[len(prefix) + 1 :])
+                if layer is not None:
+                    return Place(part, layer, role)
+        return None
+
+    def _of_dotted(self, key: str) -> Place | None:
+        key = _ADAPTER.sub(r".\1.weight", key.removeprefix("base_model.model."))
+        old = _OLD_PROCESSOR.match(key)
+        if old:
+            layer = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}"
+            return self._known(layer, old[3])
+        for suffix, role in _ROLES.items():
+            if key.endswith(f".{suffix}"):
+                return self._known(key[: -len(suffix) - 1], role)
+        return None
+
+    def _known(self, layer: str, role: str) -> Place | None:
+        for part in _PARTS:
+            if layer.startswith(f"{part}.") and part in self._layers:
+                name = layer[len(part) + 1 :]
+                for candidate in (name, f"text_model.{name}"):
+                    if candidate in self._layers[part]:
+                        return Place(part, candidate, role)
+                return None
+        if "unet" in self._layers and layer in self._layers["unet"]:  # files of a U-Net alone have no prefix
+            return Place("unet", layer, role)
+        return None
+
+
+def _layers(names: Iterable[str]) -> Iterator[str]:
+    return (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+
+
+_RESNET = {
+    "conv1": "in_layers_2",
+    "time_emb_proj": "emb_layers_1",
+    "conv2": "out_layers_3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTER = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)\Z")
+_MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)\Z")
+
+
+def original_names(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """{name in the original checkpoints, dots as underscores: layer}: kohya's files for SDXL are written with them."""
+    count = config.get("layers_per_block", 2)
+    if not isinstance(count, int):
+        return {}
+    found = {}
+    for layer in layers:
+        original = _original(layer, count, config)
+        if original is not None:
+            found[original] = layer
+    return found
+
+
+def _original(layer: str, count: int, config: Mapping[str, Any]) -> str | None:
+    if layer in _OUTER:
+        return _OUTER[layer]
+    middle = _MID.match(layer)
+    if middle:
+        kind, index, rest = middle.groups()
+        place = 2 * int(index) if kind == "resnets" else 1
+        return f"middle_block_{place}_{_inside(kind, rest)}"
+    match = _BLOCK.match(layer)
+    if match is None:
+        return None
+    side, block, kind, index, rest = match.groups()
+    return _in_block(side, int(block), kind, int(index), rest, count, config)
+
+
+def _in_block(side: str, block: int, kind: str, index: int, rest: str, count: int, config: Mapping[str, Any]) -> str:
+    if kind == "downsamplers":
+        return f"input_blocks_{1 + block * (count + 1) + count}_0_op"
+    attends = "CrossAttn" in config["up_block_types"][block] if side == "up" else False
+    if kind == "upsamplers":
+        return f"output_blocks_{block * (count + 1) + count}_{2 if attends else 1}_conv"
+    first = f"input_blocks_{1 + block * (count + 1) + index}" if side == "down" else ""
+    first = first or f"output_blocks_{block * (count + 1) + index}"
+    return f"{first}_{0 if kind == 'resnets' else 1}_{_inside(kind, rest)}"
+
+
+def _inside(kind: str, rest: str) -> str:
+    return _RESNET.get(rest, rest).replace(".", "_") if kind == "resnets" else rest.replace(".", "_")
