@@ -149,7 +149,7 @@ class Prover:
         command += ["--device", box.device] if box.device else []
         command += ["--parts", ",".join(TIMED), "--images", str(box.repeat), "--calls", str(box.repeat)]
         command += ["--timeout", str(int(box.step_seconds))]
-        return [*command, "--rounds", "1", "--work", str(self._folder(entry) / "bench"), "--json", "--quiet"]
+        return [*command, "--rounds", "1", "--work", str(self._folder(entry) / "bench"), "--quiet", "--json"]
 
     def _generate(self, entry: Checkpoint, bundle: Path) -> list[str]:
         picture = self._picture(entry)

@@ -40,6 +40,7 @@ class Fake:
     def __init__(self, folder: Path, interrupt: str = "", fail: Mapping[str, Measured] | None = None) -> None:
         self.folder, self.interrupt, self.fail = folder, interrupt, fail or {}
         self.done: list[str] = []
+        self.commands: list[list[str]] = []
         self.environments: list[Mapping[str, str]] = []
 
     def __call__(self, command: Sequence[str], timeout: float, env: Mapping[str, str] | None = None) -> Measured:
@@ -47,6 +48,7 @@ class Fake:
         step = {"run": "generate"}.get(step, step)
         assert 0 < timeout < 24 * 3600
         self.environments.append(dict(env or {}))
+        self.commands.append(list(command))
         if step == self.interrupt:
             raise KeyboardInterrupt
         self.done.append(step)

@@ -16,6 +16,7 @@ from prove.steps import ORDER, Box, Prover, last_document
 from prove_fakes import Fake, bench_output, bench_rows, prover
 
 from diffship.benchmarks.process import Measured
+from diffship.cli.main import parse
 from diffship.core.errors import ConfigError
 
 
@@ -31,6 +32,20 @@ def test_every_step_runs_once_and_only_fetch_may_use_the_network(tmp_path: Path)
     assert rows["image_seconds"].value == 2 and rows["image_seconds"].conditions["commit"] == COMMIT
     assert rows["vae_decoder_seconds"].value == 0.2 and rows["image_peak_bytes"].kind == "memory"
     assert rows["proved"].value == 1 and {found.status for found in rows.values()} == {"ok"}
+
+
+@pytest.mark.parametrize("box", [{}, {"engine": "onnxruntime", "device": "cuda", "precision": "fp16"}])
+def test_commands_are_those_of_the_command_line(tmp_path: Path, box: dict[str, str]) -> None:
+    fake = Fake(tmp_path)
+    job, _ = prover(tmp_path, fake, row("tiny", sampler="lcm"), **box)
+    assert job.prove(job.catalogue.checkpoints["tiny"]) == "ok"
+    verbs = [command[3:] for command in fake.commands if command[1:3] == ["-m", "diffship"]]
+    assert [words[0] for words in verbs] == ["verify", "bench", "run"]
+    for words in verbs:
+        options = parse(words)
+        assert words[-1] == "--json" or options.json is True, words
+        assert options.device == box.get("device")
+    assert parse(verbs[1]).sampler == "lcm" and parse(verbs[2]).steps == 2
 
 
 @pytest.mark.parametrize("step", ORDER)
