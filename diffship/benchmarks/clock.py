@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -38,12 +40,38 @@ def report(document: Mapping[str, object]) -> None:
 
 
 def device_peak(device: str) -> int | None:
-    """Largest memory that torch's allocator held on the GPU, in bytes; None on a CPU."""
+    """Bytes on the GPU: the most that torch's allocator reserved, or, for other engines, all that it holds now.
+
+    Engines other than torch keep what they once took, so that the end of the calls shows their peak. None on a CPU.
+    """
     if device == "cpu":
         return None
+    torch = sys.modules.get("torch")
+    reserved = int(torch.cuda.max_memory_reserved()) if torch is not None else 0
+    return reserved or _gpu_used()
+
+
+def waits(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """`call`, which returns when the GPU has finished what torch gave it; on a CPU the call itself."""
+    if device == "cpu":
+        return call
     import torch
 
-    return int(torch.cuda.max_memory_reserved())
+    def finished() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return finished
+
+
+def _gpu_used() -> int | None:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return int(done.stdout.split()[0]) << 20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 def _once(call: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffship.benchmarks.clock import device_peak, report, timed
+from diffship.benchmarks.clock import device_peak, report, timed, waits
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -18,7 +18,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def main() -> None:
     order = json.loads(sys.argv[1])
     case = order["case"]
-    figures = timed(lambda: loaded(case, order), case["calls"])
+    figures = timed(lambda: waits(loaded(case, order), case["device"]), case["calls"])
     report({**figures, "device_peak": device_peak(case["device"])})
 
 
