@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
 # What a figure depends on: everything that computes or measures. Not the command line, tables or training.
 ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
-MEASURING = ("case", "child", "clock", "machine", "materials", "process", "peers")
+_MODULES = ("case", "child", "clock", "machine", "materials", "process", "peers")
+MEASURING = tuple(f"benchmarks/{name}" for name in _MODULES)
 _SIDE = 2048
 _COPY_BYTES = 256 << 20
 
@@ -67,11 +68,10 @@ def gpus() -> tuple[dict[str, Any], ...]:
     )
 
 
-def code_digest(package: Path | None = None) -> str:
-    """sha256 over the sources that a figure depends on; equal digests mean equal measured code."""
+def code_digest(package: Path | None = None, names: Sequence[str] = (*ROOMS, *MEASURING)) -> str:
+    """sha256 over the sources of these rooms and modules, by default all that a figure depends on."""
     root = package or Path(__file__).parents[1]
-    files = [file for room in ROOMS for file in _sources(root / room)]
-    files += [file for name in MEASURING for file in _sources(root / "benchmarks" / name)]
+    files = [file for name in names for file in _sources(root / name)]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RANDOM = "random weights"
 TRAINED = "trained weights"
+WEIGHTS = ("core", "models")  # the rooms that make the folder
+GRAPHS = ("exporters", "export.py")  # and those that make a bundle of it
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ def _of_source(order: Order) -> Materials:
 
     pipeline = open_source(order.target)
     job = Job(Path(order.work) / slug(order.target))
-    origin = _digest([order.target, pipeline.source, code_digest()])
-    folder = job.once(f"folder-{origin}", lambda out: pipeline.save(out))
-    bundle = _bundle(order, job, folder, origin) if order.bundle else None
+    origin = [order.target, pipeline.source]
+    # what an edit elsewhere cannot change is not made again: it is gigabytes and minutes
+    folder = job.once(f"folder-{_digest([origin, code_digest(names=WEIGHTS)])}", lambda out: pipeline.save(out))
+    made_by = _digest([origin, code_digest(names=(*WEIGHTS, *GRAPHS))])
+    bundle = _bundle(order, job, folder, made_by) if order.bundle else None
     size = order.size or pipeline.family.default_size
     chosen = [name for name in PART_NAMES if name in pipeline.components]
     parts = {name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundle, name)} for name in chosen}
