@@ -30,14 +30,15 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
         MissingExtra: huggingface_hub is not installed.
     """
     hub = need("huggingface_hub")
-    offline = bool(hub.constants.HF_HUB_OFFLINE)
+    constants = need("huggingface_hub.constants")
+    offline = bool(constants.HF_HUB_OFFLINE)
     try:
         if offline:
             return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
         info = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         wanted = select_files(sizes)
-        require_disk(hub.constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
+        require_disk(constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
         return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
     except DiffshipError:
         raise

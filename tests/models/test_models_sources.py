@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -368,3 +371,11 @@ def test_only_files_that_are_read_are_fetched() -> None:
 def test_hub_ids() -> None:
     assert all(map(is_hub_id, ("stabilityai/sdxl-turbo", "gpt2", "a/b.c-d_e")))
     assert not any(map(is_hub_id, ("", "../x", "/etc/passwd", "a/b/c", "a b", "a//b", "-x/y", "x" * 200)))
+
+
+def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> None:
+    """The hub's client loads its modules lazily: nothing else may have imported them before."""
+    code = "from diffship.models.hub import hub_folder; hub_folder('nobody/nothing')"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert "SourceError: 'nobody/nothing' is no path here" in done.stderr.splitlines()[-1]
