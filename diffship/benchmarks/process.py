@@ -119,11 +119,13 @@ def _waited(process: subprocess.Popen[str], timeout: float, limit: int | None) -
 
 
 def _watch(process: subprocess.Popen[str], peak: list[int], limit: int | None) -> None:
+    started = time.monotonic()
     while process.poll() is None:
         peak[0] = max(peak[0], sum(resident_bytes(pid) for pid in _family(process.pid)))
         if limit is not None and peak[0] > limit:
             _kill(process)
-        time.sleep(POLL_SECONDS)
+        # a short process is looked at often, a long one seldom
+        time.sleep(min(POLL_SECONDS, 0.002 + (time.monotonic() - started) / 20))
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
