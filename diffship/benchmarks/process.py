@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,12 @@ from diffship.core.row import Row
 POLL_SECONDS = 0.05
 TIMEOUT_CODE = 124
 OVER_LIMIT_CODE = -1000  # no signal and no exit status has this number
+# Sets the limit and becomes the subject: no moment in which it could allocate without one.
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 # What allocators of python, C++, torch, ONNX Runtime, OpenVINO and CUDA say when they fail.
 _NO_MEMORY = re.compile(
     r"MemoryError|bad_alloc|can't allocate memory|CUDA out of memory|OutOfMemoryError|Cannot allocate memory"
@@ -78,7 +84,7 @@ def measure(
     """
     started = time.monotonic()
     with subprocess.Popen(
-        list(command),
+        [*([] if memory_limit is None else [sys.executable, "-c", _LIMITED, str(memory_limit)]), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,9 +106,6 @@ def failed_row(suite: str, subject: str, metric: str, unit: str, measured: Measu
 
 
 def _waited(process: subprocess.Popen[str], timeout: float, limit: int | None) -> tuple[int, int, str]:
-    if limit is not None and hasattr(resource, "prlimit"):
-        with suppress(ProcessLookupError):
-            resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
     peak = [0]
     watch = threading.Thread(target=_watch, args=(process, peak, limit), daemon=True)
     watch.start()

@@ -30,7 +30,7 @@ from diffship.core.strict import unknown
 
 RESULTS = Path("benchmarks") / "results"
 IMAGES = Path("docs") / "images"
-PAGES = ("README.md", "docs/*.md", "docs/reproduce/*.md")
+PAGES = ("README.md", "docs/*.md", "docs/reproduce/*.md", "diffship/models/*/README.md")
 _TABLE = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 _FIGURE = re.compile(r"(<!-- figure: ([^\n]*?) -->)(.*?)(<!-- end figure -->)", re.DOTALL)
 _STRAY = re.compile(r"<!-- (?:end )?(?:table|figure)\b")
