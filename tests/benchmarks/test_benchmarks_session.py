@@ -19,7 +19,10 @@ from diffship.core.errors import ConfigError, PeerError
 from diffship.core.row import Row
 
 # long enough for its memory to be seen
-REPORT = "import json, time; time.sleep(0.1); print(json.dumps({'load': 1, 'first': 2, 'cold': 4, 'seconds': %s, 'device_peak': None}))"
+REPORT = (
+    "import json, time; time.sleep(0.1); "
+    "print(json.dumps({'load': 1, 'first': 2, 'cold': 4, 'seconds': %s, 'device_peak': None}))"
+)
 BENCH = Bench(("toy",), ("fast", "slow"), parts=("unet",), calls=2)
 PART = {"parameters": 10, "conv_linear_macs": 100, "attention_macs": 20, "file_bytes": {"bundle": 40, "folder": 50}}
 PARTS: dict[str, dict[str, Any]] = {"unet": PART, "vae_decoder": {**PART, "conv_linear_macs": 1000}}
