@@ -31,6 +31,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+    "timestep_spacing": "trailing",  # the first step then sees nothing but noise, which is what is drawn
     "prediction_type": "epsilon",
 }
 

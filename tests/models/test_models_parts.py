@@ -256,13 +256,18 @@ def test_loading_names_what_is_wrong_with_the_weights() -> None:
         {"addition_embed_type": "image"},
         {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
         {"down_block_types": ["KDownBlock2D"] * 4},
-        {"diffship": {"layout": {}}},
     ],
 )
 def test_foreign_unets_are_refused(change: dict[str, Any]) -> None:
     component = part("tiny-sd", "unet")
     with pytest.raises(UnsupportedError, match="unet: "):
         unet({**component.config, **change}, component.weights)
+
+
+def test_widths_of_another_version_are_refused() -> None:
+    component = part("tiny-sd", "unet")
+    with pytest.raises(SourceError, match="unknown key 'layout'"):
+        unet({**component.config, "diffship": {"layout": {}}}, component.weights)
 
 
 def test_examples_are_equal_for_equal_seeds() -> None:
