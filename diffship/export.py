@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffship.models.component import Component
     from diffship.models.pipeline import Pipeline
 
-GATE_BYTES = 2 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
+GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
 _PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "safetensors")
