@@ -162,7 +162,9 @@ def in_child(bundle: Bundle, engine: str, seconds: float) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("make", [cyclic, without_opset, future_opset, unknown_operator, wrong_shape], ids=str)
+@pytest.mark.parametrize(
+    "make", [cyclic, without_opset, future_opset, unknown_operator, wrong_shape], ids=lambda make: make.__name__
+)
 def test_unsound_models_are_refused_in_one_line(make_bundle: MakeBundle, make: Any, engine: str) -> None:
     if (make, engine) == (future_opset, "openvino"):
         pytest.skip("OpenVINO reads operators of opsets to come as those of the last it knows")
