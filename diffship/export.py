@@ -16,6 +16,7 @@ from diffship.core.bundle import Bundle, FileRecord, write_bundle
 from diffship.core.errors import ConfigError, MissingExtra, ParityError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.manifest import Manifest, Part
+from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
@@ -129,8 +130,6 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
 
 def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
-    from diffship.core.problem import refuse
-
     refuse(exporter.check(pipeline))
     components = pipeline.components.values()
     require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")

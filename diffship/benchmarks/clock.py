@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 SPAWNED = "DIFFSHIP_BENCH_SPAWNED"
+LONG_SECONDS = 60.0  # a call of this length is its own warm-up: what only the first one pays is small beside it
 
 
 def told() -> dict[str, str]:
@@ -21,6 +22,7 @@ def told() -> dict[str, str]:
 def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, object]:
     """Seconds of `load()`, of the first call (warm-up) and of `calls` more calls of what it returned.
 
+    Where the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others.
     `cold` runs from the start of this process, as its parent told it, to the end of the first call.
     """
     spawned = float(os.environ.get(SPAWNED) or time.time())
@@ -30,8 +32,9 @@ def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, obj
     call()
     first = time.perf_counter()
     cold = time.time() - spawned
-    seconds = [_once(call) for _ in range(calls)]
-    return {"load": loaded - started, "first": first - loaded, "cold": cold, "seconds": seconds}
+    warm_up = first - loaded
+    seconds = [warm_up] if warm_up >= LONG_SECONDS else [_once(call) for _ in range(calls)]
+    return {"load": loaded - started, "first": warm_up, "cold": cold, "seconds": seconds}
 
 
 def report(document: Mapping[str, object]) -> None:

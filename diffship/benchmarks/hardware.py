@@ -9,9 +9,12 @@ from diffship.benchmarks import published
 from diffship.benchmarks.record import Results
 from diffship.benchmarks.tables import DASH, Table, cases, digits, labelled
 from diffship.core.errors import ConfigError
+from diffship.core.registry import RUNNERS
 
 OUT_OF_MEMORY = "OOM"
 MEASURED = "measured"
+LCM_STEPS = (4, 25)
+REDUCED = ("bk-", "hybrid", "koala", "ssd-1b", "vega", "emoji")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ ColumnOf = Callable[[Cell], str]
 
 
 def cells_of(results: Sequence[Results]) -> list[Cell]:
-    """The images of one at a time in every file; the runner belongs to the hardware, as the GPU's software does.
+    """The images of one at a time in every file, drawn by our engines; the runner belongs to the hardware, as the GPU's
+    software does.
 
     Raises:
         ConfigError: two files say different things of the same model, runner, steps and machine.
@@ -53,6 +57,8 @@ def cells_of(results: Sequence[Results]) -> list[Cell]:
             if median is None or median.conditions.get("batch") != 1:
                 continue
             conditions = median.conditions
+            if conditions["runner"] not in RUNNERS:
+                continue  # other toolchains have tables of their own: these compare models and machines
             memory = metrics.get("peak_device_bytes") or metrics.get("peak_host_bytes")
             gigabytes = None if memory is None or memory.value is None else memory.value / 1e9
             place = f"{file.hardware}, {conditions['runner']}, {conditions['precision']}"
@@ -71,13 +77,18 @@ def koala_form(results: Sequence[Results]) -> Table:
 
 
 def lcm_form(results: Sequence[Results]) -> Table:
-    """Rows: hardware. Columns: model at 4 and at 25 steps (or the steps that were measured)."""
+    """Rows: hardware. Columns: model at 4 and at 25 steps; whole models, not their reductions."""
+    ours = [cell for cell in cells_of(results) if cell.steps in LCM_STEPS and not _reduced(cell.model)]
     theirs = [_cell(entry) for entry in published.lcm_lora()]
 
     def column(cell: Cell) -> str:
         return f"{cell.model}, {_size(cell)}, {_steps(cell)}"
 
-    return _grid(cells_of(results) + theirs, ("hardware", "where from"), _hardware_row, column, False)
+    return _grid(ours + theirs, ("hardware", "where from"), _hardware_row, column, False)
+
+
+def _reduced(model: str) -> bool:
+    return any(word in model.lower() for word in REDUCED)
 
 
 def merged(results: Sequence[Results]) -> dict[str, Table]:

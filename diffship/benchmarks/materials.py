@@ -32,7 +32,7 @@ GRAPHS = ("exporters", "export.py")  # and those that make a bundle of it
 
 @dataclass(frozen=True)
 class Order:
-    """What to make of one target; `batches` are images at once."""
+    """What to make of one target. batches: images at once. folder: whether a runner reads the source's weights."""
 
     target: str
     work: str
@@ -42,15 +42,16 @@ class Order:
     batches: tuple[int, ...]
     parts: tuple[str, ...] = ()
     bundle: bool = True
+    folder: bool = True
 
 
 @dataclass(frozen=True)
 class Materials:
     """Where things lie, and the facts of each part. `kind` is the bundle's target, "onnx" for what is exported here.
 
-    `folder` (diffusers) is None for a bundle. `parts[name]` holds `parameters`, `file_bytes` by "folder" and "bundle",
-    and, for one row at this size, `conv_linear_macs` and `attention_macs` (None where only a bundle is known).
-    `feeds[name][batch]` is a safetensors file of canonical inputs.
+    `folder` (diffusers) is None for a bundle, and where only bundles are measured. `parts[name]` holds `parameters`,
+    `file_bytes` by "folder" and "bundle", and, for one row at this size, `conv_linear_macs` and `attention_macs` (None
+    where only a bundle is known). `feeds[name][batch]` is a safetensors file of canonical inputs.
     """
 
     target: str
@@ -88,24 +89,25 @@ def _of_source(order: Order) -> Materials:
     job = Job(Path(order.work) / slug(order.target))
     origin = [order.target, pipeline.source]
     # what an edit elsewhere cannot change is not made again: it is gigabytes and minutes
-    folder = job.once(f"folder-{_digest([origin, code_digest(names=WEIGHTS)])}", lambda out: pipeline.save(out))
+    key = f"folder-{_digest([origin, code_digest(names=WEIGHTS)])}"
+    folder = job.once(key, lambda out: pipeline.save(out)) if order.folder else None
     made_by = _digest([origin, code_digest(names=(*WEIGHTS, *GRAPHS))])
-    bundle = _bundle(order, job, folder, made_by) if order.bundle else None
+    bundle = _bundle(order, job, folder or order.target, made_by) if order.bundle else None
     size = order.size or pipeline.family.default_size
     chosen = [name for name in PART_NAMES if name in pipeline.components]
     parts = {name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundle, name)} for name in chosen}
     random = pipeline.source.get("kind") == "arch"
     rows = _rows_per_image(pipeline.family.time_cond_dim, order.guidance)
     feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows)
-    paths = (str(folder), None if bundle is None else str(bundle))
+    paths = (None if folder is None else str(folder), None if bundle is None else str(bundle))
     return Materials(order.target, RANDOM if random else TRAINED, "onnx", *paths, size, rows, parts, feeds)
 
 
-def _bundle(order: Order, job: Job, folder: Path, origin: str) -> Path:
+def _bundle(order: Order, job: Job, source: Path | str, origin: str) -> Path:
     from diffship.export import export
 
     def make(out: Path) -> None:
-        export(str(folder), to="onnx", out=out, precision=order.precision)
+        export(str(source), to="onnx", out=out, precision=order.precision)
 
     return job.once(f"onnx-{order.precision}-{origin}", make)
 
@@ -150,10 +152,12 @@ def _sizes(vae_factor: int, size: int, batch: int) -> dict[str, int]:
     return {"batch_size": batch, "sequence_length": 77, **latent, **pixels}
 
 
-def _bytes(folder: Path, bundle: Path | None, name: str) -> dict[str, int]:
+def _bytes(folder: Path | None, bundle: Path | None, name: str) -> dict[str, int]:
     """Weight files of a part in the diffusers folder (a VAE's both halves in one) and in the bundle."""
     own = "vae" if name.startswith("vae_") else name
-    found = {"folder": sum(file.stat().st_size for file in (folder / own).glob("*.safetensors"))}
+    found = {}
+    if folder is not None:
+        found["folder"] = sum(file.stat().st_size for file in (folder / own).glob("*.safetensors"))
     if bundle is not None:
         found["bundle"] = sum(file.stat().st_size for file in (bundle / name).glob("*") if file.suffix != ".json")
     return found

@@ -126,7 +126,8 @@ class Session:
 
     def _materials(self, bench: Bench, target: str) -> Materials:
         """Raises what the preparing process says, before anything is measured."""
-        wanted = not bench.engines or any(name not in ("torch", *PEERS) for name in bench.engines)
+        bundle = not bench.engines or any(name != "torch" for name in bench.engines)
+        folder = not bench.engines or "torch" in bench.engines or bool(bench.against)
         parts = tuple(name for name in bench.parts if name != IMAGE)
         order = Order(
             target=target,
@@ -136,7 +137,8 @@ class Session:
             precision=bench.precision,
             batches=bench.batches,
             parts=parts,
-            bundle=wanted,
+            bundle=bundle,
+            folder=folder,
         )
         self._progress(f"prepare {target}", 0, 1)
         text = json.dumps(asdict(order))
@@ -187,7 +189,7 @@ class Session:
             return [sys.executable, "-m", "diffship.benchmarks.child", json.dumps(order)], {}
         peer = PEERS[case.runner]
         python = self._python(case.runner)
-        if materials.folder is None:
+        if materials.folder is None:  # peers always make one of a source
             raise UnsupportedError(
                 f"{case.runner} needs the source's weights; {case.target} is a bundle: bench the source"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> Result:
         raise ConfigError("no folder for the model is given; name one with -o DIR, or ask with --dry-run")
     source, base, passes = _asked(options)
     out = None if options.dry_run else options.output
-    with made_parents(options.output or Path.cwd() / "x"), Stages(options.quiet) as stages:
+    with nullcontext() if out is None else made_parents(out), Stages(options.quiet) as stages:
         pipeline = compress(
             source,
             passes,

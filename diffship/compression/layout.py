@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from diffship.compression.narrow import narrowed
+from diffship.compression.narrow import by_norm, count_parameters, cut
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import choices
 from diffship.core.weights import Weights, renamed
-from diffship.models.component import INNER, Component
 from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
 from diffship.models.pipeline import Pipeline, with_unet
 from diffship.models.unet import unet
-from diffship.models.widths import Widths, attentions, widths_of, with_widths
+from diffship.models.widths import Widths, widths_now, widths_of, with_widths
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,13 @@ class LayoutPass:
         config, widths = self.student(pipeline)
         teacher = pipeline.components["unet"]
         job.progress(f"layout {self.name}", 0, 1)
-        whole = unet(config, teacher.weights)
-        names = [name.removeprefix(INNER) for name in whole.meta.state_dict()]
+        student = unet(config, teacher.weights).meta.get_submodule("inner")
+        names = list(student.state_dict())
         weights: Weights = renamed(teacher.weights, weight_map(find_layout(self.name), teacher.config, names))
         if widths:
-            weights = narrowed(weights, widths, _head_counts(whole))
+            heads = widths_now(student).heads
+            weights = cut(weights, by_norm(weights, widths, heads), heads)
         entry = {"pass": self.kind, **asdict(self)}
         entry |= {"parameters_before": count_parameters(teacher.weights), "parameters": count_parameters(weights)}
         job.progress(f"layout {self.name}", 1, 1)
         return with_unet(pipeline, with_widths(config, widths), weights, entry)
-
-
-def _head_counts(component: Component) -> dict[str, int]:
-    layers = dict(component.meta.get_submodule("inner").named_modules())
-    return {name: int(layers[name].heads) for name in attentions(layers)}
-
-
-def count_parameters(weights: Weights) -> int:
-    return sum(weights.meta(name).count for name in weights.names())

@@ -17,6 +17,7 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import bounds, choices
 from diffship.models.arch_configs import lcm_scheduler
+from diffship.models.families import OWN, own_facts
 from diffship.models.pipeline import Pipeline, recorded
 
 
@@ -73,7 +74,7 @@ class LoraPass:
     def _scheduled(self, pipeline: Pipeline) -> Pipeline:
         if self.sampler is None:
             return pipeline
-        own = {**pipeline.model_index.get("_diffship", {}), "steps_default": self.steps, "guidance_default": 1.0}
-        index = {**pipeline.model_index, "_diffship": own, "scheduler": ["diffusers", "LCMScheduler"]}
+        own = {**own_facts(pipeline.model_index), "steps_default": self.steps, "guidance_default": 1.0}
+        index = {**pipeline.model_index, OWN: own, "scheduler": ["diffusers", "LCMScheduler"]}
         family = replace(pipeline.family, steps_default=self.steps, guidance_default=1.0)
         return replace(pipeline, scheduler=lcm_scheduler(pipeline.scheduler), model_index=index, family=family)

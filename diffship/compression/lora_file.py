@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from diffship.compression.lora_names import Names, Place
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, SourceError
-from diffship.core.weights import SafetensorsWeights, Weights, to_float32
+from diffship.core.weights import Derived, SafetensorsWeights, Weights, to_float32
 
 Array = NDArray[np.generic]
 _LISTED = 5
@@ -109,17 +109,10 @@ def _some(what: str, names: Sequence[str]) -> str:
     return f"{len(names)} {what}s ({', '.join(names[:_LISTED])}{more})"
 
 
-class _Fused:
+class _Fused(Derived):
     def __init__(self, weights: Weights, changes: Mapping[str, Sequence[Delta]]) -> None:
-        self._weights = weights
+        super().__init__(weights)
         self._changes = changes
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.meta(name).nbytes for name in self.names())
-
-    def names(self) -> tuple[str, ...]:
-        return self._weights.names()
 
     def meta(self, name: str) -> TensorMeta:
         meta = self._weights.meta(name)

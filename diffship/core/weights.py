@@ -18,6 +18,7 @@ from diffship.core.seeded import SeededWeights
 from diffship.core.sniff import refuse_unsafe
 
 __all__ = [
+    "Derived",
     "MemoryWeights",
     "SafetensorsWeights",
     "SeededWeights",
@@ -127,14 +128,30 @@ class MemoryWeights:
         return _find(self._arrays, name)
 
 
-class _Renamed:
-    def __init__(self, weights: Weights, old_names: Mapping[str, str]) -> None:
+class Derived:
+    """Weights made of others, as they are until a subclass gives `meta` or `read` another meaning."""
+
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._old = dict(old_names)
 
     @property
     def nbytes(self) -> int:
         return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return self._weights.names()
+
+    def meta(self, name: str) -> TensorMeta:
+        return self._weights.meta(name)
+
+    def read(self, name: str) -> Array:
+        return self._weights.read(name)
+
+
+class _Renamed(Derived):
+    def __init__(self, weights: Weights, old_names: Mapping[str, str]) -> None:
+        super().__init__(weights)
+        self._old = dict(old_names)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._old)
@@ -146,17 +163,10 @@ class _Renamed:
         return self._weights.read(_find(self._old, name))
 
 
-class _Cast:
+class _Cast(Derived):
     def __init__(self, weights: Weights, dtype: str) -> None:
-        self._weights = weights
+        super().__init__(weights)
         self._dtype = dtype
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self)
-
-    def names(self) -> tuple[str, ...]:
-        return self._weights.names()
 
     def meta(self, name: str) -> TensorMeta:
         meta = self._weights.meta(name)
@@ -172,17 +182,10 @@ class _Cast:
             raise ConfigError(f"tensor {name}: {fault}") from None
 
 
-class _Taken:
+class _Taken(Derived):
     def __init__(self, weights: Weights, kept: Mapping[str, Mapping[int, NDArray[np.intp]]]) -> None:
-        self._weights = weights
+        super().__init__(weights)
         self._kept = kept
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self)
-
-    def names(self) -> tuple[str, ...]:
-        return self._weights.names()
 
     def meta(self, name: str) -> TensorMeta:
         meta = self._weights.meta(name)

@@ -32,22 +32,17 @@ else:
 
 PREFIX = "arch:"
 SUFFIXES = ("lcm", "taesd")
-# architectures that share the text encoders, VAE and scheduler of another
-_TEXT_OF = {
-    "sd21-base": "sd21",
-    "lcm-sd15": "sd15",
-    "sd15-inpaint": "sd15",
-    "tiny-lcm": "tiny-sd",
-    "tiny-inpaint": "tiny-sd",
-}
-_VAE_OF = {**_TEXT_OF, "sd21-base": "sd15", "sdxl-refiner": "sdxl", "tiny-refiner": "tiny-sdxl"}
-_SCHEDULER_OF = {
-    **_VAE_OF,
-    "sd21-base": "sd21-base",
-    "tiny-sd": "sd15",
-    "tiny-sdxl": "sdxl",
-    "tiny-inpaint": "sd15",
-    "tiny-refiner": "sdxl",
+# whose text encoders, VAE and scheduler an architecture has, where they are not its own
+_SHARED = {
+    "sd21-base": ("sd21", "sd15", "sd21-base"),
+    "lcm-sd15": ("sd15", "sd15", "sd15"),
+    "sd15-inpaint": ("sd15", "sd15", "sd15"),
+    "sdxl-refiner": ("sdxl-refiner", "sdxl", "sdxl"),
+    "tiny-sd": ("tiny-sd", "tiny-sd", "sd15"),
+    "tiny-lcm": ("tiny-sd", "tiny-sd", "sd15"),
+    "tiny-inpaint": ("tiny-sd", "tiny-sd", "sd15"),
+    "tiny-sdxl": ("tiny-sdxl", "tiny-sdxl", "sdxl"),
+    "tiny-refiner": ("tiny-refiner", "tiny-sdxl", "sdxl"),
 }
 _SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "unet": 3, "vae": 4}
 # published reductions by the architecture that they reduce; BK-SDM has a second series, made of SD 2.1 base
@@ -67,14 +62,15 @@ def arch_material(text: str) -> Material:
     unet, name = _unet(name), _TEACHERS.get(name, name)
     if "lcm" in suffixes:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
-    vae_class, vae = _vae(name, "taesd" in suffixes)
+    text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
+    vae_class, vae = (TINY, configs.TAESD[_size(name)]) if "taesd" in suffixes else (KL, configs.VAES[vae_of])
     modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _ArchWeights([partial(UNet, unet)], _SEEDS["unet"]))}
     modules["vae"] = Module(
         vae_class,
         {**vae, "_class_name": vae_class},
         _ArchWeights([partial(half, vae_class, vae) for half in (Encoder, Decoder)], _SEEDS["vae"]),
     )
-    for part, (class_name, config) in configs.TEXTS[_TEXT_OF.get(name, name)].items():
+    for part, (class_name, config) in configs.TEXTS[text_of].items():
         config = {**config, "architectures": [class_name]}
         modules[part] = Module(
             class_name,
@@ -85,7 +81,7 @@ def arch_material(text: str) -> Material:
         source={"id": text, "revision": None, "kind": "arch"},
         modules=modules,
         tokenizers=_tokenizers(name, modules),
-        scheduler=_scheduler(name, unet),
+        scheduler=_scheduler(scheduler_of, unet),
         index=_index(name, unet),
         licence={"id": "", "name": "none (random weights)", "link": "", "restrictions": "", "notices": []},
     )
@@ -111,14 +107,12 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(suffixes)
 
 
-def _vae(name: str, tiny: bool) -> tuple[str, Mapping[str, Any]]:
-    if tiny:
-        return TINY, configs.TAESD["tiny" if name.startswith("tiny") else "full"]
-    return KL, configs.VAES[_VAE_OF.get(name, name)]
+def _size(name: str) -> str:
+    return "tiny" if name.startswith("tiny") else "full"
 
 
 def _scheduler(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
-    own = configs.SCHEDULERS[_SCHEDULER_OF.get(_SCHEDULER_OF.get(name, name), _SCHEDULER_OF.get(name, name))]
+    own = configs.SCHEDULERS[name]
     if not unet.get("time_cond_proj_dim"):
         return dict(own)
     return {**configs.LCM_SCHEDULER, "prediction_type": own["prediction_type"]}

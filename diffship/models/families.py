@@ -11,6 +11,7 @@ from diffship.models.autoencoder import KL, vae_factor
 from diffship.models.unet import text_time_widths
 
 Config = Mapping[str, Any]
+OWN = "_diffship"
 _DEFAULTS = {"sd": (7.5, 25), "sdxl": (5.0, 30), "sdxl-refiner": (5.0, 30), "lcm": (8.0, 4)}
 
 
@@ -49,10 +50,14 @@ def family_of(
     )
 
 
+def own_facts(index: Config) -> Config:
+    """What a model_index says under `_diffship` (recommended settings, history); stock diffusers skips the key."""
+    own = index.get(OWN)
+    return own if isinstance(own, dict) else {}
+
+
 def _defaults(index: Config, kind: str) -> tuple[float, int]:
-    # `_diffship` in model_index.json: what the model's own card recommends; stock diffusers skips the key
-    own = index.get("_diffship")
-    own = own if isinstance(own, dict) else {}
+    own = own_facts(index)
     guidance, steps = _DEFAULTS[kind]
     return float(own.get("guidance_default", guidance)), int(own.get("steps_default", steps))
 

@@ -14,7 +14,7 @@ from diffship.core.family import Family
 from diffship.core.weights import Weights
 from diffship.models.autoencoder import autoencoder
 from diffship.models.component import Component
-from diffship.models.families import family_of
+from diffship.models.families import OWN, family_of, own_facts
 from diffship.models.folder import write_folder
 from diffship.models.text import text_encoder
 from diffship.models.unet import unet
@@ -141,8 +141,7 @@ def assemble(material: Material) -> Pipeline:
 
 
 def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:
-    own = index.get("_diffship")
-    entries = own.get("history") if isinstance(own, dict) else None
+    entries = own_facts(index).get("history")
     return tuple(entries) if isinstance(entries, list) else ()
 
 
@@ -163,8 +162,8 @@ def with_unet(pipeline: Pipeline, config: Mapping[str, Any], weights: Weights, e
 def recorded(pipeline: Pipeline, entry: Mapping[str, Any]) -> Pipeline:
     """`pipeline` with one more entry in its history; the model_index keeps it, where stock diffusers passes over it."""
     history = (*pipeline.history, dict(entry))
-    own = {**pipeline.model_index.get("_diffship", {}), "history": list(history)}
-    return replace(pipeline, model_index={**pipeline.model_index, "_diffship": own}, history=history)
+    own = {**own_facts(pipeline.model_index), "history": list(history)}
+    return replace(pipeline, model_index={**pipeline.model_index, OWN: own}, history=history)
 
 
 def _smallest(family: Family) -> int:

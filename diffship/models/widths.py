@@ -25,20 +25,28 @@ KEY = "diffship"
 @dataclass(frozen=True)
 class Widths:
     """inner: channels between the two convolutions of a residual block, by its name. heads: of an attention layer
-    (`....transformer_blocks.0.attn1`), by its name. What is not named is as its config says."""
+    (`....transformer_blocks.0.attn1`), by its name. feedforward: channels between the two products of a feed-forward
+    layer (`....transformer_blocks.0.ff`), by its name. What is not named is as its config says."""
 
     inner: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 65536))
     heads: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 1024))
+    feedforward: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 65536))
 
     def __bool__(self) -> bool:
-        return bool(self.inner or self.heads)
+        return bool(self.inner or self.heads or self.feedforward)
+
+    def over(self, wider: Widths) -> Widths:
+        """These widths, and those of `wider` for the layers that these do not name."""
+        return Widths(
+            {**wider.inner, **self.inner}, {**wider.heads, **self.heads}, {**wider.feedforward, **self.feedforward}
+        )
 
 
 def widths_of(config: Mapping[str, Any]) -> Widths:
     """What a U-Net's config says under `diffship`; raises SourceError for anything that this version does not know."""
     found = config.get(KEY)
     widths = Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
-    for name, value in (*widths.inner.items(), *widths.heads.items()):
+    for name, value in (*widths.inner.items(), *widths.heads.items(), *widths.feedforward.items()):
         if value < 1:
             raise SourceError(f"unet config: {name} is {value} wide")
     return widths
@@ -61,6 +69,18 @@ def narrow_module(module: Any, widths: Widths) -> None:
         _narrow_resnet(_found(layers, name, "conv1", residual_blocks), name, inner)
     for name, heads in widths.heads.items():
         _narrow_attention(_found(layers, name, "to_q", attentions), name, heads)
+    for name, inner in widths.feedforward.items():
+        _narrow_feedforward(_found(layers, name, "net", feedforwards), name, inner)
+
+
+def widths_now(module: Any) -> Widths:
+    """Every layer of a UNet2DConditionModel that can be narrowed, with its present size, in the module's order."""
+    layers = dict(module.named_modules())
+    return Widths(
+        {name: int(layers[name].conv1.out_channels) for name in residual_blocks(layers)},
+        {name: int(layers[name].heads) for name in attentions(layers)},
+        {name: int(layers[name].net[2].in_features) for name in feedforwards(layers)},
+    )
 
 
 def residual_blocks(layers: Mapping[str, Any]) -> list[str]:
@@ -71,6 +91,11 @@ def residual_blocks(layers: Mapping[str, Any]) -> list[str]:
 def attentions(layers: Mapping[str, Any]) -> list[str]:
     """Names of all attention layers, self (`attn1`) and cross (`attn2`)."""
     return [name for name, layer in layers.items() if hasattr(layer, "to_q")]
+
+
+def feedforwards(layers: Mapping[str, Any]) -> list[str]:
+    """Names of all feed-forward layers of transformer blocks."""
+    return [name for name, layer in layers.items() if name.endswith(".ff") and hasattr(layer, "net")]
 
 
 def _found(layers: Mapping[str, Any], name: str, part: str, legal: Callable[[Any], Iterable[str]]) -> Any:
@@ -100,6 +125,14 @@ def _narrow_attention(layer: Any, name: str, heads: int) -> None:
         old = getattr(layer, part)
         setattr(layer, part, _linear(old, old.in_features, width))
     layer.to_out[0] = _linear(layer.to_out[0], width, layer.to_out[0].out_features)
+
+
+def _narrow_feedforward(layer: Any, name: str, inner: int) -> None:
+    gate, last = layer.net[0].proj, layer.net[2]  # GEGLU: values and gates side by side
+    if inner > last.in_features:
+        raise SourceError(f"unet config: {name} is {inner} wide inside; its config gives it {last.in_features}")
+    layer.net[0].proj = _linear(gate, gate.in_features, 2 * inner)
+    layer.net[2] = _linear(last, inner, last.out_features)
 
 
 def _conv(old: Any, inside: int, outside: int) -> Any:

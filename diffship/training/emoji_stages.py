@@ -15,7 +15,7 @@ from diffship.training.diffusion import (
     Latents,
     caption_variants,
 )
-from diffship.training.loop import Schedule, load_average, train
+from diffship.training.loop import Schedule, leave, load_average, train
 from diffship.training.pictures import Pictures
 from diffship.training.preview import draw, save_grid
 from diffship.training.vae import VAE_CONFIG, VaeTask, psnr
@@ -139,7 +139,7 @@ def train_judge(options: TrainOptions) -> dict[str, object]:
 
 
 def _train(task: object, stage: str, options: TrainOptions, folder: Path, validate: object = None) -> int:
-    return train(
+    reached = train(
         task,  # type: ignore[arg-type]
         schedule(stage, options),
         folder,
@@ -147,6 +147,8 @@ def _train(task: object, stage: str, options: TrainOptions, folder: Path, valida
         precision=options.precision,
         stop_after_seconds=options.minutes * 60 if math.isfinite(options.minutes) else math.inf,
     )
+    leave()
+    return reached
 
 
 def new_vae() -> AutoencoderKL:

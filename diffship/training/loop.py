@@ -116,7 +116,19 @@ def train(
                     with averaged(run.parameters, run.average):
                         validate(run.step)
         run.save()
+    run.accelerator.wait_for_everyone()
     return run.step
+
+
+def leave() -> None:
+    """End a distributed run; every process calls it last.
+
+    A process that exits while gloo's thread still holds the tensors of an exchange may abort, and `torchrun` then
+    kills the one that is still writing: the barrier is an exchange that holds none.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 class _Run:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from diffship.benchmarks import clock
 from diffship.benchmarks.clock import SPAWNED, device_peak, report, timed, told, waits
 
 
@@ -27,6 +28,18 @@ def test_load_first_call_and_the_others_are_told_apart(monkeypatch: pytest.Monke
     assert found["load"] >= 0.05 and found["first"] >= 0.1  # type: ignore[operator]
     assert min(found["seconds"]) >= 0.02  # type: ignore[call-overload]
     assert found["cold"] >= 1.15  # type: ignore[operator]
+
+
+def test_a_long_call_is_its_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LONG_SECONDS", 0.05)
+    calls: list[float] = []
+
+    def call() -> None:
+        calls.append(0.0)
+        time.sleep(0.06)
+
+    found = timed(lambda: call, 3)
+    assert len(calls) == 1 and found["seconds"] == [found["first"]]
 
 
 def test_the_child_hears_when_it_was_started_and_stays_offline() -> None:

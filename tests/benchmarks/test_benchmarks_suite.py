@@ -25,7 +25,7 @@ def test_every_suite_of_the_repository_is_legal(name: str) -> None:
 
 
 def test_the_suites_that_were_promised_are_there() -> None:
-    assert {file.stem for file in FOLDER.glob("*.toml")} >= {"cpu-edge", "export", "gpu"}
+    assert {file.stem for file in FOLDER.glob("*.toml")} >= {"cpu-edge", "cpu-image", "export", "gpu"}
     edge = read_suite("cpu-edge", FOLDER)
     assert {name for bench in edge.benches for name in bench.against} == set(PEERS) == set(PEER_NAMES)
     assert {target for bench in edge.benches for target in bench.targets} == {"emoji", "arch:sd15"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 from diffship.cli.main import main
 from diffship.compress import compress
 from diffship.compression.layout import LayoutPass
-from diffship.compression.narrow import head_norms, narrowed
+from diffship.compression.narrow import Kept, by_norm, cut, head_norms, interiors, narrow_unet
 from diffship.core.errors import ConfigError, UnsupportedError
-from diffship.core.weights import MemoryWeights
+from diffship.core.weights import MemoryWeights, Weights
 from diffship.models.sources import open_source
 from diffship.models.unet import unet
 from diffship.models.widths import Widths, with_widths
@@ -48,6 +49,58 @@ def test_the_student_holds_the_teachers_tensors() -> None:
 
 def _count(weights: object) -> int:
     return sum(weights.meta(name).count for name in weights.names())  # type: ignore[attr-defined]
+
+
+def narrowed(weights: Weights, widths: Widths, heads: Mapping[str, int]) -> Weights:
+    return cut(weights, by_norm(weights, widths, heads), heads)
+
+
+def test_cutting_feed_forward_channels_that_give_nothing_changes_nothing() -> None:
+    """Values and gates go together with the column that reads them: without silent channels outputs are as before."""
+    pipeline = open_source("arch:tiny-sd")
+    component = pipeline.components["unet"]
+    name = SELF.replace("attn1", "ff")
+    arrays = {key: component.weights.read(key).copy() for key in component.weights.names()}
+    size = interiors(component).feedforward[name]
+    silent = np.array([1, 5, size - 1])
+    arrays[f"{name}.net.0.proj.weight"][np.concatenate([silent, silent + size])] = 0
+    arrays[f"{name}.net.2.weight"][:, silent] = 0
+    whole = replace(pipeline, components={**pipeline.components, "unet": unet(component.config, MemoryWeights(arrays))})
+    widths = Widths(feedforward={name: size - len(silent)})
+    kept = by_norm(whole.components["unet"].weights, widths, {})
+    np.testing.assert_array_equal(kept.feedforward[name], np.setdiff1d(np.arange(size), silent))
+    small = narrow_unet(whole, kept, {"pass": "test"})
+    assert interiors(small.components["unet"]).feedforward[name] == size - len(silent)
+    feeds = component.example(0, SIZES)
+    before, after = (part.components["unet"].load().run(feeds)["out_sample"] for part in (whole, small))
+    np.testing.assert_allclose(np.asarray(after), np.asarray(before), atol=1e-5)
+
+
+def test_narrowing_twice_keeps_the_widths_of_both(tmp_path: Path) -> None:
+    pipeline = open_source("arch:tiny-sd")
+    once = narrow_unet(pipeline, Kept(heads={SELF: np.array([1])}), {"pass": "first"})
+    twice = narrow_unet(once, Kept(inner={RESNET: np.arange(8)}), {"pass": "second"})
+    assert twice.components["unet"].config["diffship"]["heads"] == {SELF: 1}
+    assert twice.components["unet"].config["diffship"]["inner"] == {RESNET: 8}
+    assert [entry["pass"] for entry in twice.history] == ["first", "second"]
+    again = open_source(str(twice.save(tmp_path / "twice")))
+    feeds = again.components["unet"].example(0, SIZES)
+    first, second = (p.components["unet"].load().run(feeds)["out_sample"] for p in (twice, again))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        (Kept(inner={RESNET: np.array([], dtype=int)}), "it cannot keep 0"),
+        (Kept(inner={RESNET: np.array([3, 1])}), "it cannot keep 2 of them as asked"),
+        (Kept(heads={SELF: np.arange(9)}), "has 2; it cannot keep 9"),
+        (Kept(heads={RESNET: np.arange(1)}), "is no layer that can be narrowed"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(kept: Kept, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        narrow_unet(open_source("arch:tiny-sd"), kept, {})
 
 
 def test_cutting_a_head_that_gives_nothing_changes_nothing() -> None:
