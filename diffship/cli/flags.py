@@ -14,6 +14,8 @@ from diffship.core.registry import RUNNERS
 
 SAMPLERS = "ddim, dpmpp-2m, dpmpp-2m-karras, euler, euler-a, lcm, pndm"  # a test keeps it equal to the table
 
+SPACINGS = ("linspace", "leading", "trailing")
+
 
 def size(text: str) -> tuple[int, int]:
     """`512` or `512x768` as (width, height)."""
@@ -48,7 +50,7 @@ def plain_value(text: str) -> Any:
     return text
 
 
-REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "seed", "rng", "images", "memory")
+REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")
 
 
 def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -59,6 +61,7 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--size", metavar="N|WxH", type=size, help="pixels (default: the model's)")
     group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")
     group.add_argument("--sampler", metavar="NAME", help=f"{SAMPLERS} (default: the model's scheduler)")
+    group.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: the scheduler's)")
     group.add_argument("--seed", metavar="N", type=int, help="image i uses seed + i (default: 0)")
     group.add_argument("--rng", choices=("torch", "philox"), help="noise (default: torch, as it draws on a CPU)")
     return group

@@ -140,6 +140,7 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
         "negative_prompt": trajectory.negative_prompt or "",
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.name,
+        "spacing": trajectory.sampler.timestep_spacing,
         "guidance": trajectory.guidance,
         "width": width,
         "height": height,

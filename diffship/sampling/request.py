@@ -15,6 +15,7 @@ from diffship.core.strict import unknown
 from diffship.sampling.kernel import Array
 from diffship.sampling.rng import NOISES
 from diffship.sampling.samplers import SAMPLERS, Sampler, make_sampler
+from diffship.sampling.schedule import SPACINGS
 from diffship.sampling.tokenizer import check_prompt
 
 MEMORY = ("normal", "low")
@@ -27,7 +28,8 @@ class Request:
     `negative` None is "none given", which SDXL encodes as zeros; "" is the empty prompt. Image i uses seed + i (torch)
     or the key (seed, i) (philox). `latents` (images, channels, height, width) replaces the initial noise, unit normal,
     so that two clients can start from the same. `batch` is how many images share a model call (default: all, or one
-    with low memory).
+    with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
+    students are made for trailing, whatever their folders say.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Request:
     seed: int = 0
     rng: str = "torch"
     sampler: str | None = None
+    spacing: str | None = None
     images: int = 1
     memory: str = "normal"
     batch: int | None = None
@@ -59,6 +62,8 @@ class Request:
         _check_choice("memory", self.memory, MEMORY)
         if self.sampler is not None:
             _check_choice("sampler", self.sampler, tuple(SAMPLERS))
+        if self.spacing is not None:
+            _check_choice("spacing", self.spacing, SPACINGS)
         _check_size(self.size)
 
 
@@ -78,17 +83,26 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
     """Fill in the model's defaults and check what only the model knows.
 
     Raises:
-        ConfigError: a size, number of steps or latents that the model cannot take.
+        ConfigError: a size, number of steps, spacing or latents that the model or its sampler cannot take.
         UnsupportedError: a sampler option that is not built.
     """
     width, height = request.size or (family.default_size, family.default_size)
     shape = (family.latent_channels, *family.latent_size(width, height))
-    sampler = make_sampler({"prediction_type": family.prediction_type, **scheduler}, request.sampler)
+    sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
     steps = family.steps_default if request.steps is None else request.steps
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))
     guidance = family.guidance_default if request.guidance is None else float(request.guidance)
     return Settled(request, sampler, steps, guidance, (width, height), shape)
+
+
+def _sampler(request: Request, config: Mapping[str, Any]) -> Sampler:
+    if request.spacing is None:
+        return make_sampler(config, request.sampler)
+    made = make_sampler({**config, "timestep_spacing": request.spacing}, request.sampler)
+    if made.name == "lcm":
+        raise ConfigError("the lcm sampler takes its timesteps from distillation; spacing has no say in it")
+    return made
 
 
 def _check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:

@@ -32,6 +32,25 @@ def test_same_seed_same_bits_and_image_i_is_seed_plus_i() -> None:
     assert first[0].pixels.dtype == np.uint8
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, in diffusers' scheduler
+def test_the_spacing_that_is_asked_for_replaces_the_schedulers() -> None:
+    """Timesteps as diffusers' scheduler has them under that spacing; LCM's are its own."""
+    import diffusers
+
+    asked = {**ASKED, "sampler": "euler"}
+    for spacing in ("linspace", "leading", "trailing"):
+        picture = generate(ToyModel(), Request(**asked, spacing=spacing))[0]
+        sampler = picture.trajectory.sampler
+        theirs = diffusers.EulerDiscreteScheduler.from_config(sampler.to_config())
+        theirs.set_timesteps(4)
+        assert theirs.config.timestep_spacing == spacing == picture.settings["spacing"]
+        np.testing.assert_allclose(sampler.timesteps(4), theirs.timesteps.numpy(), rtol=1e-6)
+    with pytest.raises(ConfigError, match="did you mean 'trailing'"):
+        Request("x", spacing="trailling")
+    with pytest.raises(ConfigError, match="spacing has no say"):
+        generate(ToyModel(), Request(**{**ASKED, "sampler": "lcm"}, spacing="trailing"))
+
+
 def test_two_processes_agree_bit_for_bit() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
