@@ -1,23 +1,27 @@
 """One training loop for everything that diffship trains: accelerate, EMA, bit-exact resume from safetensors.
 
-Nothing random lives outside `(seed, step)`: a `Task` draws its batch and its noise from a generator made for the
+Nothing random lives outside `(seed, step, rank)`: a `Task` draws its batch and its noise from a generator made for the
 step, so a checkpoint holds weights, moments and averages only, and a killed run continues to the same bits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from safetensors import safe_open
 
+from diffship.core.atomic import sync_folder
+from diffship.core.errors import Cancelled, DiffshipError
 from diffship.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -43,6 +47,8 @@ class Task(Protocol):
 class Schedule:
     """Steps and rates. The rate warms up, stays, and falls linearly to zero over the last `decay` steps.
 
+    A step's gradient is the mean over `accumulate` batches of `batch` samples, drawn one after the other from the
+    step's generator. `betas` are AdamW's. `ema` 0 keeps no average: it is the live weights.
     A checkpoint is written every `save_seconds`, and every `validate_every`-th of them is validated.
     Because nothing before the decay depends on `steps`, a run can be resumed with more steps, or told to end sooner.
     """
@@ -59,6 +65,8 @@ class Schedule:
     save_seconds: float = 180.0
     validate_every: int = 1
     log_every: int = 20
+    accumulate: int = 1
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
@@ -71,13 +79,18 @@ class Schedule:
         return min(self.ema, (1 + step) / (10 + step))
 
 
-class DivergedError(RuntimeError):
+class DivergedError(DiffshipError):
     """The loss is not finite; the message names the last good checkpoint."""
 
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The only source of randomness of a step, for each process of a distributed run."""
-    return torch.Generator().manual_seed((rank << 56) | (seed << 32) | step)
+    """The only source of randomness of a step, for each process of a distributed run.
+
+    torch's CPU generator (MT19937) looks at 32 bits of its seed, so seed and rank are hashed into those; of seed 0 and
+    rank 0 the bare step is left.
+    """
+    mixed = hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4] if seed or rank else bytes(4)
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") ^ (step & 0xFFFFFFFF))
 
 
 def train(
@@ -88,26 +101,28 @@ def train(
     validate: Callable[[int], None] | None = None,
     precision: str = "no",
     stop_after_seconds: float = math.inf,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
-    `validate` sees the averaged weights. Under `torchrun` every process computes its share of the batch and the
-    gradients are averaged once a step; the first process writes.
+    `validate` sees the averaged weights. `progress(step, steps)` is called after every step (without it, logged steps
+    are printed); if it raises Cancelled, what is done is saved first. Under `torchrun` every process computes its share
+    of the batch and the gradients are averaged once a step; the first process writes.
 
     Raises:
-        DivergedError: the loss became NaN or infinite; the checkpoint before it is kept.
+        DivergedError: the loss or its gradient became NaN or infinite; the checkpoint before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, schedule, folder / "state.safetensors", precision)
     started = saved = time.monotonic()
     checkpoints = 0
-    with (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
+    with run.saved_if_cancelled(), (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
         while run.step < schedule.steps and not run.agree(time.monotonic() - started > stop_after_seconds):
             figures = run.advance()
             if not run.accelerator.is_main_process:
                 continue
-            if run.step % schedule.log_every == 0:
-                _report(curve, run.step, schedule.steps, figures())
+            if run.step % schedule.log_every == 0 or run.step == schedule.steps:
+                _report(curve, run.step, schedule.steps, figures(), aloud=progress is None)
             if time.monotonic() - saved > schedule.save_seconds or run.step == schedule.steps:
                 run.save()
                 saved, checkpoints = time.monotonic(), checkpoints + 1
@@ -115,6 +130,8 @@ def train(
                 if validate is not None and due:
                     with averaged(run.parameters, run.average):
                         validate(run.step)
+            if progress is not None:
+                progress(run.step, schedule.steps)
         run.save()
     run.accelerator.wait_for_everyone()
     return run.step
@@ -136,13 +153,13 @@ class _Run:
 
     def __init__(self, task: Task, schedule: Schedule, state: Path, precision: str) -> None:
         self.task, self.schedule, self.state = task, schedule, state
-        self.accelerator = accelerate.Accelerator(mixed_precision=precision)
+        self.accelerator = new_accelerator(precision)
         for module in task.modules.values():
             module.to(self.accelerator.device)
         self.parameters = _parameters(task.modules)
         self.live = list(self.parameters.values())
         adam = torch.optim.AdamW(
-            self.live, lr=schedule.rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+            self.live, lr=schedule.rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True
         )
         self.optimizer = self.accelerator.prepare(adam)
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -153,23 +170,38 @@ class _Run:
         tick = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
-        share = self.schedule.batch // self.accelerator.num_processes
         generator = step_generator(self.schedule.seed, self.step, self.accelerator.process_index)
-        with self.accelerator.autocast():
-            loss, figures = self.task.loss(share, generator)
-        if not torch.isfinite(loss):
-            text = f"loss is {loss.item()} at step {self.step}; the last good checkpoint is {self.state}"
-            raise DivergedError(text)
-        self.accelerator.backward(loss)
+        parts = [self._add_gradients(generator) for _ in range(self.schedule.accumulate)]
         self._average_gradients()
-        self.accelerator.clip_grad_norm_(self.live, self.schedule.clip)
+        norm = self.accelerator.clip_grad_norm_(self.live, self.schedule.clip)
+        if self.accelerator.scaler is None:  # else fp16 overflows now and then, and such a step is left out
+            self._require_finite("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         weight = 1 - self.schedule.ema_at(self.step)
         torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.live], weight)
         self.step += 1
         seconds = time.monotonic() - tick
-        return lambda: {"loss": loss.item(), "seconds": seconds, **figures}
+        return lambda: {"seconds": seconds, **_mean([{"loss": loss.item(), **figures} for loss, figures in parts])}
+
+    def _add_gradients(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss of this process's share of one batch; its gradient is added to those that are there."""
+        share = self.schedule.batch // self.accelerator.num_processes
+        with self.accelerator.autocast():
+            loss, figures = self.task.loss(share, generator)
+        self._require_finite("loss", loss)
+        self.accelerator.backward(loss / self.schedule.accumulate)
+        return loss.detach(), figures
+
+    def _require_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            last = (
+                f"the last good checkpoint is {self.state}" if self.state.exists() else "no checkpoint was written yet"
+            )
+            raise DivergedError(
+                f"{what} is {value.item()} at step {self.step}; {last}. The same command comes to the same step: "
+                "lower the rate, or use another precision"
+            )
 
     def _average_gradients(self) -> None:
         """One exchange a step, over all gradients at once."""
@@ -193,10 +225,29 @@ class _Run:
         if self.accelerator.is_main_process:
             _save(self.state, self.step, self.parameters, self.average, self.optimizer)
 
+    @contextmanager
+    def saved_if_cancelled(self) -> Iterator[None]:
+        try:
+            yield
+        except Cancelled:  # raised between two steps only
+            self.save()
+            raise
 
-def _report(curve: TextIO, step: int, steps: int, figures: Mapping[str, float]) -> None:
+
+def new_accelerator(precision: str) -> accelerate.Accelerator:
+    """Device, rank and mixed precision (no, fp16, bf16) of this process; an earlier run may have had another one."""
+    accelerate.state.AcceleratorState._reset_state()
+    return accelerate.Accelerator(mixed_precision=precision)
+
+
+def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+
+def _report(curve: TextIO, step: int, steps: int, figures: Mapping[str, float], aloud: bool) -> None:
     print(json.dumps({"step": step, **{k: round(v, 5) for k, v in figures.items()}}), file=curve, flush=True)
-    print(f"step {step}/{steps} loss {figures['loss']:.4f} {figures['seconds']:.2f}s", file=sys.stderr)
+    if aloud:
+        print(f"step {step}/{steps} loss {figures['loss']:.4f} {figures['seconds']:.2f}s", file=sys.stderr)
 
 
 class averaged:
@@ -217,6 +268,14 @@ class averaged:
 
     def __exit__(self, *error: object) -> None:
         self._swap()
+
+
+def reached(state: Path) -> int:
+    """The step of a checkpoint, 0 where there is none."""
+    if not state.exists():
+        return 0
+    with safe_open(state, "pt") as file:
+        return int(json.loads(file.metadata()["state"])["step"])
 
 
 def load_average(state: Path, modules: Mapping[str, nn.Module]) -> int:
@@ -252,7 +311,10 @@ def _save(state: Path, step: int, parameters: Mapping[str, Any], average: Mappin
             tensors[f"{key}/{name}"] = moment.contiguous()
     temporary = state.with_suffix(".partial")
     tensor_file.save_file(tensors, temporary, {"state": json.dumps({"step": step})})
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, state)
+    sync_folder(state.parent)
 
 
 def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> int:
@@ -263,5 +325,7 @@ def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any]
             average[name].copy_(file.get_tensor(f"average/{name}"))
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in keys:
-                    optimizer.state[value][key] = file.get_tensor(f"{key}/{name}")
+                    held = file.get_tensor(f"{key}/{name}").to(value.device)
+                    # fused AdamW walks through memory: moments must lie as their weight does (channels last, say)
+                    optimizer.state[value][key] = held if key == "step" else torch.empty_like(value).copy_(held)
         return int(json.loads(file.metadata()["state"])["step"])

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from diffship.training.loop import DivergedError, Schedule, load_average, step_generator, train
+from diffship.core.errors import Cancelled
+from diffship.training.loop import DivergedError, Schedule, load_average, reached, step_generator, train
 
 
 class Line:
@@ -43,6 +45,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
     assert second.calls == 23
 
 
+class Picture(Line):
+    """A convolution whose weights lie channels last, as those of a U-Net in training do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Conv2d(6, 2, 3)).to(
+            memory_format=torch.channels_last
+        )
+        self.modules = {"net": self.net}
+
+    def loss(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        x = torch.randn(batch, 3, 6, 6, generator=generator).contiguous(memory_format=torch.channels_last)
+        return (self.net(x) - x[:, :2, 2:4, 2:4]).square().mean(), {}
+
+
+def test_weights_that_lie_channels_last_resume_to_the_same_bits(tmp_path: Path) -> None:
+    whole, first, second = Picture(), Picture(), Picture()
+    train(whole, Schedule(12, 4, 1e-2), tmp_path / "whole")
+    train(first, Schedule(5, 4, 1e-2), tmp_path / "parts")
+    train(second, Schedule(12, 4, 1e-2), tmp_path / "parts")
+    assert torch.equal(_weights(whole), _weights(second))
+
+
 def test_the_average_is_what_a_checkpoint_gives_back(tmp_path: Path) -> None:
     task, fresh = Line(), Line()
     train(task, Schedule(steps=60, batch=8, rate=5e-2, warmup=1, ema=0.9), tmp_path)
@@ -67,9 +92,67 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path:
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
+def test_seeds_ranks_and_steps_draw_different_numbers() -> None:
+    places = [(seed, step, rank) for seed in (0, 1, 2**40) for step in (0, 1, 2) for rank in (0, 1, 3)]
+    drawn = {tuple(torch.rand(3, generator=step_generator(*place)).tolist()) for place in places}
+    assert len(drawn) == len(places)
+    # what emoji was trained with
+    assert torch.equal(
+        torch.rand(3, generator=step_generator(0, 77)), torch.rand(3, generator=torch.Generator().manual_seed(77))
+    )
+
+
 def test_rates_rise_stay_and_fall() -> None:
     schedule = Schedule(steps=100, batch=1, rate=2.0, warmup=10, decay=20)
     assert schedule.rate_at(0) == pytest.approx(0.2)
     assert schedule.rate_at(9) == schedule.rate_at(50) == schedule.rate_at(80) == 2.0
     assert schedule.rate_at(90) == pytest.approx(1.0)
     assert schedule.rate_at(99) == pytest.approx(0.1)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: Path) -> None:
+    class Kink(Line):
+        def loss(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            return (self.net(torch.ones(1, 1)) * 0).abs().sqrt().mean(), {}  # 0, with a slope that is not a number
+
+    task = Kink()
+    before = _weights(task)
+    with pytest.raises(DivergedError, match=r"gradient norm is nan at step 0; no checkpoint was written yet"):
+        train(task, Schedule(steps=5, batch=4, rate=1e-2), tmp_path)
+    assert torch.equal(_weights(task), before)
+
+
+def test_accumulated_batches_add_up_to_one_large_batch(tmp_path: Path) -> None:
+    made = []
+    for batch, accumulate in ((12, 1), (3, 4)):
+        task = Line()
+        train(task, Schedule(1, batch, 1e-2, clip=1e9, accumulate=accumulate), tmp_path / str(batch))
+        assert task.calls == accumulate
+        held = load_file(tmp_path / str(batch) / "state.safetensors")
+        made.append(torch.cat([held[f"exp_avg/net/{name}"].flatten() for name, _ in task.net.named_parameters()]))
+    assert made[0].abs().max() > 0
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_a_cancelled_run_keeps_what_is_done(tmp_path: Path) -> None:
+    def stop(step: int, steps: int) -> None:
+        if step == 7:
+            raise Cancelled("enough")
+
+    schedule = Schedule(steps=20, batch=4, rate=1e-2)
+    with pytest.raises(Cancelled):
+        train(Line(), schedule, tmp_path / "parts", progress=stop)
+    assert reached(tmp_path / "parts" / "state.safetensors") == 7
+    whole, rest = Line(), Line()
+    train(whole, schedule, tmp_path / "whole")
+    train(rest, schedule, tmp_path / "parts")
+    assert rest.calls == 13 and torch.equal(_weights(whole), _weights(rest))
+    assert reached(tmp_path / "nothing.safetensors") == 0
+
+
+def test_without_an_average_a_checkpoint_holds_the_live_weights(tmp_path: Path) -> None:
+    task = Line()
+    train(task, Schedule(steps=9, batch=4, rate=1e-2, ema=0.0), tmp_path)
+    held = load_file(tmp_path / "state.safetensors")
+    for name, value in task.net.named_parameters():
+        assert torch.equal(held[f"average/net/{name}"], value)
