@@ -137,15 +137,16 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """A process and all its descendants; any of them may end while it is looked at."""
     found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = task.read_text().split()
-        except OSError:
-            continue
-        for child in children:
-            found += _family(int(child))
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        with suppress(OSError):
+            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
+                found += _family(int(child))
     return found
 
 
