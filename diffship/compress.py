@@ -11,6 +11,7 @@ from diffship.core.job import Job, require_disk
 from diffship.core.problem import refuse
 
 if TYPE_CHECKING:
+    from diffship.compression.estimate import Estimate
     from diffship.models.pipeline import Pipeline
 
 
@@ -26,24 +27,64 @@ def compress(
 ) -> Pipeline:
     """Run `passes` over `source`, one after the other, and write the result as a diffusers folder at `out`.
 
-    Without `out` nothing is written and no tensor is read: the result tells parameters and history (a dry run).
-    `precision` (float32, float16, bfloat16) converts the weights that are written; None keeps the source's.
+    Without `out` the result is only returned; its tensors are made when they are read. `precision` (float32, float16,
+    bfloat16) converts the weights that are written; None keeps the source's. A `job` with a folder keeps what long
+    passes made: the same call goes on behind the last finished one. Under `torchrun` all processes run, and the first
+    one writes.
 
     Raises:
         ConfigError: no pass is given, or the place is taken.
         SourceError: the source cannot be read.
-        UnsupportedError: a pass does not fit the source.
+        UnsupportedError: a pass does not fit what the passes before it make, or the disk is too small.
     """
+    from diffship.compression.outline import outlines, settled
+    from diffship.compression.stored import Results, first_process
+    from diffship.models.pipeline import require_place
+
+    job, writes = job or Job(), out is not None and first_process()
+    if writes:
+        require_place(Path(str(out)))
+    pipeline = _opened(source, passes, base, revision)
+    results = Results(pipeline, passes, job)
+    done, pipeline = results.latest()
+    found = outlines(pipeline, passes[done:])
+    if writes:
+        likely = found[-1].pipeline if found else pipeline
+        require_disk(str(out), sum(part.weights.nbytes for part in likely.components.values()), "the model")
+    for index, step in enumerate(passes[done:], done):
+        if index >= done + settled(found):
+            refuse(step.check(pipeline))
+        pipeline = results.keep(index, step.run(pipeline, job))
+    if writes:
+        pipeline.save(str(out), dtype=precision, progress=job.progress)
+    return pipeline
+
+
+def foresee(
+    source: str | Path | Pipeline,
+    passes: Sequence[Any],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    timing: bool = True,
+) -> Estimate:
+    """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data.
+
+    With `timing`, and where a pass calls the U-Net, one call of it is timed here; that takes seconds.
+
+    Raises:
+        ConfigError, SourceError, UnsupportedError: as `compress`, but for what the checks of passes find in data.
+    """
+    from diffship.compression.estimate import estimate
+    from diffship.compression.outline import outlines
+
+    pipeline = _opened(source, passes, base, revision)
+    return estimate(pipeline, passes, outlines(pipeline, passes, check=False), timing)
+
+
+def _opened(source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None) -> Pipeline:
     from diffship.models.sources import open_source
 
     if not passes:
         raise ConfigError("no pass is given; name one with --pass NAME, or several in a recipe with --recipe FILE")
-    job = job or Job()
-    pipeline = open_source(str(source), base=base, revision=revision) if isinstance(source, (str, Path)) else source
-    for step in passes:
-        refuse(step.check(pipeline))
-        pipeline = step.run(pipeline, job)
-    if out is not None:
-        require_disk(out, sum(part.weights.nbytes for part in pipeline.components.values()), "the model")
-        pipeline.save(out, dtype=precision, progress=job.progress)
-    return pipeline
+    return open_source(str(source), base=base, revision=revision) if isinstance(source, (str, Path)) else source

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
 from diffship.cli.flags import existing_file, names, plain_value, setting
@@ -16,9 +15,14 @@ from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 
+if TYPE_CHECKING:
+    from diffship.compression.estimate import Estimate, Step
+    from diffship.models.cost import Cost
+
 EXAMPLES = """examples:
   diffship compress emoji --pass layout --set name=bk-tiny -o out/emoji-tiny
   diffship compress arch:sdxl --pass layout --set name=koala-700m --dry-run
+  diffship compress --recipe recipes/emoji-small.toml --set distill.data=data/emoji -o out/emoji-small
   diffship export out/emoji-tiny --to onnx -o out/emoji-tiny-onnx
 """
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -29,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the diffusers folder goes")
     parser.add_argument("--pass", dest="passes", choices=tuple(PASSES), action="append", default=[], help="what to do")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", type=setting, action="append", default=[], help="option of --pass"
+        "--set",
+        metavar="KEY=VALUE",
+        type=setting,
+        action="append",
+        default=[],
+        help="option of --pass; with a recipe PASS.KEY=VALUE, which wins over the recipe's own",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", type=Path, help="passes in a TOML file, and the source if it has one"
@@ -39,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=tuple(DTYPES), help="of the weights that are written (default: as they are)"
     )
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="keeps checkpoints and finished passes (default: OUTPUT.work)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be made, and write nothing")
+    parser.add_argument("--no-timing", action="store_true", help="with --dry-run: no hours, and nothing is computed")
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -47,24 +60,45 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from diffship.compress import compress
-    from diffship.core.job import Job
-
-    if options.output is None and not options.dry_run:
+    if options.dry_run:
+        return _foreseen(options)
+    if options.output is None:
         raise ConfigError("no folder for the model is given; name one with -o DIR, or ask with --dry-run")
+    if options.no_timing:
+        raise ConfigError("--no-timing goes with --dry-run")
+    from diffship.compress import compress
+    from diffship.compression.stored import first_process
+    from diffship.core.job import Job
+    from diffship.training.loop import leave
+
     source, base, passes = _asked(options)
-    out = None if options.dry_run else options.output
-    with nullcontext() if out is None else made_parents(out), Stages(options.quiet) as stages:
+    with made_parents(options.output), Stages(options.quiet or not first_process()) as stages:
         pipeline = compress(
             source,
             passes,
-            out,
+            options.output,
             base=base,
             revision=options.revision,
             precision=DTYPES.get(options.precision),
-            job=Job(progress=stages),
+            job=Job(options.cache or work_folder(options.output), progress=stages),
         )
-    return _described(pipeline, out)
+    leave()
+    return _described(pipeline, options.output)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a compression keeps what it can go on from: beside its result, so that the same command finds it."""
+    return out.parent / f"{out.name}.work"
+
+
+def _foreseen(options: argparse.Namespace) -> Result:
+    from diffship.compress import foresee
+
+    source, base, passes = _asked(options)
+    found = foresee(source, passes, base=base, revision=options.revision, timing=not options.no_timing)
+    result = _described(found.pipeline, None, found.steps[-1].after)
+    plan = {"passes": [_step(step) for step in found.steps], "timed": found.timed}
+    return Result({**result.document, "plan": plan}, f"{_plan_text(found)}\nnothing is written (--dry-run)")
 
 
 def _asked(options: argparse.Namespace) -> tuple[str, str | None, list[Any]]:
@@ -73,9 +107,9 @@ def _asked(options: argparse.Namespace) -> tuple[str, str | None, list[Any]]:
         return _source(options.source), options.base, _flagged(options)
     from diffship.core.recipe import read_recipe
 
-    if options.passes or options.set:
-        raise ConfigError("--recipe has the passes; --pass and --set do not go with it")
-    recipe = read_recipe(existing_file(options.recipe, "--recipe"))
+    if options.passes:
+        raise ConfigError("--recipe has the passes; --pass does not go with it")
+    recipe = read_recipe(existing_file(options.recipe, "--recipe"), changes=_changes(options.set))
     return _source(options.source or recipe.source), options.base or recipe.base, [made for _, made in recipe.passes]
 
 
@@ -92,27 +126,70 @@ def _flagged(options: argparse.Namespace) -> list[Any]:
 
 
 def _made(name: str, values: dict[str, Any]) -> Any:
-    """The pass `name`; where a field takes several values, `a,b` on the command line is a list."""
+    """The pass `name` with the values of a command line."""
     cls = load(PASSES, name, "pass")
-    hints = get_type_hints(cls)
-    listed = {key for key in values if get_origin(hints.get(key)) is tuple}
-    for key in listed:
-        values[key] = [plain_value(word) for word in names(str(values[key]))]
-    return load_options(cls, values, f"pass {name}")
+    return load_options(cls, {key: _fitting(cls, key, value) for key, value in values.items()}, f"pass {name}")
 
 
-def _described(pipeline: Any, out: Path | None) -> Result:
-    from diffship.models.cost import cost
+def _changes(settings: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{pass: {option: value}} of `PASS.KEY=VALUE`."""
+    found: dict[str, dict[str, Any]] = {}
+    for words, value in settings:
+        name, dot, key = words.partition(".")
+        if not dot:
+            raise ConfigError(f"--set {words}: with a recipe it is PASS.KEY=VALUE, such as distill.steps=100")
+        found.setdefault(name, {})[key] = _fitting(load(PASSES, name, "pass"), key, value)
+    return found
 
-    size = pipeline.family.default_size // pipeline.family.vae_factor
-    found = cost(pipeline.components["unet"], {"height": size, "width": size})
-    unet = {
+
+def _fitting(cls: type[Any], key: str, value: Any) -> Any:
+    """Where a field takes several values, `a,b` on the command line is a list."""
+    if get_origin(get_type_hints(cls).get(key)) is tuple:
+        return [plain_value(word) for word in names(str(value))]
+    return value
+
+
+def _described(pipeline: Any, out: Path | None, known: Cost | None = None) -> Result:
+    from diffship.compression.estimate import sized_cost
+
+    found = known or sized_cost(pipeline, pipeline.components["unet"])
+    document = {"output": None if out is None else str(out), "unet": _figures(found), "history": list(pipeline.history)}
+    head = ("part", "parameters", "conv+linear GMAC", "attention GMAC", "MB")
+    return Result(document, f"{table(head, [('unet', *_cells(found))])}\ndiffusers folder in {out}")
+
+
+def _figures(found: Cost) -> dict[str, int]:
+    return {
         "parameters": found.params,
         "conv_linear_macs": found.conv_linear_macs,
         "attention_macs": found.attention_macs,
+        "bytes": found.bytes,
     }
-    document = {"output": None if out is None else str(out), "unet": unet, "history": list(pipeline.history)}
-    head = ("part", "parameters", "conv+linear GMAC", "attention GMAC")
-    row = ("unet", f"{found.params:,}", f"{found.conv_linear_macs / 1e9:.1f}", f"{found.attention_macs / 1e9:.1f}")
-    place = "nothing is written (--dry-run)" if out is None else f"diffusers folder in {out}"
-    return Result(document, f"{table(head, [row])}\n{place}")
+
+
+def _cells(found: Cost | None) -> tuple[str, ...]:
+    if found is None:
+        return ("-",) * 4
+    macs = (found.conv_linear_macs, found.attention_macs)
+    return (f"{found.params:,}", *(f"{value / 1e9:.2f}" for value in macs), f"{found.bytes / 1e6:.1f}")
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "pass": step.kind,
+        "before": None if step.before is None else _figures(step.before),
+        "after": None if step.after is None else _figures(step.after),
+        "hours": None if step.seconds is None else step.seconds / 3600,
+        "note": step.note,
+    }
+
+
+def _plan_text(found: Estimate) -> str:
+    head = ("pass", "parameters before", "after", "conv+linear GMAC", "attention GMAC", "MB", "hours")
+    rows = []
+    for step in found.steps:
+        before = "-" if step.before is None else f"{step.before.params:,}"
+        hours = "-" if step.seconds is None else f"{step.seconds / 3600:.2f}"
+        rows.append((step.kind, before, *_cells(step.after), hours))
+    notes = [f"{step.kind}: a target: {step.note}" for step in found.steps if step.note]
+    return "\n".join([table(head, rows), *notes, f"hours: {found.timed}"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from diffship.compression.narrow import by_norm, count_parameters, cut
+from diffship.compression.narrow import Kept, by_norm, count_parameters, cut, first
+from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
@@ -25,6 +27,7 @@ class LayoutPass:
     """
 
     kind: ClassVar[str] = "layout"
+    kept: ClassVar[bool] = False  # made in seconds
 
     name: str = field(metadata=choices(*LAYOUTS))
 
@@ -48,18 +51,26 @@ class LayoutPass:
         config = student_config(layout, teacher)
         return config, layout_widths(layout, config)
 
+    def outline(self, pipeline: Pipeline) -> Outline:
+        """The student's shapes; where it is narrowed, with the first channels and heads instead of the strongest."""
+        return Outline(self._made(pipeline, lambda _weights, widths, _heads: first(widths)))
+
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the student as its U-Net; tensors are cut and copied when they are read."""
+        job.progress(f"layout {self.name}", 0, 1)
+        made = self._made(pipeline, by_norm)
+        job.progress(f"layout {self.name}", 1, 1)
+        return made
+
+    def _made(self, pipeline: Pipeline, choose: Callable[[Weights, Widths, Mapping[str, int]], Kept]) -> Pipeline:
         config, widths = self.student(pipeline)
         teacher = pipeline.components["unet"]
-        job.progress(f"layout {self.name}", 0, 1)
         student = unet(config, teacher.weights).meta.get_submodule("inner")
         names = list(student.state_dict())
         weights: Weights = renamed(teacher.weights, weight_map(find_layout(self.name), teacher.config, names))
         if widths:
             heads = widths_now(student).heads
-            weights = cut(weights, by_norm(weights, widths, heads), heads)
+            weights = cut(weights, choose(weights, widths, heads), heads)
         entry = {"pass": self.kind, **asdict(self)}
         entry |= {"parameters_before": count_parameters(teacher.weights), "parameters": count_parameters(weights)}
-        job.progress(f"layout {self.name}", 1, 1)
         return with_unet(pipeline, with_widths(config, widths), weights, entry)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from diffship.compression.lora_file import Delta, LoraFile, with_deltas
 from diffship.compression.lora_names import Names
+from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
@@ -30,6 +31,7 @@ class LoraPass:
     """
 
     kind: ClassVar[str] = "lora"
+    kept: ClassVar[bool] = False  # added while the weights are written
 
     files: tuple[str, ...]
     weights: tuple[float, ...] = field(default=(), metadata=bounds(-10, 10))
@@ -49,6 +51,10 @@ class LoraPass:
         except DiffshipError as fault:
             return [Problem("", str(fault))]
         return []
+
+    def outline(self, pipeline: Pipeline) -> Outline:
+        """What `run` makes: it reads no weights either."""
+        return Outline(self.run(pipeline, Job()))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with changed weights: float32 where a file changes them, as they were elsewhere."""

@@ -77,6 +77,12 @@ def by_norm(weights: Weights, widths: Widths, head_counts: Mapping[str, int]) ->
     )
 
 
+def first(widths: Widths) -> Kept:
+    """The first channels and heads of each layer: for shapes, before any tensor is read."""
+    sides = (widths.inner, widths.heads, widths.feedforward)
+    return Kept(*({name: np.arange(count) for name, count in side.items()} for side in sides))
+
+
 def cut(weights: Weights, kept: Kept, head_counts: Mapping[str, int]) -> Weights:
     """`weights` of a U-Net, cut to what is kept when they are read.
 

@@ -20,8 +20,8 @@ _DIGEST = re.compile(r"[0-9a-z][0-9a-z._-]{7,127}\Z")
 
 
 class Job:
-    """Long work: `folder` keeps what is done (None: a temporary one, for this process), `progress(label, done, total)`
-    hears how far it is, `cancel()` says whether to stop."""
+    """Long work: `folder` keeps what is done (None: a temporary one, for this process; `lasting` is False then),
+    `progress(label, done, total)` hears how far it is, `cancel()` says whether to stop."""
 
     def __init__(
         self,
@@ -29,9 +29,15 @@ class Job:
         progress: Progress | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> None:
+        self.lasting = folder is not None
         self._folder = None if folder is None else Path(folder)
         self._progress = progress
         self._cancel = cancel
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a folder already: an earlier process may have left something in it."""
+        return self._folder is not None and self._folder.is_dir()
 
     @property
     def folder(self) -> Path:

@@ -6,15 +6,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffship.core import registry
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, load, plain
+from diffship.core.strict import bounds, load, plain, unknown
 
 SCHEMA = 1
 Step = tuple[str, Any]
+Changes = Mapping[str, Mapping[str, Any]]  # type of pass -> option -> value
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,15 @@ class _File:
 
 
 def read_recipe(
-    path: str | Path, passes: Mapping[str, str] = registry.PASSES, exporters: Mapping[str, str] = registry.EXPORTERS
+    path: str | Path,
+    passes: Mapping[str, str] = registry.PASSES,
+    exporters: Mapping[str, str] = registry.EXPORTERS,
+    changes: Changes = MappingProxyType({}),
 ) -> Recipe:
     """The recipe in a TOML file: `schema = 1`, `source = ...`, `[[pass]] type = ...`, `[[target]] to = ...`.
+
+    `changes` are options that win over those of the file, for every pass of a type. Paths in options are relative to
+    the current folder, as on a command line.
 
     Raises:
         ConfigError: not TOML, an unknown key or name (the nearest legal one is named), a wrong type or value.
@@ -62,7 +70,19 @@ def read_recipe(
         raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
-    return parse_recipe(table, str(path), passes, exporters)
+    return parse_recipe(_changed(table, changes, str(path)), str(path), passes, exporters)
+
+
+def _changed(table: Mapping[str, Any], changes: Changes, where: str) -> dict[str, Any]:
+    steps = table.get("pass")
+    if not changes or not isinstance(steps, list):
+        return dict(table)
+    types = [str(step.get("type")) if isinstance(step, dict) else "" for step in steps]
+    for name in changes:
+        if name not in types:
+            raise ConfigError(f"{where}: {unknown('pass', name, filter(None, types))}")
+    changed = [{**step, **changes[kind]} if kind in changes else step for step, kind in zip(steps, types, strict=True)]
+    return {**table, "pass": changed}
 
 
 def parse_recipe(

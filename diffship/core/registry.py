@@ -16,8 +16,11 @@ RUNNERS: dict[str, str] = {
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
 PASSES: dict[str, str] = {
+    "distill": "diffship.compression.distill:DistillPass",
     "layout": "diffship.compression.layout:LayoutPass",
     "lora": "diffship.compression.lora:LoraPass",
+    "significance": "diffship.compression.significance:SignificancePass",
+    "prune": "diffship.compression.structural:PrunePass",
 }
 
 

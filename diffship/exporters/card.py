@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffship.core.atomic import write_file
 from diffship.core.manifest import Manifest, Part
+from diffship.models.card import front_matter_text, provenance, write_notices
 
 
 def write_card(manifest: Manifest, folder: Path, licence: Mapping[str, Any]) -> None:
     """README.md, and the licence texts that came with the source."""
-    for notice in licence.get("notices", ()):
-        write_file(folder / notice["file"], notice["text"])
+    write_notices(licence, folder)
     write_file(folder / "README.md", card_text(manifest))
 
 
 def card_text(manifest: Manifest) -> str:
-    """YAML header (licence, base model, tags), what the bundle is, and how each part was proved."""
-    licence, source = manifest.licence, manifest.source
-    header = {
-        "license": licence.get("id") or ("other" if licence.get("name") else None),
-        "license_name": licence.get("name") if not licence.get("id") else None,
-        "license_link": licence.get("link"),
+    """YAML header (licence, tags), what the bundle is, and how each part was proved."""
+    fields = {
         "library_name": "diffship",
         "pipeline_tag": "text-to-image",
         "tags": [manifest.target, manifest.family.name, "diffship"],
     }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value), "---", ""]
-    name = source.get("id") or "a model"
-    revision = f" at revision `{source['revision']}`" if source.get("revision") else ""
-    lines += [f"# {name}, compiled for {manifest.target}", "", f"Made by diffship from `{name}`{revision}.", ""]
-    if licence.get("restrictions"):
-        lines += [f"Use restrictions carried from the source: {licence['restrictions']}", ""]
+    lines = front_matter_text(manifest.licence, fields)
+    name = manifest.source.get("id") or "a model"
+    lines += [f"# {name}, compiled for {manifest.target}", "", *provenance(manifest.source, manifest.licence)]
     lines += [
         "| part | precision | proof | max abs error | PSNR | source tensors (sha256) |",
         "|---|---|---|---|---|---|",

@@ -14,6 +14,7 @@ from diffship.core.weights import SafetensorsWeights, Weights
 from diffship.models.autoencoder import KL, TINY
 from diffship.models.licences import licence_of
 from diffship.models.pipeline import Material, Module
+from diffship.models.released import LIBRARY, translated
 from diffship.models.text import PLAIN, PROJECTED
 from diffship.models.tokenizer_files import NAMES as TOKENIZER_FILES
 from diffship.models.tokenizer_files import completed
@@ -66,7 +67,7 @@ def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
     class_name = _class_of(config, classes)
     if class_name not in classes:
         raise UnsupportedError(f"{folder}: class {class_name!r} is not supported; legal: {', '.join(classes)}")
-    return Module(class_name, config, find_weights(folder))
+    return Module(class_name, translated(config) if class_name == UNET else config, find_weights(folder))
 
 
 def find_weights(folder: Path) -> Weights:
@@ -124,7 +125,7 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
             continue
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             raise SourceError(f"{path}: {name} is {str(entry)[:80]}; it must be [library, class]")
-        if entry[0] not in _LIBRARIES:
+        if entry[0] not in _LIBRARIES and entry != [LIBRARY, UNET]:
             raise SourceError(
                 f"{path}: {name} is of {entry[0][:80]!r}, code that comes with the model; it is never run"
             )

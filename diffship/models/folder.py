@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.atomic import write_file
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.weights import TensorMeta, Weights, cast
+from diffship.models.card import write_card
 
 if TYPE_CHECKING:
     from diffship.models.component import Component
@@ -26,7 +27,7 @@ def write_folder(pipeline: Pipeline, folder: Path, dtype: str | None, progress: 
     write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
     for name, files in pipeline.tokenizers.items():
         write_tokenizer(files, folder / name)
-    write_licence(pipeline.licence, folder)
+    write_card(pipeline, folder)
     for name, parts in _folders(pipeline.components):
         target = folder / name
         target.mkdir()
@@ -40,20 +41,6 @@ def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_file(folder / name, data)
-
-
-def write_licence(licence: Mapping[str, Any], folder: Path) -> None:
-    """LICENSE and NOTICE texts of the source, and a model card whose front matter names the licence."""
-    for notice in licence.get("notices", ()):
-        write_file(folder / notice["file"], notice["text"])
-    fields = {"license": "id", "license_name": "name", "license_link": "link"}
-    lines = [f"{key}: {licence[field]}" for key, field in fields.items() if licence.get(field)]
-    if not lines:
-        return
-    text = ["---", *lines, "library_name: diffusers", "---"]
-    if licence.get("restrictions"):
-        text += ["", f"Use restrictions carried from the source: {licence['restrictions']}"]
-    write_file(folder / "README.md", "\n".join(text) + "\n")
 
 
 def folder_config(component: Component, dtype: str | None = None) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def layout_widths(layout: Layout, config: Config) -> Widths:
     inner, heads = {}, {}
     for share in layout.shares:
         block, layer = share.layer.rsplit(".", 1)
-        outer, count = _outer(config, block)
+        outer, count = outer_sizes(config, block)
         width = _ceil(outer * share.inner, int(config.get("norm_num_groups") or 32))
         if width < outer:
             inner[f"{block}.resnets.{layer}"] = width
@@ -175,7 +175,7 @@ def layout_widths(layout: Layout, config: Config) -> Widths:
     return Widths(inner, heads)
 
 
-def _outer(config: Config, block: str) -> tuple[int, int]:
+def outer_sizes(config: Config, block: str) -> tuple[int, int]:
     """Channels and attention heads of `down_blocks.N` or `up_blocks.N`."""
     side, _, index = block.partition(".")
     widths = list(config["block_out_channels"])

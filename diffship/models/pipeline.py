@@ -78,8 +78,7 @@ class Pipeline:
             ConfigError: `folder` exists and holds something, or a value does not fit `dtype`.
         """
         target = Path(folder)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
+        require_place(target)
         draft = target.parent / f".{target.name}.{os.getpid()}.partial"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -97,6 +96,12 @@ class Pipeline:
         from diffship.models.model import PipelineModel
 
         return PipelineModel(self, device, dtype)
+
+
+def require_place(target: Path) -> None:
+    """Raises ConfigError unless a pipeline can be saved at `target`: nothing is there, or an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
 
 
 def assemble(material: Material) -> Pipeline:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.registry import EXPORTERS, PASSES
 from diffship.core.strict import unknown
+from diffship.models.released import KEYS
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ CAPABILITIES: Mapping[str, Capability] = {
     "coreml": _exporter("coreml"),
     "tensorrt": _exporter("tensorrt"),
     "lora": _pass("lora", "LoRA fusion"),
-    "prune": _pass("prune", "significance pruning"),
+    "significance": _pass("significance", "significance pruning"),
     "distill": _pass("distill", "distillation"),
     "lcm": _pass("lcm", "consistency distillation"),
     "vae": _pass("vae", "training of a tiny VAE"),
@@ -58,10 +59,12 @@ CAPABILITIES: Mapping[str, Capability] = {
         "asynchronous execution on several devices",
         lambda: parses("export", "A", "--stages", "2", "--cut", "published", "-o", "B"),
     ),
+    "published-widths": Capability(
+        "the config keys of Hybrid SD's pruned widths", lambda: "block_mid_channels" in KEYS
+    ),
     # these have no form in the command line yet: whoever builds one gives it a test here
     "coco": Capability("FID, IS and CLIP score on COCO captions", _never),
     "lora-proof": Capability("a step of this script that fetches a LoRA and fuses it into its base", _never),
-    "published-widths": Capability("the config keys of Hybrid SD's pruned widths (block_mid_channels)", _never),
     "asymmetric-vae": Capability("VAEs whose decoder is narrower than their encoder", _never),
     "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),

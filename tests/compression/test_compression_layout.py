@@ -205,7 +205,7 @@ def test_the_verb_writes_a_folder_that_exports(tmp_path: Path, capsys: pytest.Ca
         (["--set", "nam=bk-tiny", "-o", "{}"], "did you mean 'name'"),
         (["-o", "{}"], "the key 'name' is missing"),
         (["--set", "name=bk-tiny"], "-o DIR"),
-        (["--set", "name=bk-tiny", "-o", "{}", "--recipe", "x.toml"], "do not go with it"),
+        (["--set", "name=bk-tiny", "-o", "{}", "--recipe", "x.toml"], "does not go with it"),
     ],
 )
 def test_wrong_words_are_one_line_and_nothing_is_written(

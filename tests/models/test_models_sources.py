@@ -291,7 +291,7 @@ def test_licence_and_restrictions_are_carried(folder: Path, tmp_path: Path) -> N
 def test_saving_keeps_what_is_there_and_leaves_nothing_half_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="not an empty folder"):
         arch("tiny-sd").save(folder)
-    monkeypatch.setattr("diffship.models.folder.write_licence", lambda *_: 1 / 0)
+    monkeypatch.setattr("diffship.models.folder.write_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         arch("tiny-sd").save(folder.parent / "new")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

@@ -33,7 +33,7 @@ from diffship.core.row import Row as Figure
 PUBLISHED = read_pages()
 CATALOGUE = read_catalogue()
 # lacking these, a command can parse and still have nothing that it could read or be judged by
-BEYOND_THE_COMMAND_LINE = {"prune", "published-widths", "asymmetric-vae", "coco", "transformer", "upscaler", "video"}
+BEYOND_THE_COMMAND_LINE = {"asymmetric-vae", "coco", "transformer", "upscaler", "video"}
 BY_NAME = {page.name: page for page in PUBLISHED}
 
 

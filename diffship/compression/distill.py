@@ -1,0 +1,235 @@
+"""The distill pass: train the U-Net to give what its teacher gives, so that it recovers what the passes before it cost.
+
+Losses, feature pairs and hyperparameters are those of BK-SDM (arXiv 2305.15798), Hybrid SD (2408.06646) and KOALA
+(2312.04005); `training.distillation` has the equation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from diffship import __version__
+from diffship.compression.distill_run import STATE, train_student
+from diffship.compression.outline import Calls, Outline
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.job import Job
+from diffship.core.lazy import lazy
+from diffship.core.problem import Problem
+from diffship.core.strict import bounds, choices
+from diffship.core.weights import SafetensorsWeights, renamed
+from diffship.models.pipeline import TEXT_PARTS, Pipeline, with_unet
+from diffship.models.sources import open_source
+from diffship.sampling.samplers import Sampler, make_sampler
+from diffship.training.distillation_pairs import KINDS, feature_pairs
+from diffship.training.distillation_report import read_curve
+from diffship.training.loop import reached
+from diffship.training.paired import PairedPictures
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+MIN_SNR = "min-snr-5-capped"
+# what does not change the weights: a run with other values of these goes on
+_CADENCE = ("save_seconds", "validate_every", "prompts")
+
+
+@dataclass(frozen=True)
+class DistillPass:
+    """Train the U-Net on captioned pictures against a frozen teacher; text encoders and auto-encoder stay as they are.
+
+    data: folder of captioned pictures (`training.paired`). teacher: source of the teacher, by default the model as it
+    was before all passes. features: `blocks` (outputs of down and up blocks: BK-SDM, Hybrid SD), `self-attention`
+    (KOALA) or `none`. w_task, w_out, w_feat: weights of the error against the noise (or v) that was added, against the
+    teacher's output and of the features.
+    steps, batch, accumulate: each step's gradient is the mean over `accumulate` batches of `batch` samples, of all
+    processes together. rate, warmup, decay: learning rate of AdamW; it rises over `warmup` steps and falls to zero over
+    the last `decay`. weight_decay, clip: AdamW's decay, and the greatest norm of a gradient. ema: decay of the averaged
+    weights, which are the result; 0 takes the live ones. seed: of everything that is drawn.
+    size: pixels of a side, by default the model's own. flip: mirror every other picture. drop: share of captions that
+    are dropped, for guidance. weighting: `none`, or `min-snr-5-capped` as the emoji family was trained (noise
+    prediction only).
+    teacher_steps: of a step-distilled teacher the number of its steps; only their timesteps are trained (trailing
+    spacing), and w_task must be 0, as such a teacher does not predict the noise that was added. 0 for other teachers.
+    precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the teacher's weights. checkpointing: compute
+    activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder where they take
+    no more than this; else they are encoded at every step.
+    save_seconds: between checkpoints. validate_every: pictures of `prompts` (by default eight captions) are drawn at
+    every so many checkpoints.
+    """
+
+    kind: ClassVar[str] = "distill"
+
+    data: str
+    teacher: str | None = None
+    features: str = field(default="blocks", metadata=choices(*KINDS))
+    w_task: float = field(default=1.0, metadata=bounds(0, 1e6))
+    w_out: float = field(default=1.0, metadata=bounds(0, 1e6))
+    w_feat: float = field(default=1.0, metadata=bounds(0, 1e6))
+    steps: int = field(default=50_000, metadata=bounds(1, 100_000_000))
+    batch: int = field(default=16, metadata=bounds(1, 65_536))
+    accumulate: int = field(default=4, metadata=bounds(1, 65_536))
+    rate: float = field(default=5e-5, metadata=bounds(1e-12, 1))
+    warmup: int = field(default=0, metadata=bounds(0, 100_000_000))
+    decay: int = field(default=0, metadata=bounds(0, 100_000_000))
+    weight_decay: float = field(default=1e-2, metadata=bounds(0, 1))
+    clip: float = field(default=1.0, metadata=bounds(1e-6, 1e6))
+    ema: float = field(default=0.999, metadata=bounds(0, 0.999999))
+    seed: int = field(default=0, metadata=bounds(0, 2**63 - 1))
+    size: int | None = field(default=None, metadata=bounds(64, 1536))
+    flip: bool = False
+    drop: float = field(default=0.1, metadata=bounds(0, 1))
+    weighting: str = field(default="none", metadata=choices("none", MIN_SNR))
+    teacher_steps: int = field(default=0, metadata=bounds(0, 150))
+    precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
+    teacher_precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
+    checkpointing: bool = False
+    cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
+    save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
+    validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.w_task or self.w_out or (self.w_feat and self.features != "none")):
+            raise ConfigError("all losses have weight 0; set one of w_task, w_out and w_feat (with features)")
+        if self.teacher_steps and self.w_task:
+            raise ConfigError(
+                f"teacher_steps={self.teacher_steps} with w_task={self.w_task:g}: a step-distilled teacher does not "
+                "predict the noise that was added; set w_task=0"
+            )
+
+    def check(self, pipeline: Pipeline) -> list[Problem]:
+        """What would stop `run`: another family of teacher, features that do not pair, data that cannot be read."""
+        found = [*self._unfit(pipeline)]
+        for part, look in (("unet", self._check_teacher), ("data", self.pictures)):
+            try:
+                look(pipeline)
+            except DiffshipError as fault:
+                found.append(Problem(part, str(fault)))
+        return found
+
+    def outline(self, pipeline: Pipeline) -> Outline:
+        """The same shapes; forward and backward passes of the student, forward passes of the teacher."""
+        samples = self.steps * self.batch * self.accumulate
+        passes = 4 if self.checkpointing else 3
+        calls = [Calls(pipeline.components["unet"], passes * samples)]
+        if self.w_out or (self.w_feat and self.features != "none"):
+            calls.append(Calls(self.teacher_of(pipeline).components["unet"], samples))
+        return Outline(pipeline, tuple(calls))
+
+    def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
+        """The pipeline with the averaged weights of the trained U-Net, float32.
+
+        The run lives in the job's folder as `distill-` and a digest of options, teacher, student and data; a run that
+        was stopped goes on from its last checkpoint, to the same bits.
+
+        Raises:
+            DivergedError: the loss is not finite; the last good checkpoint is kept.
+            SourceError: a picture is damaged.
+        """
+        teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
+        digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
+        folder = job.folder / f"distill-{self._digest(pipeline, digests)}"
+        if reached(folder / STATE) < self.steps:
+            train_student(self, pipeline, teacher, pictures, folder, job)
+        unet = pipeline.components["unet"]
+        weights = renamed(SafetensorsWeights(folder / STATE), {n: f"average/unet/{n}" for n in unet.weights.names()})
+        last = read_curve(folder / "curve.jsonl")[-1]
+        entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
+        entry |= {"teacher": str(teacher.source.get("id")), "pictures": len(pictures), "prompts": list(self.prompts)}
+        entry["losses"] = {name: value for name, value in last.items() if name not in ("step", "seconds")}
+        return with_unet(pipeline, unet.config, weights, entry)
+
+    def pixels(self, pipeline: Pipeline) -> int:
+        """Side of the pictures that are trained on."""
+        return self.size or pipeline.family.default_size
+
+    def pictures(self, pipeline: Pipeline) -> PairedPictures:
+        """Raises SourceError where the data cannot be used."""
+        return PairedPictures.open(Path(self.data).expanduser(), self.pixels(pipeline))
+
+    def timesteps(self, teacher: Pipeline) -> list[int]:
+        """Those that are trained: all, or those of a step-distilled teacher's own schedule."""
+        sampler = _sampler(teacher)
+        if not self.teacher_steps:
+            return list(range(sampler.num_train_timesteps))
+        trailing = make_sampler({**teacher.scheduler, "timestep_spacing": "trailing"})
+        # some samplers call the model twice at one timestep
+        return list(dict.fromkeys(round(time) for time in trailing.timesteps(self.teacher_steps).tolist()))
+
+    def teacher_of(self, pipeline: Pipeline) -> Pipeline:
+        """The teacher, no tensor read yet.
+
+        Raises:
+            ConfigError: none is named, and the model's own source is a folder of which only the name is known.
+            SourceError: it cannot be read.
+        """
+        if self.teacher is not None:
+            return open_source(self.teacher)
+        source = pipeline.source
+        if source.get("kind") == "folder":
+            raise ConfigError(
+                f"the model was read from a folder ({source.get('id')}); name the teacher: teacher=SOURCE"
+            )
+        base = source.get("base") or {}
+        return open_source(str(source["id"]), base=base.get("id"), revision=source.get("revision"))
+
+    def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
+        family, processes = pipeline.family, int(os.environ.get("WORLD_SIZE", "1"))
+        if family.time_cond_dim:
+            yield Problem("unet", "takes guidance as an embedding (LCM); distill first, and make it an LCM afterwards")
+        if family.unet_channels != family.latent_channels:
+            yield Problem("unet", "is an inpainting model; models that draw whole pictures are distilled")
+        if self.weighting != "none" and family.prediction_type != "epsilon":
+            yield Problem("unet", f"predicts {family.prediction_type}; {MIN_SNR} weighs the error of predicted noise")
+        if self.batch % processes:
+            yield Problem("", f"batch {self.batch} cannot be shared by {processes} processes; make it a multiple")
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            yield Problem("", "mixed precision fp16 needs a GPU; choose bf16 or fp32")
+        try:
+            family.check_size(self.pixels(pipeline), self.pixels(pipeline))
+        except ConfigError as fault:
+            yield Problem("", str(fault))
+
+    def _check_teacher(self, pipeline: Pipeline) -> None:
+        teacher = self.teacher_of(pipeline)
+        for what, of in _MUST_AGREE.items():
+            mine, theirs = of(pipeline), of(teacher)
+            if not np.array_equal(mine, theirs):
+                said = "" if isinstance(mine, np.ndarray) else f": {mine} and {theirs}"
+                raise ConfigError(f"student and teacher {teacher.source.get('id')} differ in {what}{said}")
+        feature_pairs(self.features, pipeline.components["unet"], teacher.components["unet"])
+        self.timesteps(teacher)
+
+    def _digest(self, pipeline: Pipeline, digests: dict[str, str]) -> str:
+        options = {name: value for name, value in asdict(self).items() if name not in (*_CADENCE, "data", "teacher")}
+        frozen = {
+            name: pipeline.components[name].digest
+            for name in ("unet", *TEXT_PARTS, "vae_encoder")
+            if name in pipeline.components
+        }
+        text = json.dumps([__version__, options, digests, frozen], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _sampler(pipeline: Pipeline) -> Sampler:
+    return make_sampler({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
+
+
+_MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
+    "prediction type": lambda pipeline: pipeline.family.prediction_type,
+    "latent channels": lambda pipeline: pipeline.family.latent_channels,
+    "scaling factor of the latents": lambda pipeline: pipeline.family.scaling_factor,
+    "text width": lambda pipeline: pipeline.family.text_width,
+    "conditions of the U-Net": lambda pipeline: [spec.name for spec in pipeline.components["unet"].inputs],
+    "betas": lambda pipeline: _sampler(pipeline).alphas_cumprod(),
+}

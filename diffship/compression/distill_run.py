@@ -1,0 +1,136 @@
+"""One run of the distill pass: parts loaded, pictures encoded, the loop started in the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffship.core.atomic import write_file
+from diffship.core.errors import ConfigError
+from diffship.core.job import Job, require_disk
+from diffship.core.lazy import lazy
+from diffship.models.pipeline import Pipeline
+from diffship.sampling.samplers import make_sampler
+from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
+from diffship.training.distillation_data import Captions, make_latents
+from diffship.training.distillation_pairs import Pair, feature_pairs
+from diffship.training.distillation_report import InTraining, Report
+from diffship.training.loop import Schedule, new_accelerator, train
+from diffship.training.paired import PairedPictures
+
+if TYPE_CHECKING:
+    import accelerate
+    import torch
+
+    from diffship.compression.distill import DistillPass
+else:
+    torch = lazy("torch")
+
+STATE = "state.safetensors"
+_MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_PROMPTS = 8
+
+
+def train_student(
+    options: DistillPass, pipeline: Pipeline, teacher: Pipeline, pictures: PairedPictures, folder: Path, job: Job
+) -> None:
+    """Train until `options.steps`, from the checkpoint in `folder` if there is one.
+
+    Writes `state.safetensors`, `curve.jsonl`, `curve.png`, `pairs.json` and `validation-STEP.png`. Raises as
+    `training.loop.train`.
+    """
+    accelerator = new_accelerator(_MIXED[options.precision])
+    _require_one_folder(folder, accelerator)
+    pairs = feature_pairs(options.features, pipeline.components["unet"], teacher.components["unet"])
+    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
+    require_disk(folder, 8 * 4 * _count(pipeline), "the checkpoint of the distillation")
+    device, main = accelerator.device, accelerator.is_main_process
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "pairs.json", json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
+    task = make_task(options, pipeline, teacher, pictures, pairs, job, device, main)
+    model = InTraining(pipeline, task.student, str(device))
+    prompts = options.prompts or spread_captions(pictures)
+    report = Report(model, prompts, pictures.size, options.teacher_steps, folder, lambda text: job.progress(text, 0, 1))
+    train(
+        task,
+        schedule(options),
+        folder,
+        validate=report,
+        precision=_MIXED[options.precision],
+        progress=lambda step, steps: job.progress("distill", step, steps),
+    )
+
+
+def make_task(
+    options: DistillPass,
+    pipeline: Pipeline,
+    teacher: Pipeline,
+    pictures: PairedPictures,
+    pairs: tuple[Pair, ...],
+    job: Job,
+    device: torch.device,
+    main: bool,
+) -> DistillationTask:
+    """The task with everything that it needs on `device`; the student in float32."""
+    student = pipeline.components["unet"].module(str(device))
+    if options.checkpointing:
+        student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
+    side = pictures.size // pipeline.family.vae_factor
+    shape = (pipeline.family.latent_channels, side, side)
+    sampler = make_sampler({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
+    return DistillationTask(
+        student,
+        teacher.components["unet"].module(str(device), _DTYPES[options.teacher_precision]),
+        pairs,
+        Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
+        make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),
+        Captions(pipeline, pictures.size, device),
+        Forward(torch.tensor(sampler.alphas_cumprod()), pipeline.family.prediction_type),
+        Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
+    )
+
+
+def schedule(options: DistillPass) -> Schedule:
+    """AdamW as published: betas .9 and .999."""
+    return Schedule(
+        steps=options.steps,
+        batch=options.batch,
+        rate=options.rate,
+        warmup=options.warmup,
+        decay=options.decay,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        ema=options.ema,
+        seed=options.seed,
+        save_seconds=options.save_seconds,
+        validate_every=options.validate_every,
+        accumulate=options.accumulate,
+        betas=(0.9, 0.999),
+    )
+
+
+def spread_captions(pictures: PairedPictures, count: int = _PROMPTS) -> tuple[str, ...]:
+    """Plain captions of pictures that lie evenly over the data."""
+    count = min(count, len(pictures))
+    return tuple(pictures.captions(at * len(pictures) // count)[0] for at in range(count))
+
+
+def _count(pipeline: Pipeline) -> int:
+    weights = pipeline.components["unet"].weights
+    return sum(weights.meta(name).count for name in weights.names())
+
+
+def _require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> None:
+    """Raises ConfigError where the processes of a distributed run would train in different folders."""
+    if accelerator.num_processes == 1:
+        return
+    mark = int.from_bytes(hashlib.sha256(str(folder.resolve()).encode()).digest()[:7], "little")
+    span = torch.tensor([mark, -mark], device=accelerator.device)
+    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)
+    if int(span[0]) != -int(span[1]):
+        raise ConfigError("the processes have no folder in common; give the job one (compress --cache DIR)")

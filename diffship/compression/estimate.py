@@ -1,0 +1,143 @@
+"""A dry run: what each pass would leave of the U-Net, and the hours that it would take on this machine.
+
+Hours come from one timed call of the source's U-Net, on the device that torch would train on, in float32. A call of
+another U-Net is taken to last as long as its share of multiply-accumulates: half precision is faster, reading pictures
+and encoding them comes on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffship.compression.outline import Outline
+from diffship.core.job import available_memory
+from diffship.core.lazy import lazy
+from diffship.core.limits import GIB
+from diffship.models.component import Component
+from diffship.models.cost import Cost, cost
+from diffship.models.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+_MOST_MACS = 2e11  # of the call that is timed: seconds on two CPU cores
+_ENOUGH_MACS, _MOST_PICTURES = 2e10, 16  # small models are timed with more pictures, as they are trained
+_NOT_ASKED = "nothing was timed"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass: the U-Net's cost before and after it (None where that is not known), seconds (None: not timed), and
+    what the figures hang on."""
+
+    kind: str
+    before: Cost | None
+    after: Cost | None
+    seconds: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All passes, the pipeline that they are taken to make, and what was timed, in words."""
+
+    steps: tuple[Step, ...]
+    pipeline: Pipeline
+    timed: str
+
+
+def estimate(pipeline: Pipeline, passes: Sequence[Any], found: Sequence[Outline], timing: bool = True) -> Estimate:
+    """Figures for `passes` on `pipeline`, of which `found` tells the first ones; reads and writes nothing.
+
+    Costs are of one call for one picture of the default size.
+    """
+    costs, calling = _Costs(), any(outline.calls for outline in found)
+    per_mac, timed = _seconds_per_mac(pipeline, costs) if timing and calling else (None, _NOT_ASKED)
+    steps, before = [], costs.of(pipeline, pipeline.components["unet"])
+    for step, outline in zip(passes, found, strict=False):
+        after = costs.of(outline.pipeline, outline.pipeline.components["unet"])
+        steps.append(Step(step.kind, before, after, _seconds(outline, per_mac, costs), outline.note))
+        before = after
+    unknown = "known only when it runs"
+    for place, step in enumerate(passes[len(found) :]):
+        steps.append(Step(step.kind, None if place else before, None, None, unknown))
+    return Estimate(tuple(steps), found[-1].pipeline if found else pipeline, timed)
+
+
+def sized_cost(pipeline: Pipeline, unet: Component, px: int | None = None) -> Cost:
+    """Of one call of `unet` for one picture of `px` (the default size of `pipeline`)."""
+    return cost(unet, _sides(pipeline, px or pipeline.family.default_size))
+
+
+def _sides(pipeline: Pipeline, px: int) -> Mapping[str, int]:
+    side = px // pipeline.family.vae_factor
+    return {"height": side, "width": side}
+
+
+class _Costs:
+    """Costs that were counted; a pass that only trains leaves the U-Net that it found."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Component, int, Cost]] = []
+
+    def of(self, pipeline: Pipeline, unet: Component, px: int | None = None) -> Cost:
+        px = px or pipeline.family.default_size
+        for component, size, known in self._known:
+            if component is unet and size == px:
+                return known
+        found = sized_cost(pipeline, unet, px)
+        self._known.append((unet, px, found))
+        return found
+
+
+def _seconds(outline: Outline, per_mac: float | None, costs: _Costs) -> float | None:
+    if not outline.calls:
+        return 0.0
+    if per_mac is None:
+        return None
+    return sum(costs.of(outline.pipeline, calls.unet).macs * calls.count * per_mac for calls in outline.calls)
+
+
+def _seconds_per_mac(pipeline: Pipeline, costs: _Costs) -> tuple[float | None, str]:
+    """Seconds for one multiply-accumulate of the U-Net here, and what was timed; None where memory does not suffice."""
+    unet, free = pipeline.components["unet"], available_memory()
+    needed = 4 * costs.of(pipeline, unet).params
+    if free is not None and 2 * needed > free:
+        return None, f"nothing was timed: the U-Net takes {needed / GIB:.1f} GiB in float32"
+    px = _affordable(pipeline, costs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    macs = costs.of(pipeline, unet, px).macs
+    batch = max(1, min(_MOST_PICTURES, int(_ENOUGH_MACS // macs)))
+    seconds = time_call(unet, {"batch_size": batch, **_sides(pipeline, px)}, device)
+    said = f"timed: one call of the source's U-Net on {device}, float32, batch {batch} at {px} px: {seconds:.3g} s"
+    return seconds / (batch * macs), f"{said}; everything else by its multiply-accumulates"
+
+
+def _affordable(pipeline: Pipeline, costs: _Costs) -> int:
+    """The default size, or the half, quarter, ... of it whose call is short enough to be timed."""
+    family, px = pipeline.family, pipeline.family.default_size
+    while costs.of(pipeline, pipeline.components["unet"], px).macs > _MOST_MACS and px // 2 >= family.size_step:
+        px = px // 2 // family.size_step * family.size_step
+    return px
+
+
+def time_call(unet: Component, sizes: Mapping[str, int], device: str) -> float:
+    """Seconds of one call of `sizes`, on made-up weights; the second of two, as the first one allocates."""
+    module = unet.meta.to_empty(device=device)
+    with torch.inference_mode():
+        for parameter in module.parameters():
+            parameter.fill_(0.01)  # what an empty tensor holds may be numbers that are slow to compute with
+        feeds = unet.example(0, sizes)
+        given = [torch.from_numpy(feeds[spec.name]).to(device) for spec in unet.inputs]
+        for _ in range(2):
+            started = time.perf_counter()
+            module(*given)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    return seconds

@@ -1,0 +1,222 @@
+"""Captioned pictures from folders and shards: the right pixels, the right captions, clear refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffship.core.errors import SourceError
+from diffship.core.limits import LIMITS
+from diffship.training import paired
+from diffship.training.paired import PairedPictures
+
+
+def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, form)
+    return out.getvalue()
+
+
+def plain(colour: tuple[int, ...], width: int = 8, height: int = 8) -> np.ndarray:
+    return np.full((height, width, len(colour)), colour, np.uint8)
+
+
+RED, GREEN = encoded(plain((255, 0, 0))), encoded(plain((0, 255, 0)))
+
+
+def write(folder: Path, files: Mapping[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def shard(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.parent
+
+
+def lines(*records: Mapping[str, object]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def beside(folder: Path) -> Path:
+    return write(folder, {"a.png": RED, "a.txt": "red  square\n", "sub/b.png": GREEN, "sub/b.txt": "green square"})
+
+
+def listed(folder: Path) -> Path:
+    records = ({"file_name": "a.png", "text": "red square"}, {"file_name": "sub/b.png", "text": "green square"})
+    return write(folder, {"a.png": RED, "sub/b.png": GREEN, "metadata.jsonl": lines(*records)})
+
+
+def tabled(folder: Path) -> Path:
+    table = "file_name,text\na.png,red square\nsub/b.png,green square\n"
+    return write(folder, {"a.png": RED, "sub/b.png": GREEN, "metadata.csv": table})
+
+
+def sharded(folder: Path) -> Path:
+    first = {"x/a.png": RED, "x/a.json": json.dumps({"caption": "red square"}).encode()}
+    shard(folder / "00000.tar", first)
+    return shard(folder / "00001.tar", {"b.png": GREEN, "b.txt": b"green square", "b.cls": b"7"})
+
+
+@pytest.mark.parametrize("make", [beside, listed, tabled, sharded])
+def test_every_form_gives_the_same_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    pictures = PairedPictures.open(make(tmp_path), 4)
+    assert [pictures.captions(row) for row in range(len(pictures))] == [["red square"], ["green square"]]
+    pixels = pictures.pixels([1, 0, 1])
+    assert pixels.shape == (3, 4, 4, 3) and pixels.dtype == np.uint8
+    assert pixels[:, 0, 0].tolist() == [[0, 255, 0], [255, 0, 0], [0, 255, 0]]
+    assert pictures.digest == PairedPictures.open(listed(tmp_path / "other"), 4).digest
+
+
+def test_the_middle_is_cut_out_and_mirrored_where_asked(tmp_path: Path) -> None:
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:12], wide[:, 12:16] = (200, 0, 0), (0, 0, 200)  # the middle third, red beside blue
+    write(tmp_path, {"wide.png": encoded(wide), "wide.txt": "two colours"})
+    plain_one, mirrored = PairedPictures.open(tmp_path, 8).pixels([0, 0], [False, True])
+    np.testing.assert_array_equal(plain_one, wide[:, 8:16])
+    np.testing.assert_array_equal(mirrored, wide[:, 8:16][:, ::-1])
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": encoded(plain((9, 9, 9, 0))), "a.txt": "nothing"})
+    assert PairedPictures.open(tmp_path, 8).pixels([0]).min() == 255
+
+
+def test_the_digest_hangs_on_pictures_and_captions(tmp_path: Path) -> None:
+    def digest(name: str, **changes: bytes | str) -> str:
+        files = {"a.png": RED, "a.txt": "red"} | {key.replace("_", "."): value for key, value in changes.items()}
+        return PairedPictures.open(write(tmp_path / name, files), 8).digest
+
+    assert digest("one") == digest("two")
+    assert len({digest("one"), digest("three", a_png=GREEN), digest("four", a_txt="rot")}) == 3
+
+
+def test_of_emojis_own_data_the_training_pictures_of_the_domain_are_taken(tmp_path: Path) -> None:
+    def record(name: str, **changes: object) -> dict[str, object]:
+        facts = {"file_name": name, "text": "apple", "tags": ["fruit", "red"], "concept": "apple", "group": "food"}
+        return {**facts, "tone": 0, "domain": True, "split": "train", "style": "fluent", **changes}
+
+    records = (record("a.png"), record("b.png", style="google"), record("c.png", split="held_out"))
+    files = {"a.png": RED, "b.png": GREEN, "c.png": GREEN, "d.png": GREEN}
+    write(tmp_path, {**files, "metadata.jsonl": lines(*records, record("d.png", domain=False))})
+    pictures = PairedPictures.open(tmp_path, 8)
+    assert len(pictures) == 1
+    assert pictures.captions(0) == ["apple", "an apple", "apple, fruit, red", "apple, red"]
+    assert pictures.pixels([0])[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_captions_are_cut_at_the_limit_of_prompts(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": RED, "a.txt": "word " * 1000})
+    (caption,) = PairedPictures.open(tmp_path, 8).captions(0)
+    assert len(caption) == LIMITS.prompt_chars
+
+
+HUGE = encoded(np.zeros((4100, 4100, 1), np.uint8)[..., 0])
+
+REFUSED: dict[str, tuple[Mapping[str, bytes | str], str]] = {
+    "empty folder": ({"readme.md": "hi"}, "has no pictures with captions; legal: pictures with metadata.jsonl"),
+    "no captions": ({"a.png": RED, "b.png": RED}, "2 of 2 pictures have no caption, first .*a.png; legal: "),
+    "one without": ({"a.png": RED, "a.txt": "red", "b.png": RED}, "1 of 2 pictures have no caption, first .*b.png"),
+    "blank caption": ({"a.png": RED, "a.txt": " \n"}, "1 of 1 pictures have no caption"),
+    "no picture": ({"a.png": "hello", "a.txt": "x"}, "a.png: is no PNG, JPEG or WebP picture"),
+    "gif": ({"a.png": encoded(plain((1,))[..., 0], "GIF"), "a.txt": "x"}, "a.png: is no PNG, JPEG or WebP"),
+    "too many pixels": ({"a.png": HUGE, "a.txt": "x"}, "a.png: is 4100x4100; at most 16800000 pixels are decoded"),
+    "missing file": ({"metadata.jsonl": lines({"file_name": "a.png", "text": "x"})}, "a.png: there is no such picture"),
+    "outside": ({"metadata.jsonl": lines({"file_name": "../a.png", "text": "x"})}, "line 1: file_name is '../a.png'"),
+    "absolute": ({"metadata.jsonl": lines({"file_name": "/etc/passwd", "text": "x"})}, "file_name is '/etc/passwd'"),
+    "drive": ({"metadata.jsonl": lines({"file_name": "C:\\a.png", "text": "x"})}, "file_name is 'C:"),
+    "no name": ({"metadata.jsonl": lines({"text": "x"})}, "file_name is 'None'"),
+    "not JSON": ({"metadata.jsonl": "{"}, "line 1 is not JSON"),
+    "not a table": ({"metadata.jsonl": "[1]"}, "line 1 is not JSON: it is no table"),
+    "not UTF-8": ({"metadata.jsonl": b'{"file_name": "\xff"}'}, "metadata.jsonl: cannot be read"),
+    "no text": ({"a.png": RED, "metadata.jsonl": lines({"file_name": "a.png", "text": 5})}, "have no caption"),
+    "long caption file": ({"a.png": RED, "a.txt": "x" * 70_000}, "a.txt: has 70000 bytes; a caption has at most"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_folders_are_refused(case: str, tmp_path: Path) -> None:
+    files, message = REFUSED[case]
+    with pytest.raises(SourceError, match=message):
+        PairedPictures.open(write(tmp_path, files), 8)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is not a folder of pictures"):
+        PairedPictures.open(tmp_path / "nowhere", 8)
+
+
+def test_a_damaged_picture_is_named_when_it_is_decoded(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write(tmp_path, {"a.png": RED, "a.txt": "x", "b.png": encoded(noise)[:-4000], "b.txt": "y"})
+    pictures = PairedPictures.open(tmp_path, 8)
+    with pytest.raises(SourceError, match=r"b\.png: is damaged"):
+        pictures.pixels([0, 1])
+
+
+def test_a_picture_of_too_many_bytes_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "_PICTURE_BYTES", 10)
+    with pytest.raises(SourceError, match=r"a\.png: has \d+ bytes; at most 10 are read"):
+        PairedPictures.open(write(tmp_path, {"a.png": RED, "a.txt": "x"}), 8)
+
+
+def test_names_in_a_shard_are_no_paths(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "data" / "0.tar",
+        {"../../evil.png": RED, "../../evil.txt": b"red", "/abs.png": RED, "/abs.txt": b"x"},
+    )
+    before = sorted(tmp_path.rglob("*"))
+    pictures = PairedPictures.open(tmp_path / "data", 8)
+    assert pictures.pixels([0, 1]).shape == (2, 8, 8, 3)
+    assert [pictures.captions(row) for row in (0, 1)] == [["red"], ["x"]]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_in_a_shard_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(SourceError, match=r"'a\.png' is a link or a sparse file"):
+        PairedPictures.open(tmp_path, 8)
+
+
+def test_a_compressed_or_broken_shard_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "zipped" / "0.tar", {"a.png": RED, "a.txt": b"x"}, "w:gz")
+    write(tmp_path / "broken", {"0.tar": b"not a tar"})
+    for name in ("zipped", "broken"):
+        with pytest.raises(SourceError, match=r"0\.tar: is no uncompressed tar archive"):
+            PairedPictures.open(tmp_path / name, 8)
+
+
+def test_a_shard_with_the_same_picture_twice_or_a_long_caption_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "twice" / "0.tar", {"a.png": RED, "a.jpg": RED, "a.txt": b"x"})
+    shard(tmp_path / "long" / "0.tar", {"a.png": RED, "a.json": b" " * 70_000})
+    with pytest.raises(SourceError, match="has two pictures called 'a'"):
+        PairedPictures.open(tmp_path / "twice", 8)
+    with pytest.raises(SourceError, match="its caption has 70000 bytes"):
+        PairedPictures.open(tmp_path / "long", 8)
+
+
+def test_a_cut_shard_names_the_picture(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    shard(tmp_path / "0.tar", {"a.txt": b"x", "a.png": encoded(noise)})
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[:6000])
+    with pytest.raises(SourceError, match=r"0\.tar"):
+        PairedPictures.open(tmp_path, 8).pixels([0])
