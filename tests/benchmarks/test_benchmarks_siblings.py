@@ -1,0 +1,107 @@
+"""Experiments: strict files, models made and judged once, and comparisons that claim nothing that they cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffship.benchmarks.experiment import Experiment, made_passes, read_experiment
+from diffship.core.errors import ConfigError
+from diffship.core.strict import load
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "benchmarks" / "experiments").glob("*.toml"))
+MODEL = {"name": "a", "passes": [{"type": "layout", "name": "bk-tiny"}]}
+BASE: dict[str, Any] = {"schema": 1, "title": "t", "teacher": "emoji", "models": [MODEL]}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_experiment_of_the_repository_is_legal(file: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    experiment = read_experiment(file)
+    assert experiment.prompts == 500 and experiment.models[0].name == "teacher"
+    for model in experiment.models:
+        for step in made_passes(experiment, model, 7, Path("pictures")):
+            assert getattr(step, "seed", 7) == 7
+            assert getattr(step, "data", None) in (None, "pictures")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": [MODEL, MODEL]}, "a name of its own"),
+        ({"models": []}, "a name of its own"),
+        ({"comparisons": [{"ours": "a", "theirs": ["bb"]}]}, "unknown model 'bb'"),
+        (
+            {"models": [MODEL, {"name": "b", "seeds": [1]}], "comparisons": [{"ours": "a", "theirs": ["b"]}]},
+            "same seeds",
+        ),
+        ({"prompts": 1}, "legal is from 2"),
+        ({"schema": 2}, "legal is from 1 to 1"),
+    ],
+)
+def test_what_is_not_legal_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as fault:
+        load(Experiment, {**BASE, **changes}, "experiment")
+    assert message in str(fault.value)
+
+
+def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: Path) -> None:
+    text = 'schema = 1\ntitle = "t"\nteacher = "emoji"\n[[model]]\nname = "a"\npasses = [{ type = "layouts" }]\n'
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'layout'"):
+        read_experiment(tmp_path / "x.toml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in the form of `diffship train emoji-data`: colour planes, which the judge will not recognise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    records = []
+    for number, concept in enumerate(("red apple", "black cat", "pizza", "blue heart")):
+        Image.new("RGB", (128, 128), (60 * number, 200, 90)).save(folder / f"{number}.png")
+        shared = {"file_name": f"{number}.png", "text": concept, "concept": concept, "style": "fluent", "tags": []}
+        records.append({**shared, "domain": True, "tone": "", "split": "held_out" if number == 3 else "train"})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_path: Path) -> None:
+    from diffship.benchmarks.siblings import Siblings
+    from diffship.models.sources import open_source
+
+    table = {
+        **BASE,
+        "prompts": 3,
+        "steps": 2,
+        "models": [{"name": "teacher", "shown": True}, {**MODEL, "shown": True}],
+        "comparisons": [{"ours": "a", "theirs": ["teacher"], "metric": "teacher_rms"}],
+    }
+    experiment = load(Experiment, table, "experiment")
+    judge = ROOT / "diffship" / "models" / "emoji" / "judge"
+    siblings = Siblings(experiment, "toy", data, judge, tmp_path / "work", "onnxruntime")
+    rows = {(row.subject, row.metric): row for row in siblings.run()}
+    weights = open_source("emoji").components["unet"].weights
+    assert rows["teacher", "parameters"].value == sum(weights.meta(name).count for name in weights.names())
+    assert rows["a", "parameters"].value < rows["teacher", "parameters"].value  # type: ignore[operator]
+    assert rows["teacher", "teacher_rms"].value == 0 < (rows["a", "teacher_rms"].value or 0)
+    difference = rows["a against teacher", "teacher_rms_difference"]
+    assert difference.value == rows["a", "teacher_rms"].value
+    assert difference.conditions["verdict"] == "no difference shown"  # one seed and three prompts show nothing
+    assert all(rows[name, "unet_call_seconds"].n == 15 for name in ("teacher", "a"))
+    siblings.grid(tmp_path / "grid.png")
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 0
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    again = Siblings(replace(experiment, comparisons=()), "toy", data, judge, tmp_path / "work", "onnxruntime")
+    found = {(row.subject, row.metric): row for row in again.run()}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()} == made
+    assert found["a", "top5"] == rows["a", "top5"]
