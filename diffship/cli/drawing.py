@@ -11,47 +11,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import engine_options, request_fields
+from diffship.cli.flags import request_fields
+from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages, note
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.runtimes.engine import installed
-from diffship.sampling.generate import Request, start
-from diffship.sampling.generate import draw as draw_batch
-from diffship.sampling.model import Model
+from diffship.runtimes.handoff.arrival import check_arrival
+from diffship.runtimes.handoff.router import Router
+from diffship.runtimes.handoff.router import begin as begin_request
+from diffship.runtimes.handoff.router import draw as draw_batch
 from diffship.sampling.picture import Picture
+from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack, unpack
 
 MAX_PROMPTS = 256
-Work = tuple[Callable[[Model], list[Trajectory]], list[Path]]  # how a batch begins, and where its pictures go
+Work = tuple[Callable[[Router], list[Trajectory]], list[Path]]  # how a batch begins, and where its pictures go
 
 
 def draw(options: argparse.Namespace) -> Result:
     """Everything is checked before the model is opened, and no folder is made before the first picture is there."""
-    from diffship.runtimes.model import open_model
-
     begin = time.perf_counter()
+    sources = sources_of(options)
     work = resumed(options) if options.resume else asked(options)
-    require_something(options.bundle)
-    with (
-        Stages(options.quiet) as stages,
-        open_model(options.bundle, options.engine, **engine_options(options)) as model,
-    ):
+    for source in sources:
+        require_something(source)
+    with Stages(options.quiet) as stages, open_router(options, sources) as (router, noted):
         drawn = []
         for number, (begun, places) in enumerate(work):
-            batch = begun(model)
+            batch = begun(router)
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
-            pictures = draw_batch(
-                model, batch, options.memory == "low", on_step=_reporter(stages, label, options.save_trajectory)
-            )
+            pictures = draw_batch(router, batch, _reporter(stages, label, options.save_trajectory))
             drawn += [_save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
-        name, engine = model.name, getattr(model, "engine", "torch")
+        models = report(router, sources)
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
-    return _result(name, engine, drawn, options.grid, time.perf_counter() - begin)
+    return _result(models, noted, drawn, options.grid, time.perf_counter() - begin)
 
 
 def asked(options: argparse.Namespace) -> list[Work]:
@@ -66,7 +64,7 @@ def asked(options: argparse.Namespace) -> list[Work]:
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     image, mask = _read_image(options.image), _read_mask(options.mask)
-    begun = [partial(start, request=request, image=image, mask=mask) for request in requests]
+    begun = [partial(begin_request, request=request, image=image, mask=mask) for request in requests]
     return list(zip(begun, files, strict=True))
 
 
@@ -87,9 +85,11 @@ def resumed(options: argparse.Namespace) -> list[Work]:
         raise ConfigError(f"--resume {str(options.resume)!r} is longer than a trajectory can be")
     trajectory = unpack(options.resume.read_bytes())
 
-    def begun(model: Model) -> list[Trajectory]:
-        trajectory.require_fit(model.family)
-        if trajectory.facts.get("model_digest") != model.digest:
+    def begun(router: Router) -> list[Trajectory]:
+        model = router.models[router.place_of(trajectory)]
+        for warning in check_arrival(trajectory, model, options.shared_latents):
+            note(f"warning: {warning}")
+        if trajectory.facts.get("model_digest") not in [model.digest for model in router.models]:
             note("warning: the trajectory was begun with other weights than these")
         return [trajectory]
 
@@ -162,7 +162,9 @@ def _read_mask(file: Path | None) -> Any:
     return None if pixels is None else pixels.max(axis=2)
 
 
-def _result(name: str, engine: str, drawn: Sequence[Drawn], grid: Path | None, seconds: float) -> Result:
+def _result(
+    models: Sequence[dict[str, object]], noted: Sequence[str], drawn: Sequence[Drawn], grid: Path | None, seconds: float
+) -> Result:
     pictures = []
     for entry in drawn:
         height, width = entry.pixels.shape[:2]
@@ -172,15 +174,20 @@ def _result(name: str, engine: str, drawn: Sequence[Drawn], grid: Path | None, s
     for warning in warnings:
         note(f"warning: {warning}")
     document = {
-        "model": name,
-        "engine": engine,
+        "model": models[-1]["name"],
+        "engine": models[-1]["engine"],
+        "models": models,
         "pictures": pictures,
         "grid": None if grid is None else str(grid),
         "seconds": round(seconds, 3),
-        "warnings": warnings,
+        "warnings": [*noted, *warnings],
     }
     files = [str(entry.file) for entry in drawn] + ([] if grid is None else [str(grid)])
-    return Result(document, "\n".join(files))
+    return Result(document, "\n".join([*files, *(_line(model) for model in models if len(models) > 1)]))
+
+
+def _line(model: dict[str, object]) -> str:
+    return f"{model['source']} ({model['engine']}): {model['calls']} calls, {model['seconds']} s"
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

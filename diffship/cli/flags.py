@@ -26,6 +26,14 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N or WxH, such as 512 or 512x768") from None
 
 
+def split(text: str) -> tuple[int, ...]:
+    """`10,15` as whole numbers; what is legal depends on the models."""
+    try:
+        return tuple(int(share) for share in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A,B,...: whole numbers such as 10,15") from None
+
+
 def names(text: str) -> tuple[str, ...]:
     """`unet,vae_decoder` as a tuple, without empty entries."""
     return tuple(name.strip() for name in text.split(",") if name.strip())

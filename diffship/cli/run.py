@@ -1,4 +1,4 @@
-"""run: draw pictures with a bundle (or, where torch is installed, with a diffusers folder)."""
+"""run: draw pictures with a bundle (or, where torch is installed, with a diffusers folder), or with several in turn."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffship.cli.flags import add_engine, add_request
+from diffship.cli.flags import add_engine, add_request, names, split
 from diffship.cli.output import Result
 
 EXAMPLES = """examples:
   diffship run out/emoji "red apple" --steps 25 --seed 1 --images 4 -o out/pictures
   diffship run out/emoji --prompts-file docs/demo-prompts.txt --grid out/grid.png -o out/pictures
   diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
+  diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="DIR", help="a bundle, or a diffusers folder where torch is there")
+    parser.add_argument("bundle", metavar="DIR", nargs="?", help="a bundle, or a diffusers folder where torch is there")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="what to draw")
     parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line; # begins a comment")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("out"), help="folder or .png file")
@@ -33,8 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
     picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
     picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
+    _add_models(parser)
     engine = add_engine(parser)
+    engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several models for one picture")
+    group.add_argument("--large", metavar="DIR", help="draws the first steps, the positional DIR the last ones")
+    group.add_argument("--models", metavar="DIR", nargs="+", help="in place of DIR: in the order of their steps")
+    group.add_argument("--split", metavar="A,B", type=split, help="model calls of each; together the number of steps")
+    group.add_argument(
+        "--shared-latents", action="store_true", help="the VAEs differ and their latents are the same (a tiny VAE)"
+    )
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -44,4 +57,6 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     from diffship.cli.drawing import draw
 
+    if options.models and options.bundle is not None:  # with --models the first word is a prompt
+        options.prompts, options.bundle = [options.bundle, *options.prompts], None
     return draw(options)

@@ -33,9 +33,14 @@ class PipelineModel:
         self._locks = {part: threading.Lock() for part in self.parts}
 
     @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """By part: sha256 over its source tensors (core.weights.source_digest); reads every one of them."""
+        return {name: self.pipeline.components[name].digest for name in sorted(self.parts)}
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over the parts' source digests, equal to that of a bundle of the same weights; reads all of them."""
-        lines = (f"{name} {self.pipeline.components[name].digest}\n" for name in sorted(self.parts))
+        lines = (f"{name} {digest}\n" for name, digest in self.digests.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def use(self, part: str) -> Runner:

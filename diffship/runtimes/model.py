@@ -45,7 +45,8 @@ class BundleModel:
         self.family: Family = manifest.family
         self.scheduler: Mapping[str, Any] = dict(manifest.sampler)
         self.parts: frozenset[str] = frozenset(part.name for part in manifest.parts)
-        self.digest: str = _digest({part.name: part.source_digest for part in manifest.parts})
+        self.digests: Mapping[str, str] = {part.name: part.source_digest for part in manifest.parts}
+        self.digest: str = _digest(self.digests)
         self.tokenizers: Mapping[str, Tokenizer] = _tokenizers(bundle)
         self._runners: dict[str, PartRunner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}

@@ -19,7 +19,7 @@ from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request as Request
 from diffship.sampling.request import Settled, settle
 from diffship.sampling.rng import INITIAL, Noise, make_noise
-from diffship.sampling.trajectory import Trajectory, as_numpy
+from diffship.sampling.trajectory import SHARED_PARTS, Origin, Trajectory, as_numpy
 
 Cancel = Callable[[], bool]
 
@@ -107,6 +107,7 @@ def start(
             prompt=request.prompt,
             negative_prompt=request.negative,
             facts=_facts(model, settled, i, encoded.warnings),
+            origin=_origin(model),
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
     return made
@@ -188,6 +189,12 @@ def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) 
     if request.rng != "torch":
         facts["image"] = image
     return {**facts, "warnings": list(warnings)} if warnings else facts
+
+
+def _origin(model: Model) -> Origin:
+    """Without a digest the model's weights have no name, and none of its parts is vouched for."""
+    digests = {part: model.digests[part] for part in SHARED_PARTS if part in model.parts} if model.digest else {}
+    return Origin(model.family, digests)
 
 
 def _require(model: Model, image: object, mask: object) -> None:

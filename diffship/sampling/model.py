@@ -24,6 +24,11 @@ class Model(Protocol):
     def digest(self) -> str: ...
 
     @property
+    def digests(self) -> Mapping[str, str]:
+        """By part: sha256 over its source tensors, equal for equal weights on every engine."""
+        ...
+
+    @property
     def family(self) -> Family: ...
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffship.sampling.rng import Noise
 from diffship.sampling.samplers import Sampler
 
 Array = Any
+SHARED_PARTS = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,14 @@ class Conditioning:
     embeddings: Array  # (tokens, width)
     pooled: Array | None = None  # (pooled width,), SDXL
     time_ids: Array | None = None  # (6,) or (5,), SDXL and its refiner
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The kind of model that a trajectory began with, and the digests of the parts that the next model should share."""
+
+    family: Family
+    digests: Mapping[str, str] = field(default_factory=dict)  # of SHARED_PARTS; empty where weights still change
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +58,7 @@ class Trajectory:
     prompt: str = ""
     negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
+    origin: Origin | None = None
 
     @property
     def calls(self) -> int:

@@ -2,6 +2,7 @@
 
 The whole is a valid safetensors file. Its `__metadata__` holds `sha256`, of all bytes with those 64 digits read as
 zeros, `schema` and `trajectory` (JSON). Every claim is checked against the bytes at hand before an array is made.
+docs/wire-format.md describes it for readers in other languages, with test vectors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -17,19 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError, DiffshipError, HandoffError
+from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
+from diffship.core.strict import unknown
 from diffship.sampling.rng import Noise, Philox, TorchGenerator, TorchNoise
 from diffship.sampling.samplers import MAX_HISTORY, make_sampler
 from diffship.sampling.tokenizer import check_prompt
-from diffship.sampling.trajectory import Conditioning, Trajectory, as_numpy
+from diffship.sampling.trajectory import SHARED_PARTS, Conditioning, Origin, Trajectory, as_numpy
 
-SCHEMA = "1"
+SCHEMA = "2"
+DTYPES = ("float32", "float16")
 _FRONT = b'{"__metadata__":{"sha256":"'
 _DIGITS = slice(8 + len(_FRONT), 8 + len(_FRONT) + 64)
 _HEADER_BYTES = 256 << 10
 _FACTS_BYTES = 16 << 10
-_KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_prompt", "facts", "noise"}
-_DTYPES = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_prompt", "facts", "noise", "origin"}
+_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_CODES = {dtype.newbyteorder("="): code for code, dtype in _DTYPES.items()}
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
 _RANKS = {
     "latents": 3,
     "mask": 3,
@@ -40,16 +47,26 @@ _RANKS = {
     **{f"{side}.embeddings": 2 for side in ("positive", "negative")},
     **{f"{side}.{field}": 1 for side in ("positive", "negative") for field in ("pooled", "time_ids")},
 }
+# 16 bits do not hold sizes in pixels, nor a generator's state
+_WHOLE = {"noise.key", "positive.time_ids", "negative.time_ids"}
 
 
-def pack(trajectory: Trajectory) -> bytes:
-    """The bytes of a trajectory; `unpack` gives it back bit for bit.
+def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True) -> bytes:
+    """The bytes of a trajectory; in float32 and with embeddings `unpack` gives it back bit for bit.
+
+    `float16` halves latents, history, mask and embeddings and rounds them: the picture is then close, not equal.
+    Without `embeddings` only the prompts travel, and the receiver encodes them.
 
     Raises:
-        HandoffError: it is larger than the limit.
+        HandoffError: it is larger than the limit, or has values that float16 cannot hold.
+        ConfigError: another dtype.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(unknown("dtype", dtype, DTYPES))
     noise, tensors = _noise_out(trajectory.noise)
-    tensors |= _tensors(trajectory)
+    tensors |= _tensors(trajectory if embeddings else trajectory.without_conditioning())
+    if dtype == "float16":
+        tensors = {name: array if name in _WHOLE else _halved(name, array) for name, array in tensors.items()}
     about = {
         "step": trajectory.step,
         "steps": trajectory.steps,
@@ -60,6 +77,7 @@ def pack(trajectory: Trajectory) -> bytes:
         "negative_prompt": trajectory.negative_prompt,
         "facts": trajectory.facts,
         "noise": noise,
+        "origin": _origin_out(trajectory.origin),
     }
     return _seal(about, tensors)
 
@@ -68,11 +86,14 @@ def unpack(data: bytes) -> Trajectory:
     """The trajectory of `pack`.
 
     Raises:
-        HandoffError: the bytes are damaged, too large, of another schema, or say what no sampler does.
+        HandoffError: the bytes are damaged, too large, of another schema, contradict themselves, or say what no
+            sampler does.
     """
     try:
-        about, tensors = _open(data)
-        return _build(about, tensors)
+        trajectory = _build(*_open(data))
+        if trajectory.origin is not None:
+            trajectory.require_fit(trajectory.origin.family)
+        return trajectory
     except HandoffError:
         raise
     except DiffshipError as fault:
@@ -86,7 +107,7 @@ def _seal(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> byte
     table: dict[str, Any] = {"__metadata__": metadata}
     place = 0
     for name, array in tensors.items():
-        code = "U32" if array.dtype == np.uint32 else "F32"
+        code = _CODES[array.dtype]
         table[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes]}
         place += array.nbytes
     header = json.dumps(table, separators=(",", ":")).encode()
@@ -130,18 +151,27 @@ def _arrays(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[Any
         shape, (begin, end) = claim["shape"], claim["data_offsets"]
         if name not in _RANKS or claim["dtype"] not in _DTYPES or len(shape) != _RANKS[name]:
             _refuse(f"it holds {name[:40]!a} with dtype {str(claim['dtype'])[:10]!a} and {len(shape)} axes")
-        if (claim["dtype"] == "U32") != (name == "noise.key"):
+        if claim["dtype"] not in _legal_codes(name, table):
             _refuse(f"tensor {name} is {claim['dtype']}")
         for side in shape:
             check_range(f"axis of {name}", side, 1, 1 << 20)
-        if begin != place or end - begin != 4 * math.prod(shape) or end > len(body):
+        dtype = _DTYPES[claim["dtype"]]
+        if begin != place or end - begin != dtype.itemsize * math.prod(shape) or end > len(body):
             _refuse(f"tensor {name} claims bytes {begin}..{end} of {len(body)} for shape {shape}")
-        flat = np.frombuffer(body[begin:end], _DTYPES[claim["dtype"]])
-        arrays[name] = flat.astype(flat.dtype.newbyteorder("=")).reshape(shape)
+        flat = np.frombuffer(body[begin:end], dtype)
+        arrays[name] = flat.astype(np.uint32 if dtype.kind == "u" else np.float32).reshape(shape)
         place = end
     if place != len(body):
         _refuse(f"{len(body) - place} bytes are left over behind its tensors")
     return arrays
+
+
+def _legal_codes(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a tensor may be stored in; all that may be halved have the dtype of the latents."""
+    if name in _WHOLE:
+        return ("U32",) if name == "noise.key" else ("F32",)
+    code = table["latents"]["dtype"]
+    return (code,) if code in ("F32", "F16") else ()
 
 
 def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajectory:
@@ -174,6 +204,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         prompt=check_prompt(about["prompt"]),
         negative_prompt=None if about["negative_prompt"] is None else check_prompt(about["negative_prompt"]),
         facts=_facts(about["facts"]),
+        origin=_origin_in(about["origin"]),
     )
 
 
@@ -189,6 +220,14 @@ def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
         for field in ("embeddings", "pooled", "time_ids"):
             named[f"{side}.{field}"] = getattr(condition, field, None)
     return {name: as_numpy(array) for name, array in named.items() if array is not None}
+
+
+def _halved(name: str, array: NDArray[Any]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise HandoffError(f"tensor {name} reaches {np.abs(array).max():g}, which float16 cannot hold: pack float32")
+    return half
 
 
 def _condition(side: str, tensors: Mapping[str, NDArray[Any]]) -> Conditioning | None:
@@ -214,6 +253,23 @@ def _noise_in(about: Mapping[str, Any], key: NDArray[Any] | None) -> Noise:
     if about["kind"] == "philox" and key is None:
         return Philox(about["seed"], about["image"])
     _refuse("its noise is of no known kind")
+
+
+def _origin_out(origin: Origin | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    return {"family": origin.family.to_json(), "digests": dict(sorted(origin.digests.items()))}
+
+
+def _origin_in(about: object) -> Origin | None:
+    if about is None:
+        return None
+    if not isinstance(about, dict) or set(about) != {"family", "digests"} or not isinstance(about["digests"], dict):
+        _refuse("its origin is not a table of family and digests")
+    for part, digest in about["digests"].items():
+        if part not in SHARED_PARTS or not isinstance(digest, str) or not _HEX.match(digest):
+            _refuse(f"its origin has a digest of {part[:40]!a} that is not 64 hex digits of a part that is shared")
+    return Origin(Family.from_json(about["family"]), about["digests"])
 
 
 def _facts(facts: object) -> dict[str, Any]:

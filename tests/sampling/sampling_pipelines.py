@@ -77,6 +77,7 @@ class PipelineModel:
         self.tokenizers["tokenizer_2"] = self.tokenizers["tokenizer"]
         self._runners = runners(pipe, xl)
         self.parts = frozenset(self._runners)
+        self.digests = dict.fromkeys(self.parts, "0" * 64)
 
     def use(self, part: str) -> Runs:
         return self._runners[part]

@@ -101,6 +101,7 @@ class ToyModel:
         self.released: list[str] = []
         self.runners = self._runners(kind)
         self.parts = frozenset(self.runners)
+        self.digests = {part: f"{number}" * 64 for number, part in enumerate(sorted(self.parts))}
         self.tokenizers = {"tokenizer": letters, "tokenizer_2": letters}
 
     def use(self, part: str) -> ToyRunner:

@@ -1,0 +1,87 @@
+"""Which models a `run` opens, and in which engines: one DIR, or several that share the steps."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from diffship.cli.flags import engine_options
+from diffship.cli.progress import note
+from diffship.core.errors import ConfigError
+from diffship.core.registry import RUNNERS
+from diffship.core.strict import unknown
+from diffship.runtimes.handoff.pair import check_pair
+from diffship.runtimes.handoff.router import Router, check_split
+
+_SHORT = "one number of model calls per model, such as --split 10,15"
+
+
+def sources_of(options: argparse.Namespace) -> list[str]:
+    """Sources in the order of their steps; checks --split, --large, --models and --engines against each other.
+
+    Raises:
+        ConfigError: flags that do not go together, or a split that is not legal.
+    """
+    if options.models and options.large:
+        raise ConfigError("--large and --models exclude each other; --large L with DIR means --models L DIR")
+    if not options.models and options.bundle is None:
+        raise ConfigError("DIR is missing: a bundle, or --models A B with --split (diffship run --help)")
+    sources = list(options.models or [*([options.large] if options.large else []), options.bundle])
+    if options.split is None and len(sources) > 1:
+        raise ConfigError(f"{len(sources)} models share the steps: give {_SHORT}")
+    if options.split is not None and not options.models and not options.large:
+        raise ConfigError("--split divides the steps among models: add --large SOURCE, or --models A B in place of DIR")
+    if options.split is not None:
+        check_split(options.split, len(sources), options.steps)
+    _check_engines(options, len(sources))
+    return sources
+
+
+@contextmanager
+def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tuple[Router, list[str]]]:
+    """The models of `sources` opened, checked against each other, and routed; and what that check warned of.
+
+    Raises:
+        ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
+    """
+    from diffship.runtimes.model import open_model
+
+    engines = options.engines or [options.engine] * len(sources)
+    with ExitStack() as stack:
+        models = [
+            stack.enter_context(open_model(source, engine, **engine_options(options)))
+            for source, engine in zip(sources, engines, strict=True)
+        ]
+        warnings = list(check_pair(models, options.sampler, options.shared_latents))
+        for warning in warnings:
+            note(f"warning: {warning}")
+        yield Router(models, options.split, keep=options.memory != "low"), warnings
+
+
+def report(router: Router, sources: list[str]) -> list[dict[str, object]]:
+    """What each model did, JSON-ready: its share in `steps` is null where there is no split."""
+    split = router.split or [None] * len(router.models)
+    return [
+        {
+            "name": model.name,
+            "source": source,
+            "engine": getattr(model, "engine", "torch"),
+            "steps": steps,
+            "calls": share.calls,
+            "seconds": round(share.seconds, 3),
+        }
+        for model, source, steps, share in zip(router.models, sources, split, router.shares, strict=True)
+    ]
+
+
+def _check_engines(options: argparse.Namespace, models: int) -> None:
+    if not options.engines:
+        return
+    if options.engine is not None:
+        raise ConfigError("--engine is for all models, --engines for one after the other: give one of them")
+    if len(options.engines) != models:
+        raise ConfigError(f"--engines names {len(options.engines)} for {models} models; give one per model, in order")
+    for engine in options.engines:
+        if engine not in RUNNERS:
+            raise ConfigError(unknown("engine", engine, RUNNERS))

@@ -1,0 +1,1 @@
+"""Several models draw one picture: which ones may, who computes which call, and what may arrive from elsewhere."""
