@@ -2,8 +2,8 @@
 
     python -m diffship.benchmarks.siblings EXPERIMENT.toml --data DATA --work DIR --out benchmarks/results/NAME.json
 
-Everything that was made, drawn or judged is kept in `--work` by what it depends on, so that a run can be interrupted
-and gone on with. DATA is the folder that `diffship train emoji-data` wrote.
+Everything that was made or drawn is kept in `--work` by what it depends on, so that a run can be interrupted and gone on
+with, and several processes can each make a few models first (`--make NAME`). DATA is the folder that `diffship train emoji-data` wrote.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from diffship.benchmarks.emoji_quality import RANKS, Asked, Bench, ask, draw
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
 from diffship.benchmarks.quality import frechet_distance, hits
 from diffship.benchmarks.record import write_result
+from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.row import Row
-from diffship.core.strict import plain
+from diffship.core.strict import plain, unknown
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
@@ -69,6 +70,19 @@ class Siblings:
         found = {(model.name, seed): self.judged(model, seed) for model, seed in self._made()}
         rows = [row for model in self.experiment.models for row in self._rows(model, found)]
         return [*rows, *self._comparisons(found), *self._latencies(found)]
+
+    def make(self, names: Sequence[str]) -> None:
+        """Make and draw the models of these names.
+
+        Raises:
+            ConfigError: the experiment has no such model.
+        """
+        known = {model.name: model for model in self.experiment.models}
+        for name in names:
+            if name not in known:
+                raise ConfigError(unknown("model", name, known))
+            for seed in known[name].seeds:
+                self.judged(known[name], seed)
 
     def _made(self) -> list[tuple[Model, int]]:
         return [(model, seed) for model in self.experiment.models for seed in model.seeds]
@@ -264,12 +278,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--judge", type=Path, default=Path(__file__).parents[1] / "models" / "emoji" / "judge")
     parser.add_argument("--engine", choices=("onnxruntime", "torch"), default="onnxruntime", help="torch: on a GPU")
+    parser.add_argument("--make", metavar="NAME", action="append", help="make and draw this model, and no more")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--grid", type=Path, help="picture grid of the shown models, as PNG")
     arguments = parser.parse_args(argv)
     experiment = read_experiment(arguments.experiment, arguments.data)
     name = arguments.experiment.stem
     siblings = Siblings(experiment, name, arguments.data, arguments.judge, arguments.work, arguments.engine)
+    if arguments.make:
+        siblings.make(arguments.make)
+        return
     rows = siblings.run()
     if arguments.grid:
         siblings.grid(arguments.grid)

@@ -88,6 +88,9 @@ def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_pat
     experiment = load(Experiment, table, "experiment")
     judge = ROOT / "diffship" / "models" / "emoji" / "judge"
     siblings = Siblings(experiment, "toy", data, judge, tmp_path / "work", "onnxruntime")
+    with pytest.raises(ConfigError, match="did you mean 'teacher'"):
+        siblings.make(["teachers"])
+    siblings.make(["teacher"])
     rows = {(row.subject, row.metric): row for row in siblings.run()}
     weights = open_source("emoji").components["unet"].weights
     assert rows["teacher", "parameters"].value == sum(weights.meta(name).count for name in weights.names())
