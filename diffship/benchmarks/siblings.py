@@ -2,8 +2,9 @@
 
     python -m diffship.benchmarks.siblings EXPERIMENT.toml --data DATA --work DIR --out benchmarks/results/NAME.json
 
-Everything that was made or drawn is kept in `--work` by what it depends on, so that a run can be interrupted and gone on
-with, and several processes can each make a few models first (`--make NAME`). DATA is the folder that `diffship train emoji-data` wrote.
+Everything that was made or drawn is kept in `--work` by what it depends on, so that a run can be interrupted and gone
+on with, and several processes can each make a few models first (`--make NAME`). DATA is the folder that
+`diffship train emoji-data` wrote.
 """
 
 from __future__ import annotations
