@@ -50,7 +50,7 @@ def _ratios(run: Results) -> dict[tuple[Any, ...], Row]:
 def _row(suite: str, row: Row, values: Sequence[float]) -> Row:
     middle = statistics.median(values)
     deviation = max(abs(value / middle - 1) for value in values)
-    spread = {"low": min(values), "high": max(values), "n": len(values)}
+    spread: dict[str, Any] = {"low": min(values), "high": max(values), "n": len(values)}
     conditions = {**row.conditions, "of": row.metric}
     return Row(suite, row.subject, METRIC, deviation, "", conditions=conditions, **spread)
 

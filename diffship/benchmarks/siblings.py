@@ -167,11 +167,11 @@ class Siblings:
         rows = [Row(self.name, model.name, "parameters", float(mine[0].parameters), kind="size", **shared)]
         for metric in mine[0].by_prompt:
             shares = interval(np.array([entry.by_prompt[metric] for entry in mine]))
-            spread = {"low": round(shares.low, 4), "high": round(shares.high, 4), "n": shares.seeds * shares.units}
+            spread = _spread(shares.low, shares.high, shares.seeds * shares.units)
             unit = "share" if metric.startswith("top") else "rms of [-1, 1]"
             rows.append(_quality(self.name, model.name, metric, shares.mean, unit, {**shared, **spread}))
         distances = [entry.frechet for entry in mine]
-        spread = {"low": round(min(distances), 4), "high": round(max(distances), 4), "n": len(mine)}
+        spread = _spread(min(distances), max(distances), len(mine))
         value = statistics.mean(distances)
         return [
             *rows,
@@ -190,7 +190,7 @@ class Siblings:
                 difference = paired(a, b)
                 said = verdict(difference, BETTER[wish.metric], quality=True)
                 conditions = {"model": wish.ours, "against": theirs, "verdict": said, "seeds": difference.seeds}
-                spread = {"low": round(difference.low, 4), "high": round(difference.high, 4), "n": a.size}
+                spread = _spread(difference.low, difference.high, a.size)
                 subject, metric = f"{wish.ours} against {theirs}", f"{wish.metric}_difference"
                 rows.append(
                     _quality(self.name, subject, metric, difference.mean, "", {"conditions": conditions, **spread})
@@ -203,7 +203,7 @@ class Siblings:
         seconds = unet_seconds(bundles, ROUNDS)
         rows = []
         for name, values in seconds.items():
-            spread = {"low": min(values), "high": max(values), "n": len(values)}
+            spread = _spread(min(values), max(values), len(values))
             conditions = {"model": name, "runner": "onnxruntime", "part": "unet", "batch": 2}
             value = statistics.median(values)
             rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread))
@@ -248,6 +248,10 @@ def _feeds(model: Any, runner: Any) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(0)
     feeds = {spec.name: rng.standard_normal(spec.resolve(sizes)).astype(np.float32) for spec in runner.inputs}
     return {**feeds, "timestep": np.full(2, 500.0, np.float32)}
+
+
+def _spread(low: float, high: float, count: int) -> dict[str, Any]:
+    return {"low": round(float(low), 5), "high": round(float(high), 5), "n": count}
 
 
 def _quality(suite: str, subject: str, metric: str, value: float, unit: str, more: Mapping[str, Any]) -> Row:
