@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from diffship import __version__
-from diffship.cli import bench, compare, compress, doctor, export, inspect, run, train, verify
+from diffship.cli import bench, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
@@ -20,6 +20,7 @@ VERBS = {
     "export": export,
     "compress": compress,
     "run": run,
+    "serve": serve,
     "verify": verify,
     "inspect": inspect,
     "compare": compare,

@@ -1,0 +1,334 @@
+"""The HTTP application over a Service. It starts no process, opens no port and loads no model: `server` does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy
+from diffship.runtimes.handoff.pair import ModelFacts
+from diffship.runtimes.serve.answers import (
+    TRAJECTORY,
+    Refusal,
+    error_body,
+    event,
+    headers_of,
+    openai_document,
+    progress_event,
+    refusal_of,
+    result_document,
+)
+from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ImagesForm, ResumeForm, read_body, read_query
+from diffship.runtimes.serve.guard import Guard
+from diffship.runtimes.serve.jobs import Generation, Progress
+from diffship.runtimes.serve.openapi import openapi_document
+from diffship.runtimes.serve.order import Drawn, Order, generate_order, handoff_order, resume_order
+from diffship.runtimes.serve.service import Service
+from diffship.runtimes.serve.worker import Worker
+
+if TYPE_CHECKING:
+    import fastapi
+    import fastapi.responses
+    from fastapi import FastAPI, Request, Response
+else:
+    fastapi = lazy("fastapi")
+
+LOG = logging.getLogger("diffship.serve")
+_KEY_CHARS = 128
+_HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
+
+
+def application(service: Service, token: str | None = None) -> FastAPI:
+    """The FastAPI application of a service, guarded by `token` where there is one.
+
+    Raises:
+        MissingExtra: fastapi is not installed.
+    """
+    routes = Routes(service)
+    app = fastapi.FastAPI(title="diffship", docs_url=None, redoc_url=None, redirect_slashes=False)
+    document = openapi_document(service.options, token is not None)
+    app.openapi = lambda: document  # type: ignore[method-assign]
+    table = routes.table()
+    for path, (method, handler) in table.items():
+        app.add_route(path, _answered(handler), methods=[method])
+    app.add_exception_handler(404, _no_route)
+    app.add_exception_handler(405, _no_route)
+    paths = frozenset({*table, "/openapi.json"})
+    app.add_middleware(
+        Guard,
+        options=service.options,
+        metrics=service.metrics,
+        token=token,
+        routes=paths,
+    )
+    return app
+
+
+class Routes:
+    """Handlers by path. A request's body is read in chunks, within a length and a time."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def table(self) -> dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]]:
+        return {
+            "/live": ("GET", self.live),
+            "/ready": ("GET", self.ready),
+            "/metrics": ("GET", self.metrics),
+            "/v1/models": ("GET", self.models),
+            "/v1/generate": ("POST", self.generate),
+            "/v1/handoff": ("POST", self.handoff),
+            "/v1/resume": ("POST", self.resume),
+            "/v1/images/generations": ("POST", self.images),
+        }
+
+    async def live(self, request: Request) -> Response:
+        return fastapi.Response("live\n", media_type="text/plain")
+
+    async def ready(self, request: Request) -> Response:
+        ready = await asyncio.to_thread(self.service.ready)  # it looks at files
+        content = {"ready": ready, "models": self.service.states()}
+        return _json(content, 200 if ready else 503, {} if ready else {"Retry-After": "5"})
+
+    async def metrics(self, request: Request) -> Response:
+        return fastapi.Response(self.service.page(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [model_facts(worker) for worker in self.service.workers.values()]})
+
+    async def generate(self, request: Request) -> Response:
+        body = await self._json_body(request)
+        form = read_body(GenerateForm, body)
+        worker = self.service.worker(form.model)
+        _check_previews(form.previews, worker)
+        order = generate_order(form, worker.served.model)
+        return await self._reply(request, worker, order, body, form.response)
+
+    async def handoff(self, request: Request) -> Response:
+        body = await self._json_body(request)
+        form = read_body(HandoffForm, body)
+        worker = self.service.worker(form.model)
+        order = handoff_order(form, worker.served.model)
+        return await self._reply(request, worker, order, body, form.response)
+
+    async def resume(self, request: Request) -> Response:
+        body = await self._body(request, TRAJECTORY)
+        form = read_query(ResumeForm, request.query_params.multi_items())
+        worker = self.service.worker(form.model)
+        _check_previews(form.previews, worker)
+        # a body of megabytes is hashed here, so not on the event loop
+        order = await asyncio.to_thread(resume_order, body, form, worker.served.model)
+        return await self._reply(request, worker, order, body, form.response)
+
+    async def images(self, request: Request) -> Response:
+        body = await self._json_body(request)
+        form = read_body(ImagesForm, body)
+        worker = self.service.worker(form.model)
+        order = generate_order(form.drawing(), worker.served.model)
+        drawn = await ended(request, *self._submit(request, worker, order, body))
+        return _json(await asyncio.to_thread(openai_document, drawn))
+
+    async def _reply(self, request: Request, worker: Worker, order: Order, body: bytes, response: str) -> Response:
+        generation, follower = self._submit(request, worker, order, body)
+        if response == "events":
+            return Stream(generation, follower, request.state.request_id)  # type: ignore[return-value]
+        drawn = await ended(request, generation, follower)
+        if drawn.trajectory:
+            return _trajectory(generation, drawn)
+        return _png(generation, drawn) if response == "png" else await _document(generation, drawn)
+
+    def _submit(self, request: Request, worker: Worker, order: Order, body: bytes) -> tuple[Generation, Follower]:
+        key = request.headers.get("idempotency-key")
+        if key is not None and not (0 < len(key) <= _KEY_CHARS and key.isascii() and key.isprintable()):
+            raise ConfigError(f"Idempotency-Key has {len(key)} characters; legal is 1 to {_KEY_CHARS} of plain ASCII")
+        content = b"\n".join((request.url.path.encode(), str(request.url.query).encode(), body))
+        follower = Follower()
+        return self.service.submit(worker, order, key, content, follower), follower
+
+    async def _json_body(self, request: Request) -> bytes:
+        return await self._body(request, "application/json")
+
+    async def _body(self, request: Request, media: str) -> bytes:
+        """Raises Refusal: another content type, more bytes than the limit, or slower than the limit."""
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != media:  # a page of another origin cannot send ours without asking first
+            raise Refusal(415, "unsupported_media_type", f"Content-Type is {given[:60]!a}; it must be {media}")
+        options, body = self.service.options, bytearray()
+        close = (("Connection", "close"),)
+        try:
+            async with asyncio.timeout(options.body_seconds):
+                async for chunk in _chunks(request):
+                    body += chunk
+                    if len(body) > options.body_bytes:
+                        raise Refusal(413, "body_too_large", f"at most {options.body_bytes} bytes are read", close)
+        except TimeoutError:
+            raise Refusal(408, "body_too_slow", f"not here within {options.body_seconds:g} s", close) from None
+        return bytes(body)
+
+
+async def ended(request: Request, generation: Generation, follower: Follower) -> Drawn:
+    """What the generation gave; a client that leaves takes its interest with it.
+
+    Raises:
+        DeadlineError: the deadline is over.
+        Refusal: the client left.
+    """
+    end, gone = asyncio.ensure_future(follower.end()), asyncio.ensure_future(_disconnect(request))
+    try:
+        left = max(generation.seconds_left(), 0)
+        await asyncio.wait({end, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not generation.ended:
+            raise _left()
+        generation.expire()  # unless it has ended
+        return generation.result(0)
+    finally:
+        end.cancel()
+        gone.cancel()
+        generation.leave(follower)
+
+
+async def events(generation: Generation, follower: Follower, name: str) -> AsyncIterator[bytes]:
+    """Server-sent events: `accepted`, a `progress` after every model call, then `result` or `error`."""
+    yield event("accepted", {"request_id": name, "model": generation.name})
+    made: Progress | None = Progress(0, 0)
+    while made is not None:
+        left = max(generation.seconds_left(), 0)
+        try:
+            made = await asyncio.wait_for(follower.queue.get(), min(left, _HEARTBEAT))
+        except TimeoutError:
+            if left <= _HEARTBEAT:
+                generation.expire()  # the follower hears of it next
+            yield b": still here\n\n"
+            continue
+        if made is not None:
+            yield progress_event(made)
+    try:
+        drawn = generation.result(0)
+    except Exception as fault:
+        yield event("error", json.loads(error_body(refusal_of(fault), name)))
+        return
+    yield event("result", await asyncio.to_thread(result_document, generation, drawn))
+
+
+class Follower:
+    """What a generation says, as a queue of the event loop that made this; None is its end."""
+
+    def __init__(self) -> None:
+        self.queue = asyncio.Queue[Progress | None]()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, made: Progress | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self.queue.put_nowait, made)
+
+    async def end(self) -> None:
+        while await self.queue.get() is not None:
+            continue
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A response of server-sent events. Whether it ends, breaks or never begins, the follower leaves."""
+
+    generation: Generation
+    follower: Follower
+    name: str
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = {"X-Accel-Buffering": "no"}  # proxies such as nginx would collect it
+        said = events(self.generation, self.follower, self.name)
+        try:
+            await fastapi.responses.StreamingResponse(said, 200, headers, "text/event-stream")(scope, receive, send)
+        finally:
+            self.generation.leave(self.follower)
+
+
+def model_facts(worker: Worker) -> dict[str, Any]:
+    """One entry of `/v1/models`: what a client needs to ask for legal things and to check a pair (`facts`)."""
+    served, model = worker.served, worker.served.model
+    return {
+        "id": served.name,
+        "object": "model",
+        "owned_by": "diffship",
+        "state": worker.state,
+        "digest": model.digest,
+        "facts": replace(ModelFacts.of(model), name=served.name).to_json(),
+        "previews": served.previews,
+        "paces": worker.paces(),
+        "engine": served.engine,
+    }
+
+
+def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The handler, with every fault as an answer."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as fault:
+            refusal = refusal_of(fault)
+            if refusal.status == 500:
+                LOG.error("%s failed", request.state.request_id, exc_info=fault)
+            return _error(request, refusal)
+
+    return run
+
+
+async def _no_route(request: Request, fault: Exception) -> Response:
+    status = getattr(fault, "status_code", 404)
+    headers = tuple((getattr(fault, "headers", None) or {}).items())
+    message = "there is no such route; see /openapi.json" if status == 404 else "this route has another method"
+    return _error(request, Refusal(status, "not_found" if status == 404 else "method_not_allowed", message, headers))
+
+
+def _check_previews(previews: int, worker: Worker) -> None:
+    if previews and not worker.served.previews:
+        raise ConfigError(f"model {worker.served.name} has no tiny decoder, so that previews are off: previews is 0")
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise _left()
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+def _left() -> Refusal:
+    """An answer that nobody reads; the log and the metrics do."""
+    return Refusal(499, "client_left", "the client left")
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _png(generation: Generation, drawn: Drawn) -> Response:
+    return fastapi.Response(drawn.pictures[0][0], 200, headers_of(generation, drawn), "image/png")
+
+
+def _trajectory(generation: Generation, drawn: Drawn) -> Response:
+    return fastapi.Response(drawn.trajectory, 200, headers_of(generation, drawn), TRAJECTORY)
+
+
+async def _document(generation: Generation, drawn: Drawn) -> Response:
+    content = await asyncio.to_thread(result_document, generation, drawn)
+    return _json(content, 200, headers_of(generation, drawn))
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return fastapi.Response(json.dumps(content), status, headers, "application/json")
+
+
+def _error(request: Request, refusal: Refusal) -> Response:
+    body = error_body(refusal, request.state.request_id)
+    return fastapi.Response(body, refusal.status, dict(refusal.headers), "application/json")

@@ -1,0 +1,232 @@
+"""Bodies and queries as frozen dataclasses: read strictly, bounded as `run` is, described to OpenAPI by the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from diffship.core.errors import ConfigError
+from diffship.core.limits import LIMITS
+from diffship.core.strict import bounds, choices, load
+from diffship.runtimes.serve.options import DEADLINE_SECONDS
+from diffship.sampling.rng import NOISES
+from diffship.sampling.samplers import SAMPLERS
+from diffship.sampling.schedule import SPACINGS
+from diffship.sampling.wire import DTYPES
+
+T = TypeVar("T")
+_SIDE = bounds(*LIMITS.size_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What is drawn; what is not given is the model's own choice. `width` and `height` come together."""
+
+    prompt: str = field(metadata={"chars": (1, LIMITS.prompt_chars)})
+    negative_prompt: str | None = field(default=None, metadata={"chars": (0, LIMITS.prompt_chars)})
+    model: str | None = field(default=None, metadata={"chars": (1, 64)})
+    steps: int | None = field(default=None, metadata=bounds(*LIMITS.steps))
+    guidance: float | None = field(default=None, metadata=bounds(*LIMITS.guidance))
+    width: int | None = field(default=None, metadata=_SIDE)
+    height: int | None = field(default=None, metadata=_SIDE)
+    seed: int = field(default=0, metadata=bounds(*LIMITS.seed))
+    rng: str = field(default="torch", metadata=choices(*NOISES))
+    sampler: str | None = field(default=None, metadata=choices(*SAMPLERS))
+    spacing: str | None = field(default=None, metadata=choices(*SPACINGS))
+    deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
+
+    def __post_init__(self) -> None:
+        if (self.width is None) != (self.height is None):
+            raise ConfigError("width and height come together; give both or neither")
+        check_chars(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateForm(Drawing):
+    """Body of `/v1/generate`. `previews`: a picture of the noisy latents every so many steps (0: none)."""
+
+    images: int = field(default=1, metadata=bounds(*LIMITS.images))
+    response: str = field(default="png", metadata=choices("png", "json", "events"))
+    previews: int = field(default=0, metadata=bounds(0, LIMITS.steps[1]))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_response(self.response, self.images, self.previews)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandoffForm(Drawing):
+    """Body of `/v1/handoff`: `split` model calls are made here. `dtype` float16 halves the bytes and rounds;
+    `embeddings` travel unless the receiver encodes the prompt itself."""
+
+    split: int = field(metadata=bounds(0, LIMITS.steps[1] + 1))  # PNDM makes one call more than steps
+    dtype: str = field(default="float32", metadata=choices(*DTYPES))
+    embeddings: bool = True
+    response: str = field(default="trajectory", metadata=choices("trajectory", "events"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeForm:
+    """Query of `/v1/resume`: with `until` the trajectory comes back before that call, without it the picture.
+
+    `dtype` and `embeddings` as for `/v1/handoff`; `shared_latents`: the sender vouches that another VAE fits.
+    """
+
+    until: int | None = field(default=None, metadata=bounds(0, LIMITS.steps[1] + 1))
+    dtype: str = field(default="float32", metadata=choices(*DTYPES))
+    embeddings: bool = True
+    shared_latents: bool = False
+    model: str | None = field(default=None, metadata={"chars": (1, 64)})
+    response: str = field(default="png", metadata=choices("png", "json", "events"))
+    previews: int = field(default=0, metadata=bounds(0, LIMITS.steps[1]))
+    deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
+
+    def __post_init__(self) -> None:
+        check_chars(self)
+        check_response(self.response, 1, self.previews)
+        if self.until is None and (self.dtype != "float32" or not self.embeddings):
+            raise ConfigError("dtype and embeddings are of trajectories; without until the answer is a picture")
+        if self.until is not None and self.response == "json":
+            raise ConfigError("with until the answer is a trajectory; response is png (its bytes) or events")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesForm:
+    """Body of `/v1/images/generations`, the part of OpenAI's form that means something here."""
+
+    prompt: str = field(metadata={"chars": (1, LIMITS.prompt_chars)})
+    model: str | None = field(default=None, metadata={"chars": (1, 64)})
+    n: int = field(default=1, metadata=bounds(*LIMITS.images))
+    size: str | None = field(default=None, metadata={"chars": (3, 9)})
+    response_format: str = field(default="b64_json", metadata=choices("b64_json"))
+    seed: int = field(default=0, metadata=bounds(*LIMITS.seed))
+
+    def __post_init__(self) -> None:
+        check_chars(self)
+
+    def drawing(self) -> GenerateForm:
+        """The same in our own words. Raises ConfigError for a size that is not WxH."""
+        width, height = _sides(self.size)
+        return GenerateForm(
+            prompt=self.prompt,
+            model=self.model,
+            images=self.n,
+            width=width,
+            height=height,
+            seed=self.seed,
+            response="json",
+        )
+
+
+def read_body(cls: type[T], data: bytes) -> T:
+    """A form out of a JSON body.
+
+    Raises:
+        ConfigError: not JSON, a key twice, NaN, nesting, or whatever the form refuses; the legal range is named.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    except UnicodeDecodeError as fault:
+        raise ConfigError(f"the body is not UTF-8: byte {fault.start}") from None
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"the body is not JSON: {str(fault)[:120]}") from None
+    return load(cls, content, "body")
+
+
+def read_query(cls: type[T], pairs: typing.Iterable[tuple[str, str]]) -> T:
+    """A form out of query parameters, each at most once. Raises ConfigError as `read_body`."""
+    hints, values = typing.get_type_hints(cls), {}
+    for key, text in pairs:
+        if key in values:
+            raise ConfigError(f"the query has {key[:40]!a} twice")
+        values[key] = text if _kind(hints.get(key)) is str else _plain(text)
+    return load(cls, values, "query")
+
+
+def json_schema(cls: type[Any]) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a form, bounds and choices included."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    return {
+        "type": "object",
+        "description": (cls.__doc__ or "").strip(),
+        "properties": {entry.name: field_schema(hints[entry.name], entry) for entry in fields},
+        "required": [entry.name for entry in fields if entry.default is dataclasses.MISSING],
+        "additionalProperties": False,
+    }
+
+
+def field_schema(kind: Any, entry: dataclasses.Field[Any]) -> dict[str, Any]:
+    """The schema of one field."""
+    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    plain, meta = _kind(kind), entry.metadata
+    made: dict[str, Any] = {"type": names[plain]}
+    if "low" in meta:
+        made |= {"minimum": meta["low"], "maximum": meta["high"]}
+    if "choices" in meta:
+        made["enum"] = list(meta["choices"])
+    if "chars" in meta:
+        made |= {"minLength": meta["chars"][0], "maxLength": meta["chars"][1]}
+    if plain is not kind:
+        made["type"] = [made["type"], "null"]
+        made |= {"enum": [*made["enum"], None]} if "enum" in made else {}
+    elif entry.default is not dataclasses.MISSING:
+        made["default"] = entry.default
+    return made
+
+
+def check_chars(form: Any) -> None:
+    """Raises ConfigError for a text that is shorter or longer than its field allows."""
+    for entry in dataclasses.fields(form):
+        value, legal = getattr(form, entry.name), entry.metadata.get("chars")
+        if legal and value is not None and not legal[0] <= len(value) <= legal[1]:
+            raise ConfigError(f"{entry.name} has {len(value)} characters; legal is from {legal[0]} to {legal[1]}")
+
+
+def check_response(response: str, images: int, previews: int) -> None:
+    """Raises ConfigError where the form of the answer cannot hold what was asked for."""
+    if response == "png" and images > 1:
+        raise ConfigError(f"response png holds one image, and images is {images}; ask for json or events")
+    if previews and response != "events":
+        raise ConfigError(f"previews come with response events; response is {response}")
+
+
+def _sides(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    width, cross, height = size.partition("x")
+    if not cross or not (width.isdecimal() and height.isdecimal() and size.isascii()):
+        raise ConfigError(f"size is {size!a}; it must be WIDTHxHEIGHT, such as 512x512")
+    return int(width), int(height)
+
+
+def _kind(hint: Any) -> Any:
+    """The type of a field without its None."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _plain(text: str) -> int | float | str:
+    """A number, true or false as JSON would have it; anything else stays text, for `load` to refuse."""
+    try:
+        value = json.loads(text[:40], parse_constant=str)
+    except (ValueError, RecursionError):
+        return text
+    return value if type(value) in (int, float, bool) and len(text) <= 40 else text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: Mapping[str, Any] = dict(pairs)
+    if len(table) != len(pairs):
+        raise ConfigError("a key stands twice in the body")
+    return dict(table)
+
+
+def _constant(text: str) -> NoReturn:
+    raise ConfigError(f"the body holds {text}, which is no JSON number")

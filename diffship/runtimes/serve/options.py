@@ -1,0 +1,43 @@
+"""What an operator may set, and the bounds that hold whoever asks. No import here costs `--help` anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffship.core.limits import KIB, MIB
+from diffship.core.strict import bounds
+
+DEADLINE_SECONDS = (1.0, 600.0)  # what a request may ask for
+
+
+def _setting(low: float, high: float, text: str) -> dict[str, Any]:
+    return {**bounds(low, high), "help": text}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Bounds of one server; sizes in bytes, times in seconds.
+
+    queue: requests that may wait, per model, beside those being drawn; the next one is refused with 503.
+    batch: images that share a model call, and images of one size under way at a time.
+    deadline: of requests that name none; one that cannot be kept is refused, one that is missed is a 504.
+    grace: how long a stopping server lets running requests finish.
+    allow_hosts: names, beside localhost and plain addresses, that a Host header may hold.
+    body_bytes, header_bytes, header_seconds, body_seconds, connections: what one client can take up.
+    kept_results, kept_bytes, kept_seconds: finished results that a retry with the same Idempotency-Key still gets.
+    """
+
+    queue: int = field(default=32, metadata=_setting(1, 4096, "requests that may wait, per bundle"))
+    batch: int = field(default=8, metadata=_setting(1, 64, "images that share a model call"))
+    deadline: float = field(default=120.0, metadata=_setting(0.01, 600, "seconds for requests that name no deadline"))
+    grace: float = field(default=30.0, metadata=_setting(0, 600, "seconds to finish what runs when stopped"))
+    allow_hosts: tuple[str, ...] = ()
+    body_bytes: int = field(default=8 * MIB, metadata=bounds(KIB, 64 * MIB))
+    header_bytes: int = field(default=16 * KIB, metadata=bounds(KIB, 64 * KIB))
+    header_seconds: float = field(default=10.0, metadata=bounds(0.1, 60))
+    body_seconds: float = field(default=30.0, metadata=bounds(0.1, 600))
+    connections: int = field(default=256, metadata=bounds(8, 4096))
+    kept_results: int = field(default=64, metadata=bounds(0, 4096))
+    kept_bytes: int = field(default=128 * MIB, metadata=bounds(0, 4096 * MIB))
+    kept_seconds: float = field(default=600.0, metadata=bounds(0, 86400))

@@ -1,0 +1,375 @@
+"""One model's worker: takes requests between steps, makes the calls, encodes and decodes; one thread per model."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
+from diffship.runtimes.serve.batcher import Batcher, Strand
+from diffship.runtimes.serve.jobs import Clock, Generation, Progress
+from diffship.runtimes.serve.metrics import Metrics
+from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
+from diffship.sampling.decode import decode
+from diffship.sampling.generate import checked, generate
+from diffship.sampling.loop import plain
+from diffship.sampling.model import Model
+from diffship.sampling.request import Request
+from diffship.sampling.trajectory import Trajectory
+
+LOADING, READY, BROKEN, DRAINING, STOPPED = "loading", "ready", "broken", "draining", "stopped"
+LOG = logging.getLogger("diffship.serve")
+_BLEND = 0.2  # weight of the newest measurement in an estimate
+_LOAD_SECONDS = 5.0  # what a client waits before it asks again while the model loads
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap."""
+
+    name: str
+    model: Model
+    present: Callable[[], bool] = lambda: True
+    previews: bool = False
+    engine: str = ""
+
+
+@dataclass
+class Pace:
+    """Seconds an image of one size: to encode, of a model call, to decode; 0 while nothing is known."""
+
+    begin: float = 0.0
+    call: float = 0.0
+    end: float = 0.0
+
+    def learn(self, name: str, seconds: float) -> None:
+        known = getattr(self, name)
+        setattr(self, name, known + _BLEND * (seconds - known) if known else seconds)
+
+    def seconds(self, images: int, calls: int) -> float:
+        return images * (self.begin + calls * self.call + self.end)
+
+
+class Worker:
+    """Requests in, results out. `turn` is one round of the work, without any thread; `start` repeats it in one.
+
+    Requests are taken in order of arrival, but one whose size has no room waits for its own kind only.
+    """
+
+    def __init__(
+        self, served: Served, options: ServeOptions, metrics: Metrics | None = None, clock: Clock = time.monotonic
+    ) -> None:
+        self.served = served
+        self.state = LOADING
+        self.fault: Exception | None = None
+        self._paces: dict[tuple[int, ...], Pace] = {}
+        self._calling: float | None = None  # since when
+        self._options = options
+        self._metrics = metrics or Metrics()
+        self._clock = clock
+        self._wake = threading.Condition()
+        self._waiting: deque[Generation] = deque()
+        self._running: dict[Generation, list[Strand]] = {}
+        self._batcher: Batcher | None = None
+        self._thread: threading.Thread | None = None
+
+    # what any thread may call
+
+    def start(self, on_change: Callable[[Worker], None] | None = None) -> None:
+        """Load the model and work in a thread of its own; `on_change` hears there that it is ready, or broken."""
+        self._thread = threading.Thread(target=self._run, args=(on_change,), name=f"worker-{self.served.name}")
+        self._thread.daemon = True  # a call that hangs must not keep a stopped server alive
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Put it in the queue.
+
+        Raises:
+            BusyError: loading, stopping, full, or too late for its deadline by what the queue needs.
+        """
+        with self._wake:
+            self._require_room(generation)
+            self._waiting.append(generation)
+            self._wake.notify_all()
+
+    def waiting(self) -> int:
+        with self._wake:
+            return sum(not generation.ended for generation in self._waiting)
+
+    def running(self) -> int:
+        return sum(not generation.ended for generation in list(self._running))
+
+    def backlog(self) -> float:
+        """Seconds until all that is here is done, by the pace so far; 0 while nothing is known."""
+        with self._wake:
+            return self._backlog()
+
+    def paces(self) -> list[dict[str, float]]:
+        """What has been measured, by size in pixels: milliseconds an image to encode, of a call, to decode or pack."""
+        factor = self.served.model.family.vae_factor
+        return [
+            {
+                "width": shape[-1] * factor,
+                "height": shape[-2] * factor,
+                "begin_ms": round(1000 * pace.begin, 3),
+                "call_ms": round(1000 * pace.call, 3),
+                "end_ms": round(1000 * pace.end, 3),
+            }
+            for shape, pace in list(self._paces.items())
+            if pace.begin
+        ]
+
+    def ready(self) -> bool:
+        """Loaded, its files still there, and no call that takes longer than any deadline."""
+        since = self._calling
+        hangs = since is not None and self._clock() - since > DEADLINE_SECONDS[1]
+        return self.state == READY and not hangs and self.served.present()
+
+    def drain(self) -> None:
+        """Take nothing new, refuse what waits; what runs goes on."""
+        with self._wake:
+            self.state = DRAINING if self.state in (LOADING, READY) else self.state
+            refused, self._waiting = list(self._waiting), deque()
+            self._wake.notify_all()
+        for generation in refused:
+            generation.fail(BusyError("the server is stopping; ask another, or later"))
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Fail what runs, end the thread after the call it is in, and free the model."""
+        self.drain()
+        with self._wake:
+            self.state = STOPPED
+            self._wake.notify_all()
+        for generation in list(self._running):
+            generation.fail(BusyError("the server stopped before it was done"))
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    # what the worker's thread does
+
+    def load(self) -> None:
+        """Open every part and draw one small step, which also fills the engine's caches.
+
+        Raises:
+            UnsupportedError: a model that fills masks.
+            RunnerError: what the engine says.
+        """
+        model = self.served.model
+        if model.family.unet_channels != model.family.latent_channels:
+            raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
+        generate(model, Request("warm-up", steps=1))
+        self._batcher = Batcher(checked(plain(model.use("unet"))), self._options.batch)
+        with self._wake:
+            self.state = READY if self.state == LOADING else self.state
+
+    def turn(self) -> bool:
+        """Drop what has ended, take what has room, make one model call, hand out what is done.
+
+        False if there was nothing to do.
+        """
+        self._drop()
+        taken = self._take()
+        moved = self._call()
+        for generation in dict.fromkeys(strand.owner for strand in moved):
+            self._after_call(generation)
+        return bool(taken or moved)
+
+    def _run(self, on_change: Callable[[Worker], None] | None) -> None:
+        heard = on_change or (lambda worker: None)
+        try:
+            self.load()
+            heard(self)
+            while self._wait():
+                self.turn()
+        except Exception as fault:
+            self._break(fault)
+            heard(self)
+        self.served.model.close()
+
+    def _break(self, fault: Exception) -> None:
+        """Neither a request nor the model is at fault: whoever supervises the process starts it anew."""
+        LOG.error("%s is broken", self.served.name, exc_info=fault)
+        with self._wake:
+            self.state, self.fault = BROKEN, fault
+            left = [*self._waiting, *self._running]
+        for generation in left:
+            generation.fail(BusyError("the model's worker broke down; ask another server, or later"))
+
+    def _wait(self) -> bool:
+        """Until there is work; False when there will be none."""
+        with self._wake:
+            while not (self._waiting or self._running or self.state in (STOPPED, BROKEN)):
+                self._wake.wait(1.0)
+            return self.state not in (STOPPED, BROKEN)
+
+    def _require_room(self, generation: Generation) -> None:
+        """Raises BusyError with what the client should know; holds the lock."""
+        if self.state != READY:
+            raise Busy(f"the model is {self.state}; ask again later", _LOAD_SECONDS)
+        here = sum(not entry.ended for entry in (*self._waiting, *self._running))
+        queue = self._options.queue + self._options.batch
+        wait = self._backlog()
+        if here >= queue:
+            raise Busy(f"the queue is full: {self._options.queue} requests wait", wait)
+        order = generation.order
+        own = self._pace(order.shape).seconds(order.images, order.calls)
+        if wait + own > generation.seconds_left():
+            raise Busy(
+                f"the queue needs {wait:.1f} s and this request {own:.1f} s; its deadline is in "
+                f"{generation.seconds_left():.1f} s",
+                wait,
+            )
+
+    def _backlog(self) -> float:
+        ahead = [generation.order for generation in self._waiting if not generation.ended]
+        seconds = sum(self._pace(order.shape).seconds(order.images, order.calls) for order in ahead)
+        for generation, strands in list(self._running.items()):
+            pace = self._pace(generation.order.shape)
+            seconds += sum(max(s.goal - s.trajectory.step, 0) * pace.call + pace.end for s in strands)
+        return seconds
+
+    def _pace(self, shape: tuple[int, ...]) -> Pace:
+        return self._paces.setdefault(shape, Pace())
+
+    def _drop(self) -> None:
+        """Forget what was cancelled, and what is late."""
+        with self._wake:
+            for generation in (*self._waiting, *self._running):
+                if generation.seconds_left() <= 0:
+                    generation.expire()
+            self._waiting = deque(generation for generation in self._waiting if not generation.ended)
+        for generation in [generation for generation in self._running if generation.ended]:
+            self._forget(generation)
+
+    def _take(self) -> list[Generation]:
+        """What has room, in order of arrival; each is encoded here."""
+        taken: list[Generation] = []
+        at_once = 0  # what needs no call takes no room; without a bound it could hold up what runs
+        while at_once < self._options.batch and (generation := self._next()) is not None:
+            self._begin(generation)
+            taken.append(generation)
+            at_once += generation.ended
+        return taken
+
+    def _next(self) -> Generation | None:
+        batcher = self._opened()
+        with self._wake:
+            full: set[tuple[int, ...]] = set()
+            for generation in self._waiting:
+                shape = generation.order.shape
+                if generation.ended or shape in full:
+                    continue
+                room = batcher.room(shape)
+                if room < min(generation.order.images, self._options.batch):
+                    full.add(shape)  # those behind it do not overtake their own kind
+                    continue
+                self._waiting.remove(generation)
+                self._running[generation] = []
+                return generation
+        return None
+
+    def _begin(self, generation: Generation) -> None:
+        since, order = self._clock(), generation.order
+        generation.begin()
+        try:
+            trajectories = order.begin(self.served.model)
+        except Exception as fault:
+            self._fail(generation, fault)
+            return
+        self._pace(order.shape).learn("begin", (self._clock() - since) / len(trajectories))
+        strands = [Strand(made, order.goal(made), generation, place) for place, made in enumerate(trajectories)]
+        self._running[generation] = strands
+        self._opened().add(strand for strand in strands if not strand.arrived)
+        generation.progress(_progress(strands))
+        if all(strand.arrived for strand in strands):
+            self._finish(generation)
+
+    def _call(self) -> list[Strand]:
+        self._calling = since = self._clock()
+        moved = self._opened().step()
+        self._calling = None
+        if moved:
+            seconds = self._clock() - since
+            self._pace(moved[0].owner.order.shape).learn("call", seconds / len(moved))
+            self._metrics.observe("diffship_model_call_images", len(moved), model=self.served.name)
+            self._metrics.observe("diffship_model_call_seconds", seconds, model=self.served.name)
+        return moved
+
+    def _after_call(self, generation: Generation) -> None:
+        strands = self._running.get(generation, [])
+        fault = next((strand.fault for strand in strands if strand.fault is not None), None)
+        if fault is not None:
+            self._fail(generation, fault)
+        elif not generation.ended:
+            generation.progress(_progress(strands, self._previews(generation, strands)))
+            if all(strand.arrived for strand in strands):
+                self._finish(generation)
+
+    def _finish(self, generation: Generation) -> None:
+        since, strands = self._clock(), self._running[generation]
+        try:
+            if not generation.ended:
+                drawn = generation.order.end(self.served.model, [strand.trajectory for strand in strands])
+                generation.finish(drawn)
+                self._pace(generation.order.shape).learn("end", (self._clock() - since) / len(strands))
+        except Exception as fault:
+            self._fail(generation, fault)
+        else:
+            self._forget(generation)
+
+    def _fail(self, generation: Generation, fault: Exception) -> None:
+        if not isinstance(fault, DiffshipError) or isinstance(fault, RunnerError):
+            LOG.error("%s: a request failed", self.served.name, exc_info=fault)
+        generation.fail(fault)
+        self._forget(generation)
+
+    def _forget(self, generation: Generation) -> None:
+        self._opened().remove(generation)
+        self._running.pop(generation, None)
+        generation.release()
+
+    def _previews(self, generation: Generation, strands: Iterable[Strand]) -> tuple[bytes, ...]:
+        every = generation.order.previews
+        if not every:
+            return ()
+        due = [s.trajectory for s in strands if s.trajectory.step % every == 0 and not s.arrived]
+        return tuple(png for trajectory in due if (png := _preview(self.served.model, trajectory)))
+
+    def _opened(self) -> Batcher:
+        if self._batcher is None:
+            raise RunnerError(f"{self.served.name} is not loaded")
+        return self._batcher
+
+
+class Busy(BusyError):
+    """No capacity; `after` is when to ask again, in whole seconds."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = max(1, min(math.ceil(wait), 60))
+
+
+def _progress(strands: Iterable[Strand], previews: tuple[bytes, ...] = ()) -> Progress:
+    """The slowest image's; all of a request's images share their calls unless the batch is smaller than they are."""
+    last = min(strands, key=lambda strand: strand.trajectory.step)
+    return Progress(last.trajectory.step, last.trajectory.calls, previews)
+
+
+def _preview(model: Model, trajectory: Trajectory) -> bytes:
+    """A PNG of the noisy latents, scaled to unit variance as the model's own input is; empty where that is black."""
+    now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
+    try:
+        pixels = decode(model, trajectory.latents * now.input_scale)
+    except RunnerError:
+        return b""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
