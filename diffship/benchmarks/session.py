@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of
+from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of, label
 from diffship.benchmarks.clock import told
 from diffship.benchmarks.machine import code_digest, environment, threads
 from diffship.benchmarks.materials import Materials, Order, read_materials, slug
@@ -183,7 +183,7 @@ class Session:
             "threads": threads(),
         }
         if case.part != IMAGE and order["feeds"] is None:
-            raise UnsupportedError(f"{case.target} has no part {case.part}")
+            raise UnsupportedError(f"{label(case.target)} has no part {case.part}")
         if case.runner not in PEERS:
             _require_engine(case, materials)
             return [sys.executable, "-m", "diffship.benchmarks.child", json.dumps(order)], {}
@@ -191,7 +191,7 @@ class Session:
         python = self._python(case.runner)
         if materials.folder is None:  # peers always make one of a source
             raise UnsupportedError(
-                f"{case.runner} needs the source's weights; {case.target} is a bundle: bench the source"
+                f"{case.runner} needs the source's weights; {label(case.target)} is a bundle: bench the source"
             )
         if case.part != IMAGE and not peer.parts:
             raise UnsupportedError(f"{case.runner} has no calls for single parts; it draws whole images")
@@ -228,7 +228,7 @@ class Session:
             done = measure(command, self._settings.timeout, told(), self._settings.memory_limit)
             self._progress(f"{case.runner} exports {case.target}", 1, 1)
             if done.code:
-                raise UnsupportedError(f"its export of {case.target} is {done.status}: {done.reason}")
+                raise UnsupportedError(f"its export of {label(case.target)} is {done.status}: {done.reason}")
 
         try:
             name = f"{case.runner}-{Path(folder).name}"
@@ -259,7 +259,7 @@ def _require_engine(case: Case, materials: Materials) -> None:
     if not probe.available:
         raise PeerError(f"{probe.reason}. Run: {probe.install}")
     if not _runs(case.runner, materials):
-        raise UnsupportedError(f"engine {case.runner} does not run {case.target}, which is {materials.kind}")
+        raise UnsupportedError(f"engine {case.runner} does not run {label(case.target)}, which is {materials.kind}")
 
 
 def _or_raise(found: Path | Outcome, error: type[DiffshipError]) -> Path:
