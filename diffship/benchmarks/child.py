@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffship.benchmarks.case import IMAGE, Case
+from diffship.benchmarks.ceiling import ceilings
 from diffship.benchmarks.clock import device_peak, report, timed
-from diffship.benchmarks.machine import ceilings
 from diffship.core.strict import load
 
 TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

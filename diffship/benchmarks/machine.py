@@ -1,4 +1,4 @@
-"""The machine that measured: what its results must say of it, and the ceilings that its figures are held against."""
+"""The machine that measured: what its results must say of it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
 # What a figure depends on: everything that computes or measures. Not the command line, tables or training.
 ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
-_MODULES = ("case", "child", "clock", "machine", "materials", "process", "peers")
+_MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers")
 MEASURING = tuple(f"benchmarks/{name}" for name in _MODULES)
-_SIDE = 2048
-_COPY_BYTES = 256 << 20
 
 
 def environment() -> dict[str, object]:
@@ -76,46 +71,6 @@ def code_digest(package: Path | None = None, names: Sequence[str] = (*ROOMS, *ME
     for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def ceilings(device: str = "cpu", repeats: int = 5) -> dict[str, float]:
-    """Best rates of this machine: a float32 matrix product (FLOP/s) and a copy in memory (bytes/s, read and written).
-
-    The product is torch's where torch is installed (its library is the one that engines come near), else numpy's.
-    On a GPU the product is in float16 as well.
-    """
-    found = {"matrix_product_flops": 2 * _SIDE**3 / _best(_product(device, "float32"), repeats)}
-    if device != "cpu":
-        found["matrix_product_flops_fp16"] = 2 * _SIDE**3 / _best(_product(device, "float16"), repeats)
-    source = np.ones(_COPY_BYTES // 8)
-    target = np.empty_like(source)
-    found["copy_bytes_per_second"] = 2 * source.nbytes / _best(lambda: np.copyto(target, source), repeats)
-    return found
-
-
-def _product(device: str, dtype: str) -> Callable[[], object]:
-    try:
-        import torch
-    except ImportError:
-        matrix = np.random.default_rng(0).standard_normal((_SIDE, _SIDE)).astype(dtype)
-        return lambda: matrix @ matrix
-    tensor = torch.randn(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
-
-    def once() -> object:
-        result = tensor @ tensor
-        return result if device == "cpu" else float(result[0, 0])  # reading an element waits for the device
-
-    return once
-
-
-def _best(call: Callable[[], object], repeats: int) -> float:
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def _sources(path: Path) -> list[Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from diffship.benchmarks import machine
+from diffship.benchmarks import ceiling, machine
 from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
@@ -105,9 +107,22 @@ def test_threads_are_those_that_engines_will_use(monkeypatch: pytest.MonkeyPatch
 
 
 def test_ceilings_are_rates_of_this_machine() -> None:
-    found = machine.ceilings(repeats=1)
+    found = ceiling.ceilings(repeats=1)
     assert found.keys() == {"matrix_product_flops", "copy_bytes_per_second"}
     assert all(1e7 < value < 1e15 for value in found.values())
+
+
+def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "_installed", list)
+    alone = ceiling.ceilings(repeats=1)["matrix_product_flops"]
+    monkeypatch.setattr(ceiling, "_installed", lambda: [lambda: lambda: None])  # it takes no time at all
+    assert ceiling.ceilings(repeats=1)["matrix_product_flops"] > 100 * alone
+
+
+@pytest.mark.parametrize("make", ceiling._installed(), ids=lambda make: make.__name__)
+def test_every_library_gives_a_product(make: Callable[[], Callable[[], object]]) -> None:
+    values = np.asarray(make()())
+    assert values.shape == (ceiling.SIDE, ceiling.SIDE) and np.abs(values).max() > 1
 
 
 def test_the_code_digest_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> None:
