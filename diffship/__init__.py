@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
+    from diffship.runtimes.handoff.client import HybridClient as HybridClient
     from diffship.runtimes.model import open_model as open_model
     from diffship.runtimes.verify import verify as verify
     from diffship.sampling.generate import Request as Request
     from diffship.sampling.generate import generate as generate
 
 __version__ = "0.1.0"
-__all__ = ["Request", "__version__", "compare", "generate", "open_model", "verify"]
+__all__ = ["HybridClient", "Request", "__version__", "compare", "generate", "open_model", "verify"]
 
 _WHERE = {
+    "HybridClient": "diffship.runtimes.handoff.client",
     "Request": "diffship.sampling.generate",
     "compare": "diffship.core.compare",
     "generate": "diffship.sampling.generate",

@@ -44,12 +44,12 @@ def draw(options: argparse.Namespace) -> Result:
         for number, (begun, places) in enumerate(work):
             batch = begun(router)
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
-            pictures = draw_batch(router, batch, _reporter(stages, label, options.save_trajectory))
-            drawn += [_save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
+            pictures = draw_batch(router, batch, reporter(stages, label, options.save_trajectory))
+            drawn += [save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
         models = report(router, sources)
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
-    return _result(models, noted, drawn, options.grid, time.perf_counter() - begin)
+    return result(models, noted, drawn, options.grid, time.perf_counter() - begin)
 
 
 def asked(options: argparse.Namespace) -> list[Work]:
@@ -133,7 +133,8 @@ def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], colum
     write_file(file, png_bytes(sheet))
 
 
-def _save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
+def save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
+    """Write one PNG, its folder included; without its settings where the command line says so."""
     settings = dict(picture.settings)
     kept = replace(picture, settings={}) if options.no_metadata else picture
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,9 @@ def _save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
     return Drawn(file, str(settings["prompt"]), picture.pixels, settings)
 
 
-def _reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequence[Trajectory]], None]:
+def reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequence[Trajectory]], None]:
+    """What hears of every step: moves the bar, and keeps the trajectory in a file where one is named."""
+
     def report(batch: Sequence[Trajectory]) -> None:
         stages(label, batch[0].step, batch[0].calls)
         if kept is not None:
@@ -162,9 +165,10 @@ def _read_mask(file: Path | None) -> Any:
     return None if pixels is None else pixels.max(axis=2)
 
 
-def _result(
+def result(
     models: Sequence[dict[str, object]], noted: Sequence[str], drawn: Sequence[Drawn], grid: Path | None, seconds: float
 ) -> Result:
+    """The document and the text of a run; `noted` are warnings that were told before."""
     pictures = []
     for entry in drawn:
         height, width = entry.pixels.shape[:2]

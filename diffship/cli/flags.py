@@ -26,12 +26,19 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N or WxH, such as 512 or 512x768") from None
 
 
-def split(text: str) -> tuple[int, ...]:
-    """`10,15` as whole numbers; what is legal depends on the models."""
+AUTO = "auto"
+
+
+def split(text: str) -> tuple[int, ...] | str:
+    """`10,15` as whole numbers, or AUTO; what is legal depends on the models."""
+    if text == AUTO:
+        return AUTO
     try:
         return tuple(int(share) for share in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not A,B,...: whole numbers such as 10,15") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not A,B,...: whole numbers such as 10,15, or auto with --cloud"
+        ) from None
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from diffship.cli.flags import engine_options
+from diffship.cli.flags import AUTO, engine_options
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
@@ -28,6 +28,8 @@ def sources_of(options: argparse.Namespace) -> list[str]:
     if not options.models and options.bundle is None:
         raise ConfigError("DIR is missing: a bundle, or --models A B with --split (diffship run --help)")
     sources = list(options.models or [*([options.large] if options.large else []), options.bundle])
+    if options.split == AUTO:
+        raise ConfigError("--split auto is for --cloud URL, with --budget; give numbers such as 10,15")
     if options.split is None and len(sources) > 1:
         raise ConfigError(f"{len(sources)} models share the steps: give {_SHORT}")
     if options.split is not None and not options.models and not options.large:

@@ -6,15 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffship.cli.flags import add_engine, add_request, names, split
+from diffship.cli.flags import add_engine, add_request, names, setting, split
 from diffship.cli.output import Result
+from diffship.core.errors import ConfigError
 
 EXAMPLES = """examples:
   diffship run out/emoji "red apple" --steps 25 --seed 1 --images 4 -o out/pictures
   diffship run out/emoji --prompts-file docs/demo-prompts.txt --grid out/grid.png -o out/pictures
   diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
+  diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
 """
+_CLOUD_FLAGS = ("cloud_model", "token_file", "deadline", "budget", "quality_curve", "profile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
     picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
     _add_models(parser)
+    _add_cloud(parser)
     engine = add_engine(parser)
     engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")
@@ -50,13 +54,38 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cloud(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a server draws the first steps, DIR the last ones")
+    group.add_argument("--cloud", metavar="URL", help="a diffship server; --split CLOUD,HERE or --split auto")
+    group.add_argument("--cloud-model", metavar="NAME", help="one of its models (default: its first)")
+    group.add_argument("--token-file", metavar="FILE", type=Path, help="holds the server's token (or DIFFSHIP_TOKEN)")
+    group.add_argument("--deadline", metavar="S", type=float, help="seconds a picture may take (default: 60)")
+    group.add_argument(
+        "--budget",
+        metavar="KEY=X",
+        type=setting,
+        action="append",
+        default=[],
+        help="for --split auto: cloud-ms=X, quality=X or latency=SECONDS; repeat for several",
+    )
+    group.add_argument("--quality-curve", metavar="FILE", type=Path, help="judge figures by split, for quality=X")
+    group.add_argument("--profile", metavar="FILE", type=Path, help="keeps what --split auto measured, for next time")
+
+
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """All flags are known without loading an engine."""
 
 
 def run(options: argparse.Namespace) -> Result:
+    if options.cloud is not None:
+        from diffship.cli.hybrid import draw as draw_hybrid
+
+        return draw_hybrid(options)
     from diffship.cli.drawing import draw
 
+    stray = [f"--{name.replace('_', '-')}" for name in _CLOUD_FLAGS if getattr(options, name)]
+    if stray:
+        raise ConfigError(f"{', '.join(stray)} means nothing without --cloud URL")
     if options.models and options.bundle is not None:  # with --models the first word is a prompt
         options.prompts, options.bundle = [options.bundle, *options.prompts], None
     return draw(options)
