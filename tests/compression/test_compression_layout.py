@@ -190,6 +190,7 @@ def test_it_is_refused_before_work_starts(tmp_path: Path) -> None:
 COMPRESS = ["compress", "arch:tiny-sd", "--pass", "layout", "--quiet"]
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_folder_that_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "small"
     assert main([*COMPRESS, "--set", "name=hybrid-224m", "-o", str(folder)]) == 0

@@ -350,6 +350,7 @@ def test_the_chart_has_a_bar_for_every_layer(base: Pipeline, tmp_path: Path) -> 
 COMMAND = ["compress", "arch:tiny-sd", "--pass", "significance", "--quiet"]
 
 
+@pytest.mark.slow
 def test_the_verb_takes_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--set", "allocation=magnitude", "--set", "macs=0.8", "--set", "keeps=0.5,0.75", "--json"]
     assert main([*COMMAND, *words, "-o", str(tmp_path / "small")]) == 0

@@ -157,6 +157,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_reduced_and_extended_unets(kind: str, tmp_path: Path, graphs: Job) -> None:
     changes, precision = KINDS[kind]

@@ -42,6 +42,7 @@ assert not dist.is_initialized()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
