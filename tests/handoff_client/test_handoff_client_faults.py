@@ -73,7 +73,7 @@ def test_case_42_finishes_alone_inside_the_deadline_and_says_why(fault: str) -> 
             seconds = time.monotonic() - begin
     report = made.report
     assert right(made) and (report.fallback or "").startswith(f"{kind}: "), report
-    assert seconds < min(deadline, 5) + 0.5 and (report.cloud_calls, report.edge_calls) == (0, 6)
+    assert seconds < min(deadline, 5) + 1.5 and (report.cloud_calls, report.edge_calls) == (0, 6)
     assert report.requests == sent and report.retries == sent - 1
     assert len(set(proxy.keys)) == 1 and len(set(proxy.bodies)) == 1  # each retry is the same request, by its id
     assert report.ignored == {"slow": 1, "garbage": sent}.get(kind, 0)

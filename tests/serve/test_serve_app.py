@@ -305,7 +305,7 @@ def test_case_27_a_deadline_is_504_on_time_though_the_call_goes_on() -> None:
         timer.start()
         answer = ask(service, "POST", "/v1/generate", json={"prompt": "cat", "steps": 2})
         assert "deadline of 0.1 s" in error_of(answer, 504, "deadline_exceeded")
-        assert answer.elapsed.total_seconds() < 1.0
+        assert answer.elapsed.total_seconds() < 1.5  # and not the two seconds of the call
         model.gate.set()
         timer.cancel()
         until(lambda: service.worker(None).running() == 0)
