@@ -31,10 +31,10 @@ demo: $(VENV)/.runs
 	@echo "The bundle lies in $(OUT)/emoji, the pictures in $(OUT)/pictures, the grid in $(OUT)/grid.png"
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or gpu or mac or soak or proof)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "not (gpu or mac or soak or proof)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 prove: $(VENV)/.tests
 	$(BIN)/python -m pytest -m "proof" $(PYTEST_ARGS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from filelock import FileLock
 from diffship.cli.main import main
 
 Command = Callable[..., dict[str, Any]]
+ASKED_FOR = ("gpu", "mac", "soak", "proof")  # need another machine, or hours; proofs rewrite committed figures
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of ASKED_FOR run only where `-m` names their mark, so that `-m "not slow"` is what it seems."""
+    words = set(re.findall(r"\w+", config.option.markexpr))
+    unasked = [item for item in items if any(item.get_closest_marker(mark) for mark in ASKED_FOR if mark not in words)]
+    if unasked:
+        config.hook.pytest_deselected(items=unasked)
+        items[:] = [item for item in items if item not in set(unasked)]
 
 
 @pytest.fixture

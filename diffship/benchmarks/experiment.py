@@ -7,12 +7,12 @@ passes as in a recipe) and `[[compare]]` tables (fields of Comparison).
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.recipe import parse_recipe
@@ -77,12 +77,7 @@ def read_experiment(path: Path, data: Path | None = None) -> Experiment:
     Raises:
         ConfigError: it cannot be read, or a key, name or value is not legal.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
-    except ValueError as fault:
-        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
+    table = read_toml(path, LIMITS.recipe_bytes)
     spelling = {"model": "models", "compare": "comparisons"}
     found = load(Experiment, {spelling.get(key, key): value for key, value in table.items()}, str(path))
     for model in found.models:

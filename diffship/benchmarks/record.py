@@ -14,6 +14,7 @@ from typing import Any
 
 from diffship.benchmarks.machine import code_digest, environment, hardware
 from diffship.core.atomic import write_file
+from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 from diffship.core.strict import load
@@ -66,7 +67,7 @@ def read_result(file: Path) -> Results:
     Raises:
         ConfigError: not readable, another schema, edited by hand, or not of the documented form.
     """
-    content = _parsed(file)
+    content = read_json(file, FILE_BYTES)
     schema = content.pop("schema", None)
     if schema != SCHEMA:
         raise ConfigError(_other_schema(file, schema, content.get("command")))
@@ -85,20 +86,6 @@ def content_digest(content: Mapping[str, object]) -> str:
     signed = {key: content.get(key) for key in _SIGNED}
     text = json.dumps(signed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _parsed(file: Path) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            raw = stream.read(FILE_BYTES + 1)
-        content = json.loads(raw) if len(raw) <= FILE_BYTES else None
-    except OSError as fault:
-        raise ConfigError(f"{file}: cannot be read: {fault.strerror}") from None
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{file} is not JSON: {str(fault)[:200]}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is not a results file: a JSON object of at most {FILE_BYTES} bytes")
-    return content
 
 
 def _other_schema(file: Path, schema: object, command: object) -> str:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,20 @@ ROUNDS = 15
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One model under one seed: its folder, its bundle, and the pictures of every prompt."""
+
+    folder: Path
+    bundle: Path
+    pictures: Path
+
+
+@dataclass(frozen=True)
 class Judged:
     """One model under one seed: its bundle, and figures per prompt (`top1`, `top5`, `teacher_rms`) and in whole."""
 
     bundle: Path
     parameters: int
-    drawn: Path
     by_prompt: dict[str, list[float]]
     frechet: float
 
@@ -64,11 +73,12 @@ class Siblings:
         self.job = Job(work, lambda label, done, total: print(f"{label} {done}/{total}", file=sys.stderr))
         self.teacher = open_source(experiment.teacher)
         self._judge = judge
-        self._bench: Bench | None = None
 
     def run(self) -> list[Row]:
         """Every row of the experiment."""
-        found = {(model.name, seed): self.judged(model, seed) for model, seed in self._made()}
+        found = {
+            (model.name, seed): self.judged(model, seed) for model in self.experiment.models for seed in model.seeds
+        }
         rows = [row for model in self.experiment.models for row in self._rows(model, found)]
         return [*rows, *self._comparisons(found), *self._latencies(found)]
 
@@ -83,28 +93,28 @@ class Siblings:
             if name not in known:
                 raise ConfigError(unknown("model", name, known))
             for seed in known[name].seeds:
-                self.judged(known[name], seed)
+                self.drawn(known[name], seed)
 
-    def _made(self) -> list[tuple[Model, int]]:
-        return [(model, seed) for model in self.experiment.models for seed in model.seeds]
-
-    def judged(self, model: Model, seed: int) -> Judged:
-        """Make, export, draw and judge one model; what is there already is read."""
+    def drawn(self, model: Model, seed: int) -> Drawn:
+        """Make, export and draw one model; what is there already is used."""
         from diffship.export import export
 
         passes = made_passes(self.experiment, model, seed, self.data)
-        identity = [self.experiment.teacher, self._teacher_digest(), [[step.kind, plain(step)] for step in passes]]
-        key = _digest(identity)
+        key = self._key(passes)
         started = time.monotonic()
         folder = self.job.once(f"model-{key}", lambda out: self._make(passes, out))
         bundle = self.job.once(f"bundle-{key}", lambda out: export(str(folder), to="onnx", out=out))
-        asked = self._asked()
-        settings = [self.experiment.prompts, self.experiment.steps, self.experiment.guidance]
-        pictures = self.job.once(
-            f"drawn-{_digest([key, *settings])}", lambda out: self._draw(folder, bundle, asked, out)
-        )
+        pictures = self.job.once(self._pictures(key), lambda out: self._draw(folder, bundle, out))
         print(f"{model.name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-        return self._look(folder, bundle, pictures, asked)
+        return Drawn(folder, bundle, pictures)
+
+    def _key(self, passes: Sequence[Any]) -> str:
+        digest = str(self.teacher.components["unet"].digest)
+        return _digest([self.experiment.teacher, digest, [[step.kind, plain(step)] for step in passes]])
+
+    def _pictures(self, key: str) -> str:
+        settings = [self.experiment.prompts, self.experiment.steps, self.experiment.guidance]
+        return f"drawn-{_digest([key, *settings])}"
 
     def _make(self, passes: Sequence[Any], out: Path) -> None:
         from diffship.compress import compress
@@ -114,52 +124,52 @@ class Siblings:
         else:
             self.teacher.save(out)
 
-    def _teacher_digest(self) -> str:
-        return str(self.teacher.components["unet"].digest)
-
-    def _draw(self, folder: Path, bundle: Path, asked: Asked, out: Path) -> None:
+    def _draw(self, folder: Path, bundle: Path, out: Path) -> None:
         from safetensors.numpy import save_file
 
         from diffship.runtimes.model import open_model
 
         target, options = (str(folder), {"device": "cuda"}) if self.engine == "torch" else (str(bundle), {})
         with open_model(target, self.engine, **options) as model:
-            pixels = draw(model, asked.texts, 1, self.experiment.steps, self.experiment.guidance)
+            pixels = draw(model, self._asked.texts, 1, self.experiment.steps, self.experiment.guidance)
         save_file({"pixels": pixels}, out)
 
-    def _look(self, folder: Path, bundle: Path, pictures: Path, asked: Asked) -> Judged:
-        bench, pixels = self.bench(), _pixels(pictures)
-        seen, features = bench.look(pixels)
-        captions = bench.captions()
-        by_prompt = {f"top{rank}": hits(seen, captions, asked.wanted, rank).astype(float).tolist() for rank in RANKS}
-        if self.teacher_pixels is not None:
-            difference = (pixels.astype(np.float64) - self.teacher_pixels) / 127.5
+    def judged(self, model: Model, seed: int) -> Judged:
+        """Figures of one model under one seed; what has to be made or drawn for them is."""
+        drawn = self.drawn(model, seed)
+        pixels = _pixels(drawn.pictures)
+        seen, features = self._bench.look(pixels)
+        wanted = self._asked.wanted
+        by_prompt = {f"top{rank}": hits(seen, self._captions, wanted, rank).astype(float).tolist() for rank in RANKS}
+        if self._teacher_pixels is not None:
+            difference = (pixels.astype(np.float64) - self._teacher_pixels) / 127.5
             by_prompt["teacher_rms"] = np.sqrt(np.square(difference).mean((1, 2, 3))).tolist()
-        _, real = bench.look(asked.real)
-        return Judged(bundle, _parameters(folder), pictures, by_prompt, frechet_distance(features, real))
+        distance = frechet_distance(features, self._real_features)
+        return Judged(drawn.bundle, _parameters(drawn.folder), by_prompt, distance)
 
-    @property
-    def teacher_pixels(self) -> NDArray[np.float64] | None:
+    @cached_property
+    def _teacher_pixels(self) -> NDArray[np.float64] | None:
         """Pictures of the first model without passes, from the same noise; None where the experiment has none."""
-        model = next((model for model in self.experiment.models if not model.passes), None)
-        if model is None:
-            return None
-        key = _digest([self.experiment.teacher, self._teacher_digest(), []])
-        settings = [self.experiment.prompts, self.experiment.steps, self.experiment.guidance]
-        place = self.job.folder / f"drawn-{_digest([key, *settings])}"
-        return _pixels(place).astype(np.float64) if place.exists() else None
+        bare = next((model for model in self.experiment.models if not model.passes), None)
+        return None if bare is None else _pixels(self.drawn(bare, bare.seeds[0]).pictures).astype(np.float64)
 
-    def bench(self) -> Bench:
-        if self._bench is None:
-            from diffship.sampling.tokenizer import ClipTokenizer
+    @cached_property
+    def _bench(self) -> Bench:
+        from diffship.sampling.tokenizer import ClipTokenizer
 
-            self._bench = Bench.read(
-                self.data, self._judge, ClipTokenizer.from_files(self.teacher.tokenizers["tokenizer"])
-            )
-        return self._bench
+        return Bench.read(self.data, self._judge, ClipTokenizer.from_files(self.teacher.tokenizers["tokenizer"]))
 
+    @cached_property
     def _asked(self) -> Asked:
-        return ask(self.bench(), self.bench().training, self.experiment.prompts, seed=1)
+        return ask(self._bench, self._bench.training, self.experiment.prompts, seed=1)
+
+    @cached_property
+    def _captions(self) -> NDArray[np.float64]:
+        return self._bench.captions()
+
+    @cached_property
+    def _real_features(self) -> NDArray[np.float64]:
+        return self._bench.look(self._asked.real)[1]
 
     def _rows(self, model: Model, found: Mapping[tuple[str, int], Judged]) -> list[Row]:
         mine = [found[model.name, seed] for seed in model.seeds]
@@ -214,11 +224,11 @@ class Siblings:
         from diffship.benchmarks.grid import grid, png_bytes
         from diffship.core.atomic import write_file
 
-        texts = self._asked().texts[:SHOWN]
+        texts = self._asked.texts[:SHOWN]
         pictures: list[Uint8] = []
         labels: list[str] = []
         for model in (model for model in self.experiment.models if model.shown):
-            pictures += list(_pixels(self.judged(model, model.seeds[0]).drawn)[:SHOWN])
+            pictures += list(_pixels(self.drawn(model, model.seeds[0]).pictures)[:SHOWN])
             labels += [f"{model.name}: {text}" for text in texts]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, png_bytes(grid(pictures, labels, SHOWN)))

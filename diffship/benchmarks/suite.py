@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.case import PRECISIONS, Bench
+from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.strict import bounds, choices, load, unknown
@@ -62,7 +62,7 @@ def read_suite(name: str, folder: Path = FOLDER) -> Suite:
         raise ConfigError(
             f"{unknown('suite', name, sorted(file.stem for file in folder.glob('*.toml')))} (in {folder})"
         )
-    return parse_suite(_table(path), path.stem, str(path))
+    return parse_suite(read_toml(path, LIMITS.recipe_bytes), path.stem, str(path))
 
 
 def parse_suite(table: Mapping[str, Any], name: str, where: str = "suite") -> Suite:
@@ -70,16 +70,3 @@ def parse_suite(table: Mapping[str, Any], name: str, where: str = "suite") -> Su
     if not file.bench and not file.export:
         raise ConfigError(f"{where}: nothing to measure; it needs [[bench]] or [[export]]")
     return Suite(name, file.title, file.rounds, file.bench, file.export)
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as stream:
-            raw = stream.read(LIMITS.recipe_bytes + 1)
-        if len(raw) > LIMITS.recipe_bytes:
-            raise ConfigError(f"{path}: a suite takes at most {LIMITS.recipe_bytes} bytes")
-        return tomllib.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None

@@ -25,7 +25,7 @@ from diffship.compression.narrow import (
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
 from diffship.models.component import INNER, Component
-from diffship.models.widths import Widths, widths_now
+from diffship.models.widths import PARTS, Widths, widths_now
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +34,7 @@ else:
 
 RESIDUAL, SELF, CROSS, FEEDFORWARD = KINDS = ("residual", "self-attention", "cross-attention", "feed-forward")
 _STEP = 32  # what GPUs and published models like; narrow models take their norm groups instead
-# what is cut by rows, and the one product that is cut by columns
-_ATTENTION = (("to_q", "to_k", "to_v"), "to_out.0")
-_PARTS = {
-    RESIDUAL: (("conv1", "time_emb_proj", "norm2"), "conv2"),
-    SELF: _ATTENTION,
-    CROSS: _ATTENTION,
-    FEEDFORWARD: (("net.0.proj",), "net.2"),
-}
+_SIDE = {RESIDUAL: "inner", SELF: "heads", CROSS: "heads", FEEDFORWARD: "feedforward"}  # field of Widths
 
 
 @dataclass(frozen=True)
@@ -89,9 +82,8 @@ def _layer(name: str, kind: str, module: Any, size: int) -> Layer:
 
 
 def _parts(module: Any, kind: str) -> tuple[list[Any], Any]:
-    rows, column = _PARTS[kind]
-    found = [module.get_submodule(part) for part in rows if getattr(module, part.partition(".")[0]) is not None]
-    return found, module.get_submodule(column)
+    parts = PARTS[_SIDE[kind]]
+    return [module.get_submodule(part) for part in parts.present(module)], module.get_submodule(parts.reader)
 
 
 def _step(kind: str, module: Any, size: int) -> int:
@@ -139,12 +131,11 @@ def _blank(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 def widths_for(listed: Iterable[Layer], counts: Mapping[str, int]) -> Widths:
     """The widths of the layers whose count is below their size."""
-    sides: tuple[dict[str, int], dict[str, int], dict[str, int]] = ({}, {}, {})
+    sides: dict[str, dict[str, int]] = {side: {} for side in PARTS}
     for layer in listed:
         if counts.get(layer.name, layer.size) < layer.size:
-            side = {RESIDUAL: 0, FEEDFORWARD: 2}.get(layer.kind, 1)
-            sides[side][layer.name] = counts[layer.name]
-    return Widths(*sides)
+            sides[_SIDE[layer.kind]][layer.name] = counts[layer.name]
+    return Widths(**sides)
 
 
 def largest_kept(weights: Weights, listed: Iterable[Layer], counts: Mapping[str, int]) -> Kept:

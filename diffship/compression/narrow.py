@@ -17,7 +17,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.weights import Weights, taken, to_float32
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.widths import Widths, widths_now, widths_of, with_widths
+from diffship.models.widths import PARTS, Widths, widths_now, widths_of, with_widths
 
 Indices = NDArray[np.intp]
 Scores = NDArray[np.float64]
@@ -91,9 +91,10 @@ def cut(weights: Weights, kept: Kept, head_counts: Mapping[str, int]) -> Weights
     """
     cuts: Cuts = {}
     for name, index in kept.inner.items():
-        cuts |= _resnet_cuts(weights, name, _legal(index, _size(weights, f"{name}.conv1.weight", 0), name))
+        channels = _legal(index, _size(weights, f"{name}.conv1.weight", 0), name)
+        cuts |= _cuts(weights, "inner", name, channels, channels)
     for name, index in kept.heads.items():
-        cuts |= _attention_cuts(weights, name, _legal(index, head_counts.get(name, 0), name), head_counts.get(name, 0))
+        cuts |= _attention_cuts(weights, name, index, head_counts.get(name, 0))
     for name, index in kept.feedforward.items():
         cuts |= _feedforward_cuts(weights, name, index, _size(weights, f"{name}.net.2.weight", 1))
     return taken(weights, cuts)
@@ -111,26 +112,21 @@ def _legal(index: Indices, size: int, name: str) -> Indices:
     return index
 
 
-_RESNET = ("conv1.weight", "conv1.bias", "time_emb_proj.weight", "time_emb_proj.bias", "norm2.weight", "norm2.bias")
-_HEADS = tuple(f"to_{part}.{kind}" for part in "qkv" for kind in ("weight", "bias"))
-_GATED = ("net.0.proj.weight", "net.0.proj.bias")
-
-
-def _resnet_cuts(weights: Weights, name: str, kept: Indices) -> Cuts:
-    cuts: Cuts = {f"{name}.{part}": {0: kept} for part in _present(weights, name, _RESNET)}
-    return {**cuts, f"{name}.conv2.weight": {1: kept}}
+def _cuts(weights: Weights, kind: str, name: str, rows: Indices, columns: Indices) -> Cuts:
+    parts, known = PARTS[kind], set(weights.names())
+    tensors = (f"{name}.{part}.{leaf}" for part in parts.writers for leaf in ("weight", "bias"))
+    written: Cuts = {tensor: {0: rows} for tensor in tensors if tensor in known}
+    return {**written, f"{name}.{parts.reader}.weight": {1: columns}}
 
 
 def _attention_cuts(weights: Weights, name: str, kept: Indices, count: int) -> Cuts:
-    rows = _rows(kept, _size(weights, f"{name}.to_q.weight", 0) // count)
-    cuts: Cuts = {f"{name}.{part}": {0: rows} for part in _present(weights, name, _HEADS)}
-    return {**cuts, f"{name}.to_out.0.weight": {1: rows}}
+    rows = _rows(_legal(kept, count, name), _size(weights, f"{name}.to_q.weight", 0) // max(1, count))
+    return _cuts(weights, "heads", name, rows, rows)
 
 
 def _feedforward_cuts(weights: Weights, name: str, kept: Indices, size: int) -> Cuts:
     both = np.concatenate([_legal(kept, size, name), kept + size])  # values and their gates
-    cuts: Cuts = {f"{name}.{part}": {0: both} for part in _present(weights, name, _GATED)}
-    return {**cuts, f"{name}.net.2.weight": {1: kept}}
+    return _cuts(weights, "feedforward", name, both, kept)
 
 
 def filter_norms(weights: Weights, name: str) -> Scores:
@@ -169,11 +165,6 @@ def largest(scores: Scores, count: int, name: str) -> Indices:
     if not 1 <= count <= len(scores):
         raise ConfigError(f"{name} has {len(scores)}; it cannot have {count}")
     return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def _present(weights: Weights, name: str, parts: tuple[str, ...]) -> list[str]:
-    known = set(weights.names())
-    return [part for part in parts if f"{name}.{part}" in known]
 
 
 def _float(weights: Weights, name: str) -> NDArray[np.float32]:

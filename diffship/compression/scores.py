@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffship.compression.interior import KINDS
 from diffship.core.atomic import write_file
+from diffship.core.document import read_json
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.limits import LIMITS
 from diffship.core.strict import bounds, choices, load, plain
@@ -107,15 +107,8 @@ def read_scores(path: str | Path) -> ScoreTable:
     Raises:
         SourceError: no such file, or not of this form: an unknown key, a wrong type, a score that is no number.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LIMITS.manifest_bytes + 1)
-        found = json.loads(raw.decode("utf-8")) if len(raw) <= LIMITS.manifest_bytes else None
-    except OSError as fault:
-        raise SourceError(f"scores: {path} cannot be read: {fault.strerror}") from None
-    except (ValueError, RecursionError) as fault:
-        raise SourceError(f"scores: {path} is not JSON: {str(fault)[:200]}") from None
-    if not isinstance(found, Mapping) or "schema" not in found:
-        raise SourceError(f"scores: {path} is no score table: it has no schema, or is too large")
+    found = read_json(path, LIMITS.manifest_bytes, SourceError)
+    if "schema" not in found:
+        raise SourceError(f"scores: {path} is no score table: it has no schema")
     file_ = load(_File, found, f"scores: {path}", SourceError)
     return ScoreTable(file_.unet, file_.settings, file_.noise, file_.layers)

@@ -23,7 +23,6 @@ from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 
-_BLOCK = 1 << 20
 _PATH_CHARS = 1024
 
 
@@ -104,11 +103,8 @@ def _content(value: Any) -> Any:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _folder_digest(folder: Path) -> str:

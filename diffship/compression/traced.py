@@ -19,7 +19,7 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
 from diffship.models.component import Component, read_tensor
-from diffship.models.widths import widths_now
+from diffship.models.widths import PARTS, widths_now
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +28,7 @@ if TYPE_CHECKING:
 else:
     torch, nn, tp = lazy("torch"), lazy("torch.nn"), lazy("torch_pruning")
 
-KINDS = ("inner", "heads", "feedforward")
-_READER = {"inner": "conv2", "heads": "to_out.0", "feedforward": "net.2"}
-_WRITERS = {
-    "inner": ("conv1", "time_emb_proj", "norm2"),
-    "heads": ("to_q", "to_k", "to_v"),
-    "feedforward": ("net.0.proj",),
-}
+KINDS = tuple(PARTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +48,7 @@ class Interior:
     @property
     def cost(self) -> int:
         """Parameters that one unit holds."""
-        reader = f"{self.name}.{_READER[self.kind]}"
+        reader = f"{self.name}.{PARTS[self.kind].reader}"
         counts = (
             int(tensor.numel())
             for name, layer in self.layers.items()
@@ -130,13 +124,14 @@ class _Graph:
 
     def interior(self, kind: str, name: str) -> Interior:
         layer: Any = self._inner.get_submodule(name)
-        reader: Any = layer.get_submodule(_READER[kind])
+        parts = PARTS[kind]
+        reader: Any = layer.get_submodule(parts.reader)
         channels = int(reader.weight.shape[1])
         prune = tp.prune_conv_in_channels if kind == "inner" else tp.prune_linear_in_channels
         group = self._dependencies.get_pruning_group(reader, prune, list(range(channels)))
-        writers = [part for part in _WRITERS[kind] if getattr(layer, part.partition(".")[0], None) is not None]
-        self._check(name, channels, {part: 0 for part in writers} | {_READER[kind]: 1}, group)
-        layers = {f"{name}.{part}": layer.get_submodule(part) for part in (*writers, _READER[kind])}
+        writers = parts.present(layer)
+        self._check(name, channels, {part: 0 for part in writers} | {parts.reader: 1}, group)
+        layers = {f"{name}.{part}": layer.get_submodule(part) for part in (*writers, parts.reader)}
         return Interior(kind, name, _units(layer, kind, channels), group, layers)
 
     def _check(self, name: str, channels: int, parts: Mapping[str, int], group: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffship.core import registry
+from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.strict import bounds, load, plain, unknown
@@ -60,16 +60,7 @@ def read_recipe(
     Raises:
         ConfigError: not TOML, an unknown key or name (the nearest legal one is named), a wrong type or value.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LIMITS.recipe_bytes + 1)
-        if len(raw) > LIMITS.recipe_bytes:
-            raise ConfigError(f"{path}: a recipe takes at most {LIMITS.recipe_bytes} bytes")
-        table = tomllib.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
+    table = read_toml(path, LIMITS.recipe_bytes)
     return parse_recipe(_changed(table, changes, str(path)), str(path), passes, exporters)
 
 

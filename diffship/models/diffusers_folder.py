@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffship.core.document import read_json
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import PICKLE_SUFFIXES, refuse_unsafe
@@ -41,7 +41,7 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
         UnsupportedError: a class that is not known here.
     """
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+        index = read_config(folder / INDEX)
         check_index(index, folder / INDEX)
         present = {name: folder / name for name in PARTS if _listed(index, name) and (folder / name).is_dir()}
     elif (folder / "config.json").is_file():
@@ -55,7 +55,7 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
         source={**source, "left_out": _left_out(index)} if _left_out(index) else dict(source),
         modules={name: read_module(path, PARTS[name]) for name, path in present.items()},
         tokenizers=_tokenizers(folder, present),
-        scheduler=read_json(scheduler) if scheduler.is_file() else None,
+        scheduler=read_config(scheduler) if scheduler.is_file() else None,
         index=index,
         licence=licence_of(folder),
     )
@@ -63,7 +63,7 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
 
 def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
     """Class, config and lazy weights of one component folder."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     class_name = _class_of(config, classes)
     if class_name not in classes:
         raise UnsupportedError(f"{folder}: class {class_name!r} is not supported; legal: {', '.join(classes)}")
@@ -91,23 +91,13 @@ def find_weights(folder: Path) -> Weights:
     raise SourceError(f"{folder}: has no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; it has {names}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON table; a config that names code to import is refused.
 
     Raises:
         SourceError: missing, too large, not a table, or it has `auto_map` or `custom_pipeline`.
     """
-    try:
-        size = path.stat().st_size
-        if size > LIMITS.manifest_bytes:
-            raise SourceError(f"{path}: has {size} bytes; at most {LIMITS.manifest_bytes} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise SourceError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    except (ValueError, RecursionError) as fault:
-        raise SourceError(f"{path}: is not JSON ({str(fault)[:80]})") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: is a {type(data).__name__}; it must be a table")
+    data = read_json(path, LIMITS.manifest_bytes, SourceError)
     for key in ("auto_map", "custom_pipeline", "trust_remote_code"):
         if data.get(key):
             raise SourceError(f"{path}: asks for code that comes with the model ({key}); such code is never run")
@@ -135,7 +125,7 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
 
 
 def _sharded(index: Path) -> Weights:
-    table = read_json(index).get("weight_map")
+    table = read_config(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise SourceError(f"{index}: has no weight_map")
     for name, file in table.items():
@@ -162,7 +152,7 @@ def _bytes(path: Path) -> bytes:
     if path.suffix == ".json":
         read_json_config = path.name == "tokenizer_config.json"
         if read_json_config:
-            read_json(path)
+            read_config(path)
     return path.read_bytes()
 
 
@@ -173,7 +163,7 @@ def _class_of(config: Mapping[str, Any], classes: tuple[str, ...]) -> str:
 
 
 def _part_of(folder: Path) -> str:
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     named = config.get("_class_name") or (config.get("architectures") or [""])[0]
     for part, classes in PARTS.items():
         if named in classes:

@@ -23,6 +23,27 @@ KEY = "diffship"
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The layers around an interior: `writers` make it, so their rows (output channels) go with it; `reader` takes it,
+    so its columns do, and its bias stays."""
+
+    writers: tuple[str, ...]
+    reader: str
+
+    def present(self, layer: Any) -> list[str]:
+        """The writers that `layer` has: a residual block may be without a time projection."""
+        return [part for part in self.writers if getattr(layer, part.partition(".")[0], None) is not None]
+
+
+# by the field of `Widths`
+PARTS = {
+    "inner": Parts(("conv1", "time_emb_proj", "norm2"), "conv2"),
+    "heads": Parts(("to_q", "to_k", "to_v"), "to_out.0"),
+    "feedforward": Parts(("net.0.proj",), "net.2"),
+}
+
+
+@dataclass(frozen=True)
 class Widths:
     """inner: channels between the two convolutions of a residual block, by its name. heads: of an attention layer
     (`....transformer_blocks.0.attn1`), by its name. feedforward: channels between the two products of a feed-forward

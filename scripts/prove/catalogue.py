@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from diffship.core.atomic import write_file
+from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds, choices, load, unknown
 
@@ -97,31 +96,13 @@ class _File:
     checkpoint: tuple[Checkpoint, ...]
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file of at most a megabyte.
-
-    Raises:
-        ConfigError: it cannot be read, or is not TOML.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: has {len(data)} bytes; at most {MAX_BYTES} are read")
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{path} is not TOML: {str(fault)[:200]}") from None
-
-
 def read_catalogue(path: Path = CATALOGUE) -> Catalogue:
     """The catalogue in a TOML file.
 
     Raises:
         ConfigError: an unknown key, a wrong value, a name that occurs twice, a base that is not there.
     """
-    file = load(_File, read_toml(path), path.name)
+    file = load(_File, read_toml(path, MAX_BYTES), path.name)
     rows = {row.name: row for row in file.checkpoint}
     if len(rows) != len(file.checkpoint):
         raise ConfigError(f"{path.name}: a checkpoint name occurs twice")

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffship.benchmarks.record import Results, read_result
+from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row as MeasuredRow
 from diffship.core.strict import bounds, load
 from prove.capabilities import missing
-from prove.catalogue import HERE, Catalogue, Checkpoint, read_catalogue, read_toml
+from prove.catalogue import HERE, MAX_BYTES, Catalogue, Checkpoint, read_catalogue
 
 PUBLISHED = HERE / "published"
 ROOT = HERE.parents[1]
@@ -89,7 +90,7 @@ def read_pages(folder: Path = PUBLISHED) -> list[Page]:
     Raises:
         ConfigError: a file that is not of the form above.
     """
-    return [load(Page, read_toml(file), file.name) for file in sorted(folder.glob("*.toml"))]
+    return [load(Page, read_toml(file, MAX_BYTES), file.name) for file in sorted(folder.glob("*.toml"))]
 
 
 def figures_of(checkpoint: str, pages: Iterable[Page]) -> list[str]:

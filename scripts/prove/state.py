@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.atomic import write_file
+from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.strict import choices, load, plain
 
@@ -70,12 +71,7 @@ def digest(inputs: Mapping[str, object]) -> str:
 def _read(file: Path) -> dict[str, dict[str, Outcome]]:
     if not file.is_file():
         return {}
-    if file.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{file}: has {file.stat().st_size} bytes; at most {MAX_BYTES} are read")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{file}: is not JSON; remove it to begin again") from None
-    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+    data = read_json(file, MAX_BYTES)
+    if data.get("schema") != SCHEMA:
         raise ConfigError(f"{file}: is of schema {data.get('schema')!r}, this version writes {SCHEMA}; remove it")
     return load(_File, data, file.name).steps

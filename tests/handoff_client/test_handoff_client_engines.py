@@ -109,6 +109,9 @@ def test_a_device_without_torch_or_server_packages(served: str, tiny_bundle: Pat
     assert done.stdout.split() == ["None", "2", hashlib.sha256(pixels.tobytes()).hexdigest()]
 
 
+SMALL = ("red apple", "--sampler", "ddim", "--size", "64", "--option", "threads=1")
+
+
 def valid(document: dict[str, Any]) -> dict[str, Any]:
     jsonschema.validate({k: v for k, v in document.items() if k not in ("exit_code", "stderr")}, SCHEMA)
     return document
@@ -118,18 +121,7 @@ def test_the_command_line_tells_who_did_what(
     command: Any, served: str, tiny_bundle: Path, tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "token").write_text(TOKEN + "\n", encoding="ascii")
-    words = [
-        "run",
-        tiny_bundle,
-        "red apple",
-        "--sampler",
-        "ddim",
-        "--size",
-        "64",
-        "--option",
-        "threads=1",
-        "--no-metadata",
-    ]
+    words = ["run", tiny_bundle, *SMALL, "--no-metadata"]
     cloud = ["--cloud", served, "--token-file", tmp_path / "token", "--split", "2,1", "--images", 2]
     document = valid(command(*words, *cloud, "-o", tmp_path / "shared"))
     assert document["exit_code"] == 0, document
@@ -148,7 +140,7 @@ def test_the_command_line_tells_who_did_what(
 
 
 def test_a_cloud_that_is_down_is_a_picture_and_a_reason(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
-    words = ["run", tiny_bundle, "red apple", "--sampler", "ddim", "--size", "64", "--option", "threads=1"]
+    words = ["run", tiny_bundle, *SMALL]
     document = valid(command(*words, "--cloud", "http://127.0.0.1:9", "--split", "2,1", "-o", tmp_path / "a.png"))
     assert document["exit_code"] == 0 and (tmp_path / "a.png").is_file()
     (report,) = document["handoffs"]
@@ -163,19 +155,7 @@ def test_split_auto_measures_chooses_and_keeps(
     command: Any, served: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("DIFFSHIP_TOKEN", TOKEN)
-    words = [
-        "run",
-        tiny_bundle,
-        "red apple",
-        "--sampler",
-        "ddim",
-        "--size",
-        "64",
-        "--option",
-        "threads=1",
-        "--steps",
-        4,
-    ]
+    words = ["run", tiny_bundle, *SMALL, "--steps", 4]
     auto = ["--cloud", served, "--split", "auto", "--profile", tmp_path / "profile.json", "-o", tmp_path / "a.png"]
     document = valid(command(*words, *auto, "--budget", "cloud-ms=100000"))
     assert document["exit_code"] == 0, document

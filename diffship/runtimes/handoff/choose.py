@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from diffship.core.atomic import write_file
+from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS, MIB
 from diffship.core.strict import bounds, choices, load, plain
@@ -175,31 +175,17 @@ def choose_split(profile: SplitProfile, steps: int, budget: Budget, curve: Quali
 
 def read_curve(file: Path) -> QualityCurve:
     """Raises ConfigError: not readable, not JSON, or not of the form of `QualityCurve`."""
-    return load(QualityCurve, _read(file, "quality curve"), str(file))
+    return load(QualityCurve, read_json(file, MIB), str(file))
 
 
 def read_profile(file: Path) -> SplitProfile:
     """Raises ConfigError: not readable, not JSON, or not of the form of `SplitProfile`."""
-    return load(SplitProfile, _read(file, "profile"), str(file))
+    return load(SplitProfile, read_json(file, MIB), str(file))
 
 
 def write_profile(file: Path, profile: SplitProfile) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(plain(profile), indent=1) + "\n")
-
-
-def _read(file: Path, what: str) -> Mapping[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            data = stream.read(MIB + 1)
-        content = json.loads(data) if len(data) <= MIB else None
-    except OSError as fault:
-        raise ConfigError(f"{what} {str(file)!r} cannot be read: {fault.strerror}") from None
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{what} {str(file)!r} is not JSON: {str(fault)[:120]}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{what} {str(file)!r} is not a JSON object of at most {MIB} bytes")
-    return content
 
 
 def _meets(choice: Choice, budget: Budget, curve: QualityCurve | None) -> bool:
