@@ -22,8 +22,10 @@ def is_hub_id(text: str) -> bool:
     return bool(_ID.match(text)) and ".." not in text and "--" not in text
 
 
-def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
+def hub_folder(name: str, revision: str | None = None, files: Iterable[str] = ()) -> tuple[Path, str]:
     """(folder in the local cache, commit) of a hub id; with HF_HUB_OFFLINE=1 only the cache is looked at.
+
+    `files` are got as well as those that a model needs, where the repository has them: a LoRA, say.
 
     Raises:
         SourceError: no such id or revision, no network, or not in the cache.
@@ -37,7 +39,7 @@ def hub_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
             return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
         info = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        wanted = select_files(sizes)
+        wanted = sorted({*select_files(sizes), *(file for file in files if file in sizes)})
         require_disk(constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
         return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
     except DiffshipError:

@@ -64,7 +64,6 @@ CAPABILITIES: Mapping[str, Capability] = {
     ),
     # these have no form in the command line yet: whoever builds one gives it a test here
     "coco": Capability("FID, IS and CLIP score on COCO captions", _never),
-    "lora-proof": Capability("a step of this script that fetches a LoRA and fuses it into its base", _never),
     "asymmetric-vae": Capability("VAEs whose decoder is narrower than their encoder", _never),
     "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),

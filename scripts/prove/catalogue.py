@@ -29,10 +29,10 @@ class Checkpoint:
 
     `revision` is a commit of 40 hexadecimal digits, or "unverified": then the commit that the hub calls `main` is
     taken at download time and recorded. `evidence` says where the commit was seen. `parts` are the folders that must
-    arrive ("." is the top of the repository). `needs` names capabilities (capabilities.py): where one is missing, the
-    row is "not yet". `blocked` says why it can never be read as published. `base` names the checkpoint that supplies
-    missing parts. `sampler` is what is measured with; the picture is drawn with the checkpoint's own scheduler. With
-    "lcm" the guidance costs no second call.
+    arrive ("." is the top of the repository); a file among them is a LoRA, which is fused into `base`. `needs` names
+    capabilities (capabilities.py): where one is missing, the row is "not yet". `blocked` says why it can never be
+    read as published. `base` names the checkpoint that supplies missing parts. `sampler` is what is measured with;
+    the picture is drawn with the checkpoint's own scheduler. With "lcm" the guidance costs no second call.
     """
 
     name: str
@@ -60,6 +60,13 @@ class Checkpoint:
             raise ConfigError(f"{self.name}: revision {self.revision[:80]!r} is no commit of 40 hexadecimal digits")
         if self.revision != UNVERIFIED and not self.evidence:
             raise ConfigError(f"{self.name}: a pinned revision says where it was seen (evidence)")
+        if self.lora and not self.base:
+            raise ConfigError(f"{self.name}: {self.lora} is a LoRA; name the base that it is fused into")
+
+    @property
+    def lora(self) -> str:
+        """The file of a LoRA repository, "" for models."""
+        return next((part for part in self.parts if part.endswith(".safetensors")), "")
 
     @property
     def pinned(self) -> str | None:

@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError, DiffshipError, SourceError
 from diffship.core.sniff import PICKLE_SUFFIXES
 from diffship.core.strict import load
+
+if TYPE_CHECKING:
+    from diffship.models.pipeline import Pipeline
 
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 HUB_SECONDS = 30.0
@@ -34,7 +37,11 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Export:
-    """`source` a hub id (offline by now) and its commit; `base` a folder that supplies missing parts, or ""."""
+    """`source` a hub id (offline by now) and its commit; `base` a folder that supplies missing parts, or "".
+
+    `lora` is a file that is fused into `base`, which is then what is exported; with the LCM `sampler` the result
+    records it and `steps`.
+    """
 
     source: str
     revision: str
@@ -43,6 +50,9 @@ class Export:
     precision: str
     out: str
     job: str
+    lora: str = ""
+    sampler: str = ""
+    steps: int = 4
 
 
 def fetch(asked: Fetch) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def fetch(asked: Fetch) -> dict[str, Any]:
     blocked = pickle_only(listed)
     if blocked:
         return {"blocked": blocked, "commit": commit}
-    folder, found = hub_folder(asked.repo, commit)
+    folder, found = hub_folder(asked.repo, commit, asked.parts)
     absent = [part for part in asked.parts if not _has(folder, part)]
     if absent:
         raise SourceError(f"{asked.repo} at {found}: has no {', '.join(absent)}; is this the right revision?")
@@ -119,12 +129,11 @@ def export(asked: Export) -> dict[str, Any]:
 
     if not constants.HF_HUB_OFFLINE:
         raise ConfigError("HF_HUB_OFFLINE is not set: only what is in the cache may be exported")
+    opened: dict[str, Any] = {"source": asked.source, "base": asked.base or None, "revision": asked.revision}
     bundle = export_source(
-        asked.source,
+        **({"source": fused(asked)} if asked.lora else opened),
         to=asked.to,
         out=asked.out,
-        base=asked.base or None,
-        revision=asked.revision,
         overwrite=True,
         job=Job(asked.job, _say),
         precision=asked.precision,
@@ -135,7 +144,22 @@ def export(asked: Export) -> dict[str, Any]:
     return {"parts": proofs, "bytes": size, "licence": bundle.manifest.licence.get("id", "")}
 
 
+def fused(asked: Export) -> Pipeline:
+    """`base` with the LoRA in its weights, which are made when they are read.
+
+    Raises:
+        UnsupportedError: a key of the file has no layer in the base, or another shape.
+    """
+    from diffship.compress import compress
+    from diffship.compression.lora import LoraPass
+
+    sampler = asked.sampler if asked.sampler == "lcm" else None
+    return compress(asked.base, [LoraPass((asked.lora,), sampler=sampler, steps=asked.steps)])
+
+
 def _has(folder: Path, part: str) -> bool:
+    if part.endswith(".safetensors"):
+        return (folder / part).is_file()
     return (folder / "config.json").is_file() if part == "." else (folder / part).is_dir()
 
 

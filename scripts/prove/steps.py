@@ -129,7 +129,10 @@ class Prover:
             "out": str(self._folder(entry) / "bundle"),
             "job": str(self._folder(entry) / "job"),
         }
-        inputs = {key: asked[key] for key in ("source", "revision", "base", "to", "precision")}
+        if entry.lora and own:
+            lora = str(Path(str(own.facts["folder"])) / entry.lora)
+            asked |= {"lora": lora, "sampler": entry.sampler, "steps": entry.steps}
+        inputs = {key: value for key, value in asked.items() if key not in ("out", "job")}
         mark = digest({**inputs, "code": code_digest()})
         known = self._kept(entry, "export", mark)
         if known and (self._folder(entry) / "bundle" / "diffship.json").is_file():

@@ -13,18 +13,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import prove_real
 import pytest
 from hub_cache import COMMIT, PARTS, put, row, write_catalogue
 from prove.catalogue import pin, read_catalogue
 from prove.steps import ORDER
+from safetensors.numpy import load_file, save_file
 
 from diffship.benchmarks.record import read_result
+from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "prove_real.py"
+LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +60,20 @@ def cache(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             weights.write_bytes(weights.read_bytes()[:-100])
         put(folder, f"stand-in/{name}", other)
+    put(folder, "stand-in/lora", _lora(tmp_path_factory.mktemp("lora"), saved))
+    return folder
+
+
+def _lora(folder: Path, model: Path) -> Path:
+    """A repository as those of LCM-LoRA are: one file of that name, no config; it changes one attention layer."""
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    outside, inside = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")[f"{layer}.weight"].shape
+    rng = np.random.default_rng(0)
+    sides = {"lora_down": (2, inside), "lora_up": (outside, 2)}
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    tensors = {f"{name}.{side}.weight": rng.standard_normal(s).astype(np.float32) for side, s in sides.items()}
+    save_file({**tensors, f"{name}.alpha": np.array(2, np.float32)}, folder / LORA)
+    (folder / "README.md").write_text("---\nlicense: openrail++\n---\n", encoding="utf-8")
     return folder
 
 
@@ -121,6 +139,7 @@ def test_the_catalogue_names_every_checkpoint_of_the_issue() -> None:
         ({"revision": "main"}, "no commit of 40"),
         ({"evidence": ""}, "where it was seen"),
         ({"base": "nobody"}, "unknown base 'nobody'"),
+        ({"parts": [LORA]}, "name the base"),
         ({"bytes": -1}, "legal is from"),
         ({"licens": "mit"}, "did you mean 'licence'"),
         ({"name": "Tiny SD"}, "small letters"),
@@ -173,10 +192,11 @@ def test_the_stand_in_is_proved_for_real(
         row("tiny"),
         row("tiny-main", revision="unverified", evidence=""),
         row("vae", repo="stand-in/vae", parts=["."], base="tiny"),
+        row("lora", repo="stand-in/lora", parts=[LORA], base="tiny", sampler="lcm", guidance=1.0, steps=2),
         row("pickled", repo="stand-in/pickles"),
         row("later", needs=["onnx", "video"]),
     )
-    words = real(tmp_path, cache, "--only", "tiny,vae,pickled,later", catalogue=catalogue)
+    words = real(tmp_path, cache, "--only", "tiny,vae,lora,pickled,later", catalogue=catalogue)
     assert prove_real.main(words) == 0
     text = capfd.readouterr().out
     assert "pickled: fetch: blocked: only pickles in unet" in text and "later: not yet: video models" in text
@@ -195,13 +215,15 @@ def test_the_stand_in_is_proved_for_real(
     assert str(tmp_path) not in json.dumps(measured), "rows name no path"
     assert rows["vae_decoder_seconds"].value > 0
     assert rows_by_metric(tmp_path, "vae")["proved"].value == 1
-    pictures = [tmp_path / "out" / name / "picture.png" for name in ("tiny", "vae")]
-    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
-    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert rows_by_metric(tmp_path, "lora")["proved"].value == 1
+    manifest = Bundle.open(tmp_path / "out" / "lora" / "bundle").manifest
+    assert manifest.sampler["_class_name"] == "LCMScheduler" and manifest.family.steps_default == 2
+    pictures = [(tmp_path / "out" / name / "picture.png").read_bytes() for name in ("tiny", "vae", "lora")]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and len(set(pictures)) == 3
 
     begun = time.monotonic()
     assert prove_real.main(words) == 0
-    assert capfd.readouterr().out.count("done before, kept") == 2 * len(ORDER) + 1, "the base of one is kept too"
+    assert capfd.readouterr().out.count("done before, kept") == 3 * len(ORDER) + 2, "the base of two is kept too"
     assert time.monotonic() - begun < 60, "only the blocked row is looked at again"
 
     assert prove_real.main([*words[:-2], "--pin"]) == 0
