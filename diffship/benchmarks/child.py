@@ -50,7 +50,7 @@ def _model(case: Case, order: Mapping[str, Any]) -> Any:
     from diffship.runtimes.model import BundleModel
 
     takes_device = "device" in engine_class(case.runner).__dataclass_fields__
-    options = {"device": case.device} if takes_device and case.device != "cpu" else {}
+    options: dict[str, Any] = {"device": case.device} if takes_device and case.device != "cpu" else {}
     return BundleModel(Bundle.open(order["bundle"]), case.runner, **options)
 
 

@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   diffship serve out/emoji small=out/emoji-small --port 8080 --queue 16 --batch 4
   DIFFSHIP_TOKEN=... diffship serve out/emoji --host 0.0.0.0
 """
-FLAGS = ("queue", "batch", "deadline", "grace")
+FLAGS = ("queue", "batch", "deadline", "grace", "restarts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

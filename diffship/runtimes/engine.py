@@ -54,16 +54,20 @@ class Probe:
         return dataclasses.asdict(self)
 
 
-class Engine(Protocol):
+class Opener(Protocol):
+    """What opens the files of a part."""
+
+    def open(self, files: Sequence[Path]) -> Session:
+        """Raises RunnerError where the engine refuses the model, MissingExtra where it is not installed."""
+        ...
+
+
+class Engine(Opener, Protocol):
     """A frozen dataclass: its fields are the options, its instances open files."""
 
     name: ClassVar[str]
     extra: ClassVar[str]
     targets: ClassVar[frozenset[str]]
-
-    def open(self, files: Sequence[Path]) -> Session:
-        """Raises RunnerError where the engine refuses the model, MissingExtra where it is not installed."""
-        ...
 
     def gate_bytes(self, file_bytes: int, precision: str) -> int:
         """Memory that opening a part of this size needs, from measurements; decides what verify runs in stages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from diffship.core.errors import BundleError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.runner import Runner
-from diffship.runtimes.engine import choose_engine, make_engine
+from diffship.runtimes.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.runtimes.torch import TorchRunner
 from diffship.sampling.model import Model
@@ -30,8 +30,17 @@ TOKENIZER_BYTES = 32 << 20
 class BundleModel:
     """A Model over a Bundle, whatever the engine. Threads may share it; a part is loaded once."""
 
-    def __init__(self, bundle: Bundle, engine: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str | None = None,
+        *,
+        make: Callable[[str, Mapping[str, object]], Opener] = make_engine,
+        **options: Any,
+    ) -> None:
         """Reads the tokenizers; parts are loaded when used. Options are the fields of the engine's class.
+
+        `make` turns the engine's name and options into one that opens files.
 
         Raises:
             UnsupportedError: no engine for this bundle, or not this one.
@@ -40,7 +49,7 @@ class BundleModel:
         manifest = bundle.manifest
         self.bundle = bundle
         self.engine = choose_engine(manifest.target, engine)
-        self._engine = make_engine(self.engine, options)
+        self.opener: Opener = make(self.engine, options)
         self.name: str = str(manifest.source.get("id") or bundle.path.name)
         self.family: Family = manifest.family
         self.scheduler: Mapping[str, Any] = dict(manifest.sampler)
@@ -59,7 +68,7 @@ class BundleModel:
             runner = self._runners.get(part)
             if runner is None:
                 entry = self.bundle.part(part)
-                session = self._engine.open([self.bundle.file(name) for name in entry.files])
+                session = self.opener.open([self.bundle.file(name) for name in entry.files])
                 runner = self._runners[part] = PartRunner(entry, session, steps_of(self.bundle, entry))
             return runner
 

@@ -139,6 +139,40 @@ def test_the_verb_serves_a_bundle_and_says_what_it_did(tiny_bundle: Path, tmp_pa
     assert str(tiny_bundle) not in str(entry)
 
 
+def engine_of(server: int) -> int:
+    """The child process of a server."""
+    threads = Path(f"/proc/{server}/task").glob("*/children")
+    (found,) = [word for thread in threads for word in thread.read_text(encoding="ascii").split()]
+    return int(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the child in /proc")
+def test_case_34_a_killed_engine_is_a_503_and_the_server_goes_on(tiny_bundle: Path) -> None:
+    words = ["-m", "diffship", "serve", f"toy={tiny_bundle}", "--port", "0", "--restarts", "2", "--option", "threads=1"]
+    body = {"prompt": "red apple", "seed": 5, "steps": 2}
+    with child(*words) as (process, url), ThreadPoolExecutor(1) as pool:
+        before = httpx.post(f"{url}/v1/generate", json=body, timeout=60).content
+        for _ in range(2):
+            engine = engine_of(process.pid)
+            job = pool.submit(httpx.post, f"{url}/v1/generate", json={**body, "steps": 150}, timeout=60)
+            until(lambda: under_way(url, 1, 0))
+            os.kill(engine, signal.SIGKILL)
+            answer = job.result()
+            assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+            error = answer.json()["error"]
+            assert error["request_id"] == answer.headers["X-Request-Id"] and "ended with code -9" in error["message"]
+            until(lambda: httpx.get(f"{url}/ready").status_code == 200, 20)
+            assert engine_of(process.pid) != engine
+            assert httpx.post(f"{url}/v1/generate", json=body, timeout=60).content == before
+        os.kill(engine_of(process.pid), signal.SIGKILL)
+        until(lambda: httpx.get(f"{url}/ready").json()["models"] == {"toy": "restarting"})
+        assert httpx.get(f"{url}/live").status_code == 200 and post(url, steps=1) == 503
+        assert 'diffship_restarts_total{model="toy"} 2\n' in httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
 def test_case_34_a_model_that_breaks_ends_the_process_with_its_reason() -> None:
     before = signal.getsignal(signal.SIGTERM)
     said: list[str] = []

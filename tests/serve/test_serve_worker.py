@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 from sampling_toy import ToyModel
-from serve_toy import POISON, HeldModel, drawn_alone
+from serve_toy import POISON, HeldModel, drawn_alone, until
 
-from diffship.core.errors import BusyError, Cancelled, ConfigError, DeadlineError, RunnerError, UnsupportedError
+from diffship.core.errors import (
+    BusyError,
+    Cancelled,
+    ConfigError,
+    DeadlineError,
+    PeerError,
+    RunnerError,
+    UnsupportedError,
+)
 from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ResumeForm
 from diffship.runtimes.serve.jobs import ConflictError, Generation, Kept, Progress
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Drawn, generate_order, handoff_order, resume_order
+from diffship.runtimes.serve.restarts import Restarts
 from diffship.runtimes.serve.worker import Busy, Served, Worker
 from diffship.sampling.generate import Request, start
 from diffship.sampling.wire import pack
@@ -251,6 +262,109 @@ def test_a_fault_of_our_own_breaks_the_worker_and_frees_its_clients(monkeypatch:
         generation.result(10)
     worker.stop()
     assert changes == ["ready", "broken"] and isinstance(worker.fault, ZeroDivisionError)
+
+
+class Mortal:
+    """An engine process of a toy model: dead, every call raises PeerError, and `dies` in the next one; `refuse` starts
+    fail."""
+
+    def __init__(self, model: ToyModel) -> None:
+        self.living, self.dies, self.refuse, self.starts = True, False, 0, 0
+        for runner in model.runners.values():
+            runner.function = partial(self._call, runner.function)
+
+    def _call(self, plain: Any, feeds: Any) -> Any:
+        self.living, self.dies = self.living and not self.dies, False
+        if not self.living:
+            raise PeerError("the engine's process ended")
+        return plain(feeds)
+
+    def restart(self) -> None:
+        self.starts += 1
+        if self.refuse:
+            self.refuse -= 1
+            raise PeerError("it died again")
+        self.living = True
+
+
+def mortal(**options: Any) -> tuple[Bench, Mortal]:
+    model = ToyModel()
+    engine = Mortal(model)
+    bench = Bench(model, **options)
+    served = Served("toy", model, alive=lambda: engine.living, restart=engine.restart)
+    bench.worker.served = served
+    return bench, engine
+
+
+def test_case_34_only_the_call_that_the_engine_died_of_fails_and_the_rest_goes_on() -> None:
+    bench, engine = mortal()
+    small, large = bench.put(steps=4, width=64, height=64), bench.put(steps=4, width=128, height=128)
+    bench.worker.turn()  # one size each turn
+    engine.dies = True
+    bench.worker.turn()
+    assert engine.starts == 0 and not bench.worker.ready()
+    bench.finish()
+    ended = sorted([small, large], key=lambda generation: generation.state)
+    assert [generation.state for generation in ended] == ["done", "failed"]
+    with pytest.raises(PeerError):
+        ended[1].result(0)
+    assert engine.starts == 1 and bench.worker.state == "ready"
+    height, width = (side * 8 for side in ended[0].order.shape[-2:])
+    (alone,) = drawn_alone("cat", steps=4, size=(height, width))
+    drawn = ended[0].result(0).pictures[0][0]
+    assert drawn == alone, "what was under way when the engine died is drawn as if nothing had been"
+
+
+def test_case_34_starts_are_bounded_and_the_server_is_not_ready_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, engine = mortal(restarts=3)
+    waits: list[tuple[float, bool, str]] = []
+
+    def sleep(seconds: float) -> None:  # in place of the worker's wait
+        waits.append((round(bench.clock.now - 100, 1), bench.worker.ready(), bench.worker.state))
+        bench.clock.now += seconds
+
+    monkeypatch.setattr(bench.worker._wake, "wait", sleep)
+    late = bench.put(deadline=30.0)
+    engine.living, engine.refuse = False, 3
+    bench.worker._revive()
+    assert engine.starts == 4 and engine.living and bench.worker.state == "ready"
+    assert not any(ready for _, ready, _ in waits) and {state for *_, state in waits} == {"restarting"}
+    assert bench.clock.now >= 160, "three starts in a minute, and the fourth when the first is a minute old"
+    assert late.state == "expired", "deadlines pass while it waits"
+    assert bench.worker._metrics.value("diffship_restarts_total", model="toy") == 4
+
+
+def test_an_engine_that_dies_while_nothing_is_drawn_is_started_anew() -> None:
+    bench, engine = mortal()
+    engine.living = False
+    assert not bench.worker.ready()
+    assert bench.worker._wait() and engine.starts == 0
+    bench.worker.turn()
+    assert bench.worker.ready() and engine.starts == 1
+
+
+def test_a_server_that_is_stopped_does_not_wait_for_another_start() -> None:
+    bench, engine = mortal(restarts=1)
+    engine.living, engine.refuse = False, 99
+    thread = threading.Thread(target=bench.worker._revive)
+    thread.start()
+    until(lambda: engine.starts == 1)
+    bench.worker.stop()
+    thread.join(5)
+    assert not thread.is_alive() and engine.starts == 1
+
+
+def test_starts_come_less_and_less_soon() -> None:
+    clock = Clock()
+    restarts = Restarts(4, clock)
+    waits = []
+    for _ in range(6):
+        waits.append(restarts.wait())
+        clock.now += max(restarts.wait(), 0)
+        restarts.note()
+    assert waits == [0, 0.5, 1, 2, 56.5, 0.5]
+    clock.now += 61
+    assert restarts.wait() == 0
 
 
 def until_ready(worker: Worker) -> None:

@@ -15,6 +15,7 @@ from diffship.core.errors import (
     ConfigError,
     DeadlineError,
     HandoffError,
+    PeerError,
     UnsupportedError,
 )
 from diffship.runtimes.serve.jobs import ConflictError, Generation, Progress
@@ -38,7 +39,7 @@ _REFUSALS: tuple[tuple[tuple[type[Exception], ...], int, str], ...] = (
     ((ConflictError,), 409, "conflict"),
     ((ConfigError, UnsupportedError), 422, "invalid_request"),
     ((HandoffError,), 422, "invalid_trajectory"),
-    ((BusyError, Cancelled), 503, "busy"),
+    ((BusyError, Cancelled, PeerError), 503, "busy"),
     ((DeadlineError,), 504, "deadline_exceeded"),
 )
 

@@ -15,6 +15,7 @@ HELP = {
     "diffship_request_seconds": ("histogram", "from the first byte of a request to its answer's last"),
     "diffship_generations_total": ("counter", "accepted requests by how they ended"),
     "diffship_refused_total": ("counter", "requests refused for want of capacity"),
+    "diffship_restarts_total": ("counter", "starts of another engine process after one died"),
     "diffship_model_call_images": ("histogram", "images that shared a model call"),
     "diffship_model_call_seconds": ("histogram", "duration of a model call"),
     "diffship_waiting": ("gauge", "requests that wait"),

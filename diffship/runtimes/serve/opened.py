@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.limits import MIB
+from diffship.core.manifest import MANIFEST_NAME
+from diffship.runtimes.isolated.engine import IsolatedEngine
 from diffship.runtimes.model import BundleModel, open_model
 from diffship.runtimes.serve.worker import Served
 
@@ -39,24 +41,28 @@ def named(words: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def open_served(sources: Mapping[str, str], engine: str | None, options: Mapping[str, Any]) -> Iterator[list[Served]]:
-    """Every source as a model to serve, checked but not loaded, for a `with` block. Raises as `open_model`."""
+    """Every source as a model to serve, checked but not loaded, for a `with` block.
+
+    Each bundle's engine gets a process of its own; other sources are drawn with in this one. Raises as `open_model`.
+    """
     with ExitStack() as stack:
-        yield [
-            _served(name, stack.enter_context(open_model(source, engine, **options)))
-            for name, source in sources.items()
-        ]
+        yield [_served(stack, name, source, engine, options) for name, source in sources.items()]
 
 
-def _served(name: str, model: Any) -> Served:
-    if not isinstance(model, BundleModel):
-        return Served(name, model, engine="torch")
-    bundle = model.bundle
+def _served(stack: ExitStack, name: str, source: str, engine: str | None, options: Mapping[str, Any]) -> Served:
+    if not (Path(source) / MANIFEST_NAME).is_file():
+        return Served(name, stack.enter_context(open_model(source, engine, **options)), engine="torch")
+    bundle = Bundle.open(source)
+    model = stack.enter_context(BundleModel(bundle, engine, make=IsolatedEngine, **options))
+    process = cast(IsolatedEngine, model.opener)
     return Served(
         name,
         model,
         present=lambda: _present(bundle),
         previews=_decoder_bytes(bundle) <= _TINY_BYTES,
         engine=model.engine,
+        alive=process.alive,
+        restart=process.restart,
     )
 
 

@@ -22,6 +22,7 @@ class ServeOptions:
     queue: requests that may wait, per model, beside those being drawn; the next one is refused with 503.
     batch: images that share a model call, and images of one size under way at a time.
     deadline: of requests that name none; one that cannot be kept is refused, one that is missed is a 504.
+    restarts: how often in a minute a model's engine process that died is started anew.
     grace: how long a stopping server lets running requests finish.
     allow_hosts: names, beside localhost and plain addresses, that a Host header may hold.
     body_bytes, header_bytes, header_seconds, body_seconds, connections: what one client can take up.
@@ -32,6 +33,7 @@ class ServeOptions:
     batch: int = field(default=8, metadata=_setting(1, 64, "images that share a model call"))
     deadline: float = field(default=120.0, metadata=_setting(0.01, 600, "seconds for requests that name no deadline"))
     grace: float = field(default=30.0, metadata=_setting(0, 600, "seconds to finish what runs when stopped"))
+    restarts: int = field(default=5, metadata=_setting(1, 60, "times a minute that an engine that died is restarted"))
     allow_hosts: tuple[str, ...] = ()
     body_bytes: int = field(default=8 * MIB, metadata=bounds(KIB, 64 * MIB))
     header_bytes: int = field(default=16 * KIB, metadata=bounds(KIB, 64 * KIB))

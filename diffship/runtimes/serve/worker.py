@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import threading
@@ -11,51 +10,40 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from PIL import Image
-
 from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
 from diffship.runtimes.serve.batcher import Batcher, Strand
 from diffship.runtimes.serve.jobs import Clock, Generation, Progress
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
-from diffship.sampling.decode import decode
+from diffship.runtimes.serve.pace import Pace
+from diffship.runtimes.serve.preview import preview
+from diffship.runtimes.serve.restarts import Restarts
 from diffship.sampling.generate import checked, generate
 from diffship.sampling.loop import plain
 from diffship.sampling.model import Model
 from diffship.sampling.request import Request
-from diffship.sampling.trajectory import Trajectory
 
-LOADING, READY, BROKEN, DRAINING, STOPPED = "loading", "ready", "broken", "draining", "stopped"
+LOADING, READY, RESTARTING, BROKEN = "loading", "ready", "restarting", "broken"
+DRAINING, STOPPED = "draining", "stopped"
 LOG = logging.getLogger("diffship.serve")
-_BLEND = 0.2  # weight of the newest measurement in an estimate
 _LOAD_SECONDS = 5.0  # what a client waits before it asks again while the model loads
+_LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap."""
+    """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap.
+
+    `alive()`: its engine's process has not died, where it has one of its own; `restart()` makes another.
+    """
 
     name: str
     model: Model
     present: Callable[[], bool] = lambda: True
     previews: bool = False
     engine: str = ""
-
-
-@dataclass
-class Pace:
-    """Seconds an image of one size: to encode, of a model call, to decode; 0 while nothing is known."""
-
-    begin: float = 0.0
-    call: float = 0.0
-    end: float = 0.0
-
-    def learn(self, name: str, seconds: float) -> None:
-        known = getattr(self, name)
-        setattr(self, name, known + _BLEND * (seconds - known) if known else seconds)
-
-    def seconds(self, images: int, calls: int) -> float:
-        return images * (self.begin + calls * self.call + self.end)
+    alive: Callable[[], bool] = lambda: True
+    restart: Callable[[], None] = lambda: None
 
 
 class Worker:
@@ -75,6 +63,7 @@ class Worker:
         self._options = options
         self._metrics = metrics or Metrics()
         self._clock = clock
+        self._restarts = Restarts(options.restarts, clock)
         self._wake = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._running: dict[Generation, list[Strand]] = {}
@@ -131,12 +120,12 @@ class Worker:
         """Loaded, its files still there, and no call that takes longer than any deadline."""
         since = self._calling
         hangs = since is not None and self._clock() - since > DEADLINE_SECONDS[1]
-        return self.state == READY and not hangs and self.served.present()
+        return self.state == READY and not hangs and self.served.alive() and self.served.present()
 
     def drain(self) -> None:
         """Take nothing new, refuse what waits; what runs goes on."""
         with self._wake:
-            self.state = DRAINING if self.state in (LOADING, READY) else self.state
+            self.state = DRAINING if self.state in (LOADING, READY, RESTARTING) else self.state
             refused, self._waiting = list(self._waiting), deque()
             self._wake.notify_all()
         for generation in refused:
@@ -167,14 +156,15 @@ class Worker:
             raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
         generate(model, Request("warm-up", steps=1))
         self._batcher = Batcher(checked(plain(model.use("unet"))), self._options.batch)
-        with self._wake:
-            self.state = READY if self.state == LOADING else self.state
+        self._become(READY, LOADING)
 
     def turn(self) -> bool:
         """Drop what has ended, take what has room, make one model call, hand out what is done.
 
         False if there was nothing to do.
         """
+        if not self.served.alive():
+            self._revive()
         self._drop()
         taken = self._take()
         moved = self._call()
@@ -194,6 +184,37 @@ class Worker:
             heard(self)
         self.served.model.close()
 
+    def _revive(self) -> None:
+        """Have another engine process, not too often; until then nothing new is taken.
+
+        What was in the call that it died of has failed; what else was under way goes on, as it lies in this process.
+        """
+        LOG.error("%s: its engine's process is gone; another is started", self.served.name)
+        self._become(RESTARTING, READY)
+        while not self.served.alive() and self._until_due():
+            self._restarts.note()
+            self._metrics.count("diffship_restarts_total", model=self.served.name)
+            try:
+                self.served.restart()
+            except DiffshipError as fault:
+                LOG.error("%s does not start again: %s", self.served.name, fault)
+        if self.served.alive():
+            self._become(READY, RESTARTING)
+
+    def _until_due(self) -> bool:
+        """Wait for the next start, while deadlines pass; False when there will be none."""
+        while (left := self._restarts.wait()) > 0:
+            self._drop()
+            with self._wake:
+                if self.state == STOPPED:
+                    return False
+                self._wake.wait(min(left, _LATE_SECONDS))
+        return True
+
+    def _become(self, state: str, before: str) -> None:
+        with self._wake:
+            self.state = state if self.state == before else self.state
+
     def _break(self, fault: Exception) -> None:
         """Neither a request nor the model is at fault: whoever supervises the process starts it anew."""
         LOG.error("%s is broken", self.served.name, exc_info=fault)
@@ -206,7 +227,7 @@ class Worker:
     def _wait(self) -> bool:
         """Until there is work; False when there will be none."""
         with self._wake:
-            while not (self._waiting or self._running or self.state in (STOPPED, BROKEN)):
+            while self.served.alive() and not (self._waiting or self._running or self.state in (STOPPED, BROKEN)):
                 self._wake.wait(1.0)
             return self.state not in (STOPPED, BROKEN)
 
@@ -341,7 +362,7 @@ class Worker:
         if not every:
             return ()
         due = [s.trajectory for s in strands if s.trajectory.step % every == 0 and not s.arrived]
-        return tuple(png for trajectory in due if (png := _preview(self.served.model, trajectory)))
+        return tuple(png for trajectory in due if (png := preview(self.served.model, trajectory)))
 
     def _opened(self) -> Batcher:
         if self._batcher is None:
@@ -361,15 +382,3 @@ def _progress(strands: Iterable[Strand], previews: tuple[bytes, ...] = ()) -> Pr
     """The slowest image's; all of a request's images share their calls unless the batch is smaller than they are."""
     last = min(strands, key=lambda strand: strand.trajectory.step)
     return Progress(last.trajectory.step, last.trajectory.calls, previews)
-
-
-def _preview(model: Model, trajectory: Trajectory) -> bytes:
-    """A PNG of the noisy latents, scaled to unit variance as the model's own input is; empty where that is black."""
-    now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
-    try:
-        pixels = decode(model, trajectory.latents * now.input_scale)
-    except RunnerError:
-        return b""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()

@@ -1,0 +1,210 @@
+"""Any engine in a child process, behind the same two interfaces: `Opener` and `Session`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffship.core import errors
+from diffship.core.errors import DiffshipError, PeerError, RunnerError
+from diffship.runtimes.engine import Session, make_engine
+from diffship.runtimes.isolated.frames import receive, send
+
+CALL_SECONDS = 600.0  # also for opening a file: the longest deadline that a request may have
+_END_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
+
+
+class IsolatedEngine:
+    """An engine whose sessions live in one child process, which starts when the first of them is opened.
+
+    When that process dies, or a call takes longer than `call_seconds` and it is killed for that, the call raises
+    PeerError, and so does every later one until `restart`. Calls of several threads take turns.
+    """
+
+    def __init__(
+        self, name: str, options: Mapping[str, object] | None = None, call_seconds: float = CALL_SECONDS
+    ) -> None:
+        """Raises ConfigError: an unknown engine or option."""
+        make_engine(name, options)  # wrong options are told here and not by a child
+        self._command = [sys.executable, "-P", "-m", f"{__package__}.child", name, json.dumps(dict(options or {}))]
+        self._call_seconds = call_seconds
+        self._lock = threading.RLock()
+        self._process: _Process | None = None
+        self._sessions: dict[int, _Session] = {}
+        self._count = 0
+
+    def open(self, files: Sequence[Path]) -> Session:
+        """As `Opener.open`; further raises PeerError where the process dies of it."""
+        with self._lock:
+            self._process = self._process or _Process(self._command, self._call_seconds)
+            self._count += 1
+            session = _Session(self, self._count, [str(Path(file).absolute()) for file in files])
+            session.open(self._process)
+            self._sessions[self._count] = session
+            return session
+
+    def alive(self) -> bool:
+        """False once the process has died; true before it was needed."""
+        process = self._process
+        return process is None or process.alive()
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def restart(self) -> None:
+        """Another process with the same files open.
+
+        Raises:
+            PeerError: that one died too.
+            RunnerError: the engine refuses a file now.
+        """
+        with self._lock:
+            if self._process is not None:
+                self._process.end()
+            self._process = _Process(self._command, self._call_seconds)
+            for session in self._sessions.values():
+                session.open(self._process)
+
+    def close(self, session: _Session) -> None:
+        """Forget a session; the process ends with the last one."""
+        with self._lock:
+            if self._sessions.pop(session.number, None) is None or self._process is None:
+                return
+            if not self._sessions:
+                self._process.end()
+                self._process = None
+                return
+        with suppress(PeerError):
+            self.ask({"do": "close", "session": session.number})
+
+    def ask(self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        """The arrays of an answer. Raises PeerError, and what the engine raises."""
+        process = self._process
+        if process is None:
+            raise RunnerError("the model is closed; open it again")
+        return process.ask(header, arrays)[1]
+
+
+class _Session:
+    """A Session whose file is open elsewhere; constants stay here and travel with every call."""
+
+    def __init__(self, engine: IsolatedEngine, number: int, files: Sequence[str]) -> None:
+        self.number = number
+        self.inputs: Mapping[str, str] = {}
+        self.outputs: Mapping[str, str] = {}
+        self._engine = engine
+        self._files = files
+
+    def open(self, process: _Process) -> None:
+        found, _ = process.ask({"do": "open", "session": self.number, "files": self._files})
+        self.inputs, self.outputs = found["inputs"], found["outputs"]
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
+        header = {"do": "run", "session": self.number, "feeds": list(feeds), "outputs": list(outputs)}
+        return self._engine.ask(header, list(feeds.values()))
+
+    def keep(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def close(self) -> None:
+        self._engine.close(self)
+
+
+class _Process:
+    """One child: it is asked, it answers, and once it has failed to it is gone for good."""
+
+    def __init__(self, command: Sequence[str], seconds: float) -> None:
+        # -P keeps the current folder out of its imports; what this process could import, it can
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        )
+        self._seconds = seconds
+        self._since: float | None = None  # when the call that is under way began
+        self._lock = threading.Lock()
+        self._reason = ""
+        # one thread for all calls: to start one for each takes longer than a small call does
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return not self._reason and self._process.poll() is None
+
+    def ask(
+        self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        with self._lock:
+            if self._reason:
+                raise PeerError(self._reason)
+            self._since = time.monotonic()
+            try:
+                send(self._stream("stdin"), header, arrays)
+                answer, made = receive(self._stream("stdout"))
+            except (OSError, EOFError, ValueError) as fault:
+                raise PeerError(self._gone(fault)) from None
+            finally:
+                self._since = None
+        if "error" in answer:
+            raise _error(answer)
+        return answer, made
+
+    def end(self) -> None:
+        """Close it, by force if it does not end by itself."""
+        self._reason = self._reason or "the engine's process was ended"
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(_END_SECONDS)
+
+    def _watch(self) -> None:
+        """End the process when a call takes too long."""
+        while self.alive():
+            time.sleep(min(_LOOK_SECONDS, self._seconds / 4))
+            since = self._since
+            if since is not None and time.monotonic() - since > self._seconds:
+                self._reason = f"the engine's process was ended: a call took more than {self._seconds:g} s"
+                self._process.kill()
+
+    def _gone(self, fault: Exception) -> str:
+        """Why there will be no more answers; the process is ended where it is not."""
+        if not self._reason:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            code = self._process.poll()
+            how = f"answered with {fault}" if code is None else f"ended with code {code}"
+            self._reason = f"the engine's process {how}"
+        self._process.kill()
+        self._process.wait(_END_SECONDS)
+        return self._reason
+
+    def _stream(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+
+def _error(answer: Mapping[str, Any]) -> DiffshipError:
+    """The engine's own error, of the nearest kind that takes a message alone."""
+    for name in answer["error"]:
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, DiffshipError) and kind.__init__ is DiffshipError.__init__:
+            return kind(str(answer["message"]))
+    return RunnerError(str(answer["message"]))
