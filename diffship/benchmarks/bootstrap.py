@@ -70,13 +70,18 @@ def paired(ours: ArrayLike, theirs: ArrayLike, draws: int = DRAWS, seed: int = 0
 
 
 def ratio(ours: ArrayLike, theirs: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Geometric mean of ours / theirs over paired rounds (n,), with its interval; all values above zero."""
-    a, b = np.asarray(ours, np.float64).ravel(), np.asarray(theirs, np.float64).ravel()
+    """Geometric mean of ours / theirs over paired rounds (n,), or rounds and calls (n, m), with its interval.
+
+    Raises:
+        ConfigError: the shapes differ, or a value is not above zero.
+    """
+    a, b = (np.asarray(values, np.float64) for values in (ours, theirs))
+    a, b = (values[:, None] if values.ndim == 1 else values for values in (a, b))
     if not (a > 0).all() or not (b > 0).all():
         raise ConfigError("a ratio needs values above zero")
     found = paired(np.log(a), np.log(b), draws, seed)
     mean, low, high = (float(np.exp(value)) for value in (found.mean, found.low, found.high))
-    return Interval(mean, low, high, found.units, 1)
+    return Interval(mean, low, high, found.seeds, found.units)
 
 
 def verdict(difference: Interval, better: str, quality: bool = False) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Bench:
     engines: our runners (empty: the installed ones). against: peers by name. parts: part names and `image`, the whole
     way from prompt to picture (empty: all). batches: images at once; with guidance a U-Net call has two rows per image.
     size: pixels a side (0: the model's). calls: timed calls of a part per round; images: timed images per round.
+    together: how many of the compared runners are loaded at once and take turns, the first of them always (0: as many
+    as memory surely holds; 1: one after the other, which compares rounds instead of neighbouring calls).
     """
 
     targets: tuple[str, ...]
@@ -42,6 +44,7 @@ class Bench:
     device: str = field(default="cpu", metadata=choices(*DEVICES))
     calls: int = field(default=5, metadata=bounds(1, 10_000))
     images: int = field(default=1, metadata=bounds(1, 1000))
+    together: int = field(default=0, metadata=bounds(0, 64))
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -87,6 +90,15 @@ class Case:
         """The row's conditions; `weights` says whether they are random."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("target", "calls")}
         return {"model": label(self.target), "weights": weights, **facts}
+
+
+def sets(cases: Sequence[Case], together: int) -> list[list[Case]]:
+    """Cases of one group as they take turns, at most `together` at once: the first one is compared in every set."""
+    if together <= 1:
+        return [[case] for case in cases]
+    first, *others = cases
+    starts = range(0, max(len(others), 1), together - 1)
+    return [[first, *others[start : start + together - 1]] for start in starts]
 
 
 def label(target: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 SPAWNED = "DIFFSHIP_BENCH_SPAWNED"
+TURNS = "DIFFSHIP_BENCH_TURNS"  # two descriptors: a byte to read is our turn, one to write says that we are ready
+SHORT_SECONDS = 0.25  # a turn takes as long, so that what other processes left in the caches is a small part of it
 LONG_SECONDS = 60.0  # a call of this length is its own warm-up: what only the first one pays is small beside it
 
 
@@ -22,7 +25,8 @@ def told() -> dict[str, str]:
 def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, object]:
     """Seconds of `load()`, of the first call (warm-up) and of `calls` more calls of what it returned.
 
-    Where the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others.
+    Where the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others. Where this
+    process takes turns with others, `calls` is theirs to say; `turns` has the median of each turn.
     `cold` runs from the start of this process, as its parent told it, to the end of the first call.
     """
     spawned = float(os.environ.get(SPAWNED) or time.time())
@@ -33,8 +37,16 @@ def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, obj
     first = time.perf_counter()
     cold = time.time() - spawned
     warm_up = first - loaded
-    seconds = [warm_up] if warm_up >= LONG_SECONDS else [_once(call) for _ in range(calls)]
-    return {"load": loaded - started, "first": warm_up, "cold": cold, "seconds": seconds}
+    turns: list[list[float]] = []
+    if warm_up >= LONG_SECONDS:
+        seconds = [warm_up]
+    elif TURNS in os.environ:
+        turns = list(_in_turns(call))
+        seconds = [value for turn in turns for value in turn]
+    else:
+        seconds = [_once(call) for _ in range(calls)]
+    facts = {"load": loaded - started, "first": warm_up, "cold": cold}
+    return {**facts, "seconds": seconds, "turns": [statistics.median(turn) for turn in turns]}
 
 
 def report(document: Mapping[str, object]) -> None:
@@ -75,6 +87,25 @@ def _gpu_used() -> int | None:
         return int(done.stdout.split()[0]) << 20
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None
+
+
+def _in_turns(call: Callable[[], object]) -> Iterator[list[float]]:
+    """Seconds of the calls of each turn, until there are no more turns."""
+    ours, ready = map(int, os.environ[TURNS].split(","))
+    os.write(ready, b".")
+    while os.read(ours, 1):
+        yield _turn(call)
+        os.write(ready, b".")
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    """One call; where it is short, it is for the caches, and as many are timed after it as fill `SHORT_SECONDS`."""
+    seconds = [_once(call)]
+    if seconds[0] < SHORT_SECONDS:
+        seconds = [_once(call)]
+        while sum(seconds) < SHORT_SECONDS:
+            seconds.append(_once(call))
+    return seconds
 
 
 def _once(call: Callable[[], object]) -> float:

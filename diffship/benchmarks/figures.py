@@ -133,17 +133,16 @@ def _ratios(suite: str, measurement: Measurement) -> list[Row]:
 
 
 def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Row | None:
-    pairs = zip(measurement.outcomes[ours], measurement.outcomes[theirs], strict=True)
-    medians = [
-        (statistics.median(a.figures["seconds"]), statistics.median(b.figures["seconds"]))
-        for a, b in pairs
-        if a.status == b.status == "ok"
-    ]
-    if not medians:
+    """Over neighbouring calls where both took turns; over medians of rounds where all ran one after the other."""
+    rounds = _side_by_side(measurement.outcomes[ours], measurement.outcomes[theirs])
+    turns = min((len(outcome.figures.get("turns", ())) for pair in rounds for outcome in pair), default=0)
+    if not rounds:
         return None
-    found = bootstrap.ratio([a for a, _ in medians], [b for _, b in medians])
+    a, b = ([_paired_values(pair[side], turns) for pair in rounds] for side in (0, 1))
+    found = bootstrap.ratio(a, b)
     materials = measurement.materials[ours]
-    conditions = {**ours.conditions(materials.weights), "size": materials.size, "against": theirs.runner}
+    paired = "calls" if turns else "rounds"
+    conditions = {**ours.conditions(materials.weights), "size": materials.size}
     return Row(
         suite,
         f"{ours.subject} against {theirs.runner}",
@@ -151,9 +150,22 @@ def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Ro
         found.mean,
         low=found.low,
         high=found.high,
-        n=len(medians),
-        conditions=conditions,
+        n=found.seeds,
+        conditions={**conditions, "against": theirs.runner, "paired": paired, "pairs": found.seeds * found.units},
     )
+
+
+def _side_by_side(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+    """Pairs of one place, round by round; where neither shares its turns with anybody, pairs of one round."""
+    by_place = {outcome.place: outcome for outcome in theirs}
+    pairs = [(outcome, by_place[outcome.place]) for outcome in ours if outcome.place in by_place]
+    if not pairs and len(ours) == len(theirs):
+        pairs = [pair for pair in zip(ours, theirs, strict=True) if not any(o.figures.get("turns") for o in pair)]
+    return [(a, b) for a, b in pairs if a.status == b.status == "ok"]
+
+
+def _paired_values(outcome: Outcome, turns: int) -> list[float]:
+    return outcome.figures.get("turns", [])[:turns] or [statistics.median(outcome.figures["seconds"])]
 
 
 def _entry(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,14 @@ def measure(
     timeout: float,
     env: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
+    keep: Sequence[int] = (),
+    on_start: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> Measured:
     """Run `command` to its end, or kill it and its children after `timeout` seconds or above `memory_limit` bytes.
 
     The limit holds for anonymous memory at once (RLIMIT_DATA, so that an allocation fails as on a smaller machine)
-    and for resident memory within 50 ms; mapped files that are not in use do not count.
+    and for resident memory within 50 ms; mapped files that are not in use do not count. The process keeps the open
+    descriptors `keep`; `on_start` is given the process, for whoever may have to stop it from another thread.
     """
     started = time.monotonic()
     with subprocess.Popen(
@@ -91,8 +94,11 @@ def measure(
         errors="replace",
         env={**os.environ, **(env or {})},
         start_new_session=True,  # so that children of the subject can be stopped with it
+        pass_fds=tuple(keep),
     ) as process:
         try:
+            if on_start is not None:
+                on_start(process)
             peak, code, output = _waited(process, timeout, memory_limit)
         except BaseException:
             _kill(process)

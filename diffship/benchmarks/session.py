@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of, label
+from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of, label, sets
 from diffship.benchmarks.clock import told
 from diffship.benchmarks.machine import code_digest, environment, threads
 from diffship.benchmarks.materials import Materials, Order, read_materials, slug
 from diffship.benchmarks.peers.environments import isolated_path, peer_python
 from diffship.benchmarks.peers.table import PEERS
 from diffship.benchmarks.process import Measured, measure
+from diffship.benchmarks.turns import Job as Turn
+from diffship.benchmarks.turns import take_turns
 from diffship.core.errors import DiffshipError, PeerError, UnsupportedError
-from diffship.core.job import Job
+from diffship.core.job import Job, available_memory
 from diffship.core.strict import load
 
 Progress = Callable[[str, int, int], None]
@@ -34,6 +37,7 @@ class Outcome:
     peak_bytes: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    place: tuple[int, ...] = ()  # round and set: those of one place took turns
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,26 @@ class Session:
         self._exported: dict[tuple[str, str], Path | Outcome] = {}
 
     def measure(self, benches: Sequence[Bench]) -> Measurement:
-        """Every case of every bench, `rounds` times; within a round they follow each other, compared ones adjacent."""
+        """Every case of every bench, `rounds` times; within a round, those that are compared take turns."""
         materials: dict[Case, Materials] = {}
+        groups: list[list[list[Case]]] = []
         for bench in benches:
             made = {target: self._materials(bench, target) for target in bench.targets}
             parts = {target: tuple(found.parts) for target, found in made.items()}
             engines = {target: _engines(found) for target, found in made.items()}
-            materials |= {case: made[case.target] for case in cases_of(bench, parts, engines)}
+            new = {case: made[case.target] for case in cases_of(bench, parts, engines) if case not in materials}
+            materials |= new
+            groups += [self._sets(bench, list(group), new) for _, group in groupby(new, lambda case: case.group)]
         cases = list(materials)
         outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
         ceilings: list[dict[str, float]] = []
-        done, total = 0, len(cases) * self._settings.rounds
+        done, total = 0, sum(map(len, groups)) * self._settings.rounds
         for turn in range(self._settings.rounds):
             ceilings.append(self._ceilings(turn, "cuda" if any(case.device == "cuda" for case in cases) else "cpu"))
-            for case in cases:
-                self._progress(f"round {turn + 1}: {case.subject}", done, total)
-                outcomes[case].append(self._case(case, turn, materials[case]))
+            for place, members in ((place, members) for group in groups for place, members in enumerate(group)):
+                self._progress(f"round {turn + 1}: {_together(members)}", done, total)
+                for case, outcome in self._measured(members, (turn, place), materials).items():
+                    outcomes[case].append(outcome)
                 done += 1
         self._progress("measured", done, total)
         best = {key: max(found[key] for found in ceilings if key in found) for found in ceilings for key in found}
@@ -156,20 +164,47 @@ class Session:
         done = measure(command, self._settings.timeout, told())
         return {name: float(str(value)) for name, value in done.document().items()} if done.code == 0 else {}
 
-    def _case(self, case: Case, turn: int, materials: Materials) -> Outcome:
-        key = case.key(turn, self._context)
-        known = self._journal.get(key)
-        if known is not None:
-            return known
-        try:
-            command, env = self._command(case, materials)
-        except PeerError as fault:
-            return Outcome("missing", reason=str(fault))  # not kept: it may be there the next time
-        except DiffshipError as fault:
-            return Outcome("unsupported", reason=str(fault))
-        outcome = _outcome(measure(command, self._settings.timeout, {**told(), **env}, self._settings.memory_limit))
-        self._journal.put(key, outcome)
-        return outcome
+    def _sets(self, bench: Bench, cases: list[Case], materials: Mapping[Case, Materials]) -> list[list[Case]]:
+        together = bench.together
+        if os.name != "posix":  # turns are taken by pipes, which `select` knows on POSIX only
+            together = 1
+        elif not together:
+            together = _fitting(materials[cases[0]]) if bench.device == "cpu" else 1
+        return sets(cases, together)
+
+    def _measured(
+        self, cases: Sequence[Case], place: tuple[int, int], materials: Mapping[Case, Materials]
+    ) -> dict[Case, Outcome]:
+        """Outcomes of cases that take turns. What failed before is not tried again; what went well is only taken
+        over where all of it was measured together."""
+        context = {**self._context, "beside": [case.runner for case in cases], "set": place[1]}
+        keys = {case: case.key(place[0], context) for case in cases}
+        found = {case: known for case in cases if (known := self._journal.get(keys[case])) is not None}
+        if len(found) < len(cases):
+            jobs = self._jobs(cases, materials, found)
+            measured = take_turns(list(jobs.values()), cases[0].calls, self._settings.timeout)
+            for case, figures in zip(jobs, measured, strict=True):
+                found[case] = _outcome(figures)
+                self._journal.put(keys[case], found[case])
+        return {case: replace(found[case], place=place) for case in cases}
+
+    def _jobs(
+        self, cases: Sequence[Case], materials: Mapping[Case, Materials], found: dict[Case, Outcome]
+    ) -> dict[Case, Turn]:
+        """The processes to start, none where only those are left that cannot be; `found` learns why."""
+        jobs: dict[Case, Turn] = {}
+        unknown = [case for case in cases if case not in found]
+        for case in cases:
+            if case in found and found[case].status != "ok":
+                continue
+            try:
+                command, env = self._command(case, materials[case])
+                jobs[case] = Turn(command, {**told(), **env}, self._settings.memory_limit)
+            except PeerError as fault:
+                found[case] = Outcome("missing", reason=str(fault))  # not kept: it may be there the next time
+            except DiffshipError as fault:
+                found[case] = Outcome("unsupported", reason=str(fault))
+        return jobs if any(case in jobs for case in unknown) else {}
 
     def _command(self, case: Case, materials: Materials) -> tuple[list[str], dict[str, str]]:
         """The child's command line. Raises PeerError or UnsupportedError where this case cannot be run at all."""
@@ -250,6 +285,18 @@ def _runs(engine: str, materials: Materials) -> bool:
     from diffship.runtimes.engine import engine_class
 
     return materials.folder is not None if engine == "torch" else materials.kind in engine_class(engine).targets
+
+
+def _together(cases: Sequence[Case]) -> str:
+    """`emoji / unet: onnxruntime, openvino`."""
+    return f"{cases[0].subject}{''.join(f', {case.runner}' for case in cases[1:])}"
+
+
+def _fitting(materials: Materials) -> int:
+    """How many processes with this model surely fit in memory: one takes up to 2.9 times its files (SD1.5)."""
+    free = available_memory()
+    size = sum(max(part["file_bytes"].values(), default=0) for part in materials.parts.values())
+    return 1 if free is None else max(1, min(64, int(free / (3 * size + (1 << 29)))))
 
 
 def _require_engine(case: Case, materials: Materials) -> None:

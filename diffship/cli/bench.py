@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
 SHAPES = ("engines", "against", "parts", "batches", "steps", "size", "guidance", "sampler", "precision", "device")
-BENCH_FIELDS = (*SHAPES, "calls", "images")
+BENCH_FIELDS = (*SHAPES, "calls", "images", "together")
 EXAMPLES = """examples:
   diffship bench out/emoji --parts unet,image --steps 4 --rounds 1
   diffship bench emoji --against diffusers,optimum-intel --json out/emoji.json
@@ -66,6 +66,7 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", choices=("cpu", "cuda"), help="where it is computed (cpu)")
     group.add_argument("--calls", metavar="N", type=int, help="timed calls of a part per round (5)")
     group.add_argument("--images", metavar="N", type=int, help="timed images per round (1)")
+    group.add_argument("--together", metavar="N", type=int, help="compared runners that are loaded at once (what fits)")
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
