@@ -90,9 +90,15 @@ def _gpu_used() -> int | None:
 
 
 def _in_turns(call: Callable[[], object]) -> Iterator[list[float]]:
-    """Seconds of the calls of each turn, until there are no more turns."""
+    """Seconds of the calls of each turn, until there are no more turns.
+
+    The first turn is not timed: while the others were loaded, parts of this model may have left memory.
+    """
     ours, ready = map(int, os.environ[TURNS].split(","))
     os.write(ready, b".")
+    if os.read(ours, 1):
+        call()
+        os.write(ready, b".")
     while os.read(ours, 1):
         yield _turn(call)
         os.write(ready, b".")

@@ -23,7 +23,8 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in (("memory", memory_bars), ("roofline", roofline), ("quality", latency_quality)):
+    plots = {"memory": memory_bars, "roofline": roofline, "quality": latency_quality, "splits": split_curve}
+    for name, draw in plots.items():
         figure = draw(results)
         if figure is not None:
             written += save(figure, folder / f"{results.suite}-{name}", str(results.to_json()["digest"]))
@@ -98,6 +99,29 @@ def latency_quality(results: Results) -> Figure | None:
     axes.set_xlabel("seconds per image")
     axes.set_ylabel(chosen.replace("_", " "))
     axes.legend(fontsize=7)
+    return _finished(figure, axes, results)
+
+
+def split_curve(results: Results) -> Figure | None:
+    """Judge figures over the calls of the large model, with their intervals; None where no row is of a split."""
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    for row in results.rows:
+        if row.kind == "quality" and row.unit == "share" and "cloud_calls" in row.conditions and row.value is not None:
+            low, high = (row.value if edge is None else edge for edge in (row.low, row.high))
+            lines.setdefault(row.metric, []).append((row.conditions["cloud_calls"], row.value, low, high))
+    if not lines:
+        return None
+    figure, axes = _axes()
+    for index, (metric, points) in enumerate(sorted(lines.items())):
+        calls, values, lows, highs = zip(*sorted(points), strict=True)
+        spread = [
+            [v - low for v, low in zip(values, lows, strict=True)],
+            [high - v for v, high in zip(values, highs, strict=True)],
+        ]
+        axes.errorbar(calls, values, spread, marker=MARKERS[index], color=str(0.5 * index), capsize=3, label=metric)
+    axes.set_xlabel("calls of the large model")
+    axes.set_ylabel("share of pictures recognised")
+    axes.legend(fontsize=8)
     return _finished(figure, axes, results)
 
 

@@ -43,7 +43,7 @@ def take_turns(jobs: Sequence[Job], calls: int, seconds: float) -> list[Measured
         for job in jobs:
             players.append(_Player(job, seconds, (len(jobs) + 1) * seconds))
             players[-1].wait()
-        for _ in range(calls):
+        for _ in range(1 + calls):  # the first one is not timed
             for player in players:
                 player.turn()
         for player in players:

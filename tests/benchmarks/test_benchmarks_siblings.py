@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,20 +56,6 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
     (tmp_path / "x.toml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'layout'"):
         read_experiment(tmp_path / "x.toml")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures in the form of `diffship train emoji-data`: colour planes, which the judge will not recognise."""
-    folder = tmp_path_factory.mktemp("pictures")
-    records = []
-    for number, concept in enumerate(("red apple", "black cat", "pizza", "blue heart")):
-        Image.new("RGB", (128, 128), (60 * number, 200, 90)).save(folder / f"{number}.png")
-        shared = {"file_name": f"{number}.png", "text": concept, "concept": concept, "style": "fluent", "tags": []}
-        records.append({**shared, "domain": True, "tone": "", "split": "held_out" if number == 3 else "train"})
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    return folder
 
 
 @pytest.mark.slow

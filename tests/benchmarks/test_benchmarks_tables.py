@@ -177,9 +177,11 @@ def test_plots_are_drawn_from_rows_and_name_their_results(tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     quality = Row("s", "m", "clip_score", 0.3, kind="quality")
     latency = Row("s", "m", "image_seconds_p50", 2.0, "s")
-    found = results([*unet(), quality, latency])
+    share = {"unit": "share", "kind": "quality"}
+    splits = [Row("s", f"split {k},4", "top5", k / 4, **share, conditions={"cloud_calls": k}) for k in (0, 4)]
+    found = results([*unet(), quality, latency, *splits])
     written = draw_all(found, tmp_path / "a")
-    names = ("memory", "roofline", "quality")
+    names = ("memory", "roofline", "quality", "splits")
     assert {file.name for file in written} == {f"some-suite-{name}.{end}" for name in names for end in ("png", "svg")}
     for file in written:
         assert file.stat().st_size > 1000
