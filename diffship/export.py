@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -83,7 +84,8 @@ def export(
     started = time.perf_counter()
     with write_bundle(out, overwrite) as draft:
         work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes())
-        made = [_part(work, component, verify) for component in pipeline.components.values()]
+        make = _through_graph if hasattr(exporter, "through") else _part
+        made = [make(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
         write_card(manifest, draft.folder, pipeline.licence)
@@ -154,6 +156,25 @@ def _part(work: _Work, component: Component, verify: bool) -> Part:
         return replace(part, proof=proof)
     proved = _proved(work, component, part)
     return replace(proved, proof={**proved.proof, "export_seconds": seconds})
+
+
+def _through_graph(work: _Work, component: Component, verify: bool) -> Part:
+    """A part of a target that is built from an ONNX graph and runs on another machine.
+
+    The graph is proved here; what was built of it is not, and says so until `verify` runs where it can.
+    """
+    with tempfile.TemporaryDirectory(dir=work.folder.parent, prefix=".graph-") as folder:
+        inner = replace(work, exporter=work.exporter.through(component), folder=Path(folder))
+        graph = _part(inner, component, verify)
+        started = time.perf_counter()
+        part: Part = work.exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
+        seconds = round(time.perf_counter() - started, 2)
+        proof = {"status": "unproven", "export_seconds": seconds, "graph": graph.proof}
+        proof["reason"] = "built, not run: `diffship verify` proves it on a machine with the GPU"
+        if graph.golden is not None:
+            (work.folder / "golden").mkdir(exist_ok=True)
+            shutil.move(inner.folder / graph.golden.file, work.folder / graph.golden.file)
+        return replace(part, golden=graph.golden, proof=proof)
 
 
 def _proved(work: _Work, component: Component, part: Part) -> Part:

@@ -132,7 +132,7 @@ class Siblings:
         target, options = (str(folder), {"device": "cuda"}) if self.engine == "torch" else (str(bundle), {})
         with open_model(target, self.engine, **options) as model:
             pixels = draw(model, self._asked.texts, 1, self.experiment.steps, self.experiment.guidance)
-        save_file({"pixels": pixels}, out)
+        save_file({"pixels": np.ascontiguousarray(pixels)}, out)  # the format stores memory as it lies
 
     def judged(self, model: Model, seed: int) -> Judged:
         """Figures of one model under one seed; what has to be made or drawn for them is."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffship.cli.flags import names
+from diffship.cli.flags import names, numbers
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
@@ -96,14 +96,6 @@ def byte_count(text: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 4GB or 512MiB")
     return size
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`4,25` as whole numbers."""
-    try:
-        return tuple(int(word) for word in names(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, such as 4,25") from None
 
 
 def json_name(text: str) -> Path:

@@ -97,7 +97,7 @@ def describe(folder: Path, manifest: Any) -> Result:
         (
             part["name"],
             part["precision"],
-            part["proof"],
+            part["proof"] if part["graph"] is None else f"graph {part['graph']}, engine {part['proof']}",
             figure(part["max_abs"]),
             figure(part["psnr_db"], ".1f"),
             size_text(part["bytes"]),
@@ -110,11 +110,12 @@ def describe(folder: Path, manifest: Any) -> Result:
 
 
 def _part(part: Any, files: Any) -> dict[str, Any]:
-    proof = part.proof
+    proof = {**part.proof.get("graph", {}), **part.proof}  # an engine that cannot run here has its graph's figures
     return {
         "name": part.name,
         "precision": part.precision,
         "proof": proof["status"],
+        "graph": part.proof.get("graph", {}).get("status"),
         "max_abs": proof.get("max_abs"),
         "psnr_db": proof.get("psnr_db"),
         "export_seconds": proof.get("export_seconds"),

@@ -46,6 +46,14 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`4,25` as whole numbers."""
+    try:
+        return tuple(int(word) for word in names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers, such as 4,25") from None
+
+
 def setting(text: str) -> tuple[str, Any]:
     """`key=value`; whole numbers, numbers, true and false become such, everything else stays text."""
     key, equals, value = text.partition("=")
@@ -141,5 +149,6 @@ def _scalar(kind: Any) -> dict[str, Any]:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
-        return {"type": names, "metavar": "A,B"}
+        whole = typing.get_args(kind)[0] is int
+        return {"type": numbers if whole else names, "metavar": "N,M" if whole else "A,B"}
     return {"type": kind if kind in (int, float, Path) else str, "metavar": "N" if kind in (int, float) else None}

@@ -9,7 +9,10 @@ from diffship.core.errors import ConfigError
 from diffship.core.lazy import need
 from diffship.core.strict import unknown
 
-EXPORTERS: dict[str, str] = {"onnx": "diffship.exporters.onnx:Onnx"}
+EXPORTERS: dict[str, str] = {
+    "onnx": "diffship.exporters.onnx:Onnx",
+    "tensorrt": "diffship.exporters.tensorrt:TensorRt",
+}
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.openvino:OpenVinoRunner",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from diffship.benchmarks.experiment import Experiment, made_passes, read_experiment
 from diffship.core.errors import ConfigError
@@ -62,6 +63,8 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
 def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_path: Path) -> None:
     from diffship.benchmarks.siblings import Siblings
     from diffship.models.sources import open_source
+    from diffship.runtimes.model import open_model
+    from diffship.sampling.generate import Request, generate
 
     table = {
         **BASE,
@@ -76,6 +79,12 @@ def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_pat
     with pytest.raises(ConfigError, match="did you mean 'teacher'"):
         siblings.make(["teachers"])
     siblings.make(["teacher"])
+    drawn = siblings.drawn(experiment.models[0], 0)
+    with open_model(str(drawn.bundle)) as model:
+        request = Request(siblings._asked.texts[2], steps=2, guidance=experiment.guidance, seed=2, sampler="ddim")
+        (picture,) = generate(model, request)
+    kept = load_file(drawn.pictures)["pixels"][2]
+    assert np.abs(kept.astype(int) - picture.pixels).max() <= 1, "what is judged is what was drawn"
     rows = {(row.subject, row.metric): row for row in siblings.run()}
     weights = open_source("emoji").components["unet"].weights
     assert rows["teacher", "parameters"].value == sum(weights.meta(name).count for name in weights.names())

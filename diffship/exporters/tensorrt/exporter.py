@@ -1,0 +1,208 @@
+"""TensorRt: the exporter class, whose fields are the flags, the recipe entry and the manifest entry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.job import Job, require_memory
+from diffship.core.lazy import lazy
+from diffship.core.limits import MIB
+from diffship.core.manifest import Part
+from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
+from diffship.core.problem import Problem
+from diffship.core.strict import bounds, choices, plain
+from diffship.exporters.onnx import Onnx
+from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
+from diffship.exporters.tensorrt.build import Order, library
+from diffship.exporters.tensorrt.gpus import FLAVOURS, RTX, check_sm
+from diffship.exporters.tensorrt.process import run_build
+from diffship.exporters.tensorrt.shapes import KINDS, Range, Shape, check_names, parse_shapes, profile
+from diffship.models.component import Component
+from diffship.models.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    import onnx
+else:
+    onnx = lazy("onnx")
+
+# measured (RTX 1.7.1): a build grows to about 3.1 times the file of the weights, and 0.65 GB
+_BUILD_FACTOR, _BUILD_BYTES = 3.1, 650 * MIB
+
+
+@dataclass(frozen=True)
+class TensorRt:
+    """TensorRT engines ("plans"), strongly typed: the graph says in which precision everything is computed.
+
+    flavour: `rtx` (TensorRT-RTX) builds on any machine, for the GPUs of `sm`; `trt` (TensorRT) builds on the GPU that
+    will run it. sm: compute capabilities, such as 89 for an L4 and RTX 40, 120 for RTX 50; all go into one file.
+    precision: of the graph; an SDXL decoder that overflows in half precision stays float32.
+    min_shapes, opt_shapes, max_shapes: NAME:AxBx..., as in trtexec; by default half to one and a half times the model's
+    size, and up to four images with guidance. refit: weights can be replaced in the engine. strip: the plan holds no
+    weights; they are put in before the first run. opset: of the graph that is built from.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    extra: ClassVar[str] = "tensorrt-rtx"
+
+    flavour: str = field(default=RTX, metadata=choices(*FLAVOURS))
+    sm: tuple[int, ...] = field(default=(), metadata=bounds(50, 200))
+    precision: str = field(default="fp16", metadata=choices("fp16", "fp32"))
+    min_shapes: tuple[str, ...] = ()
+    opt_shapes: tuple[str, ...] = ()
+    max_shapes: tuple[str, ...] = ()
+    refit: bool = False
+    strip: bool = False
+    opset: int = 23
+
+    def __post_init__(self) -> None:
+        check_sm(self.flavour, self.sm)
+        self.through("unet")
+        _ = self._asked
+        if self.strip and not self.refit:
+            raise ConfigError("--strip leaves the weights out, and only --refit can put them in: give both")
+
+    def check(self, pipeline: Pipeline) -> list[Problem]:
+        """Everything that would stop an export of these components, found without reading a weight.
+
+        Raises:
+            MissingExtra: TensorRT is not installed.
+            ConfigError: shapes that no input has, that do not fit, or that do not rise.
+        """
+        library(self.flavour)
+        check_names(pipeline.components.values(), self._asked)
+        for component in pipeline.components.values():
+            profile(component, pipeline.family, self._asked)
+        return self.through("unet").check(pipeline)
+
+    def disk_bytes(self, component: Component) -> int:
+        """What the plan takes at the most, and the graph that it is built from while it is."""
+        weights = self.through(component).disk_bytes(component)
+        return (1 + max(1, len(check_sm(self.flavour, self.sm)))) * weights
+
+    def memory_bytes(self, component: Component) -> int:
+        """Memory that a build takes beside this process."""
+        return int(_BUILD_FACTOR * self.through(component).disk_bytes(component)) + _BUILD_BYTES
+
+    def through(self, component: Component | str) -> Onnx:
+        """The exporter of the graph that a part's engine is built from."""
+        return Onnx(precision=self.precision_of(component), opset=self.opset)
+
+    def precision_of(self, component: Component | str) -> str:
+        """float32 where the VAE's config says that half precision overflows (SDXL's)."""
+        if isinstance(component, Component) and component.config.get("force_upcast"):
+            return "fp32"
+        return self.precision
+
+    def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
+        """Write `<part>/model_<flavour>_sm<...>_<precision>.plan` and its metadata below `out`.
+
+        `graph` is the ONNX part below `folder`, proved or not.
+
+        A plan is built once per (graph, weights, flags, shapes, library) where `job` keeps a folder.
+
+        Raises:
+            UnsupportedError: an operator that TensorRT does not have, a build that fails, or too little memory.
+        """
+        model = folder / graph.files[0]
+        refuse_operators(library(self.flavour), self.flavour, model)
+        ranges = profile(component, pipeline.family, self._asked)
+        require_memory(self.memory_bytes(component), f"the engine of {component.name}")
+        key = self.key(graph, model, ranges)
+        made: dict[str, Any] = {}
+
+        def make(place: Path) -> None:
+            order = Order(
+                str(model), str(place), self.flavour, {name: shapes.to_json() for name, shapes in ranges.items()},
+                check_sm(self.flavour, self.sm), self.refit, self.strip, self._timing(job),
+            )  # fmt: skip
+            made.update(run_build(order, component.name, job))
+
+        place = job.once(key, make)
+        target = out / component.name
+        target.mkdir(parents=True, exist_ok=True)
+        stem = self.stem(graph.precision)
+        (shutil.copyfile if job.lasting else shutil.move)(place, target / f"{stem}.plan")
+        facts = self._facts(graph, ranges)
+        (target / f"{stem}.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        write_part_config(component, target)
+        extra = {**graph.extra, "library": facts.version, "key": key, **({"build": made} if made else {})}
+        files = tuple(f"{component.name}/{stem}.{kind}" for kind in ("plan", "json"))
+        shared = (graph.inputs, graph.outputs, graph.precision, graph.source_digest)
+        return Part(component.name, files, *shared, extra=extra)
+
+    def finish(self, pipeline: Pipeline, out: Path) -> None:
+        """Write model_index.json, scheduler and tokenizers below `out`."""
+        write_pipeline_files(pipeline, out)
+
+    def stem(self, precision: str) -> str:
+        """`model_rtx_sm89-sm120_fp16`."""
+        sm = "-".join(f"sm{value}" for value in check_sm(self.flavour, self.sm)) or "local"
+        return f"model_{self.flavour}_{sm}_{precision}"
+
+    def key(self, graph: Part, model: Path, ranges: Mapping[str, Range]) -> str:
+        """Names everything that a plan depends on."""
+        facts = {
+            "graph": hashlib.sha256(model.read_bytes()).hexdigest(),  # without its weights, which lie beside it
+            "weights": graph.source_digest,
+            "options": [self.flavour, check_sm(self.flavour, self.sm), self.refit, self.strip, graph.precision],
+            "shapes": {name: shapes.to_json() for name, shapes in ranges.items()},
+            "library": str(library(self.flavour).__version__),
+        }
+        return f"plan-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
+
+    @property
+    def _asked(self) -> dict[str, dict[str, Shape]]:
+        flags = zip(KINDS, (self.min_shapes, self.opt_shapes, self.max_shapes), strict=True)
+        return {kind: parse_shapes(kind, entries) for kind, entries in flags}
+
+    def _timing(self, job: Job) -> str:
+        """TensorRT measures kernels on the GPU and can keep what it found; RTX compiles without one."""
+        return "" if self.flavour == RTX or not job.lasting else str(job.folder / "tensorrt-timing.cache")
+
+    def _facts(self, graph: Part, ranges: Mapping[str, Range]) -> PlanFacts:
+        inputs = {spec.name: PlanInput(spec.dtype, (ranges[spec.name].to_json(),)) for spec in graph.inputs}
+        return PlanFacts(
+            flavour=self.flavour,
+            version=str(library(self.flavour).__version__),
+            sm=check_sm(self.flavour, self.sm),
+            precision=graph.precision,
+            refit=self.refit,
+            stripped=self.strip,
+            inputs=inputs,
+            outputs={spec.name: PlanOutput(spec.dtype) for spec in graph.outputs},
+        )
+
+
+def refuse_operators(trt: Any, flavour: str, model: Path) -> None:
+    """Look at every operator before a long build.
+
+    Raises:
+        UnsupportedError: naming those that this TensorRT does not have.
+    """
+    graph = onnx.load(str(model), load_external_data=False)
+    used = {node.op_type for node in _nodes(graph.graph)}
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    if not builder:
+        return  # TensorRT without a GPU: the build says so
+    parser = trt.OnnxParser(builder.create_network(0), trt.Logger(trt.Logger.ERROR))
+    missing = sorted(name for name in used if not parser.supports_operator(name))
+    if missing:
+        raise UnsupportedError(
+            f"{model.parent.name}: this TensorRT ({flavour} {trt.__version__}) has no {', '.join(missing)}; "
+            "--opset 18 uses simpler operators"
+        )
+
+
+def _nodes(graph: Any) -> Iterable[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
