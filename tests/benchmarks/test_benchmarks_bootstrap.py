@@ -60,11 +60,18 @@ def test_pairing_removes_what_both_share() -> None:
     assert found.excludes_zero and found.high - found.low < 0.03
 
 
-def test_ratio_is_the_geometric_mean_of_the_rounds() -> None:
+def test_ratio_is_the_median_and_one_stall_does_not_move_it() -> None:
     found = ratio([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
     assert found.mean == pytest.approx(1.0)
     assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(2.0))
     assert ratio([3.0, 3.0], [2.0, 2.0]).low == pytest.approx(1.5)
+    calls = np.ones((3, 10))
+    stalled = calls.copy()
+    stalled[1, 4] = 50.0
+    found = ratio(calls, 2 * stalled)
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5) and (found.seeds, found.units) == (3, 10)
+    with pytest.raises(ConfigError, match="one shape"):
+        ratio([1.0, 2.0], [1.0])
 
 
 @pytest.mark.parametrize(
