@@ -23,8 +23,19 @@ ROOMS = ("exporters", "runtimes", "compression", "calibration", "benchmarks")
 OPTIONAL = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "onnx"),
     *("onnxscript",),
-    *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "coremltools", "torch_pruning", "httpx", "fastapi"),
-    *("uvicorn", "lpips", "torch_fidelity", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir"),
+    *(
+        "onnxruntime",
+        "openvino",
+        "tensorrt",
+        "tensorrt_rtx",
+        "tensorrt_rtx_bindings",
+        "coremltools",
+        "torch_pruning",
+        "httpx",
+        "fastapi",
+    ),
+    *("uvicorn", "lpips", "torch_fidelity", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir", "cuda"),
+    "tensorrt_rtx_bindings",
 )
 
 BLOCK = """

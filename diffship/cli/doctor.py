@@ -13,6 +13,7 @@ from typing import Any
 
 from diffship import __version__
 from diffship.cli.output import Result, size_text, table
+from diffship.core.tensorrt import GPUS, capability_text
 
 EXAMPLES = """examples:
   diffship doctor
@@ -136,5 +137,7 @@ def _text(machine: dict[str, Any], engines: list[Any], extras: list[Any], confli
     ]
     if wanted:
         lines += ["", table(("extra", "ready", "what to do"), wanted)]
+    gpus = [(gpu.name, capability_text(gpu.sm), gpu.rtx, gpu.trt) for gpu in GPUS]
+    lines += ["", table(("TensorRT engines for", "SM", "rtx", "trt"), gpus)]
     lines += [f"conflict: {conflict}" for conflict in conflicts]
     return "\n".join(lines)

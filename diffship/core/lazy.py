@@ -14,6 +14,7 @@ From there on both read as ever. The first use imports the package, or names the
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -102,3 +103,11 @@ def lazy_base(module: str, name: str) -> Any:
 def _joined(cls: type, real: type) -> type:
     place = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(real)(cls.__name__, (cls, real), place)
+
+
+def installed(module: str) -> bool:
+    """Whether `import module` would find something, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -16,6 +16,7 @@ EXPORTERS: dict[str, str] = {
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.openvino:OpenVinoRunner",
+    "tensorrt": "diffship.runtimes.tensorrt:TensorRtRunner",
     "torch": "diffship.runtimes.torch:TorchRunner",
 }
 PASSES: dict[str, str] = {

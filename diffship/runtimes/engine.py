@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from diffship.core import registry
 from diffship.core.errors import ConfigError, MissingExtra, UnsupportedError
+from diffship.core.lazy import installed as installed
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
 
@@ -103,6 +103,7 @@ def choose_engine(target: str, asked: str | None = None) -> str:
 
     Raises:
         MissingExtra: none of them is installed; the message holds the install command.
+        UnsupportedError: it is installed, and this machine lacks what it runs on.
         UnsupportedError: `asked` does not read this target.
     """
     able = engines_for(target)
@@ -117,20 +118,17 @@ def choose_engine(target: str, asked: str | None = None) -> str:
             return name
     if not able:
         raise UnsupportedError(f"no engine of this version reads {target!r} bundles")
+    probe = engine_class(able[0]).probe()
+    if probe.version:  # it is there, and has nothing to run on
+        raise UnsupportedError(
+            f"engine {able[0]} ({probe.version}) cannot run here: {probe.reason}. Run: diffship doctor"
+        )
     raise MissingExtra(able[0], engine_class(able[0]).extra)
 
 
 def probe_all() -> list[Probe]:
     """One row per engine, for `doctor`; imports an engine only where it is installed."""
     return [engine_class(name).probe() for name in registry.RUNNERS]
-
-
-def installed(module: str) -> bool:
-    """Whether `import module` would find something, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def package_version(*names: str) -> str:

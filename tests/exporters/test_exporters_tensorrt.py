@@ -18,8 +18,8 @@ from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts
 from diffship.core.strict import load
+from diffship.core.tensorrt import GPUS, RTX_SM, check_sm, library, markdown
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
-from diffship.exporters.tensorrt.gpus import GPUS, RTX_SM, check_sm, markdown
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -36,7 +36,7 @@ def emoji() -> Pipeline:
 @pytest.fixture
 def rtx() -> Any:
     try:
-        return build.library("rtx")
+        return library("rtx")
     except MissingExtra as fault:
         pytest.skip(str(fault))
 

@@ -152,8 +152,8 @@ def test_torch_opens_sources_but_no_bundles(tiny_bundle: Path) -> None:
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     there = engines.installed
-    for file in ("onnxruntime", "openvino", "torch"):
-        monkeypatch.setattr(f"diffship.runtimes.{file}.installed", lambda name: name not in modules and there(name))
+    for file in ("runtimes.onnxruntime", "runtimes.openvino", "core.tensorrt", "runtimes.torch"):
+        monkeypatch.setattr(f"diffship.{file}.installed", lambda name: name not in modules and there(name))
 
 
 def test_default_engine_and_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +170,12 @@ def test_default_engine_and_what_to_install(bundle: Bundle, monkeypatch: pytest.
 
 def test_probe_tells_version_devices_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = {probe.engine: probe for probe in engines.probe_all()}
-    assert list(probes) == ["onnxruntime", "openvino", "torch"]
-    for probe in probes.values():
-        assert probe.available and probe.version and "cpu" in probe.devices and not probe.conflict
+    assert list(probes) == ["onnxruntime", "openvino", "tensorrt", "torch"]
+    for name, probe in probes.items():
+        on_cpu = probe.available and probe.version and "cpu" in probe.devices
+        assert (on_cpu or name == "tensorrt") and not probe.conflict
         assert set(probe.to_json()) >= {"engine", "available", "version", "devices", "reason", "install", "conflict"}
-    without(monkeypatch, "onnxruntime", "openvino", "torch")
+    without(monkeypatch, "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt", "torch")
     for probe in engines.probe_all():
         assert not probe.available and "not installed" in probe.reason and f"diffship[{probe.engine}]" in probe.install
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffship.core.errors import DiffshipError, UnsupportedError
-from diffship.core.lazy import need
+from diffship.core.errors import UnsupportedError
+from diffship.core.tensorrt import library
 
-MODULES = {"rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"), "trt": ("tensorrt",)}
 _WORDS = 400  # of an error of the library
 
 
@@ -32,24 +31,6 @@ class Order:
     refit: bool = False
     strip: bool = False
     timing: str = ""
-
-
-def library(flavour: str) -> Any:
-    """The module of TensorRT-RTX or TensorRT.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    first, *others = MODULES[flavour]
-    for name in others:  # the meta package only renames the bindings
-        try:
-            return need(first)
-        except DiffshipError:
-            try:
-                return __import__(name)
-            except ImportError:
-                break
-    return need(first)
 
 
 Say = Callable[[dict[str, Any]], None]

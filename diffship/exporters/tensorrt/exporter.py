@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job, require_memory
 from diffship.core.lazy import lazy
@@ -17,11 +18,12 @@ from diffship.core.limits import MIB
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices, plain
+from diffship.core.strict import bounds, choices
+from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, library
 from diffship.exporters.onnx import Onnx
+from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
-from diffship.exporters.tensorrt.build import Order, library
-from diffship.exporters.tensorrt.gpus import FLAVOURS, RTX, check_sm
+from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
 from diffship.exporters.tensorrt.shapes import KINDS, Range, Shape, check_names, parse_shapes, profile
 from diffship.models.component import Component
@@ -129,8 +131,8 @@ class TensorRt:
         target.mkdir(parents=True, exist_ok=True)
         stem = self.stem(graph.precision)
         (shutil.copyfile if job.lasting else shutil.move)(place, target / f"{stem}.plan")
-        facts = self._facts(graph, ranges)
-        (target / f"{stem}.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        facts = self._facts(graph, ranges, weight_metas(model) if self.refit else {})
+        (target / f"{stem}.json").write_text(json.dumps(facts.to_json(), indent=1) + "\n", encoding="utf-8")
         write_part_config(component, target)
         extra = {**graph.extra, "library": facts.version, "key": key, **({"build": made} if made else {})}
         files = tuple(f"{component.name}/{stem}.{kind}" for kind in ("plan", "json"))
@@ -166,7 +168,7 @@ class TensorRt:
         """TensorRT measures kernels on the GPU and can keep what it found; RTX compiles without one."""
         return "" if self.flavour == RTX or not job.lasting else str(job.folder / "tensorrt-timing.cache")
 
-    def _facts(self, graph: Part, ranges: Mapping[str, Range]) -> PlanFacts:
+    def _facts(self, graph: Part, ranges: Mapping[str, Range], weights: dict[str, TensorMeta]) -> PlanFacts:
         inputs = {spec.name: PlanInput(spec.dtype, (ranges[spec.name].to_json(),)) for spec in graph.inputs}
         return PlanFacts(
             flavour=self.flavour,
@@ -175,6 +177,7 @@ class TensorRt:
             precision=graph.precision,
             refit=self.refit,
             stripped=self.strip,
+            weights=weights,
             inputs=inputs,
             outputs={spec.name: PlanOutput(spec.dtype) for spec in graph.outputs},
         )
@@ -198,6 +201,13 @@ def refuse_operators(trt: Any, flavour: str, model: Path) -> None:
             f"{model.parent.name}: this TensorRT ({flavour} {trt.__version__}) has no {', '.join(missing)}; "
             "--opset 18 uses simpler operators"
         )
+
+
+def weight_metas(model: Path) -> dict[str, TensorMeta]:
+    """What a refit may replace: the graph's weights, by name."""
+    graph = onnx.load(str(model), load_external_data=False).graph
+    external = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    return {tensor.name: TensorMeta(NAMES[tensor.data_type], tuple(tensor.dims)) for tensor in external}
 
 
 def _nodes(graph: Any) -> Iterable[Any]:

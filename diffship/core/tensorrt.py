@@ -1,4 +1,4 @@
-"""Which TensorRT goes with which GPU: the table that flags are checked against, and that docs and doctor print.
+"""The two TensorRT libraries, and which goes with which GPU: what flags are checked against, and docs and doctor print.
 
 An engine of TensorRT-RTX is built on any machine, for the compute capabilities ("SM") that its support matrix names; an
 engine of TensorRT is built on the GPU that runs it. Statuses say what somebody has seen, not what should work.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from diffship.core.errors import ConfigError
+from diffship.core.errors import ConfigError, DiffshipError, MissingExtra, UnsupportedError
+from diffship.core.lazy import installed, need
 
 RTX, TRT = FLAVOURS = ("rtx", "trt")
+# flavour -> modules (the RTX bindings come without the meta package too), the package, its extra
+MODULES = {RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"), TRT: ("tensorrt",)}
+PACKAGES = {RTX: "tensorrt-rtx", TRT: "tensorrt"}  # and the extra of that name
 RTX_SM = (75, 86, 89, 120, 121)  # support matrix of TensorRT-RTX 1.5; 8.0 is in the library's enumeration only
 DEFAULT_SM = (89, 120)
 DATA_CENTRE_SM = {80: "A100", 90: "H100, H200", 100: "B200", 103: "B300"}
@@ -43,6 +48,33 @@ GPUS = (
 )
 
 
+def library(flavour: str) -> Any:
+    """The module of TensorRT-RTX or TensorRT.
+
+    Raises:
+        MissingExtra: it is not installed.
+        UnsupportedError: it is, and does not start.
+    """
+    for name in MODULES[flavour]:
+        if not installed(name):
+            continue
+        try:
+            return need(name)
+        except DiffshipError:
+            raise
+        except (ImportError, OSError) as fault:
+            reason = " ".join(str(fault).split())[:240]
+            raise UnsupportedError(f"{PACKAGES[flavour]} does not start: {reason}") from None
+    raise MissingExtra(PACKAGES[flavour], PACKAGES[flavour])
+
+
+def way_for(sm: int) -> str:
+    """How to run a model on a GPU of that compute capability."""
+    if sm in RTX_SM:
+        return f"diffship export SOURCE --to tensorrt --flavour rtx --sm {sm} -o DIR"
+    return "diffship export SOURCE --to onnx -o DIR, and --engine onnxruntime --device cuda"
+
+
 def check_sm(flavour: str, sm: Sequence[int]) -> tuple[int, ...]:
     """The compute capabilities to build for, rising.
 
@@ -63,6 +95,11 @@ def check_sm(flavour: str, sm: Sequence[int]) -> tuple[int, ...]:
         if value not in RTX_SM:
             raise ConfigError(f"--sm {value} is unknown; legal: {', '.join(map(str, RTX_SM))}")
     return chosen
+
+
+def capability_text(sm: int) -> str:
+    """`8.9` for 89, `12.0` for 120."""
+    return f"{sm // 10}.{sm % 10}"
 
 
 def markdown() -> str:

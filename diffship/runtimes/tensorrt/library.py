@@ -1,0 +1,63 @@
+"""The library that built a plan, and what can be known of a plan before it is loaded."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import cache
+from typing import Any
+
+from diffship.core.errors import UnsupportedError
+from diffship.core.plan import PlanFacts
+from diffship.core.tensorrt import PACKAGES, capability_text, way_for
+from diffship.runtimes.tensorrt.device import Device
+
+
+def check_version(trt: Any, facts: PlanFacts, where: str) -> None:
+    """A plan loads in the very version that built it, RTX's as well as TensorRT's.
+
+    Raises:
+        UnsupportedError: with both versions, and the two ways out.
+    """
+    package = PACKAGES[facts.flavour]
+    if trt.__version__ != facts.version:
+        raise UnsupportedError(
+            f"{where} was built by {package} {facts.version}; this is {trt.__version__}, and a plan loads in its own "
+            f"version only. Run: pip install {package}=={facts.version}, or diffship export SOURCE --to tensorrt "
+            f"--flavour {facts.flavour} -o DIR"
+        )
+
+
+def check_gpu(facts: PlanFacts, device: Device, where: str) -> None:
+    """Raises UnsupportedError where the plan holds no code for this GPU."""
+    own = device.capability()
+    if facts.sm and own not in facts.sm:
+        names = " and ".join(map(capability_text, facts.sm))
+        raise UnsupportedError(
+            f"{where} was built for SM {names}; GPU {device.index} ({device.model()}) is SM {capability_text(own)}. "
+            f"Run: {way_for(own)}"
+        )
+
+
+@cache
+def journal(trt: Any) -> Any:
+    """The logger of that library, one per process: it keeps the last errors instead of printing them.
+
+    TensorRT holds a bare pointer to the first logger that it is given, so this one is never let go.
+    """
+    errors: deque[str] = deque(maxlen=4)
+    severe = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    def start(self: Any) -> None:
+        trt.ILogger.__init__(self)
+
+    def log(self: Any, severity: Any, message: str) -> None:
+        if severity in severe:
+            errors.append(message)
+
+    def words(self: Any) -> str:
+        """What was logged since the last time, the first error first, in one bounded line."""
+        said = [*errors]
+        errors.clear()
+        return " ".join("; ".join(said).split())[:300] or "it does not say why"
+
+    return type("Journal", (trt.ILogger,), {"__init__": start, "log": log, "words": words})()
