@@ -6,6 +6,8 @@ engine of TensorRT is built on the GPU that runs it. Statuses say what somebody 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +68,16 @@ def library(flavour: str) -> Any:
             reason = " ".join(str(fault).split())[:240]
             raise UnsupportedError(f"{PACKAGES[flavour]} does not start: {reason}") from None
     raise MissingExtra(PACKAGES[flavour], PACKAGES[flavour])
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver can be loaded here."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def way_for(sm: int) -> str:

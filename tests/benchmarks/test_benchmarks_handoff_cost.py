@@ -39,6 +39,7 @@ def test_published_pair(cloud: str, edge: str, table: list[tuple[tuple[int, int]
     assert cost_table(curve).splitlines()[2].startswith(f"| {','.join(map(str, table[0][0]))} | {table[0][1]:.2f} |")
 
 
+@pytest.mark.slow
 def test_guidance_doubles_and_the_decoder_is_counted_once() -> None:
     tiny = open_source("arch:tiny-sd")
     with_guidance, without = (cost_curve(tiny, tiny, [(3, 1)], 64, guided)[0] for guided in (True, False))

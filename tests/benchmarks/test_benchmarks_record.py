@@ -106,6 +106,7 @@ def test_threads_are_those_that_engines_will_use(monkeypatch: pytest.MonkeyPatch
     assert machine.threads() >= 1
 
 
+@pytest.mark.slow
 def test_ceilings_are_rates_of_this_machine() -> None:
     found = ceiling.ceilings(repeats=1)
     assert found.keys() == {"matrix_product_flops", "copy_bytes_per_second"}

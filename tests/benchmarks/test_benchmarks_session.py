@@ -106,7 +106,7 @@ def test_macs_of_an_image_are_those_of_its_calls(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_run_is_one_row_that_says_why(tmp_path: Path, program: str, status: str, reason: str) -> None:
-    rows, _ = measured(tmp_path, {"fast": REPORT % [1], "slow": program}, rounds=1, timeout=5)
+    rows, _ = measured(tmp_path, {"fast": REPORT % [1], "slow": program}, rounds=1, timeout=2)
     (row,) = [row for row in rows if row.subject == "toy / slow / unet"]
     assert (row.value, row.status) == (None, status) and reason in row.reason and "\n" not in row.reason
     assert by_metric(rows, "toy / fast / unet")["call_seconds_p50"].value == 1
@@ -125,6 +125,7 @@ def test_rounds_that_failed_are_counted(tmp_path: Path) -> None:
     assert by_metric(rows, "toy / fast / unet")["call_seconds_p50"].reason == "2 of 3 rounds did not end"
 
 
+@pytest.mark.slow
 def test_an_interrupted_suite_goes_on_where_it_was(tmp_path: Path) -> None:
     class Interrupted(Fake):
         def _command(self, case: Case, materials: Materials) -> tuple[list[str], dict[str, str]]:

@@ -48,6 +48,7 @@ def test_processes_call_in_turn_after_all_are_loaded(tmp_path: Path) -> None:
         assert min(figures["turns"]) >= least  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 def test_short_calls_fill_a_turn_and_the_first_is_for_the_caches(tmp_path: Path) -> None:
     (measured,) = take_turns([player("a", 0.04, tmp_path / "log")], 2, 60)
     figures: Any = measured.document()
@@ -63,6 +64,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ENDS)
 def test_one_that_ends_leaves_the_others_their_turns(case: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -73,6 +75,7 @@ def test_one_that_ends_leaves_the_others_their_turns(case: str, tmp_path: Path) 
     assert [len(found.document()["turns"]) for found in (first, last)] == [3, 3]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_process_out_of_time_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     hangs = PLAYER.replace("time.sleep(seconds)", "time.sleep(0 if open(log).read().count(name) < 2 else 60)")
     begun = time.monotonic()
@@ -80,6 +83,7 @@ def test_a_process_out_of_time_is_told_and_the_others_go_on(tmp_path: Path) -> N
     assert (slow.code, quick.code) == (124, 0) and time.monotonic() - begun < 20
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
     from diffship.benchmarks import turns
@@ -146,6 +150,7 @@ def test_rounds_that_did_not_end_pair_with_nothing() -> None:
     assert ratios({"onnxruntime": ours, "diffusers": theirs})["diffusers"] == (pytest.approx(0.5), 2, 2)
 
 
+@pytest.mark.slow
 def test_a_report_of_turns_is_one_line_of_json(tmp_path: Path) -> None:
     (measured,) = take_turns([player("a", 0.26, tmp_path / "log")], 1, 60)
     assert json.loads(measured.output.strip().splitlines()[-1])["turns"]

@@ -76,6 +76,7 @@ def test_models_in_place_of_large(command: Any, small: Path, tmp_path: Path) -> 
     assert len(pictures) == 1
 
 
+@pytest.mark.slow
 def test_a_split_resumes_where_it_stood(command: Any, small: Path, tmp_path: Path) -> None:
     pair = ["--large", LARGE, "--split", "1,2"]
     kept, whole = tmp_path / "kept", tmp_path / "whole.png"

@@ -41,6 +41,7 @@ def test_what_layers_save_adds_up_to_the_built_model(source: str) -> None:
     assert whole[1] - small[1] == sum(count * macs[layer.name] for count, layer in saved) > 0
 
 
+@pytest.mark.slow
 def test_one_layer_of_each_kind() -> None:
     pipeline = open_source("arch:tiny-sd")
     listed = layers(pipeline.components["unet"], feedforward=True)

@@ -347,6 +347,7 @@ def test_what_cannot_be_told_is_unknown() -> None:
     assert found.steps[1].note == "known only when it runs"
 
 
+@pytest.mark.slow
 def test_the_dry_run_prints_a_plan_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_losses_that_are_not_finite_are_refused(loss: float) -> None:
         until_small(enumerate([1.0, loss]), 0.05)
 
 
+@pytest.mark.slow
 def test_scores_are_kept_for_the_next_start(
     small: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_what_scores_least_goes(small: Pipeline, found: list[Interior]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_random_scores_come_from_the_seed_alone(small: Pipeline) -> None:
     state = torch.random.get_rng_state()
     step = PrunePass(keep=0.5, criterion="random", layers=("inner",), seed=1)

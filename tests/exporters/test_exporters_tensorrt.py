@@ -252,6 +252,7 @@ def order(tmp_path: Path, op: str = "Relu", shapes: Any = None) -> build.Order:
     return build.Order(str(tmp_path / "unet" / "model.onnx"), str(tmp_path / "plan"), "rtx", shapes, (89,))
 
 
+@pytest.mark.slow
 def test_what_the_library_refuses_is_its_own_reason(rtx: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"cannot read the graph: .*Unfold"):
         process.run_build(order(tmp_path, "Unfold"), "unet", Job())
@@ -261,6 +262,7 @@ def test_what_the_library_refuses_is_its_own_reason(rtx: Any, tmp_path: Path) ->
     assert not (tmp_path / "plan").exists()
 
 
+@pytest.mark.slow
 def test_a_build_that_dies_or_is_stopped_is_told(rtx: Any, tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.raises(Cancelled):
         process.run_build(order(tmp_path), "unet", Job(cancel=lambda: True))
@@ -286,7 +288,16 @@ def test_every_part_of_emoji_is_built_and_its_graph_proved(rtx: Any, tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+def test_weights_that_can_be_replaced_need_a_driver(rtx: Any, emoji: Pipeline, monkeypatch: Any) -> None:
+    monkeypatch.setattr(exporter, "has_driver", lambda: False)
+    for options in ({"refit": True}, {"refit": True, "strip": True}):
+        with pytest.raises(UnsupportedError, match="with an NVIDIA driver only; leave them out, or export there"):
+            TensorRt(**options).check(emoji)
+    monkeypatch.setattr(exporter, "has_driver", lambda: True)
+    assert TensorRt(refit=True).check(emoji) == []
+
+
+@pytest.mark.gpu
 def test_a_plan_with_weights_that_can_be_replaced_and_one_without_any(rtx: Any, tmp_path: Path, command: Any) -> None:
     sizes = {}
     for name, flags in {"whole": ["--refit"], "stripped": ["--refit", "--strip"]}.items():

@@ -67,6 +67,7 @@ def test_the_same_bundle_on_both_sides_changes_no_bit(served: str, tiny_bundle: 
                 assert np.array_equal(made.picture.pixels, whole.pixels)
 
 
+@pytest.mark.slow
 def test_two_engines_agree_within_a_thousandth(served: str, tiny_bundle: Path) -> None:
     pytest.importorskip("openvino")
     steps: dict[str, list[np.ndarray]] = {"alone": [], "shared": []}
@@ -99,6 +100,7 @@ print(made.report.fallback, made.report.cloud_calls, hashlib.sha256(made.picture
 """
 
 
+@pytest.mark.slow
 def test_a_device_without_torch_or_server_packages(served: str, tiny_bundle: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", EDGE, str(tiny_bundle), served, TOKEN]

@@ -152,6 +152,7 @@ def test_half_precision_is_close_and_not_equal() -> None:
     assert 0 < apart < 0.02 * np.abs(exact.trajectory.latents).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("order", ["torch first", "torch last"])
 def test_engines_may_differ(tiny_bundle: Path, engine: str, order: str) -> None:

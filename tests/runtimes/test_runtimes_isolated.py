@@ -90,6 +90,7 @@ def test_what_the_engine_refuses_is_its_own_error_and_the_process_goes_on(model:
         IsolatedEngine("onnxruntime", {"threads": -1})
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_last_session_and_not_by_a_signal_for_the_group(model: BundleModel) -> None:
     model.use("unet")
     model.use("text_encoder")
@@ -104,6 +105,7 @@ def test_the_process_ends_with_its_last_session_and_not_by_a_signal_for_the_grou
     assert generate(model, REQUEST), "it starts again when it is needed again"
 
 
+@pytest.mark.slow
 def test_a_call_that_never_ends_is_ended(tiny_bundle: Path) -> None:
     def make(name: str, options: Any) -> IsolatedEngine:
         return IsolatedEngine(name, options, call_seconds=20.0)
@@ -121,6 +123,7 @@ def test_a_call_that_never_ends_is_ended(tiny_bundle: Path) -> None:
     model.close()
 
 
+@pytest.mark.slow
 def test_the_process_does_not_outlive_who_asks(tiny_bundle: Path) -> None:
     program = (
         "import os, sys; from diffship.core.bundle import Bundle\n"

@@ -19,7 +19,7 @@ from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
 from diffship.core.strict import bounds, choices
-from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, library
+from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, library
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
@@ -75,9 +75,15 @@ class TensorRt:
 
         Raises:
             MissingExtra: TensorRT is not installed.
+        UnsupportedError: `refit` or `strip` without an NVIDIA driver.
             ConfigError: shapes that no input has, that do not fit, or that do not rise.
         """
         library(self.flavour)
+        if (self.refit or self.strip) and not has_driver():
+            # measured with RTX 1.7.1: the build ends in a failed CUDA call where there is no driver
+            raise UnsupportedError(
+                "--refit and --strip build on a machine with an NVIDIA driver only; leave them out, or export there"
+            )
         check_names(pipeline.components.values(), self._asked)
         for component in pipeline.components.values():
             profile(component, pipeline.family, self._asked)
