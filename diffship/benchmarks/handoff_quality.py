@@ -114,9 +114,10 @@ def _splits(large: Model, small: Model, requests: Sequence[Request], asked: Ask)
         yield end, [picture.pixels for picture in finish(small, denoise(left, last))]
 
 
-def judged(bench: Bench, asked: Asked, pictures: Mapping[int, Uint8], found: dict[int, Figures]) -> None:
+def judged(
+    bench: Bench, asked: Asked, captions: Table, real: Table, pictures: Mapping[int, Uint8], found: dict[int, Figures]
+) -> None:
     """Add the figures of one seed; the distance is to the pictures of the large model alone, where those are there."""
-    captions, (_, real) = bench.captions(), bench.look(asked.real)
     whole = pictures[max(pictures)].astype(np.float64)
     for end, pixels in pictures.items():
         figures, (seen, features) = found[end], bench.look(pixels)
@@ -239,10 +240,11 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             print(f"warning: {warning}", file=sys.stderr)
         bench = Bench.read(arguments.data, arguments.judge, large.tokenizers["tokenizer"])
         prompts = ask(bench, bench.training, arguments.prompts, seed=1)
+        captions, (_, real) = bench.captions(), bench.look(prompts.real)
         for seed in range(arguments.seeds):
             requests = [asked.request(text, 10_000 * seed + place) for place, text in enumerate(prompts.texts)]
             pictures = drawn_by_split(large, small, requests, asked)
-            judged(bench, prompts, pictures, found)
+            judged(bench, prompts, captions, real, pictures, found)
             if arguments.grid and not seed:
                 show(arguments.grid, pictures, prompts.texts, asked.steps)
         timed(large, small, prompts.texts[:TIMED], asked, found)

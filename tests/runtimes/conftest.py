@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from handmade import DIGEST, INPUTS, OUTPUTS, MakeBundle, expected, feeds, unet_like
+from tensorrt_rig import Rig
 
 from diffship.core.bundle import Binding, Bundle, Golden, Manifest, Part, write_bundle
 from diffship.core.compare import Tolerance
@@ -54,3 +56,11 @@ def _write_golden(folder: Path) -> Golden:
 @pytest.fixture
 def bundle(make_bundle: MakeBundle) -> Bundle:
     return make_bundle(unet_like())
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """The doubles of TensorRT and CUDA around a plan; everything must have been given back at the end."""
+    rig = Rig(tmp_path, monkeypatch)
+    yield rig
+    rig.check_nothing_left()

@@ -19,6 +19,7 @@ from diffship.runtimes.tensorrt import TensorRtRunner
 from diffship.runtimes.tensorrt.session import TensorRtSession
 
 VERSION = "1.7.1.116"
+both = pytest.mark.parametrize("flavour", ["rtx", "trt"])
 SMALL = {"sample": ([1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 32, 32]), "states": ([1, 2, 8], [2, 5, 8], [4, 9, 8])}
 LARGE = {"sample": ([1, 4, 32, 32], [2, 4, 64, 64], [4, 4, 64, 64]), "states": ([1, 2, 8], [2, 5, 8], [4, 9, 8])}
 WEIGHTS = {"scale": ("float16", (1, 4, 1, 1)), "shift": ("float16", (1, 4, 1, 1))}

@@ -3,14 +3,12 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_rig import Rig, call, feeds, ok, right
+from tensorrt_rig import Rig, both, call, feeds, ok, right
 
 from diffship.core.errors import BusyError, RunnerError, UnsupportedError
 from diffship.core.manifest import Part
@@ -29,14 +27,6 @@ INPUTS = (
     TensorSpec("encoder_hidden_states", "float32", ("batch_size", "sequence_length", 8)),
 )
 OUTPUTS = (TensorSpec("out_sample", "float32", ("batch_size", 4, "height", "width")),)
-both = pytest.mark.parametrize("flavour", ["rtx", "trt"])
-
-
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    rig = Rig(tmp_path, monkeypatch)
-    yield rig
-    rig.check_nothing_left()
 
 
 def part() -> Part:

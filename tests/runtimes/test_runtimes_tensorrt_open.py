@@ -3,14 +3,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tensorrt_double import Diagnostics
-from tensorrt_rig import SMALL, VERSION, Rig, feeds, ok
+from tensorrt_rig import SMALL, VERSION, Rig, both, feeds, ok
 
 from diffship.core.dtype import TensorMeta, meta_of
 from diffship.core.errors import BundleError, ConfigError, MissingExtra, RunnerError, UnsupportedError
@@ -18,16 +17,6 @@ from diffship.core.plan import PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.core.safetensors_file import write_safetensors
 from diffship.runtimes.engine import choose_engine, engines_for
 from diffship.runtimes.tensorrt import TensorRtRunner
-
-both = pytest.mark.parametrize("flavour", ["rtx", "trt"])
-
-
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    rig = Rig(tmp_path, monkeypatch)
-    yield rig
-    rig.check_nothing_left()
-
 
 # The file beside the plan
 

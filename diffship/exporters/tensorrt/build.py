@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.plan import KINDS
 from diffship.core.tensorrt import library
 
 _WORDS = 400  # of an error of the library
@@ -97,7 +98,7 @@ def allow_decomposition(trt: Any, network: Any) -> int:
 def _configured(trt: Any, builder: Any, order: Order) -> Any:
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for name, shapes in order.shapes.items():
-        profile.set_shape(name, *(tuple(shapes[kind]) for kind in ("min", "opt", "max")))
+        profile.set_shape(name, *(tuple(shapes[kind]) for kind in KINDS))
     if config.add_optimization_profile(profile) < 0:
         raise UnsupportedError(f"TensorRT refuses the shapes {order.shapes}")
     for flag, wanted in (("REFIT", order.refit), ("STRIP_PLAN", order.strip)):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from diffship.core.child import kinds
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.strict import load
 from diffship.exporters.tensorrt.build import Order, build
@@ -23,7 +24,7 @@ def main(words: Sequence[str]) -> int:
             raise ConfigError("usage: python -m diffship.exporters.tensorrt.child ORDER")
         _say({"made": build(load(Order, json.loads(words[0]), "order"), _say)})
     except DiffshipError as fault:
-        _say({"fault": str(fault), "kind": type(fault).__name__})
+        _say({"fault": str(fault), "kinds": kinds(fault)})
         return fault.exit_code
     return 0
 

@@ -16,7 +16,7 @@ from diffship.core.job import Job, require_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import MIB
 from diffship.core.manifest import Part
-from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
+from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
 from diffship.core.strict import bounds, choices
 from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, library
@@ -25,7 +25,7 @@ from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
-from diffship.exporters.tensorrt.shapes import KINDS, Range, Shape, check_names, parse_shapes, profile
+from diffship.exporters.tensorrt.shapes import Range, Shape, check_names, parse_shapes, profile
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from diffship.core import errors
-from diffship.core.errors import DiffshipError, UnsupportedError
+from diffship.core import child
+from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
 from diffship.exporters.tensorrt.build import Order
 
@@ -22,11 +20,10 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
         UnsupportedError: the library refuses, or the process died (for want of memory, say).
         Cancelled: the job was stopped; so is the process.
     """
-    command = [sys.executable, "-m", "diffship.exporters.tensorrt.child", json.dumps(asdict(order))]
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    command = child.command("diffship.exporters.tensorrt.child", json.dumps(asdict(order)))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env={**os.environ, "PYTHONPATH": path},
+        env=child.environment(),
     ) as process:  # fmt: skip
         try:
             found = _followed(process, part, job)
@@ -36,7 +33,7 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
     if "made" in found:
         return dict(found["made"])
     if "fault" in found:
-        raise _error(found)
+        raise child.restored(found["kinds"], found["fault"], UnsupportedError)
     said = f": {found['last']}" if found.get("last") else ""
     raise UnsupportedError(f"the build of {part} ended with code {process.returncode}{said}"[:600])
 
@@ -63,9 +60,3 @@ def _document(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _error(found: dict[str, Any]) -> DiffshipError:
-    kind = getattr(errors, str(found.get("kind")), UnsupportedError)
-    plain = isinstance(kind, type) and issubclass(kind, DiffshipError) and kind.__init__ is DiffshipError.__init__
-    return kind(found["fault"]) if plain else UnsupportedError(found["fault"])

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS
+from diffship.core.plan import KINDS
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
 from diffship.models.component import Component
 
 Sizes = dict[str, int]
 Shape = tuple[int, ...]
-KINDS = ("min", "opt", "max")
 _ROWS = (1, 2, 8)  # of the U-Net: one image with guidance is two, four are eight
 _IMAGES = (1, 1, 4)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.child import kinds
 from diffship.core.errors import DiffshipError, RunnerError
 from diffship.runtimes.engine import Engine, Session, first_line, make_engine
 from diffship.runtimes.isolated.frames import receive, send
@@ -37,7 +38,7 @@ class Sessions:
         try:
             return getattr(self, f"_{asked['do']}")(asked, arrays)  # type: ignore[no-any-return]
         except DiffshipError as fault:
-            return {"error": [kind.__name__ for kind in type(fault).__mro__], "message": str(fault)}, ()
+            return {"error": kinds(fault), "message": str(fault)}, ()
         except MemoryError as fault:
             return {"error": [RunnerError.__name__], "message": f"not enough memory: {first_line(fault)}"}, ()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diffship.core import errors
-from diffship.core.errors import DiffshipError, PeerError, RunnerError
+from diffship.core import child
+from diffship.core.errors import PeerError, RunnerError
 from diffship.runtimes.engine import Session, make_engine
 from diffship.runtimes.isolated.frames import receive, send
 
@@ -37,7 +35,7 @@ class IsolatedEngine:
     ) -> None:
         """Raises ConfigError: an unknown engine or option."""
         make_engine(name, options)  # wrong options are told here and not by a child
-        self._command = [sys.executable, "-P", "-m", f"{__package__}.child", name, json.dumps(dict(options or {}))]
+        self._command = child.command(f"{__package__}.child", name, json.dumps(dict(options or {})))
         self._call_seconds = call_seconds
         self._lock = threading.RLock()
         self._process: _Process | None = None
@@ -126,10 +124,8 @@ class _Process:
     """One child: it is asked, it answers, and once it has failed to it is gone for good."""
 
     def __init__(self, command: Sequence[str], seconds: float) -> None:
-        # -P keeps the current folder out of its imports; what this process could import, it can
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child.environment()
         )
         self._seconds = seconds
         self._since: float | None = None  # when the call that is under way began
@@ -160,7 +156,7 @@ class _Process:
             finally:
                 self._since = None
         if "error" in answer:
-            raise _error(answer)
+            raise child.restored(answer["error"], str(answer["message"]), RunnerError)
         return answer, made
 
     def end(self) -> None:
@@ -199,12 +195,3 @@ class _Process:
 
     def _stream(self, name: str) -> Any:
         return getattr(self._process, name)
-
-
-def _error(answer: Mapping[str, Any]) -> DiffshipError:
-    """The engine's own error, of the nearest kind that takes a message alone."""
-    for name in answer["error"]:
-        kind = getattr(errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, DiffshipError) and kind.__init__ is DiffshipError.__init__:
-            return kind(str(answer["message"]))
-    return RunnerError(str(answer["message"]))
