@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from diffship.core.bundle import Bundle, FileRecord, write_bundle
 from diffship.core.errors import ConfigError, MissingExtra, ParityError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
-from diffship.core.manifest import Manifest, Part
+from diffship.core.limits import LIMITS, check_range
+from diffship.core.manifest import GoldenTrajectory, Manifest, Part
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
@@ -41,6 +42,7 @@ class _Work:
     folder: Path
     job: Job
     gate_bytes: int
+    sizes: Callable[[Component], dict[str, int]]
 
 
 def export(
@@ -50,6 +52,7 @@ def export(
     *,
     parts: Iterable[str] | None = None,
     verify: bool = True,
+    trajectory: int | None = None,
     base: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -59,7 +62,8 @@ def export(
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
 
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
-    with `verify=False` the manifest says "unproven". A `job` with a folder keeps graphs for the next export.
+    with `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for
+    `verify` to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -77,17 +81,21 @@ def export(
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     job = job or Job()
     if find_spec("torch") is None:
-        plain = parts is None and base is None and verify and exporter == type(exporter)()
+        plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    pipeline = _chosen(_opened(source, base, revision), parts)
+    whole = _opened(source, base, revision)
+    pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
+    steps = _steps(exporter, whole, pipeline, verify, trajectory)
     started = time.perf_counter()
     with write_bundle(out, overwrite) as draft:
-        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes())
+        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes(), _golden_sizes(exporter, pipeline))
         make = _through_graph if hasattr(exporter, "through") else _part
         made = [make(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
+        drawn = _drawn(work, whole, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
+        manifest = replace(manifest, trajectory=drawn)
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
 
@@ -142,6 +150,31 @@ def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
+def _steps(exporter: Any, whole: Pipeline, chosen: Pipeline, verify: bool, asked: int | None) -> int:
+    """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for."""
+    from diffship.exporters.golden_trajectory import why_not
+
+    reason = "the proof is skipped" if not verify else "the U-Net is not exported"
+    if verify and "unet" in chosen.components:
+        reason = why_not(whole, _golden_sizes(exporter, chosen)(chosen.components["unet"]))
+    if asked is None:
+        return 0 if reason else int(exporter.trajectory_steps)
+    check_range("trajectory", asked, 0, LIMITS.steps[1])
+    if asked and reason:
+        raise ConfigError(f"there can be no golden trajectory: {reason}. Leave --trajectory out")
+    return asked
+
+
+def _golden_sizes(exporter: Any, pipeline: Pipeline) -> Callable[[Component], dict[str, int]]:
+    from diffship.exporters.golden import BATCH
+
+    def sizes(component: Component) -> dict[str, int]:
+        found: dict[str, int] = exporter.golden_sizes(component, pipeline.family, BATCH)
+        return found
+
+    return sizes
+
+
 def _gate_bytes() -> int:
     free = available_memory()
     return GATE_BYTES if free is None else max(min(GATE_BYTES, free // 2), _MIN_GATE)
@@ -184,7 +217,8 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     from diffship.runtimes.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
-    part = replace(part, golden=write_golden(component, work.folder, part.precision, work.gate_bytes // 2))
+    sizes = work.sizes(component)
+    part = replace(part, golden=write_golden(component, sizes, work.folder, part.precision, work.gate_bytes // 2))
     work.job.progress(f"prove {part.name}", 1, 2)
     engine = make_engine(choose_engine(work.exporter.name))
     found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
@@ -199,12 +233,34 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
 
 
-def _unfinished(work: _Work, part: Part) -> Bundle:
+def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
     """The draft as a Bundle of one part, whose files are there but not hashed yet."""
-    names = [*part.files, *([part.golden.file] if part.golden else [])]
-    files = {name: FileRecord((work.folder / name).stat().st_size, "0" * 64) for name in names}
-    manifest = Manifest(target=work.exporter.name, family=work.pipeline.family, parts=(part,), files=files)
-    return Bundle(work.folder, manifest)
+    made = Manifest(work.exporter.name, work.pipeline.family, (part,), trajectory=trajectory)
+    files = {name: FileRecord((work.folder / name).stat().st_size, "0" * 64) for name in made.named_files()}
+    return Bundle(work.folder, replace(made, files=files))
+
+
+def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> GoldenTrajectory:
+    """The golden trajectory of torch; where the target runs here, its U-Net has met it.
+
+    Raises:
+        ParityError: it has not; the message has the figures by step.
+    """
+    from diffship.exporters.golden_trajectory import write_trajectory
+    from diffship.runtimes.engine import choose_engine, make_engine
+    from diffship.runtimes.verify_trajectory import check_trajectory
+
+    unet = next(part for part in made if part.name == "unet")
+    work.job.progress("draw trajectory", 0, 1)
+    sizes = work.sizes(work.pipeline.components["unet"])
+    golden = write_trajectory(whole, sizes, work.folder, steps, unet.precision, work.gate_bytes // 2)
+    if not hasattr(work.exporter, "through"):
+        engine = make_engine(choose_engine(work.exporter.name))
+        found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)
+        if found.status == "failed":
+            raise ParityError(f"the exported U-Net does not draw the same: {found.text()}")
+    work.job.progress("draw trajectory", 1, 1)
+    return golden
 
 
 def _manifest(exporter: Any, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounds, choices, plain_value
 
 IMAGE = "image"
 PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
@@ -24,7 +24,8 @@ PROMPT = "a red apple on a table"
 class Bench:
     """What to measure of which targets: every combination of target, runner, part, batch and number of steps.
 
-    engines: our runners (empty: the installed ones). against: peers by name. parts: part names and `image`, the whole
+    engines: our runners (empty: the installed ones), each perhaps with options: `onnxruntime:threads=1+tune=false`
+    stands beside `onnxruntime` as a runner of its own. against: peers by name. parts: part names and `image`, the whole
     way from prompt to picture (empty: all). batches: images at once; with guidance a U-Net call has two rows per image.
     size: pixels a side (0: the model's). calls: timed calls of a part per round; images: timed images per round.
     together: how many of the compared runners are loaded at once and take turns, the first of them always (0: as many
@@ -99,6 +100,22 @@ def sets(cases: Sequence[Case], together: int) -> list[list[Case]]:
     first, *others = cases
     starts = range(0, max(len(others), 1), together - 1)
     return [[first, *others[start : start + together - 1]] for start in starts]
+
+
+def engine_of(runner: str) -> tuple[str, dict[str, Any]]:
+    """The engine and the options that a runner's name says: `onnxruntime:threads=1+tune=false`.
+
+    Raises:
+        ConfigError: an option without a value.
+    """
+    engine, _, text = runner.partition(":")
+    options = {}
+    for word in filter(None, text.split("+")):
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{runner}: {word!r} is not KEY=VALUE")
+        options[key.replace("-", "_")] = plain_value(value)
+    return engine, options
 
 
 def label(target: str) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffship.benchmarks.case import IMAGE, Case
+from diffship.benchmarks.case import IMAGE, Case, engine_of
 from diffship.benchmarks.ceiling import ceilings
 from diffship.benchmarks.clock import device_peak, report, timed
 from diffship.core.strict import load
@@ -41,17 +41,16 @@ def loaded(case: Case, order: Mapping[str, Any]) -> Callable[[], object]:
 
 
 def _model(case: Case, order: Mapping[str, Any]) -> Any:
-    if case.runner == "torch":
+    engine, chosen = engine_of(case.runner)
+    if engine == "torch":
         from diffship.models.sources import open_source
 
         return open_source(order["folder"]).model(case.device, TORCH_DTYPES[case.precision])
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.engine import engine_class
     from diffship.runtimes.model import BundleModel
 
-    takes_device = "device" in engine_class(case.runner).__dataclass_fields__
-    options: dict[str, Any] = {"device": case.device} if takes_device and case.device != "cpu" else {}
-    return BundleModel(Bundle.open(order["bundle"]), case.runner, **options)
+    options = {"device": case.device} | chosen
+    return BundleModel(Bundle.open(order["bundle"]), engine, **options)
 
 
 def _image(model: Any, case: Case, order: Mapping[str, Any]) -> Callable[[], object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 SPAWNED = "DIFFSHIP_BENCH_SPAWNED"
 TURNS = "DIFFSHIP_BENCH_TURNS"  # two descriptors: a byte to read is our turn, one to write says that we are ready
-SHORT_SECONDS = 0.25  # a turn takes as long, so that what other processes left in the caches is a small part of it
+SHORT_SECONDS = 0.25  # what other processes left in the caches is a small part of a call of this length
 LONG_SECONDS = 60.0  # a call of this length is its own warm-up: what only the first one pays is small beside it
 
 
@@ -26,7 +25,7 @@ def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, obj
     """Seconds of `load()`, of the first call (warm-up) and of `calls` more calls of what it returned.
 
     Where the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others. Where this
-    process takes turns with others, `calls` is theirs to say; `turns` has the median of each turn.
+    process takes turns with others, `calls` is theirs to say; `turns` has what each turn took, else it is empty.
     `cold` runs from the start of this process, as its parent told it, to the end of the first call.
     """
     spawned = float(os.environ.get(SPAWNED) or time.time())
@@ -37,16 +36,14 @@ def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, obj
     first = time.perf_counter()
     cold = time.time() - spawned
     warm_up = first - loaded
-    turns: list[list[float]] = []
+    turns: list[float] = []
     if warm_up >= LONG_SECONDS:
         seconds = [warm_up]
     elif TURNS in os.environ:
-        turns = list(_in_turns(call))
-        seconds = [value for turn in turns for value in turn]
+        seconds = turns = list(_in_turns(call))
     else:
         seconds = [_once(call) for _ in range(calls)]
-    facts = {"load": loaded - started, "first": warm_up, "cold": cold}
-    return {**facts, "seconds": seconds, "turns": [statistics.median(turn) for turn in turns]}
+    return {"load": loaded - started, "first": warm_up, "cold": cold, "seconds": seconds, "turns": turns}
 
 
 def report(document: Mapping[str, object]) -> None:
@@ -89,8 +86,8 @@ def _gpu_used() -> int | None:
         return None
 
 
-def _in_turns(call: Callable[[], object]) -> Iterator[list[float]]:
-    """Seconds of the calls of each turn, until there are no more turns.
+def _in_turns(call: Callable[[], object]) -> Iterator[float]:
+    """Seconds of the call of each turn, until there are no more turns.
 
     The first turn is not timed: while the others were loaded, parts of this model may have left memory.
     """
@@ -104,14 +101,14 @@ def _in_turns(call: Callable[[], object]) -> Iterator[list[float]]:
         os.write(ready, b".")
 
 
-def _turn(call: Callable[[], object]) -> list[float]:
-    """One call; where it is short, it is for the caches, and as many are timed after it as fill `SHORT_SECONDS`."""
-    seconds = [_once(call)]
-    if seconds[0] < SHORT_SECONDS:
-        seconds = [_once(call)]
-        while sum(seconds) < SHORT_SECONDS:
-            seconds.append(_once(call))
-    return seconds
+def _turn(call: Callable[[], object]) -> float:
+    """Seconds of one call; a short one has another before it, for the caches.
+
+    One, not many: where a machine is shared, a mean of many calls varies as much as a single call does (5 %, over any
+    window up to nine seconds), so that many short turns, side by side, are what makes a ratio sharp.
+    """
+    seconds = _once(call)
+    return _once(call) if seconds < SHORT_SECONDS else seconds
 
 
 def _once(call: Callable[[], object]) -> float:

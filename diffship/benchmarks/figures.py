@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffship.benchmarks import bootstrap
-from diffship.benchmarks.case import IMAGE, Case
+from diffship.benchmarks.case import IMAGE, Case, engine_of
 from diffship.benchmarks.materials import Materials
 from diffship.benchmarks.peers.table import PEERS
 from diffship.benchmarks.session import Measurement, Outcome
@@ -78,10 +78,9 @@ def _facts(
     """Sizes of the part, or of all parts for an image; where MACs are known, the rate that was achieved."""
     chosen = [case.part] if case.part != IMAGE else [name for name in materials.parts if name != "vae_encoder"]
     parts = [materials.parts[name] for name in chosen if name in materials.parts]
-    where = "folder" if case.runner == "torch" or case.runner in PEERS else "bundle"
     found = [
         _plain("parameters", _sum(part["parameters"] for part in parts), ""),
-        _plain("file_bytes", _sum(part["file_bytes"].get(where) for part in parts), "bytes"),
+        _plain("file_bytes", _sum(_file_bytes(case, part) for part in parts), "bytes"),
     ]
     for name in ("conv_linear_macs", "attention_macs"):
         found.append(_plain(name, _macs(case, materials, name), "MAC"))
@@ -94,6 +93,12 @@ def _facts(
         if ceiling:
             found.append({"metric": "share_of_ceiling", "value": flops / ceiling, "unit": ""})
     return [entry for entry in found if entry["value"] is not None]
+
+
+def _file_bytes(case: Case, part: Mapping[str, Any]) -> float | None:
+    """Of an engine's own bundle; torch and peers read the source's folder."""
+    sizes: Mapping[str, float] = part["file_bytes"]
+    return sizes.get(engine_of(case.runner)[0], sizes.get("folder"))
 
 
 def _macs(case: Case, materials: Materials, name: str) -> float | None:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.bootstrap import interval, paired, verdict
-from diffship.benchmarks.emoji_quality import RANKS, Asked, Bench, ask
-from diffship.benchmarks.quality import frechet_distance, hits
+from diffship.benchmarks.bootstrap import interval
+from diffship.benchmarks.emoji_quality import RANKS
+from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
@@ -64,10 +64,9 @@ class Ask:
 
 @dataclass
 class Figures:
-    """Of one split: tables (seeds, prompts) by metric, Fréchet distance per seed, seconds of each side, bytes."""
+    """Of one split: what the judge says per seed, seconds of each side, bytes."""
 
-    tables: dict[str, list[list[float]]] = field(default_factory=dict)
-    frechet: list[float] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
     cloud: list[float] = field(default_factory=list)
     edge: list[float] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -114,21 +113,6 @@ def _splits(large: Model, small: Model, requests: Sequence[Request], asked: Ask)
         yield end, [picture.pixels for picture in finish(small, denoise(left, last))]
 
 
-def judged(
-    bench: Bench, asked: Asked, captions: Table, real: Table, pictures: Mapping[int, Uint8], found: dict[int, Figures]
-) -> None:
-    """Add the figures of one seed; the distance is to the pictures of the large model alone, where those are there."""
-    whole = pictures[max(pictures)].astype(np.float64)
-    for end, pixels in pictures.items():
-        figures, (seen, features) = found[end], bench.look(pixels)
-        for rank in RANKS:
-            right = hits(seen, captions, asked.wanted, rank).astype(float)
-            figures.tables.setdefault(f"top{rank}", []).append(right.tolist())
-        distance = np.sqrt(np.square((pixels - whole) / 127.5).mean((1, 2, 3)))
-        figures.tables.setdefault("large_rms", []).append(distance.tolist())
-        figures.frechet.append(frechet_distance(features, real))
-
-
 def timed(large: Model, small: Model, texts: Sequence[str], asked: Ask, found: dict[int, Figures]) -> None:
     """Seconds that each side computes for one picture, split by split in turn, and what travels between them."""
     for place, text in enumerate([texts[0], *texts]):  # the first time warms both sides up
@@ -150,17 +134,17 @@ def rows_of(found: Mapping[int, Figures], steps: int) -> list[Row]:
     """Figures of every split, and what each one's differ from those of either model alone."""
     rows = []
     for end, figures in found.items():
-        subject = f"split {end},{steps - end}"
-        conditions = {"cloud_calls": end, "edge_calls": steps - end, "seeds": len(figures.frechet)}
-        for metric, table in figures.tables.items():
-            values = interval(np.array(table))
-            unit = "share" if metric.startswith("top") else "rms of [-1, 1]"
-            spread: dict[str, Any] = {"low": values.low, "high": values.high, "n": values.seeds * values.units}
-            rows.append(_row(subject, metric, values.mean, unit, "quality", conditions, spread))
-        rows.append(_listed(subject, "frechet_distance", figures.frechet, "judge features", "quality", conditions))
-        rows.append(_listed(subject, "cloud_seconds", figures.cloud, "s", "latency", conditions))
-        rows.append(_listed(subject, "edge_seconds", figures.edge, "s", "latency", conditions))
-        rows += [_row(subject, name, size, "bytes", "size", conditions) for name, size in figures.sizes.items()]
+        subject = _subject(end, steps)
+        conditions = {"cloud_calls": end, "edge_calls": steps - end, "seeds": len(figures.judged)}
+        rows += figure_rows(SUITE, subject, figures.judged, conditions)
+        rows += [
+            Row(SUITE, subject, metric, statistics.median(values), "s", conditions=conditions, **_range(values))
+            for metric, values in (("cloud_seconds", figures.cloud), ("edge_seconds", figures.edge))
+        ]
+        rows += [
+            Row(SUITE, subject, name, float(size), "bytes", kind="size", conditions=conditions)
+            for name, size in figures.sizes.items()
+        ]
     return [*rows, *_differences(found, steps)]
 
 
@@ -168,61 +152,25 @@ def _differences(found: Mapping[int, Figures], steps: int) -> Iterator[Row]:
     for other in (max(found), min(found)):
         for end, figures in found.items():
             for metric in (f"top{rank}" for rank in RANKS if end != other):
-                difference = paired(figures.tables[metric], found[other].tables[metric])
-                conditions = {
-                    "against": f"split {other},{steps - other}",
-                    "verdict": verdict(difference, "higher", quality=True),
-                    "seeds": difference.seeds,
-                }
-                spread: dict[str, Any] = {
-                    "low": difference.low,
-                    "high": difference.high,
-                    "n": difference.seeds * difference.units,
-                }
-                subject = f"split {end},{steps - end} against {other},{steps - other}"
-                yield _row(subject, f"{metric}_difference", difference.mean, "", "quality", conditions, spread)
+                names = (_subject(end, steps), _subject(other, steps))
+                yield difference_row(SUITE, names, (figures.judged, found[other].judged), metric, "higher", {})
+
+
+def _subject(end: int, steps: int) -> str:
+    return f"split {end},{steps - end}"
+
+
+def _range(values: Sequence[float]) -> dict[str, Any]:
+    return {"low": min(values), "high": max(values), "n": len(values)}
 
 
 def curve_of(found: Mapping[int, Figures], large: Model, small: Model, steps: int, metric: str) -> QualityCurve:
     """The measured points, for `--split auto`."""
     points = []
     for end, figures in sorted(found.items()):
-        values = interval(np.array(figures.tables[metric]))
+        values = interval(np.array([judged.by_prompt[metric] for judged in figures.judged]))
         points.append(QualityPoint(end, round(values.mean, 4), round(values.low, 4), round(values.high, 4)))
     return QualityCurve(large.digest, small.digest, steps, metric, "higher", tuple(points))
-
-
-def _listed(
-    subject: str, metric: str, values: Sequence[float], unit: str, kind: str, conditions: Mapping[str, Any]
-) -> Row:
-    spread: dict[str, Any] = {"low": min(values), "high": max(values), "n": len(values)}
-    return _row(subject, metric, statistics.median(values), unit, kind, conditions, spread)
-
-
-def _row(
-    subject: str,
-    metric: str,
-    value: float,
-    unit: str,
-    kind: str,
-    conditions: Mapping[str, Any],
-    spread: Mapping[str, Any] | None = None,
-) -> Row:
-    digits: dict[str, Any] = {
-        name: entry if name == "n" else round(float(entry), 5) for name, entry in (spread or {}).items()
-    }
-    return Row(SUITE, subject, metric, round(float(value), 5), unit, kind=kind, conditions=dict(conditions), **digits)
-
-
-def show(file: Path, pictures: Mapping[int, Uint8], texts: Sequence[str], steps: int) -> None:
-    """A row of pictures per split, the same prompts and noise in each."""
-    from diffship.benchmarks.grid import grid, png_bytes
-
-    ends = sorted(pictures, reverse=True)
-    cells = [picture for end in ends for picture in pictures[end][:SHOWN]]
-    labels = [f"{end},{steps - end}: {text}" for end in ends for text in texts[:SHOWN]]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, png_bytes(grid(cells, labels, min(SHOWN, len(texts)))))
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -238,16 +186,18 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         )
         for warning in check_pair([large, small], asked.sampler):
             print(f"warning: {warning}", file=sys.stderr)
-        bench = Bench.read(arguments.data, arguments.judge, large.tokenizers["tokenizer"])
-        prompts = ask(bench, bench.training, arguments.prompts, seed=1)
-        captions, (_, real) = bench.captions(), bench.look(prompts.real)
+        judging = Judging.read(arguments.data, arguments.judge, large.tokenizers["tokenizer"], arguments.prompts)
+        texts = judging.asked.texts
         for seed in range(arguments.seeds):
-            requests = [asked.request(text, 10_000 * seed + place) for place, text in enumerate(prompts.texts)]
+            requests = [asked.request(text, 10_000 * seed + place) for place, text in enumerate(texts)]
             pictures = drawn_by_split(large, small, requests, asked)
-            judged(bench, prompts, captions, real, pictures, found)
+            for end, pixels in pictures.items():
+                # the distance is to the pictures of the large model alone, where those are there
+                found[end].judged.append(judging.look(pixels, {"large_rms": pictures[max(pictures)]}))
             if arguments.grid and not seed:
-                show(arguments.grid, pictures, prompts.texts, asked.steps)
-        timed(large, small, prompts.texts[:TIMED], asked, found)
+                ends = sorted(pictures, reverse=True)
+                show(arguments.grid, {f"{end},{asked.steps - end}": pictures[end] for end in ends}, texts[:SHOWN])
+        timed(large, small, texts[:TIMED], asked, found)
         if arguments.curve:
             curve = curve_of(found, large, small, asked.steps, arguments.metric)
             arguments.curve.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
 # What a figure depends on: everything that computes or measures. Not the command line, tables or training.
 ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
-_MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers")
+_MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers", "turns")
 MEASURING = tuple(f"benchmarks/{name}" for name in _MODULES)
 
 

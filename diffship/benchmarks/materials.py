@@ -1,4 +1,4 @@
-"""What cases need on disk: equal weights for everyone as a diffusers folder, our bundle of them, equal feeds, facts.
+"""What cases need on disk: equal weights for everyone as a diffusers folder, our bundles of them, equal feeds, facts.
 
 Runs as a process of its own (`python -m diffship.benchmarks.materials '{...}'`), so that neither its memory nor torch
 counts in the process that measures. Everything is kept by digest: a second run finds it.
@@ -11,14 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.benchmarks.case import PART_NAMES
 from diffship.benchmarks.machine import code_digest
-from diffship.core.errors import ConfigError
+from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
+from diffship.core.registry import EXPORTERS, RUNNERS
 from diffship.core.strict import load
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ GRAPHS = ("exporters", "export.py")  # and those that make a bundle of it
 
 @dataclass(frozen=True)
 class Order:
-    """What to make of one target. batches: images at once. folder: whether a runner reads the source's weights."""
+    """What to make of one target. batches: images at once. engines: ours that a bundle is made for; folder: whether a
+    runner reads the source's weights."""
 
     target: str
     work: str
@@ -41,28 +43,29 @@ class Order:
     precision: str
     batches: tuple[int, ...]
     parts: tuple[str, ...] = ()
-    bundle: bool = True
+    engines: tuple[str, ...] = ()
     folder: bool = True
 
 
 @dataclass(frozen=True)
 class Materials:
-    """Where things lie, and the facts of each part. `kind` is the bundle's target, "onnx" for what is exported here.
+    """Where things lie, and the facts of each part.
 
-    `folder` (diffusers) is None for a bundle, and where only bundles are measured. `parts[name]` holds `parameters`,
-    `file_bytes` by "folder" and "bundle", and, for one row at this size, `conv_linear_macs` and `attention_macs` (None
-    where only a bundle is known). `feeds[name][batch]` is a safetensors file of canonical inputs.
+    `folder` (diffusers) is None for a bundle, and where only bundles are measured. `bundles` has what each engine of
+    ours reads, `refused` why there is nothing for it. `parts[name]` holds `parameters`, `file_bytes` by "folder" and
+    engine, and, for one row at this size, `conv_linear_macs` and `attention_macs` (None where only a bundle is known).
+    `feeds[name][batch]` is a safetensors file of canonical inputs.
     """
 
     target: str
     weights: str
-    kind: str
     folder: str | None
-    bundle: str | None
+    bundles: dict[str, str]
     size: int
     rows_per_image: int
     parts: dict[str, dict[str, Any]]
     feeds: dict[str, dict[str, str]]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def slug(target: str) -> str:
@@ -92,45 +95,77 @@ def _of_source(order: Order) -> Materials:
     key = f"folder-{_digest([origin, code_digest(names=WEIGHTS)])}"
     folder = job.once(key, lambda out: pipeline.save(out)) if order.folder else None
     made_by = _digest([origin, code_digest(names=(*WEIGHTS, *GRAPHS))])
-    bundle = _bundle(order, job, folder or order.target, made_by) if order.bundle else None
+    bundles, refused = _bundles(order, job, folder or order.target, made_by)
     size = order.size or pipeline.family.default_size
     chosen = [name for name in PART_NAMES if name in pipeline.components]
-    parts = {name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundle, name)} for name in chosen}
+    parts = {name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundles, name)} for name in chosen}
     random = pipeline.source.get("kind") == "arch"
     rows = _rows_per_image(pipeline.family.time_cond_dim, order.guidance)
     feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows)
-    paths = (None if folder is None else str(folder), None if bundle is None else str(bundle))
-    return Materials(order.target, RANDOM if random else TRAINED, "onnx", *paths, size, rows, parts, feeds)
+    weights = RANDOM if random else TRAINED
+    where = None if folder is None else str(folder)
+    return Materials(order.target, weights, where, bundles, size, rows, parts, feeds, refused)
 
 
-def _bundle(order: Order, job: Job, source: Path | str, origin: str) -> Path:
+def _bundles(order: Order, job: Job, source: Path | str, origin: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(bundle, why there is none) by engine; engines of one target share a bundle.
+
+    Raises:
+        DiffshipError: the source has no ONNX graph, without which there is nothing of ours to measure.
+    """
+    from diffship.runtimes.engine import engine_class
+
+    found: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for engine in order.engines:
+        for target in sorted(engine_class(engine).targets & set(EXPORTERS)):
+            try:
+                found[engine] = str(_bundle(order, job, source, origin, target))
+            except DiffshipError as fault:
+                if target == "onnx":
+                    raise
+                refused[engine] = str(fault)
+    return found, refused
+
+
+def _bundle(order: Order, job: Job, source: Path | str, origin: str, target: str) -> Path:
     from diffship.export import export
 
-    def make(out: Path) -> None:
-        export(str(source), to="onnx", out=out, precision=order.precision)
+    options: dict[str, Any] = {"precision": order.precision}
+    if target == "tensorrt":
+        from diffship.runtimes.tensorrt.library import flavour_here
 
-    return job.once(f"onnx-{order.precision}-{origin}", make)
+        flavour, sm = flavour_here()
+        # the graph is proved as ONNX, and shapes are those that are measured
+        options |= {"flavour": flavour, "sm": sm, "verify": False}
+
+    def make(out: Path) -> None:
+        export(str(source), to=target, out=out, **options)
+
+    return job.once(f"{target}-{order.precision}-{origin}", make)
 
 
 def _of_bundle(order: Order) -> Materials:
     """A bundle alone: no layers to count, and nothing that a peer could load."""
     from diffship.core.bundle import Bundle
+    from diffship.runtimes.engine import engine_class
 
     bundle = Bundle.open(order.target)
     manifest = bundle.manifest
     size = order.size or manifest.family.default_size
     rows = _rows_per_image(manifest.family.time_cond_dim, order.guidance)
+    readers = [name for name in RUNNERS if manifest.target in engine_class(name).targets]
     parts, known = {}, {part.name: part for part in manifest.parts}
     for name in (name for name in PART_NAMES if name in known):
         size_bytes = sum(manifest.files[file].size for file in known[name].files)
         unknown = dict.fromkeys(("conv_linear_macs", "attention_macs"))
         parameters = known[name].extra.get("parameters")
-        parts[name] = {"parameters": parameters, **unknown, "file_bytes": {"bundle": size_bytes}}
+        parts[name] = {"parameters": parameters, **unknown, "file_bytes": dict.fromkeys(readers, size_bytes)}
     job = Job(Path(order.work) / slug(order.target))
     feeds = _feeds(order, job, {name: known[name] for name in parts}, size, rows)
     random = str(manifest.source.get("kind")) == "arch"
     weights = RANDOM if random else TRAINED
-    return Materials(order.target, weights, manifest.target, None, order.target, size, rows, parts, feeds)
+    return Materials(order.target, weights, None, dict.fromkeys(readers, order.target), size, rows, parts, feeds)
 
 
 def _rows_per_image(time_cond_dim: int | None, guidance: float) -> int:
@@ -152,14 +187,15 @@ def _sizes(vae_factor: int, size: int, batch: int) -> dict[str, int]:
     return {"batch_size": batch, "sequence_length": 77, **latent, **pixels}
 
 
-def _bytes(folder: Path | None, bundle: Path | None, name: str) -> dict[str, int]:
-    """Weight files of a part in the diffusers folder (a VAE's both halves in one) and in the bundle."""
+def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str) -> dict[str, int]:
+    """Weight files of a part in the diffusers folder (a VAE's both halves in one) and in each engine's bundle."""
     own = "vae" if name.startswith("vae_") else name
     found = {}
     if folder is not None:
         found["folder"] = sum(file.stat().st_size for file in (folder / own).glob("*.safetensors"))
-    if bundle is not None:
-        found["bundle"] = sum(file.stat().st_size for file in (bundle / name).glob("*") if file.suffix != ".json")
+    for engine, bundle in bundles.items():
+        files = [file for file in (Path(bundle) / name).glob("*") if file.suffix != ".json"]
+        found[engine] = sum(file.stat().st_size for file in files)
     return found
 
 
@@ -212,7 +248,6 @@ def _digest(value: object) -> str:
 
 def main() -> None:
     from diffship.benchmarks.clock import report
-    from diffship.core.errors import DiffshipError
 
     try:
         report(asdict(prepare(load(Order, json.loads(sys.argv[1]), "order"))))

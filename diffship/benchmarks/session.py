@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of, label, sets
+from diffship.benchmarks.case import IMAGE, PROMPT, Bench, Case, cases_of, engine_of, label, sets
 from diffship.benchmarks.clock import told
 from diffship.benchmarks.machine import code_digest, environment, threads
 from diffship.benchmarks.materials import Materials, Order, read_materials, slug
@@ -22,6 +22,7 @@ from diffship.benchmarks.turns import Job as Turn
 from diffship.benchmarks.turns import take_turns
 from diffship.core.errors import DiffshipError, PeerError, UnsupportedError
 from diffship.core.job import Job, available_memory
+from diffship.core.registry import RUNNERS
 from diffship.core.strict import load
 
 Progress = Callable[[str, int, int], None]
@@ -134,8 +135,9 @@ class Session:
 
     def _materials(self, bench: Bench, target: str) -> Materials:
         """Raises what the preparing process says, before anything is measured."""
-        bundle = not bench.engines or any(name != "torch" for name in bench.engines)
-        folder = not bench.engines or "torch" in bench.engines or bool(bench.against)
+        wanted = dict.fromkeys(engine_of(runner)[0] for runner in bench.engines or RUNNERS)
+        engines = tuple(name for name in wanted if _usable(name, bench.device))
+        folder = "torch" in wanted or bool(bench.against)
         parts = tuple(name for name in bench.parts if name != IMAGE)
         order = Order(
             target=target,
@@ -145,7 +147,7 @@ class Session:
             precision=bench.precision,
             batches=bench.batches,
             parts=parts,
-            bundle=bundle,
+            engines=engines,
             folder=folder,
         )
         self._progress(f"prepare {target}", 0, 1)
@@ -211,7 +213,7 @@ class Session:
         order: dict[str, Any] = {
             "case": asdict(case),
             "folder": materials.folder,
-            "bundle": materials.bundle,
+            "bundle": materials.bundles.get(engine_of(case.runner)[0]),
             "feeds": materials.feeds.get(case.part, {}).get(str(case.batch)),
             "size": materials.size,
             "prompt": PROMPT,
@@ -274,7 +276,6 @@ class Session:
 
 def _engines(materials: Materials) -> tuple[str, ...]:
     """Our installed runners that can run the target."""
-    from diffship.core.registry import RUNNERS
     from diffship.runtimes.engine import engine_class
 
     able = [name for name in RUNNERS if _runs(name, materials) and engine_class(name).probe().available]
@@ -282,9 +283,15 @@ def _engines(materials: Materials) -> tuple[str, ...]:
 
 
 def _runs(engine: str, materials: Materials) -> bool:
+    return materials.folder is not None if engine == "torch" else engine in materials.bundles
+
+
+def _usable(engine: str, device: str) -> bool:
+    """Whether that engine computes on such a device, and is there at all."""
     from diffship.runtimes.engine import engine_class
 
-    return materials.folder is not None if engine == "torch" else materials.kind in engine_class(engine).targets
+    found = engine_class(engine)
+    return device in found.__dataclass_fields__["device"].metadata["choices"] and bool(found.probe().available)
 
 
 def _together(cases: Sequence[Case]) -> str:
@@ -300,13 +307,16 @@ def _fitting(materials: Materials) -> int:
 
 
 def _require_engine(case: Case, materials: Materials) -> None:
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engine import engine_class, make_engine
 
-    probe = engine_class(case.runner).probe()
+    engine, options = engine_of(case.runner)
+    probe = engine_class(engine).probe()
     if not probe.available:
         raise PeerError(f"{probe.reason}. Run: {probe.install}")
-    if not _runs(case.runner, materials):
-        raise UnsupportedError(f"engine {case.runner} does not run {label(case.target)}, which is {materials.kind}")
+    make_engine(engine, {"device": case.device} | options)
+    if not _runs(engine, materials):
+        reason = materials.refused.get(engine, "")
+        raise UnsupportedError(reason or f"engine {engine} does not run {label(case.target)} on {case.device}")
 
 
 def _or_raise(found: Path | Outcome, error: type[DiffshipError]) -> Path:

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.bootstrap import interval, paired, verdict
-from diffship.benchmarks.emoji_quality import RANKS, Asked, Bench, ask, draw
+from diffship.benchmarks.emoji_quality import draw
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
-from diffship.benchmarks.quality import frechet_distance, hits
+from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show, spread_of
 from diffship.benchmarks.record import write_result
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
 
 Uint8 = NDArray[np.uint8]
+Found = Mapping[tuple[str, int], Judged]  # by model and seed
 BETTER = {"top1": "higher", "top5": "higher", "teacher_rms": "lower"}
 SHOWN = 8  # prompts in the picture grid
 ROUNDS = 15
@@ -51,16 +51,6 @@ class Drawn:
     folder: Path
     bundle: Path
     pictures: Path
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One model under one seed: its bundle, and figures per prompt (`top1`, `top5`, `teacher_rms`) and in whole."""
-
-    bundle: Path
-    parameters: int
-    by_prompt: dict[str, list[float]]
-    frechet: float
 
 
 class Siblings:
@@ -80,7 +70,7 @@ class Siblings:
             (model.name, seed): self.judged(model, seed) for model in self.experiment.models for seed in model.seeds
         }
         rows = [row for model in self.experiment.models for row in self._rows(model, found)]
-        return [*rows, *self._comparisons(found), *self._latencies(found)]
+        return [*rows, *self._comparisons(found), *self._latencies()]
 
     def make(self, names: Sequence[str]) -> None:
         """Make and draw the models of these names.
@@ -131,89 +121,51 @@ class Siblings:
 
         target, options = (str(folder), {"device": "cuda"}) if self.engine == "torch" else (str(bundle), {})
         with open_model(target, self.engine, **options) as model:
-            pixels = draw(model, self._asked.texts, 1, self.experiment.steps, self.experiment.guidance)
+            pixels = draw(model, self._judging.asked.texts, 1, self.experiment.steps, self.experiment.guidance)
         save_file({"pixels": np.ascontiguousarray(pixels)}, out)  # the format stores memory as it lies
 
     def judged(self, model: Model, seed: int) -> Judged:
         """Figures of one model under one seed; what has to be made or drawn for them is."""
-        drawn = self.drawn(model, seed)
-        pixels = _pixels(drawn.pictures)
-        seen, features = self._bench.look(pixels)
-        wanted = self._asked.wanted
-        by_prompt = {f"top{rank}": hits(seen, self._captions, wanted, rank).astype(float).tolist() for rank in RANKS}
-        if self._teacher_pixels is not None:
-            difference = (pixels.astype(np.float64) - self._teacher_pixels) / 127.5
-            by_prompt["teacher_rms"] = np.sqrt(np.square(difference).mean((1, 2, 3))).tolist()
-        distance = frechet_distance(features, self._real_features)
-        return Judged(drawn.bundle, _parameters(drawn.folder), by_prompt, distance)
+        beside = {} if self._bare is None else {"teacher_rms": _pixels(self.drawn(self._bare, self._bare.seeds[0]))}
+        return self._judging.look(_pixels(self.drawn(model, seed)), beside)
 
     @cached_property
-    def _teacher_pixels(self) -> NDArray[np.float64] | None:
-        """Pictures of the first model without passes, from the same noise; None where the experiment has none."""
-        bare = next((model for model in self.experiment.models if not model.passes), None)
-        return None if bare is None else _pixels(self.drawn(bare, bare.seeds[0]).pictures).astype(np.float64)
+    def _bare(self) -> Model | None:
+        """The first model without passes, whose pictures from the same noise others are measured against."""
+        return next((model for model in self.experiment.models if not model.passes), None)
 
     @cached_property
-    def _bench(self) -> Bench:
+    def _judging(self) -> Judging:
         from diffship.sampling.tokenizer import ClipTokenizer
 
-        return Bench.read(self.data, self._judge, ClipTokenizer.from_files(self.teacher.tokenizers["tokenizer"]))
+        tokenizer = ClipTokenizer.from_files(self.teacher.tokenizers["tokenizer"])
+        return Judging.read(self.data, self._judge, tokenizer, self.experiment.prompts)
 
-    @cached_property
-    def _asked(self) -> Asked:
-        return ask(self._bench, self._bench.training, self.experiment.prompts, seed=1)
-
-    @cached_property
-    def _captions(self) -> NDArray[np.float64]:
-        return self._bench.captions()
-
-    @cached_property
-    def _real_features(self) -> NDArray[np.float64]:
-        return self._bench.look(self._asked.real)[1]
-
-    def _rows(self, model: Model, found: Mapping[tuple[str, int], Judged]) -> list[Row]:
+    def _rows(self, model: Model, found: Found) -> list[Row]:
         mine = [found[model.name, seed] for seed in model.seeds]
-        shared: dict[str, Any] = {"conditions": {"model": model.name, "seeds": len(mine)}}
-        rows = [Row(self.name, model.name, "parameters", float(mine[0].parameters), kind="size", **shared)]
-        for metric in mine[0].by_prompt:
-            shares = interval(np.array([entry.by_prompt[metric] for entry in mine]))
-            spread = _spread(shares.low, shares.high, shares.seeds * shares.units)
-            unit = "share" if metric.startswith("top") else "rms of [-1, 1]"
-            rows.append(_quality(self.name, model.name, metric, shares.mean, unit, {**shared, **spread}))
-        distances = [entry.frechet for entry in mine]
-        spread = _spread(min(distances), max(distances), len(mine))
-        value = statistics.mean(distances)
-        return [
-            *rows,
-            _quality(self.name, model.name, "frechet_distance", value, "judge features", {**shared, **spread}),
-        ]
+        conditions = {"model": model.name, "seeds": len(mine)}
+        count = float(_parameters(self.drawn(model, model.seeds[0]).folder))
+        size = Row(self.name, model.name, "parameters", count, kind="size", conditions=conditions)
+        return [size, *figure_rows(self.name, model.name, mine, conditions)]
 
-    def _comparisons(self, found: Mapping[tuple[str, int], Judged]) -> list[Row]:
+    def _comparisons(self, found: Found) -> list[Row]:
         seeds = {model.name: model.seeds for model in self.experiment.models}
         rows = []
         for wish in self.experiment.comparisons:
             for theirs in wish.theirs:
-                a, b = (
-                    np.array([found[name, seed].by_prompt[wish.metric] for seed in seeds[name]])
-                    for name in (wish.ours, theirs)
-                )
-                difference = paired(a, b)
-                said = verdict(difference, BETTER[wish.metric], quality=True)
-                conditions = {"model": wish.ours, "against": theirs, "verdict": said, "seeds": difference.seeds}
-                spread = _spread(difference.low, difference.high, a.size)
-                subject, metric = f"{wish.ours} against {theirs}", f"{wish.metric}_difference"
-                rows.append(
-                    _quality(self.name, subject, metric, difference.mean, "", {"conditions": conditions, **spread})
-                )
+                ours, others = ([found[name, seed] for seed in seeds[name]] for name in (wish.ours, theirs))
+                names, conditions = (wish.ours, theirs), {"model": wish.ours}
+                better = BETTER[wish.metric]
+                rows.append(difference_row(self.name, names, (ours, others), wish.metric, better, conditions))
         return rows
 
-    def _latencies(self, found: Mapping[tuple[str, int], Judged]) -> list[Row]:
+    def _latencies(self) -> list[Row]:
         """One U-Net call with guidance (two rows) of every model, in rounds, so that drift meets all alike."""
-        bundles = {model.name: found[model.name, model.seeds[0]].bundle for model in self.experiment.models}
+        bundles = {model.name: self.drawn(model, model.seeds[0]).bundle for model in self.experiment.models}
         seconds = unet_seconds(bundles, ROUNDS)
         rows = []
         for name, values in seconds.items():
-            spread = _spread(min(values), max(values), len(values))
+            spread = spread_of(min(values), max(values), len(values))
             conditions = {"model": name, "runner": "onnxruntime", "part": "unet", "batch": 2}
             value = statistics.median(values)
             rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread))
@@ -221,17 +173,9 @@ class Siblings:
 
     def grid(self, file: Path) -> None:
         """A row of pictures per shown model, the same prompts and noise in each."""
-        from diffship.benchmarks.grid import grid, png_bytes
-        from diffship.core.atomic import write_file
-
-        texts = self._asked.texts[:SHOWN]
-        pictures: list[Uint8] = []
-        labels: list[str] = []
-        for model in (model for model in self.experiment.models if model.shown):
-            pictures += list(_pixels(self.drawn(model, model.seeds[0]).pictures)[:SHOWN])
-            labels += [f"{model.name}: {text}" for text in texts]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, png_bytes(grid(pictures, labels, SHOWN)))
+        shown = [model for model in self.experiment.models if model.shown]
+        sets = {model.name: _pixels(self.drawn(model, model.seeds[0])) for model in shown}
+        show(file, sets, self._judging.asked.texts[:SHOWN])
 
 
 def unet_seconds(bundles: Mapping[str, Path], rounds: int) -> dict[str, list[float]]:
@@ -260,18 +204,10 @@ def _feeds(model: Any, runner: Any) -> dict[str, NDArray[Any]]:
     return {**feeds, "timestep": np.full(2, 500.0, np.float32)}
 
 
-def _spread(low: float, high: float, count: int) -> dict[str, Any]:
-    return {"low": round(float(low), 5), "high": round(float(high), 5), "n": count}
-
-
-def _quality(suite: str, subject: str, metric: str, value: float, unit: str, more: Mapping[str, Any]) -> Row:
-    return Row(suite, subject, metric, round(float(value), 4), unit, kind="quality", **more)
-
-
-def _pixels(file: Path) -> Uint8:
+def _pixels(drawn: Drawn) -> Uint8:
     from safetensors.numpy import load_file
 
-    return np.asarray(load_file(file)["pixels"], np.uint8)
+    return np.asarray(load_file(drawn.pictures)["pixels"], np.uint8)
 
 
 def _parameters(folder: Path) -> int:

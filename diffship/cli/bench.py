@@ -120,7 +120,7 @@ def _output(options: argparse.Namespace) -> Path | None:
 
 
 def _suite(options: argparse.Namespace) -> Suite:
-    from diffship.benchmarks.case import Bench
+    from diffship.benchmarks.case import Bench, engine_of
     from diffship.benchmarks.suite import Suite, read_suite
 
     given = {name: value for name in BENCH_FIELDS if (value := getattr(options, name)) is not None}
@@ -129,8 +129,9 @@ def _suite(options: argparse.Namespace) -> Suite:
             stray = options.targets[0] if options.targets else f"--{next(iter(given))}"
             raise ConfigError(f"--suite says what is measured; leave {stray} out")
         return read_suite(options.suite)
-    for kind, legal, found in (("engine", RUNNERS, options.engines), ("peer", PEER_NAMES, options.against)):
-        for name in found or ():
+    engines = [engine_of(runner)[0] for runner in options.engines or ()]
+    for kind, legal, found in (("engine", RUNNERS, engines), ("peer", PEER_NAMES, options.against or ())):
+        for name in found:
             if name not in legal:
                 raise ConfigError(unknown(kind, name, legal))
     bench = load(Bench, {"targets": tuple(options.targets), **given}, "bench")

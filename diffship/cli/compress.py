@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import existing_file, names, plain_value, setting
+from diffship.cli.flags import existing_file, names, setting
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
+from diffship.core.strict import plain_value
 
 if TYPE_CHECKING:
     from diffship.compression.estimate import Estimate, Step

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the bundle says 'unproven'")
+    parser.add_argument(
+        "--trajectory", metavar="N", type=int, help="steps that lie in the bundle for verify to draw again"
+    )
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep graphs here: the next export only adds weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
@@ -65,6 +68,7 @@ def run(options: argparse.Namespace) -> Result:
             revision=options.revision,
             parts=options.parts,
             verify=not options.no_verify,
+            trajectory=options.trajectory,
             overwrite=options.overwrite,
             job=Job(options.cache, progress=stages),
             **chosen,

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
+from diffship.core.strict import plain_value
 
 SAMPLERS = "ddim, dpmpp-2m, dpmpp-2m-karras, euler, euler-a, lcm, pndm"  # a test keeps it equal to the table
 
@@ -60,17 +61,6 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
     return key.replace("-", "_"), plain_value(value)
-
-
-def plain_value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")

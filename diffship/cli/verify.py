@@ -64,5 +64,6 @@ def _hashes(options: argparse.Namespace) -> Result:
         "bytes": size,
         "damage": "",
         "parts": [],
+        "trajectory": None,
     }
     return Result(document, f"{len(files)} files, {size_text(size)}: hashes match; nothing was computed")

@@ -43,10 +43,10 @@ def check_files(root: Path, manifest: Manifest, found: Mapping[str, os.stat_resu
             raise BundleError(f"{root}: the file {name} has {found[name].st_size} bytes; it had {record.size}")
         if Path(name).suffix.lower() in _CODE_SUFFIXES:
             raise BundleError(f"{root}: the file {name} is of a kind that can run code; a bundle never holds one")
+    for name, who in manifest.named_files().items():
+        if name not in manifest.files:
+            raise BundleError(f"{root}: {who} names the file {name}, which is not listed")
     for part in manifest.parts:
-        for name in (*part.files, *([part.golden.file] if part.golden else [])):
-            if name not in manifest.files:
-                raise BundleError(f"{root}: part {part.name} names the file {name}, which is not listed")
         # engines open files[0] whatever its name, so a model under another name would escape `check_formats`
         if manifest.target == "onnx" and not part.files[0].endswith(".onnx"):
             raise BundleError(f"{root}: part {part.name} opens {part.files[0]}, which is not named *.onnx")

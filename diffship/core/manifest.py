@@ -46,6 +46,18 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class GoldenTrajectory:
+    """A trajectory before its first call (docs/wire-format.md), and the fp32 latents after each call (`step.1` on).
+
+    Both are bundle-relative files; the tolerance holds at every step.
+    """
+
+    start: str
+    latents: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
 class Part:
     """One compiled component. `files[0]` is what an engine opens; `bindings` only where the target renames or reshapes.
 
@@ -102,6 +114,7 @@ class Manifest:
     history: list[Any] = field(default_factory=list)
     tools: dict[str, Any] = field(default_factory=dict)
     licence: dict[str, Any] = field(default_factory=dict)
+    trajectory: GoldenTrajectory | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -111,9 +124,16 @@ class Manifest:
         names = [part.name for part in self.parts]
         if not names or len(names) != len(set(names)) or len(names) > LIMITS.bundle_parts:
             raise BundleError(f"there are no parts, too many, or two of one name: {', '.join(names)[:200] or 'none'}")
-        for name in [*self.files, *(name for part in self.parts for name in _part_files(part))]:
+        for name in [*self.files, *self.named_files()]:
             check_path(name)
         _refuse_twins(self.files)
+
+    def named_files(self) -> dict[str, str]:
+        """Every file that a part or the trajectory names, and who names it."""
+        named = {name: f"part {part.name}" for part in self.parts for name in _part_files(part)}
+        if self.trajectory is not None:
+            named |= dict.fromkeys((self.trajectory.start, self.trajectory.latents), "the trajectory")
+        return named
 
     def part(self, name: str) -> Part:
         """Raises BundleError, naming the parts there are."""
@@ -125,6 +145,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
+        if self.trajectory is None:
+            data.pop("trajectory")
         return {"schema": data.pop("schema"), **data}
 
     def to_bytes(self) -> bytes:

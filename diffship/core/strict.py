@@ -21,6 +21,18 @@ def bounds(low: float, high: float) -> dict[str, Any]:
     return {"low": low, "high": high}
 
 
+def plain_value(text: str) -> Any:
+    """What a word stands for: true or false, an integer, a number, or itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def choices(*legal: str) -> dict[str, Any]:
     """Metadata for a dataclass field: the value (or each item) is one of `legal`."""
     return {"choices": legal}

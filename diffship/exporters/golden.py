@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,14 @@ TOLERANCES = {
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def write_golden(component: Component, out: Path, precision: str, max_bytes: int) -> Golden:
-    """`golden/<part>.safetensors` below `out`, at the smallest legal size, with at most `max_bytes` of weights loaded.
+def write_golden(component: Component, sizes: Mapping[str, int], out: Path, precision: str, max_bytes: int) -> Golden:
+    """`golden/<part>.safetensors` below `out` at `sizes` (by axis), with at most `max_bytes` of weights loaded.
 
     Feeds are rounded to the precision of the graph, so that both sides see the same ones.
 
     Raises:
         SourceError: torch itself gives NaN or infinity.
     """
-    sizes = {**component.smallest_sizes(), "batch_size": BATCH}
     feeds = {
         name: array if name == "timestep" else _rounded(array, precision)
         for name, array in component.example(SEED, sizes).items()
@@ -46,7 +46,7 @@ def write_golden(component: Component, out: Path, precision: str, max_bytes: int
     file = f"golden/{component.name}.safetensors"
     (out / "golden").mkdir(exist_ok=True)
     write_safetensors(out / file, {name: meta_of(array) for name, array in tensors.items()}, tensors.__getitem__)
-    return Golden(file, sizes, TOLERANCES[precision])
+    return Golden(file, dict(sizes), TOLERANCES[precision])
 
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from diffship.core.errors import MissingExtra, RunnerError, UnsupportedError
+from diffship.core.errors import ConfigError, MissingExtra, RunnerError, UnsupportedError
 from diffship.core.lazy import need
 from diffship.core.strict import bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.runtimes.onnx_tune import tuned
+from diffship.runtimes.onnxruntime_sessions import (
+    PLACEMENT,
+    CpuSession,
+    DeviceSession,
+    GraphSession,
+    require_placement,
+)
 
 LEVELS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
-}
-DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(double)": "float64",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
 }
 _REORDER_BYTES = 256 << 20
 _TUNE_BYTES = 64 << 20  # a graph without its weights; ours have fewer than 4 MB
@@ -48,7 +43,9 @@ class OnnxRuntimeRunner:
     then loads in 11 s instead of 2 and holds its weights twice; "auto" takes it for parts below 256 MB.
     arena, memory_pattern: faster repeated calls for more resident memory. prepack: reorder weights once at load.
     sizes: fixed values of named axes, for example {"batch_size": 2}; calls of other sizes are then refused.
-    tune: on the CPU, rewrite GroupNormalization and Attention in memory to operators with faster kernels.
+    tune: rewrite GroupNormalization and Attention in memory to operators with faster kernels.
+    graphs: CUDA graphs, one for each combination of shapes; calls then wait for each other.
+    allow_host: on a GPU, accept that operators for which there is no kernel are computed on the host.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -64,7 +61,13 @@ class OnnxRuntimeRunner:
     memory_pattern: bool = True
     prepack: bool = True
     tune: bool = True
+    graphs: bool = False
+    allow_host: bool = False
     sizes: dict[str, int] = field(default_factory=dict, metadata=bounds(1, 65536))
+
+    def __post_init__(self) -> None:
+        if self.graphs and self.device != "cuda":
+            raise ConfigError("graphs are CUDA graphs: they go with device cuda")
 
     def open(self, files: Sequence[Path]) -> Session:
         """Open `files[0]`, an ONNX file in a bundle (or a stage cut from one) with its data beside it."""
@@ -78,14 +81,16 @@ class OnnxRuntimeRunner:
             raise RunnerError(
                 f"onnxruntime refuses {files[0].parent.name}/{files[0].name}: {first_line(fault)}"
             ) from None
-        if self.device == "cuda":
-            self._require_cuda(session)
-        return _CudaSession(session, self.device_id) if self.device == "cuda" else _CpuSession(session)
+        if self.device == "cpu":
+            return CpuSession(session)
+        self._require_cuda(session)
+        if not self.allow_host:
+            require_placement(session, runtime.__version__)
+        return (GraphSession if self.graphs else DeviceSession)(session, runtime, self.device, self.device_id)
 
     def _model(self, path: Path, options: Any) -> str | bytes:
         """The path, or the tuned model, which finds its weights in the same folder."""
-        wanted = self.tune and self.device == "cpu" and self.optimisation != "off"
-        if not wanted or path.stat().st_size > _TUNE_BYTES:
+        if not self.tune or self.optimisation == "off" or path.stat().st_size > _TUNE_BYTES:
             return str(path)
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         return tuned(path.read_bytes()) or str(path)
@@ -130,6 +135,7 @@ class OnnxRuntimeRunner:
             "session.disable_prepacking": str(int(not self.prepack)),
             # Not session.set_denormal_as_zero: it flushes denormals in the caller's thread too, for good.
         }
+        entries |= {PLACEMENT: "1"} if self.device == "cuda" else {}
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         for axis, size in self.sizes.items():
@@ -147,6 +153,7 @@ class OnnxRuntimeRunner:
         if self.device == "cpu":
             return [wanted]
         options = {"device_id": str(self.device_id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+        options |= {"enable_cuda_graph": "1"} if self.graphs else {}
         return [(wanted, options), _PROVIDERS["cpu"]]
 
     def _require_cuda(self, session: Any) -> None:
@@ -158,69 +165,6 @@ class OnnxRuntimeRunner:
 
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-class _CpuSession:
-    """Host memory in and out; ONNX Runtime's own `run` may be entered by many threads."""
-
-    def __init__(self, session: Any) -> None:
-        self._session: Any = session
-        self.inputs: Mapping[str, str] = _ports(session.get_inputs())
-        self.outputs: Mapping[str, str] = _ports(session.get_outputs())
-
-    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
-        session = self._live()
-        try:
-            return list(session.run(list(outputs), dict(feeds)))
-        except Exception as fault:
-            raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
-
-    def keep(self, array: np.ndarray) -> Any:
-        return array
-
-    def close(self) -> None:
-        self._session = None
-
-    def _live(self) -> Any:
-        # a local reference keeps the engine alive for this call when another thread closes it
-        session = self._session
-        if session is None:
-            raise RunnerError("the onnxruntime model is closed; open it again")
-        return session
-
-
-class _CudaSession(_CpuSession):
-    """Constants stay on the GPU; other feeds are copied there, outputs back."""
-
-    def __init__(self, session: Any, device_id: int) -> None:
-        super().__init__(session)
-        self._device_id = device_id
-
-    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
-        session = self._live()
-        try:
-            binding = session.io_binding()
-            for name, feed in feeds.items():
-                if isinstance(feed, np.ndarray):
-                    binding.bind_cpu_input(name, feed)
-                else:
-                    binding.bind_ortvalue_input(name, feed)
-            for name in outputs:
-                binding.bind_output(name, "cpu")
-            session.run_with_iobinding(binding)
-            return list(binding.copy_outputs_to_cpu())
-        except Exception as fault:
-            raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
-
-    def keep(self, array: np.ndarray) -> Any:
-        return _import().OrtValue.ortvalue_from_numpy(array, "cuda", self._device_id)
-
-
-def _ports(arguments: Sequence[Any]) -> dict[str, str]:
-    unknown = [argument for argument in arguments if argument.type not in DTYPES]
-    if unknown:
-        raise RunnerError(f"tensor {unknown[0].name} has type {unknown[0].type}; legal: {', '.join(DTYPES.values())}")
-    return {argument.name: DTYPES[argument.type] for argument in arguments}
 
 
 def usable_cores() -> int:

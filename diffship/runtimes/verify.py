@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, DiffshipError, RunnerError
 from diffship.core.job import Progress, available_memory
-from diffship.core.manifest import Golden, Part
+from diffship.core.manifest import Golden, GoldenTrajectory, Part
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engine import Engine, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.runtimes.stages import run_in_stages, suspects
+from diffship.runtimes.verify_trajectory import TrajectoryCheck, check_trajectory
 
 Arrays = dict[str, np.ndarray]
 _REDUCE = "an engine cannot be looked into: `verify --reduce` of the --to onnx bundle names the operator of its graph"
@@ -70,14 +71,18 @@ class VerifyReport:
     bytes: int
     checks: tuple[PartCheck, ...] = field(default=())
     damage: str = ""
+    trajectory: TrajectoryCheck | None = None
 
     @property
     def passed(self) -> bool:
-        return not self.damage and bool(self.checks) and all(check.status == "passed" for check in self.checks)
+        drawn = self.trajectory is None or self.trajectory.status != "failed"
+        proved = bool(self.checks) and all(check.status == "passed" for check in self.checks)
+        return not self.damage and proved and drawn
 
     def named(self, status: str) -> tuple[str, ...]:
-        """Parts of that status."""
-        return tuple(check.part for check in self.checks if check.status == status)
+        """Parts of that status, and the trajectory where it is."""
+        drawn = ("trajectory",) if self.trajectory is not None and self.trajectory.status == status else ()
+        return (*(check.part for check in self.checks if check.status == status), *drawn)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -89,6 +94,7 @@ class VerifyReport:
             "bytes": self.bytes,
             "damage": self.damage,
             "parts": [check.to_json() for check in self.checks],
+            "trajectory": None if self.trajectory is None else self.trajectory.to_json(),
         }
 
     def text(self) -> str:
@@ -96,6 +102,7 @@ class VerifyReport:
             return f"{self.bundle}: DAMAGED. {self.damage}"
         lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match"]
         lines += [check.text() for check in self.checks]
+        lines += [] if self.trajectory is None else [self.trajectory.text()]
         failed, unproven = self.named("failed"), self.named("unproven")
         verdict = (
             f"FAILED: {', '.join(failed)}" if failed else f"UNPROVEN: {', '.join(unproven)}" if unproven else "passed"
@@ -113,7 +120,7 @@ def verify(
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
-    """Hashes first, then the golden vectors of each part with the manifest's tolerances.
+    """Hashes first, then the golden vectors of each part with the manifest's tolerances, then the golden trajectory.
 
     max_bytes: memory that a part may take (default: three quarters of what is free); larger parts run stage by stage.
     reduce: on a failure, find the first stretch of the graph that differs from unoptimised ONNX Runtime.
@@ -136,7 +143,10 @@ def verify(
         if progress is not None:
             progress(f"verify {part.name}", index, len(chosen_parts))
         checks.append(check_part(opened, part, chosen, max_bytes, reduce))
-    return VerifyReport(*head, tuple(checks))
+    drawn = None
+    if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
+        drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
+    return VerifyReport(*head, tuple(checks), trajectory=drawn)
 
 
 def check_part(
@@ -162,6 +172,15 @@ def check_part(
     reason = "" if report.passed or not reduce or files[0].suffix == ".onnx" else _REDUCE
     seconds = time.perf_counter() - started
     return PartCheck(part.name, status, part.precision, seconds, stages, report, reason, found)
+
+
+def _drawn(
+    bundle: Bundle, golden: GoldenTrajectory, engine: Engine, checks: Sequence[PartCheck], budget: int
+) -> TrajectoryCheck:
+    """Where the U-Net itself is wrong, its trajectory says nothing new."""
+    if next(check for check in checks if check.part == "unet").status != "passed":
+        return TrajectoryCheck("skipped", reason="the U-Net is not proved")
+    return check_trajectory(bundle, golden, engine, budget)
 
 
 def _compute(

@@ -19,6 +19,7 @@ from diffship.benchmarks.handoff_quality import (
     rows_of,
     timed,
 )
+from diffship.benchmarks.judging import Judged
 from diffship.core.errors import ConfigError
 from diffship.runtimes.handoff.choose import read_curve
 from diffship.runtimes.handoff.router import Router, begin, draw
@@ -60,10 +61,8 @@ def test_seconds_and_bytes_of_each_side() -> None:
 
 
 def figures(right: list[list[float]], rms: float) -> Figures:
-    return Figures(
-        {"top1": right, "top5": right, "large_rms": [[rms] * len(row) for row in right]},
-        [1.0] * len(right), [0.2], [0.1], {"handoff_bytes": 7},
-    )  # fmt: skip
+    judged = [Judged({"top1": row, "top5": row, "large_rms": [rms] * len(row)}, 1.0) for row in right]
+    return Figures(judged, [0.2], [0.1], {"handoff_bytes": 7})
 
 
 def test_rows_and_the_curve_are_the_means_and_claims_need_enough_prompts() -> None:
@@ -71,13 +70,16 @@ def test_rows_and_the_curve_are_the_means_and_claims_need_enough_prompts() -> No
     rows = {(row.subject, row.metric): row for row in rows_of(found, 4)}
     assert rows["split 0,4", "top5"].value == 0.5 and rows["split 4,0", "top5"].value == 1
     assert rows["split 0,4", "top5"].n == 12 and rows["split 0,4", "large_rms"].value == 0.5
-    assert rows["split 0,4 against 4,0", "top1_difference"].value == -0.5
-    assert rows["split 0,4 against 4,0", "top1_difference"].conditions["verdict"] == "no difference shown"
+    assert rows["split 0,4 against split 4,0", "top1_difference"].value == -0.5
+    assert rows["split 0,4 against split 4,0", "top1_difference"].conditions["verdict"] == "no difference shown"
     many = {0: figures([[0.0, 1.0] * 250] * 3, 0.5), 4: figures([[1.0] * 500] * 3, 0.0)}
     claimed = {
         row.subject: row.conditions.get("verdict") for row in rows_of(many, 4) if row.metric == "top1_difference"
     }
-    assert claimed == {"split 0,4 against 4,0": "worse", "split 4,0 against 0,4": "better"}
+    assert claimed == {
+        "split 0,4 against split 4,0": "worse",
+        "split 4,0 against split 0,4": "better",
+    }
     large, small = pair()
     curve = curve_of(found, large, small, 4, "top5")
     assert [(point.cloud_calls, point.value) for point in curve.points] == [(0, 0.5), (4, 1.0)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diffship.benchmarks import session as module
-from diffship.benchmarks.case import Bench, Case, cases_of
+from diffship.benchmarks.case import Bench, Case, cases_of, engine_of
 from diffship.benchmarks.figures import rows_of
 from diffship.benchmarks.materials import Materials
 from diffship.benchmarks.session import Journal, Outcome, Session, Settings
@@ -24,9 +25,9 @@ REPORT = (
     "print(json.dumps({'load': 1, 'first': 2, 'cold': 4, 'seconds': %s, 'device_peak': None}))"
 )
 BENCH = Bench(("toy",), ("fast", "slow"), parts=("unet",), calls=2)
-PART = {"parameters": 10, "conv_linear_macs": 100, "attention_macs": 20, "file_bytes": {"bundle": 40, "folder": 50}}
+PART = {"parameters": 10, "conv_linear_macs": 100, "attention_macs": 20, "file_bytes": {"fast": 40, "folder": 50}}
 PARTS: dict[str, dict[str, Any]] = {"unet": PART, "vae_decoder": {**PART, "conv_linear_macs": 1000}}
-TOY = Materials("toy", "random weights", "onnx", "f", "b", 64, 2, PARTS, {"unet": {"1": "x"}})
+TOY = Materials("toy", "random weights", "f", {"fast": "b", "slow": "b"}, 64, 2, PARTS, {"unet": {"1": "x"}})
 
 
 class Fake(Session):
@@ -187,3 +188,28 @@ def test_absolute_paths_stay_out_of_results(tmp_path: Path) -> None:
 def test_nothing_to_measure_is_said() -> None:
     with pytest.raises(ConfigError, match="name a bundle or a source"):
         Bench(())
+
+
+def test_an_engine_with_options_is_a_runner_of_its_own() -> None:
+    assert engine_of("onnxruntime") == ("onnxruntime", {})
+    assert engine_of("onnxruntime:threads=1+tune=false") == ("onnxruntime", {"threads": 1, "tune": False})
+    with pytest.raises(ConfigError, match="'threads' is not KEY=VALUE"):
+        engine_of("onnxruntime:threads")
+
+
+@pytest.mark.parametrize(
+    ("runner", "status", "reason"),
+    [
+        ("onnxruntime:thread=1", "unsupported", "unknown key 'thread'"),
+        ("onnxruntime:graphs=true", "unsupported", "they go with device cuda"),
+        ("tensorrt", "missing", "Run: pip install"),
+    ],
+)
+def test_an_engine_that_cannot_be_opened_is_a_row(tmp_path: Path, runner: str, status: str, reason: str) -> None:
+    pytest.importorskip("onnxruntime")
+    (case,) = cases_of(Bench(("toy",), (runner,), parts=("unet",)), {"toy": ("unet",)}, {})
+    made = Session(Settings(tmp_path, tmp_path))
+    found: dict[Case, Outcome] = {}
+    materials = replace(TOY, bundles={"onnxruntime": "b"})
+    assert not made._jobs([case], {case: materials}, found)
+    assert found[case].status == status and reason in found[case].reason

@@ -81,7 +81,9 @@ def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_pat
     siblings.make(["teacher"])
     drawn = siblings.drawn(experiment.models[0], 0)
     with open_model(str(drawn.bundle)) as model:
-        request = Request(siblings._asked.texts[2], steps=2, guidance=experiment.guidance, seed=2, sampler="ddim")
+        request = Request(
+            siblings._judging.asked.texts[2], steps=2, guidance=experiment.guidance, seed=2, sampler="ddim"
+        )
         (picture,) = generate(model, request)
     kept = load_file(drawn.pictures)["pixels"][2]
     assert np.abs(kept.astype(int) - picture.pixels).max() <= 1, "what is judged is what was drawn"

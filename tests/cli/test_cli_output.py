@@ -14,10 +14,10 @@ from diffship.benchmarks.side_by_side import picture_psnr
 from diffship.cli.doctor import satisfies
 from diffship.cli.drawing import file_names, read_prompts, slug
 from diffship.cli.export import _target
-from diffship.cli.flags import add_fields, given_fields, names, plain_value, setting, size
+from diffship.cli.flags import add_fields, given_fields, names, setting, size
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.core.errors import ConfigError
-from diffship.core.strict import choices
+from diffship.core.strict import choices, plain_value
 
 
 @pytest.mark.parametrize(

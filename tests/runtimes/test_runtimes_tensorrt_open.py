@@ -17,6 +17,7 @@ from diffship.core.plan import PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.core.safetensors_file import write_safetensors
 from diffship.runtimes.engine import choose_engine, engines_for
 from diffship.runtimes.tensorrt import TensorRtRunner
+from diffship.runtimes.tensorrt.library import flavour_here
 
 # The file beside the plan
 
@@ -116,6 +117,12 @@ def test_another_gpu(rig: Rig) -> None:
     ):
         rig.open()
     ok(rig.open(rig.plan(facts={"sm": []})), feeds())  # built for the builder's own GPU: the library decides
+
+
+@pytest.mark.parametrize(("sm", "found"), [(89, ("rtx", (89,))), (90, ("trt", ())), (80, ("trt", ()))])
+def test_the_library_of_this_gpu(rig: Rig, sm: int, found: tuple[str, tuple[int, ...]]) -> None:
+    rig.cuda.capability = sm
+    assert flavour_here() == found
 
 
 @pytest.mark.parametrize(("gpus", "words"), [(-1, "cudaErrorInsufficientDriver"), (0, "the driver sees none")])
@@ -247,7 +254,7 @@ def test_a_refit_that_stops_half_way_ends_the_session(rig: Rig) -> None:
 def test_a_stripped_plan_wants_weights(rig: Rig, tmp_path: Path, flavour: str) -> None:
     files = rig.plan(flavour, refit=True, stripped=True)
     with pytest.raises(
-        UnsupportedError, match=r"holds no weights.*folder of unet\.safetensors.*--option weights=FOLDER"
+        UnsupportedError, match=r"holds no weights.*ONNX bundle.*unet\.safetensors.*--option weights=FOLDER"
     ):
         rig.open(files)
     arrays = weights(1.5, 0.5)
@@ -256,6 +263,37 @@ def test_a_stripped_plan_wants_weights(rig: Rig, tmp_path: Path, flavour: str) -
     session = rig.open(files, weights=str(tmp_path))
     for seed in range(3):
         ok(session, feeds(seed=seed), scale=1.5, shift=0.5)
+
+
+def onnx_bundle(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """A graph with these weights beside it, as an export writes them."""
+    onnx = pytest.importorskip("onnx")
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors))
+    (folder / "unet").mkdir(parents=True)
+    path = folder / "unet" / "model.onnx"
+    onnx.save(model, str(path), save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    return folder
+
+
+def test_weights_come_from_an_onnx_bundle_too(rig: Rig, tmp_path: Path) -> None:
+    bundle = onnx_bundle(tmp_path / "tuned", {**weights(2.5, 0.25), "unknown": np.zeros(3, np.float32)})
+    session = rig.open(rig.plan(refit=True, stripped=True), weights=str(bundle))
+    ok(session, feeds(), scale=2.5, shift=0.25)
+
+
+def test_an_onnx_bundle_of_another_precision_or_elsewhere(rig: Rig, tmp_path: Path) -> None:
+    other = onnx_bundle(tmp_path / "fp32", weights(2.5, 0.25, np.float32))
+    with pytest.raises(BundleError, match=r"scale takes 16 bytes; in the plan it is float16.*precision \(fp16\)"):
+        rig.open(rig.plan(refit=True), weights=str(other))
+    bundle = onnx_bundle(tmp_path / "cut", weights(2.5, 0.25))
+    data = bundle / "unet" / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[:4])
+    with pytest.raises(BundleError, match=r"model\.onnx_data"):
+        rig.open(rig.plan(refit=True), weights=str(bundle))
+    data.unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx_data"):
+        rig.open(rig.plan(refit=True), weights=str(bundle))
 
 
 def test_weights_that_do_not_fit_leave_nothing_open(rig: Rig, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from diffship.core.errors import ConfigError
+from diffship.core.family import Family
 from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
@@ -48,6 +49,7 @@ class Onnx:
 
     name: ClassVar[str] = "onnx"
     extra: ClassVar[str] = "onnx"
+    trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
     precision: str = field(default="fp32", metadata=choices(*_DTYPES))
     opset: int = field(default=23, metadata=bounds(min(IR_VERSION), max(IR_VERSION)))
@@ -66,6 +68,10 @@ class Onnx:
         """
         need("onnx")
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
+
+    def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
+        """A graph takes every legal size: the smallest."""
+        return {**component.smallest_sizes(), "batch_size": batch}
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""

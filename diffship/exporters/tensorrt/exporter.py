@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.family import Family
 from diffship.core.job import Job, require_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import MIB
@@ -25,7 +26,7 @@ from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
-from diffship.exporters.tensorrt.shapes import Range, Shape, check_names, parse_shapes, profile
+from diffship.exporters.tensorrt.shapes import Range, Shape, axis_ranges, check_names, parse_shapes, profile
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 
@@ -52,6 +53,7 @@ class TensorRt:
 
     name: ClassVar[str] = "tensorrt"
     extra: ClassVar[str] = "tensorrt-rtx"
+    trajectory_steps: ClassVar[int] = 4  # what is built here runs elsewhere, and is proved there
 
     flavour: str = field(default=RTX, metadata=choices(*FLAVOURS))
     sm: tuple[int, ...] = field(default=(), metadata=bounds(50, 200))
@@ -75,7 +77,7 @@ class TensorRt:
 
         Raises:
             MissingExtra: TensorRT is not installed.
-        UnsupportedError: `refit` or `strip` without an NVIDIA driver.
+            UnsupportedError: `refit` or `strip` without an NVIDIA driver.
             ConfigError: shapes that no input has, that do not fit, or that do not rise.
         """
         library(self.flavour)
@@ -86,7 +88,7 @@ class TensorRt:
             )
         check_names(pipeline.components.values(), self._asked)
         for component in pipeline.components.values():
-            profile(component, pipeline.family, self._asked)
+            self.ranges(component, pipeline.family)
         return self.through("unet").check(pipeline)
 
     def disk_bytes(self, component: Component) -> int:
@@ -97,6 +99,16 @@ class TensorRt:
     def memory_bytes(self, component: Component) -> int:
         """Memory that a build takes beside this process."""
         return int(_BUILD_FACTOR * self.through(component).disk_bytes(component)) + _BUILD_BYTES
+
+    def ranges(self, component: Component, family: Family) -> dict[str, Range]:
+        """What the engine of a part takes, by input."""
+        return profile(component, family, self._asked)
+
+    def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
+        """The smallest sizes that the engine takes, and as near to `batch` samples as it does."""
+        ranges = axis_ranges(component, family, self._asked)
+        low, _, high = (ranges[kind].get("batch_size", batch) for kind in KINDS)
+        return {**ranges["min"], "batch_size": min(max(batch, low), high)}
 
     def through(self, component: Component | str) -> Onnx:
         """The exporter of the graph that a part's engine is built from."""
@@ -120,7 +132,7 @@ class TensorRt:
         """
         model = folder / graph.files[0]
         refuse_operators(library(self.flavour), self.flavour, model)
-        ranges = profile(component, pipeline.family, self._asked)
+        ranges = self.ranges(component, pipeline.family)
         require_memory(self.memory_bytes(component), f"the engine of {component.name}")
         key = self.key(graph, model, ranges)
         made: dict[str, Any] = {}

@@ -61,6 +61,16 @@ def profile(component: Component, family: Family, asked: Mapping[str, Mapping[st
     Raises:
         ConfigError: a shape that does not fit its input, or ranges in which min, opt and max do not rise.
     """
+    sizes = axis_ranges(component, family, asked)
+    return {spec.name: Range(*(spec.resolve(sizes[kind]) for kind in KINDS)) for spec in component.inputs}
+
+
+def axis_ranges(component: Component, family: Family, asked: Mapping[str, Mapping[str, Shape]]) -> dict[str, Sizes]:
+    """The same by kind and axis.
+
+    Raises:
+        ConfigError: as `profile`.
+    """
     sizes = _defaults(component, family)
     for kind, made in sizes.items():
         made |= _asked(component, kind, asked.get(kind, {}))
@@ -68,7 +78,7 @@ def profile(component: Component, family: Family, asked: Mapping[str, Mapping[st
         low, best, high = (sizes[kind][axis] for kind in KINDS)
         if not low <= best <= high:
             raise ConfigError(f"{component.name}: {axis} is min {low}, opt {best}, max {high}; they must rise")
-    return {spec.name: Range(*(spec.resolve(sizes[kind]) for kind in KINDS)) for spec in component.inputs}
+    return sizes
 
 
 def check_names(components: Iterable[Component], asked: Mapping[str, Mapping[str, Shape]]) -> None:

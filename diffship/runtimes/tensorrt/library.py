@@ -8,8 +8,18 @@ from typing import Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.plan import PlanFacts
-from diffship.core.tensorrt import PACKAGES, capability_text, way_for
+from diffship.core.tensorrt import PACKAGES, RTX, RTX_SM, TRT, capability_text, way_for
 from diffship.runtimes.tensorrt.device import Device
+
+
+def flavour_here(index: int = 0) -> tuple[str, tuple[int, ...]]:
+    """The library whose engines run on this GPU, and the `sm` that its exporter takes for it.
+
+    Raises:
+        MissingExtra: no cuda-bindings to ask with. UnsupportedError: no driver, or no such GPU.
+    """
+    sm = Device(index, PACKAGES[RTX]).capability()
+    return (RTX, (sm,)) if sm in RTX_SM else (TRT, ())
 
 
 def check_version(trt: Any, facts: PlanFacts, where: str) -> None:

@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffship.core.dtype import to_float32
 from diffship.core.errors import BundleError, DiffshipError, MissingExtra, UnsupportedError
 from diffship.core.plan import PlanFacts, read_facts
 from diffship.core.strict import bounds, choices
 from diffship.core.tensorrt import MODULES, PACKAGES, capability_text, library
-from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engine import Probe
 from diffship.runtimes.tensorrt.device import Device, cuda_runtime, gpu_count
 from diffship.runtimes.tensorrt.jit_cache import cache_file
 from diffship.runtimes.tensorrt.library import check_gpu, check_version
 from diffship.runtimes.tensorrt.plan import Plan, load_engine
 from diffship.runtimes.tensorrt.session import TensorRtSession
+from diffship.runtimes.tensorrt.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class TensorRtRunner:
     device_id: which GPU. contexts: how many calls run at once; each has its own activations on the GPU. wait_seconds:
     how long a call waits where all are busy. graphs: CUDA graphs, one for each combination of shapes. runtime_cache: a
     folder that keeps the kernels which TensorRT-RTX compiles for this GPU ("" = compiled anew in each process).
-    weights: a folder with PART.safetensors, by the names of the plan: parts that are found there are refitted as they
-    open, which a stripped plan needs.
+    weights: an ONNX bundle of the same precision (of a fine-tune, or with a fused LoRA), or a folder with
+    PART.safetensors by the names of the plan: parts that are found there are refitted as they open, which a stripped
+    plan needs.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -92,22 +92,14 @@ class TensorRtRunner:
         return Probe(cls.name, True, version, gpus)
 
     def _weights(self, facts: PlanFacts, plan: Path, where: str) -> dict[str, np.ndarray] | None:
-        file = Path(self.weights) / f"{plan.parent.name}.safetensors"
-        if self.weights and file.is_file():
-            stored = SafetensorsWeights(file)
-            return {name: _array(stored, name) for name in stored.names()}
-        if facts.stripped:
+        part = plan.parent.name
+        found = read_weights(Path(self.weights), part, facts) if self.weights else None
+        if found is None and facts.stripped:
             raise UnsupportedError(
-                f"{where} holds no weights: it was exported with --strip. Give the folder of {file.name} with "
-                "--option weights=FOLDER"
+                f"{where} holds no weights: it was exported with --strip. Give an ONNX bundle of its precision, or "
+                f"the folder of {part}.safetensors, with --option weights=FOLDER"
             )
-        return None
-
-
-def _array(weights: SafetensorsWeights, name: str) -> np.ndarray:
-    dtype = weights.meta(name).dtype
-    raw = np.asarray(weights.read(name))
-    return to_float32(raw, dtype) if dtype == "bfloat16" else raw
+        return found
 
 
 def _checked(files: Sequence[Path]) -> tuple[Path, PlanFacts]:

@@ -1,0 +1,131 @@
+"""A golden trajectory: a few denoising steps in fp32 torch, so that another host can see errors grow step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.compare import Tolerance
+from diffship.core.dtype import meta_of
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.family import Family
+from diffship.core.manifest import GoldenTrajectory
+from diffship.core.runner import Handle, Runner
+from diffship.core.safetensors_file import write_safetensors
+from diffship.exporters.golden import SEED, TOLERANCES, reference
+from diffship.models.component import Component
+from diffship.models.model import PipelineModel
+from diffship.models.pipeline import Pipeline
+from diffship.sampling.encode import text_parts
+from diffship.sampling.generate import Request, start
+from diffship.sampling.loop import denoise, plain
+from diffship.sampling.trajectory import as_numpy
+from diffship.sampling.wire import pack
+
+PROMPT, NEGATIVE = "a photograph of an apple on a table", "blurry"
+START, LATENTS = "golden/trajectory.safetensors", "golden/latents.safetensors"
+
+
+def write_trajectory(
+    pipeline: Pipeline, sizes: Mapping[str, int], out: Path, steps: int, precision: str, max_bytes: int
+) -> GoldenTrajectory:
+    """`steps` steps of `pipeline` below `out`: where they start, and the latents after each.
+
+    sizes: of the U-Net by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
+    most `max_bytes` of weights are loaded at once.
+
+    Raises:
+        ConfigError: a number of steps that the sampler does not take.
+        SourceError: torch itself gives NaN or infinity.
+    """
+    model, size = _GatedModel(pipeline, max_bytes), _pixels(pipeline.family, sizes)
+    try:
+        guidance = None if sizes["batch_size"] > 1 or pipeline.family.time_cond_dim is not None else 1.0
+        request = Request(PROMPT, NEGATIVE, steps=steps, size=size, seed=SEED, rng="philox", guidance=guidance)
+        (trajectory,) = start(model, request, *_picture(pipeline, size))
+        for part in (*text_parts(model), "vae_encoder"):
+            model.release(part)
+        found: dict[str, NDArray[np.generic]] = {}
+
+        def keep(batch: Any) -> None:
+            found[f"step.{batch[0].step}"] = as_numpy(batch[0].latents)
+
+        denoise([trajectory], plain(model.use("unet")), on_step=keep)
+    finally:
+        model.close()
+    for name, array in found.items():
+        if not np.isfinite(array).all():
+            raise SourceError(f"torch itself gives NaN or infinity at {name} of a trajectory; the source is damaged")
+    (out / "golden").mkdir(exist_ok=True)
+    (out / START).write_bytes(pack(trajectory))
+    write_safetensors(out / LATENTS, {name: meta_of(array) for name, array in found.items()}, found.__getitem__)
+    # the sampler adds up what the model gets wrong; elements near zero say nothing, so the whole decides
+    return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=TOLERANCES[precision].psnr_db))
+
+
+def why_not(pipeline: Pipeline, sizes: Mapping[str, int]) -> str:
+    """Why the source, or an engine that takes `sizes`, has no trajectory; empty where it has one."""
+    inpaint = pipeline.family.unet_channels == 2 * pipeline.family.latent_channels + 1
+    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(pipeline.components)
+    if missing or not any(name.startswith("text_encoder") for name in pipeline.components):
+        return f"the source has no {', '.join(sorted(missing)) or 'text encoder'}; --base can supply it"
+    try:
+        pipeline.family.check_size(*_pixels(pipeline.family, sizes))
+    except ConfigError as fault:
+        return f"the least shapes of the U-Net are no picture: {fault}"
+    return "" if sizes["batch_size"] in (1, 2) else "the U-Net takes neither one row nor two"
+
+
+def _pixels(family: Family, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(width, height) of a picture whose latents have these sizes."""
+    return sizes["width"] * family.vae_factor, sizes["height"] * family.vae_factor
+
+
+def _picture(pipeline: Pipeline, size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
+    """A grey ramp whose right half is to be drawn, for models that fill masks."""
+    if pipeline.family.unet_channels != 2 * pipeline.family.latent_channels + 1:
+        return None, None
+    width, height = size
+    ramp = np.linspace(0, 255, width, dtype=np.uint8)
+    image = np.repeat(np.repeat(ramp[None, :, None], height, 0), 3, 2)
+    mask = np.repeat(np.where(np.arange(width) < width // 2, 0, 255).astype(np.uint8)[None], height, 0)
+    return image, mask
+
+
+class _GatedModel(PipelineModel):
+    """A pipeline in float32 torch that never loads more than `max_bytes` of weights of a part at once."""
+
+    def __init__(self, pipeline: Pipeline, max_bytes: int) -> None:
+        super().__init__(pipeline)
+        self.digests = {}  # nobody asks here, and reading every weight takes long
+        self.digest = ""
+        self._max_bytes = max_bytes
+
+    def use(self, part: str) -> Runner:
+        component = self.pipeline.components[part]
+        count = sum(component.weights.meta(name).count for name in component.weights.names())
+        return super().use(part) if 4 * count <= self._max_bytes else _Staged(component, self._max_bytes)
+
+
+class _Staged:
+    """A part run stage by stage: each call reads its weights again."""
+
+    def __init__(self, component: Component, max_bytes: int) -> None:
+        self.inputs = component.inputs
+        self.outputs = component.outputs
+        self._component = component
+        self._max_bytes = max_bytes
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {name: np.asarray(feed.value if isinstance(feed, Handle) else feed) for name, feed in feeds.items()}
+        return dict(reference(self._component, arrays, self._max_bytes))
+
+    def put(self, array: Any) -> Handle:
+        return Handle(np.asarray(array), tuple(np.shape(array)))
+
+    def close(self) -> None:
+        """Nothing stays open between calls."""
