@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from diffship.benchmarks.process import _family, resident_bytes
 from diffship.benchmarks.record import write_result
 from diffship.core.errors import RunnerError
 from diffship.core.row import Row
@@ -72,9 +73,8 @@ class Server:
         return Answer(answer.status, time.perf_counter() - begin, client)
 
     def resident_bytes(self) -> int:
-        """Memory of the server's process (Linux)."""
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+        """Memory of the server's process and of its engines, which are children of it (Linux)."""
+        return sum(map(resident_bytes, _family(self.pid)))
 
 
 @contextmanager
@@ -88,9 +88,11 @@ def server(bundle: Path, batch: int, queue: int) -> Iterator[Server]:
     command = [sys.executable, "-m", "diffship", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None  # it is a pipe
+    reader: threading.Thread | None = None
     try:
         url = _ready(process)
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        reader = threading.Thread(target=process.stderr.read, daemon=True)
+        reader.start()
         yield Server(urlsplit(url).netloc, process.pid)
         process.send_signal(signal.SIGTERM)
         if process.wait(60) != 0:
@@ -98,6 +100,9 @@ def server(bundle: Path, batch: int, queue: int) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+        if reader is not None:
+            reader.join(10)
+        process.stderr.close()
 
 
 def _ready(process: subprocess.Popen[str]) -> str:

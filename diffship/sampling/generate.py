@@ -19,6 +19,7 @@ from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request as Request
 from diffship.sampling.request import Settled, settle
 from diffship.sampling.rng import INITIAL, Noise, make_noise
+from diffship.sampling.tokenizer import check_prompt
 from diffship.sampling.trajectory import SHARED_PARTS, Origin, Trajectory, as_numpy
 
 Cancel = Callable[[], bool]
@@ -104,8 +105,8 @@ def start(
             guidance=settled.guidance,
             positive=encoded.positive,
             negative=encoded.negative,
-            prompt=request.prompt,
-            negative_prompt=request.negative,
+            prompt=check_prompt(request.prompt),  # as it is encoded, so that files can hold it
+            negative_prompt=None if request.negative is None else check_prompt(request.negative),
             facts=_facts(model, settled, i, encoded.warnings),
             origin=_origin(model),
         )

@@ -300,3 +300,9 @@ def test_the_room_needs_no_torch() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
     assert done.stdout == "drawn\n", done.stderr
+
+
+def test_half_a_character_is_replaced_where_it_is_drawn_and_where_it_is_told() -> None:
+    (picture,) = generate(ToyModel(), Request("a\ud800b", negative="\udfff", steps=1))
+    assert (picture.settings["prompt"], picture.settings["negative_prompt"]) == ("a?b", "?")
+    assert picture.png().startswith(b"\x89PNG")

@@ -62,6 +62,14 @@ def test_case_31_numbers_that_json_or_floats_do_not_have(text: bytes) -> None:
         read_body(GenerateForm, b'{"prompt": "cat", "guidance": %s}' % text)
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "model"])
+def test_case_31_half_a_character_is_refused_not_drawn(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} holds U\+D83D, half of a surrogate pair"):
+        read_body(GenerateForm, body(**{"prompt": "cat", name: "a\ud83d"}))
+    whole = read_body(GenerateForm, body(**{"prompt": "cat", name: "a\U0001f600"}))
+    assert getattr(whole, name) == "a\U0001f600"
+
+
 def test_case_31_nothing_is_allocated_for_what_is_refused() -> None:
     data = body(prompt="cat", response="json", images=10**9, width=10**9, height=10**9, steps=10**9)
     read_body(GenerateForm, body(prompt="cat"))  # what is cached on first use is not the point

@@ -181,11 +181,16 @@ def field_schema(kind: Any, entry: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def check_chars(form: Any) -> None:
-    """Raises ConfigError for a text that is shorter or longer than its field allows."""
+    """Raises ConfigError for a text that is shorter or longer than its field allows, or holds half a character."""
     for entry in dataclasses.fields(form):
         value, legal = getattr(form, entry.name), entry.metadata.get("chars")
-        if legal and value is not None and not legal[0] <= len(value) <= legal[1]:
+        if not legal or value is None:
+            continue
+        if not legal[0] <= len(value) <= legal[1]:
             raise ConfigError(f"{entry.name} has {len(value)} characters; legal is from {legal[0]} to {legal[1]}")
+        half = next((char for char in value if "\ud800" <= char <= "\udfff"), "")
+        if half:
+            raise ConfigError(f"{entry.name} holds U+{ord(half):04X}, half of a surrogate pair, which is no character")
 
 
 def check_response(response: str, images: int, previews: int) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
+from diffship.core.errors import ConfigError, RunnerError
+from diffship.core.strict import unknown
+
 FAULTS = (
     "none",
     "refuse",
@@ -29,9 +32,12 @@ FAULTS = (
 
 
 class FaultProxy:
+    """What stands between client and server. `seen` has path and fault of every request, `keys` and `bodies` those of
+    the handoffs."""
+
     def __init__(self, server: str, faults: tuple[str, ...], everything: bool) -> None:
         self.server, self.faults, self.everything = urlsplit(server), list(faults), everything
-        self.seen: list[tuple[str, str]] = []  # path and fault of every request
+        self.seen: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
         self.keys: list[str] = []
         self.kept = b""  # the first good answer, for `old`
@@ -51,8 +57,8 @@ class FaultProxy:
                 self.keys.append(fields.get("idempotency-key", ""))
             self.seen.append((path, fault))
             await self.spoil(fault, writer, b"" if fault == "hang" else await self.answer(head, body))
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # the client left
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the proxy closes while it hangs
         finally:
             writer.close()
 
@@ -101,7 +107,14 @@ class FaultProxy:
 
 @contextmanager
 def fault_proxy(server: str, *faults: str, everything: bool = False) -> Iterator[FaultProxy]:
-    assert set(faults) <= set(FAULTS)
+    """A running proxy in front of `server`, on a port of its own, for a `with` block.
+
+    Raises:
+        ConfigError: a fault that is none of FAULTS.
+    """
+    for fault in faults:
+        if fault not in FAULTS:
+            raise ConfigError(unknown("fault", fault, FAULTS))
     proxy, opened = FaultProxy(server, faults, everything), threading.Event()
     over: list[Callable[[], object]] = []
 
@@ -116,7 +129,8 @@ def fault_proxy(server: str, *faults: str, everything: bool = False) -> Iterator
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
-    assert opened.wait(10)
+    if not opened.wait(10):
+        raise RunnerError("the proxy did not open")
     try:
         yield proxy
     finally:
