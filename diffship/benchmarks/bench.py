@@ -12,11 +12,11 @@ from typing import Any
 from diffship.benchmarks import export_cost
 from diffship.benchmarks.case import Bench, label
 from diffship.benchmarks.figures import rows_of
-from diffship.benchmarks.machine import code_digest, environment
+from diffship.benchmarks.machine import code_digest, environment, suite_digest
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.peers.environments import peer_python, versions
 from diffship.benchmarks.peers.table import PEERS
-from diffship.benchmarks.record import Results
+from diffship.benchmarks.record import Results, runners
 from diffship.benchmarks.session import Journal, Outcome, Progress, Session, Settings
 from diffship.benchmarks.suite import ExportBench, Suite
 from diffship.core.errors import PeerError
@@ -43,7 +43,7 @@ def run_suite(suite: Suite, command: str, settings: Settings, progress: Progress
         "export": [plain(export) for export in suite.exports],
     }
     env = environment() | {"peers": _peer_versions(suite.benches, settings.root)}
-    return Results(suite.name, command, code_digest(), env, facts, tuple(rows))
+    return Results(suite.name, command, suite_digest(suite.name, runners(rows)), env, facts, tuple(rows))
 
 
 def _export_rows(export: ExportBench, settings: Settings, progress: Progress) -> list[Row]:

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,18 @@ PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "
 ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
 _MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers", "turns")
 MEASURING = tuple(f"benchmarks/{name}" for name in _MODULES)
+_SMALL_MODELS = ("compression", "criteria", "features")
+_SERVED = ("serving", "reliability", "handoff-overhead")
+# What only some suites depend on; an engine's folder counts wherever a row is of that engine, too.
+OWN = {
+    "compression": _SMALL_MODELS,
+    "training": _SMALL_MODELS,
+    "exporters/tensorrt": ("engine-build", "gpu-host"),
+    "runtimes/tensorrt": ("gpu-host",),
+    "runtimes/handoff": ("handoff-quality", "handoff-overhead", "reliability"),
+    "runtimes/isolated": _SERVED,
+    "runtimes/serve": _SERVED,
+}
 
 
 def environment() -> dict[str, object]:
@@ -63,10 +75,20 @@ def gpus() -> tuple[dict[str, Any], ...]:
     )
 
 
-def code_digest(package: Path | None = None, names: Sequence[str] = (*ROOMS, *MEASURING)) -> str:
-    """sha256 over the sources of these rooms and modules, by default all that a figure depends on."""
+def suite_digest(suite: str, runners: Iterable[str] = (), package: Path | None = None) -> str:
+    """sha256 over the sources that the figures of a suite depend on; `runners` are those of its rows."""
+    engines = {runner.partition(":")[0] for runner in runners}
+    own = [name for name, suites in OWN.items() if suite in suites or name.rpartition("/")[2] in engines]
+    return code_digest(package, (*ROOMS, *MEASURING, *own), [name for name in OWN if name not in own])
+
+
+def code_digest(
+    package: Path | None = None, names: Sequence[str] = (*ROOMS, *MEASURING), without: Sequence[str] = ()
+) -> str:
+    """sha256 over the sources of these rooms and modules, `without` some folders in them."""
     root = package or Path(__file__).parents[1]
-    files = [file for name in names for file in _sources(root / name)]
+    left_out = {file for name in without for file in _sources(root / name)}
+    files = {file for name in names for file in _sources(root / name)} - left_out
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")

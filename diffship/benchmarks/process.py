@@ -130,7 +130,7 @@ def _waited(process: subprocess.Popen[str], timeout: float, limit: int | None) -
 def _watch(process: subprocess.Popen[str], peak: list[int], limit: int | None) -> None:
     started = time.monotonic()
     while process.poll() is None:
-        peak[0] = max(peak[0], sum(resident_bytes(pid) for pid in _family(process.pid)))
+        peak[0] = max(peak[0], sum(resident_bytes(pid) for pid in family(process.pid)))
         if limit is not None and peak[0] > limit:
             _kill(process)
         # a short process is looked at often, a long one seldom
@@ -142,7 +142,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """A process and all its descendants; any of them may end while it is looked at."""
     found = [pid]
     try:
@@ -152,7 +152,7 @@ def _family(pid: int) -> list[int]:
     for thread in threads:
         with suppress(OSError):
             for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
-                found += _family(int(child))
+                found += family(int(child))
     return found
 
 

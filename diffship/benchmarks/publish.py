@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffship.benchmarks.hardware import koala_form, lcm_form
-from diffship.benchmarks.machine import code_digest
+from diffship.benchmarks.machine import suite_digest
 from diffship.benchmarks.plots import draw_all
-from diffship.benchmarks.record import Results, read_result
+from diffship.benchmarks.record import Results, read_result, runners
 from diffship.benchmarks.tables import Table, figures_table, parts_table, ratios_table, value
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, DiffshipError
@@ -81,8 +81,8 @@ def pages(root: Path) -> list[Path]:
 
 def stale(root: Path) -> list[str]:
     """Results that were measured with other code than this: true then, to be measured again before a release."""
-    now = code_digest()
-    return [name for name, found in read_all(root).items() if found.code != now]
+    found = read_all(root).items()
+    return [name for name, results in found if results.code != suite_digest(results.suite, runners(results.rows))]
 
 
 def _table(words: str, results: Mapping[str, Results], where: str) -> str:

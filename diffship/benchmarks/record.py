@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.machine import code_digest, environment, hardware
+from diffship.benchmarks.machine import environment, hardware, suite_digest
 from diffship.core.atomic import write_file
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
@@ -51,9 +51,14 @@ def write_result(
     file: Path, suite: str, command: str, rows: Sequence[Row], settings: Mapping[str, object] | None = None
 ) -> Results:
     """Write one suite measured on this machine as JSON, whole or not at all."""
-    made = Results(suite, command, code_digest(), environment(), dict(settings or {}), tuple(rows))
+    made = Results(suite, command, suite_digest(suite, runners(rows)), environment(), dict(settings or {}), tuple(rows))
     save(file, made)
     return made
+
+
+def runners(rows: Iterable[Row]) -> set[str]:
+    """Names of the runners that rows are of."""
+    return {str(row.conditions["runner"]) for row in rows if "runner" in row.conditions}
 
 
 def save(file: Path, results: Results) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from diffship.benchmarks.process import _family, resident_bytes
+from diffship.benchmarks.process import family, resident_bytes
 from diffship.benchmarks.record import write_result
 from diffship.core.errors import RunnerError
 from diffship.core.row import Row
@@ -74,7 +74,7 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Memory of the server's process and of its engines, which are children of it (Linux)."""
-        return sum(map(resident_bytes, _family(self.pid)))
+        return sum(map(resident_bytes, family(self.pid)))
 
 
 @contextmanager

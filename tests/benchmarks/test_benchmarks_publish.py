@@ -109,5 +109,5 @@ def test_markers_that_are_wrong_are_refused(text: str, message: str) -> None:
 
 def test_results_of_other_code_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stale(root) == [] and main(["--root", str(root), "--fresh"]) == 0
-    monkeypatch.setattr("diffship.benchmarks.publish.code_digest", lambda: "f" * 64)
+    monkeypatch.setattr("diffship.benchmarks.publish.suite_digest", lambda suite, runners: "f" * 64)
     assert stale(root) == ["some"] and main(["--root", str(root), "--fresh"]) == 1

@@ -44,7 +44,7 @@ def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     (row,) = found.rows
     assert (row.value, row.low, row.high, row.n) == (1.5, 1.0, 2.0, 3)
     assert row.environment == found.environment and found.environment["cores"] >= 1
-    assert found.code == machine.code_digest()
+    assert found.code == machine.suite_digest("s")
 
 
 def test_an_edit_by_hand_is_refused_and_says_what_to_do(file: Path) -> None:
@@ -135,6 +135,34 @@ def test_the_code_digest_follows_what_is_measured_and_nothing_else(tmp_path: Pat
         (tmp_path / name).write_text("2\n", encoding="utf-8")
         assert (machine.code_digest(tmp_path) != before) is matters
         before = machine.code_digest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("suite", "runners", "name", "matters"),
+    [
+        ("cpu-edge", ("onnxruntime",), "runtimes/serve/a.py", False),
+        ("serving", (), "runtimes/serve/a.py", True),
+        ("cpu-edge", ("onnxruntime",), "runtimes/tensorrt/a.py", False),
+        ("gpu", ("tensorrt:graphs=false",), "runtimes/tensorrt/a.py", True),
+        ("gpu", ("tensorrt",), "exporters/tensorrt/a.py", True),
+        ("cpu-edge", (), "compression/a.py", False),
+        ("criteria", (), "compression/a.py", True),
+        ("cpu-edge", (), "runtimes/shell.py", True),
+    ],
+)
+def test_a_suite_depends_on_what_it_uses(
+    tmp_path: Path, suite: str, runners: tuple[str, ...], name: str, matters: bool
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text("1\n", encoding="utf-8")
+    before = machine.suite_digest(suite, runners, tmp_path)
+    file.write_text("2\n", encoding="utf-8")
+    assert (machine.suite_digest(suite, runners, tmp_path) != before) is matters
+
+
+def test_every_folder_that_some_suites_have_alone_is_there() -> None:
+    assert all((Path(machine.__file__).parents[1] / name).is_dir() for name in machine.OWN)
 
 
 def test_the_documented_form_fits_what_is_written(file: Path) -> None:
