@@ -166,7 +166,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--work", type=Path, default=Path("out/gpu-host"), help="keeps bundles (out/gpu-host)")
@@ -177,7 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16")
     parser.add_argument("--against", type=_names, default=AGAINST, metavar="A,B", help=", ".join(AGAINST))
     parser.add_argument("--rounds", type=int, default=3)
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = vars(make_parser().parse_args(argv))
     out = given.pop("out")
     plan = Plan(**given)
     rows = prove(plan, lambda text: print(text, file=sys.stderr, flush=True))

@@ -13,6 +13,7 @@ import prove_real
 import pytest
 from prove.catalogue import read_catalogue
 
+from diffship.benchmarks import gpu_host
 from diffship.cli.main import parse
 
 yaml = pytest.importorskip("yaml")
@@ -55,6 +56,8 @@ def check(words: list[str]) -> None:
     elif words[:2] == ["python", "scripts/prove_real.py"]:
         options = prove_real.make_parser().parse_args(words[2:])
         assert options.only == "$ONLY" or not options.only
+    elif words[:3] == ["python", "-m", "diffship.benchmarks.gpu_host"]:
+        gpu_host.make_parser().parse_args(words[3:])
     elif words[:3] == ["python", "-m", "pip"]:
         assert words[3] == "install"
     else:
