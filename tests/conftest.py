@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if unasked:
         config.hook.pytest_deselected(items=unasked)
         items[:] = [item for item in items if item not in set(unasked)]
+
+
+def pytest_collection_finish() -> None:
+    """What collecting made stays: it is not looked through again by every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

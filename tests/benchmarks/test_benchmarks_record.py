@@ -113,6 +113,7 @@ def test_ceilings_are_rates_of_this_machine() -> None:
     assert all(1e7 < value < 1e15 for value in found.values())
 
 
+@pytest.mark.slow
 def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "_installed", list)
     alone = ceiling.ceilings(repeats=1)["matrix_product_flops"]

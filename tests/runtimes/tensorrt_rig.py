@@ -89,7 +89,8 @@ class Rig:
         for session in self.sessions:
             session.close()
         self.sessions.clear()
-        gc.collect()
+        if self.cuda.memory or self.rtx.engines or self.trt.engines:
+            gc.collect()  # of cycles only: with torch loaded it takes half a second
         assert self.cuda.violations == [], self.cuda.violations
         kinds = [kind for kind, _ in self.cuda.memory.values()]
         left = kinds, self.cuda.streams, self.cuda.graphs
