@@ -16,11 +16,14 @@ from diffship.models.licences import joined
 from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
+_EMOJI = "emoji"
 _HERE = Path(__file__).parent
 
 
 def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
-    """A path that exists, a hub id, `emoji`, or `arch:NAME[+lcm][+taesd]`, as a Pipeline; no tensor is read yet.
+    """A path that exists, a hub id, `emoji` or its sibling `emoji-small`, or `arch:NAME[+lcm][+taesd]`, as a Pipeline.
+
+    No tensor is read yet.
 
     `base`, another source, supplies the parts that this one lacks (a folder with a U-Net alone, say). `revision` is a
     branch, tag or commit of a hub id; the commit is recorded.
@@ -46,7 +49,9 @@ def find_material(text: str, revision: str | None = None) -> Material:
     if kind != "unknown" or path.is_file():
         raise _not_a_folder(path)
     if (home := packaged(text)) is not None:
-        return folder_material(home, {"id": text, "revision": None, "kind": "packaged"})
+        material = folder_material(home, {"id": text, "revision": None, "kind": "packaged"})
+        # a sibling ships its U-Net alone
+        return material if text == _EMOJI else with_base(material, find_material(_EMOJI))
     if not is_hub_id(text):
         raise SourceError(f"{text[:200]!r} does not exist; legal: a diffusers folder, a hub id, emoji, arch:NAME")
     folder, commit = hub_folder(text, revision)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,25 @@ def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> Non
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert "SourceError: 'nobody/nothing' is no path here" in done.stderr.splitlines()[-1]
+
+
+def test_the_small_sibling_shares_all_but_the_unet_with_its_teacher() -> None:
+    small, large = open_source("emoji-small"), open_source("emoji")
+    unet = small.components["unet"]
+    assert sum(unet.weights.meta(name).count for name in unet.weights.names()) == 4_585_956
+    same = {name for name in large.components if digests(small)[name] == digests(large)[name]}
+    assert same == set(large.components) - {"unet"} and small.tokenizers == large.tokenizers
+    assert small.family.size_step == 32  # it has a level less
+    assert replace(small.family, size_step=64) == large.family and small.scheduler == large.scheduler
+    assert [entry["pass"] for entry in small.history] == ["layout", "significance", "distill"]
+    assert (small.source["id"], small.source["kind"]) == ("emoji-small", "packaged")
+
+
+@pytest.mark.slow
+def test_the_small_sibling_draws_what_its_teacher_draws() -> None:
+    from diffship.sampling.generate import Request, generate
+
+    request = Request("a black cat", steps=10, seed=1, guidance=4.0)
+    with open_source("emoji-small").model() as small, open_source("emoji").model() as large:
+        pixels = [generate(model, request)[0].pixels.astype(float) for model in (small, large)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 25 < np.abs(255 - pixels[1]).mean()
