@@ -230,8 +230,8 @@ def run(bundle: Path, say: Callable[[str], object] = lambda text: None) -> list[
 def _counts(subject: str, metric: str, good: int, tried: int, reason: str) -> list[Row]:
     status = "ok" if good == tried else "failed"
     return [
-        Row(SUITE, subject, metric, float(good), "", status, kind="load", n=tried, reason=reason),
-        Row(SUITE, subject, "tried", float(tried), "", kind="load"),
+        Row(SUITE, subject, metric, float(good), "count", status, kind="load", n=tried, reason=reason),
+        Row(SUITE, subject, "tried", float(tried), "count", kind="load"),
     ]
 
 

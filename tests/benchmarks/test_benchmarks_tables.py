@@ -56,6 +56,7 @@ def unet() -> list[Row]:
         (1.5e12, "FLOP/s", "1.50 TFLOP/s"),
         (0.25, "share", "0.250 share"),
         (0, "bytes", "0 B"),
+        (1234.0, "count", "1234"),
     ],
 )
 def test_figures_have_three_digits_and_a_unit(value: float, unit: str, text: str) -> None:
