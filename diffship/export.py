@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,7 @@ class _Work:
     folder: Path
     job: Job
     gate_bytes: int
-    sizes: Callable[[Component], dict[str, int]]
+    sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
 
 
 def export(
@@ -86,10 +86,11 @@ def export(
     whole = _opened(source, base, revision)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
-    steps = _steps(exporter, whole, pipeline, verify, trajectory)
+    sizes = _golden_sizes(exporter, pipeline)
+    steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory)
     started = time.perf_counter()
     with write_bundle(out, overwrite) as draft:
-        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes(), _golden_sizes(exporter, pipeline))
+        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes(), sizes)
         make = _through_graph if hasattr(exporter, "through") else _part
         made = [make(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
@@ -150,13 +151,16 @@ def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
-def _steps(exporter: Any, whole: Pipeline, chosen: Pipeline, verify: bool, asked: int | None) -> int:
-    """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for."""
+def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None) -> int:
+    """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
+
+    sizes: of the U-Net, where it is exported.
+    """
     from diffship.exporters.golden_trajectory import why_not
 
     reason = "the proof is skipped" if not verify else "the U-Net is not exported"
-    if verify and "unet" in chosen.components:
-        reason = why_not(whole, _golden_sizes(exporter, chosen)(chosen.components["unet"]))
+    if verify and sizes is not None:
+        reason = why_not(whole, sizes)
     if asked is None:
         return 0 if reason else int(exporter.trajectory_steps)
     check_range("trajectory", asked, 0, LIMITS.steps[1])
@@ -165,14 +169,11 @@ def _steps(exporter: Any, whole: Pipeline, chosen: Pipeline, verify: bool, asked
     return asked
 
 
-def _golden_sizes(exporter: Any, pipeline: Pipeline) -> Callable[[Component], dict[str, int]]:
+def _golden_sizes(exporter: Any, pipeline: Pipeline) -> dict[str, dict[str, int]]:
     from diffship.exporters.golden import BATCH
 
-    def sizes(component: Component) -> dict[str, int]:
-        found: dict[str, int] = exporter.golden_sizes(component, pipeline.family, BATCH)
-        return found
-
-    return sizes
+    parts = pipeline.components.items()
+    return {name: exporter.golden_sizes(component, pipeline.family, BATCH) for name, component in parts}
 
 
 def _gate_bytes() -> int:
@@ -217,8 +218,8 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     from diffship.runtimes.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
-    sizes = work.sizes(component)
-    part = replace(part, golden=write_golden(component, sizes, work.folder, part.precision, work.gate_bytes // 2))
+    golden = write_golden(component, work.sizes[part.name], work.folder, part.precision, work.gate_bytes // 2)
+    part = replace(part, golden=golden)
     work.job.progress(f"prove {part.name}", 1, 2)
     engine = make_engine(choose_engine(work.exporter.name))
     found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
@@ -252,8 +253,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
 
     unet = next(part for part in made if part.name == "unet")
     work.job.progress("draw trajectory", 0, 1)
-    sizes = work.sizes(work.pipeline.components["unet"])
-    golden = write_trajectory(whole, sizes, work.folder, steps, unet.precision, work.gate_bytes // 2)
+    golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.precision, work.gate_bytes // 2)
     if not hasattr(work.exporter, "through"):
         engine = make_engine(choose_engine(work.exporter.name))
         found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)

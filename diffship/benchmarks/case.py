@@ -11,7 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, plain_value
+from diffship.core.strict import bounds, choices, key_value
 
 IMAGE = "image"
 PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
@@ -109,13 +109,11 @@ def engine_of(runner: str) -> tuple[str, dict[str, Any]]:
         ConfigError: an option without a value.
     """
     engine, _, text = runner.partition(":")
-    options = {}
-    for word in filter(None, text.split("+")):
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{runner}: {word!r} is not KEY=VALUE")
-        options[key.replace("-", "_")] = plain_value(value)
-    return engine, options
+    words = [word for word in text.split("+") if word]
+    options = [key_value(word) for word in words]
+    if None in options:
+        raise ConfigError(f"{runner}: {words[options.index(None)]!r} is not KEY=VALUE")
+    return engine, dict(option for option in options if option is not None)
 
 
 def label(target: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from diffship.benchmarks.case import label
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.record import read_result, write_result
+from diffship.core import child
 from diffship.core.errors import DiffshipError
 from diffship.core.row import Row
 
@@ -58,7 +59,7 @@ def prove(plan: Plan, say: Say = lambda text: None) -> list[Row]:
         for target in plan.targets:
             found = _target_rows(plan, source, target, say)
             rows += found
-            if found and all(row.status == "ok" for row in found):
+            if all(row.status in ("ok", "skipped") for row in found):
                 proved.append(ENGINES[target])
         rows += _bench_rows(plan, source, proved, say)
     return rows
@@ -75,7 +76,8 @@ def _target_rows(plan: Plan, source: str, target: str, say: Say) -> list[Row]:
     folder = plan.work / slug(source) / target
     say(f"{subject}: export")
     words = ["export", source, "--to", target, "--precision", plan.precision, *flags, "-o", str(folder), "--overwrite"]
-    words += ["--trajectory", str(TRAJECTORY), "--cache", str(plan.work / "cache")]
+    words += ["--cache", str(plan.work / "cache")]
+    words += ["--trajectory", str(TRAJECTORY)] if "unet" in (plan.parts or ("unet",)) else []
     words += ["--parts", ",".join(plan.parts)] if plan.parts else []
     made = _told(words, plan.timeout)
     if "parts" not in made:
@@ -115,7 +117,7 @@ def _verify_rows(subject: str, found: Mapping[str, Any], conditions: Mapping[str
         shared = {**conditions, "part": name, "tool": f"{found['engine']} {found['version']}"}
         outputs = (entry["report"] or {}).get("outputs") or [{"name": "", "passed": False, "psnr_db": None}]
         for output in outputs:
-            status = "ok" if output["passed"] else "failed"
+            status = "ok" if output["passed"] else "skipped" if entry["status"] == "skipped" else "failed"
             reason = output.get("reason") or entry["reason"] or ("equal" if output["psnr_db"] is None else "")
             place = f"{subject} / {name}" + (f", {output['name']}" if output["name"] else "")
             psnr, kind = output["psnr_db"], "quality"
@@ -144,9 +146,9 @@ def _bench_rows(plan: Plan, source: str, engines: Sequence[str], say: Say) -> li
 
 def _told(words: Sequence[str], timeout: float) -> dict[str, Any]:
     """What a verb prints with --json; {"reason": ...} where it prints nothing that can be read."""
-    command = [sys.executable, "-m", "diffship", *words, "--json"]
+    command, env = child.command("diffship", *words, "--json"), child.environment()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", env=env)
     except subprocess.TimeoutExpired:
         return {"reason": f"out of time after {timeout:.0f} s"}
     try:

@@ -126,13 +126,13 @@ class Siblings:
 
     def judged(self, model: Model, seed: int) -> Judged:
         """Figures of one model under one seed; what has to be made or drawn for them is."""
-        beside = {} if self._bare is None else {"teacher_rms": _pixels(self.drawn(self._bare, self._bare.seeds[0]))}
-        return self._judging.look(_pixels(self.drawn(model, seed)), beside)
+        return self._judging.look(_pixels(self.drawn(model, seed)), self._beside)
 
     @cached_property
-    def _bare(self) -> Model | None:
-        """The first model without passes, whose pictures from the same noise others are measured against."""
-        return next((model for model in self.experiment.models if not model.passes), None)
+    def _beside(self) -> dict[str, Uint8]:
+        """Pictures of the first model without passes, from the same noise; none where the experiment has none."""
+        bare = next((model for model in self.experiment.models if not model.passes), None)
+        return {} if bare is None else {"teacher_rms": _pixels(self.drawn(bare, bare.seeds[0]))}
 
     @cached_property
     def _judging(self) -> Judging:

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
-from diffship.core.strict import plain_value
+from diffship.core.strict import key_value
 
 SAMPLERS = "ddim, dpmpp-2m, dpmpp-2m-karras, euler, euler-a, lcm, pndm"  # a test keeps it equal to the table
 
@@ -57,10 +57,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def setting(text: str) -> tuple[str, Any]:
     """`key=value`; whole numbers, numbers, true and false become such, everything else stays text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
+    found = key_value(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
-    return key.replace("-", "_"), plain_value(value)
+    return found
 
 
 REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")

@@ -37,6 +37,11 @@ class Family:
     guidance_default: float = field(default=7.5, metadata=bounds(0.0, 35.0))
     steps_default: int = field(default=25, metadata=bounds(1, 150))
 
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the U-Net reads a mask and masked latents beside the latents, as inpainting models do."""
+        return self.unet_channels == 2 * self.latent_channels + 1
+
     def check_size(self, width: int, height: int) -> None:
         """Raises ConfigError, naming the nearest two legal sizes, unless the model can draw width x height pixels."""
         for name, size in (("width", width), ("height", height)):

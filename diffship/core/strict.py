@@ -21,6 +21,12 @@ def bounds(low: float, high: float) -> dict[str, Any]:
     return {"low": low, "high": high}
 
 
+def key_value(text: str) -> tuple[str, Any] | None:
+    """`key-name=1` as ("key_name", 1); None for anything else."""
+    key, equals, value = text.partition("=")
+    return (key.replace("-", "_"), plain_value(value)) if equals and key else None
+
+
 def plain_value(text: str) -> Any:
     """What a word stands for: true or false, an integer, a number, or itself."""
     if text.lower() in ("true", "false"):

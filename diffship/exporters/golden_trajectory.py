@@ -22,8 +22,7 @@ from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
-from diffship.sampling.trajectory import as_numpy
+from diffship.sampling.loop import latents_by_step, plain
 from diffship.sampling.wire import pack
 
 PROMPT, NEGATIVE = "a photograph of an apple on a table", "blurry"
@@ -49,12 +48,7 @@ def write_trajectory(
         (trajectory,) = start(model, request, *_picture(pipeline, size))
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
-        found: dict[str, NDArray[np.generic]] = {}
-
-        def keep(batch: Any) -> None:
-            found[f"step.{batch[0].step}"] = as_numpy(batch[0].latents)
-
-        denoise([trajectory], plain(model.use("unet")), on_step=keep)
+        found = latents_by_step(trajectory, plain(model.use("unet")))
     finally:
         model.close()
     for name, array in found.items():
@@ -69,8 +63,8 @@ def write_trajectory(
 
 def why_not(pipeline: Pipeline, sizes: Mapping[str, int]) -> str:
     """Why the source, or an engine that takes `sizes`, has no trajectory; empty where it has one."""
-    inpaint = pipeline.family.unet_channels == 2 * pipeline.family.latent_channels + 1
-    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(pipeline.components)
+    encoder = ("vae_encoder",) if pipeline.family.fills_masks else ()
+    missing = {"unet", "vae_decoder", *encoder} - set(pipeline.components)
     if missing or not any(name.startswith("text_encoder") for name in pipeline.components):
         return f"the source has no {', '.join(sorted(missing)) or 'text encoder'}; --base can supply it"
     try:
@@ -87,7 +81,7 @@ def _pixels(family: Family, sizes: Mapping[str, int]) -> tuple[int, int]:
 
 def _picture(pipeline: Pipeline, size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
     """A grey ramp whose right half is to be drawn, for models that fill masks."""
-    if pipeline.family.unet_channels != 2 * pipeline.family.latent_channels + 1:
+    if not pipeline.family.fills_masks:
         return None, None
     width, height = size
     ramp = np.linspace(0, 255, width, dtype=np.uint8)

@@ -112,11 +112,11 @@ class _Captured:
         for name, feed in feeds.items():
             constant = feed if isinstance(feed, Constant) else None
             if constant is None or self.held.get(name) is not constant:
-                self.inputs[name].update_inplace(feed.array if isinstance(feed, Constant) else feed)
+                self.inputs[name].update_inplace(_array(feed))
             self.held[name] = constant
 
 
-class GraphSession(CpuSession):
+class GraphSession(DeviceSession):
     """One CUDA graph for each combination of shapes: a call is two copies and one launch.
 
     ONNX Runtime captures by itself where a run has a `gpu_graph_id` and all its tensors have fixed addresses. Calls
@@ -124,15 +124,14 @@ class GraphSession(CpuSession):
     """
 
     def __init__(self, session: Any, runtime: Any, device: str, device_id: int) -> None:
-        super().__init__(session)
-        self._runtime = runtime
-        self._device = (device, device_id)
+        super().__init__(session, runtime, device, device_id)
         self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._graphs = 0  # ever begun: an id is never given twice, as its graph stays bound to the buffers of its time
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         session = self._live()
-        key = tuple((name, (feed.array if isinstance(feed, Constant) else feed).shape) for name, feed in feeds.items())
+        key = tuple((name, _array(feed).shape) for name, feed in feeds.items())
         with self._lock:
             try:
                 slot = self._captured.get(key) or self._made(session, key, feeds)
@@ -156,33 +155,40 @@ class GraphSession(CpuSession):
         """Buffers for these shapes. A first run without a graph tells the shapes of the outputs, and keeps them."""
         inputs = {}
         for name, feed in feeds.items():
-            array = feed.array if isinstance(feed, Constant) else feed
+            array = _array(feed)
             value = self._runtime.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *self._device)
             value.update_inplace(array)
             inputs[name] = value
-        probe = session.io_binding()
-        for name, value in inputs.items():
-            probe.bind_ortvalue_input(name, value)
+        probe = _bound(session, inputs)
         for name in self.outputs:
             probe.bind_output(name, *self._device)
         session.run_with_iobinding(probe, self._options(_NO_GRAPH))
         outputs = dict(zip(self.outputs, probe.get_outputs(), strict=True))
-        fixed = session.io_binding()
-        for name, value in inputs.items():
-            fixed.bind_ortvalue_input(name, value)
+        fixed = _bound(session, inputs)
         for name, value in outputs.items():
             fixed.bind_ortvalue_output(name, value)
-        number = len(self._captured)
-        options = self._options(_NO_GRAPH if number >= CAPTURED_SHAPES else str(number + 1))
-        made = _Captured(fixed, options, inputs, outputs)
-        if number < CAPTURED_SHAPES:
-            self._captured[key] = made
+        if self._graphs >= CAPTURED_SHAPES:
+            return _Captured(fixed, self._options(_NO_GRAPH), inputs, outputs)
+        self._graphs += 1
+        made = self._captured[key] = _Captured(fixed, self._options(str(self._graphs)), inputs, outputs)
         return made
 
     def _options(self, graph: str) -> Any:
         options = self._runtime.RunOptions()
         options.add_run_config_entry(_GRAPH_ID, graph)
         return options
+
+
+def _array(feed: Any) -> np.ndarray:
+    found: np.ndarray = feed.array if isinstance(feed, Constant) else feed
+    return found
+
+
+def _bound(session: Any, inputs: Mapping[str, Any]) -> Any:
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    return binding
 
 
 def require_placement(session: Any, version: str) -> None:

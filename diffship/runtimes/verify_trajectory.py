@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +17,8 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engine import Engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.sampling.generate import checked
-from diffship.sampling.loop import denoise, plain
-from diffship.sampling.trajectory import Trajectory, as_numpy
+from diffship.sampling.loop import latents_by_step, plain
+from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import unpack
 
 Arrays = dict[str, np.ndarray]
@@ -64,14 +63,9 @@ def check_trajectory(bundle: Bundle, golden: GoldenTrajectory, engine: Engine, m
     files = [bundle.file(name) for name in part.files]
     if engine.gate_bytes(sum(file.stat().st_size for file in files), part.precision) > max_bytes:
         return TrajectoryCheck("skipped", reason="the U-Net does not fit memory whole; its stages are proved")
-    found: Arrays = {}
-
-    def keep(batch: Sequence[Trajectory]) -> None:
-        found[f"step.{batch[0].step}"] = as_numpy(batch[0].latents)
-
     try:
         with PartRunner(part, engine.open(files), steps_of(bundle, part)) as unet:
-            denoise([trajectory], checked(plain(unet)), on_step=keep)
+            found = latents_by_step(trajectory, checked(plain(unet)))
     except DiffshipError as fault:
         return TrajectoryCheck("failed", time.perf_counter() - begun, reason=str(fault))
     report = compare(expected, found, golden.tolerance)

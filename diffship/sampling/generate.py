@@ -199,7 +199,7 @@ def _origin(model: Model) -> Origin:
 
 
 def _require(model: Model, image: object, mask: object) -> None:
-    inpaint = model.family.unet_channels == 2 * model.family.latent_channels + 1
+    inpaint = model.family.fills_masks
     if inpaint and (image is None or mask is None):
         raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
     if not inpaint and (image is not None or mask is not None):

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.runner import Runner
 from diffship.sampling.guidance import FeedMaker, guide, like
 from diffship.sampling.kernel import Array, apply_matrix
-from diffship.sampling.trajectory import Trajectory, at_step
+from diffship.sampling.trajectory import Trajectory, as_numpy, at_step
 
 Denoiser = Callable[[Sequence[Trajectory]], Sequence[Array]]
 OnStep = Callable[[Sequence[Trajectory]], None]
@@ -58,6 +61,17 @@ def denoise(
             current[i] = trajectory
         if on_step is not None:
             on_step(current)
+
+
+def latents_by_step(trajectory: Trajectory, denoiser: Denoiser) -> dict[str, NDArray[np.float32]]:
+    """Draw to the end: the latents after each call, `step.1` on."""
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def keep(batch: Sequence[Trajectory]) -> None:
+        found[f"step.{batch[0].step}"] = as_numpy(batch[0].latents)
+
+    denoise([trajectory], denoiser, on_step=keep)
+    return found
 
 
 def plain(unet: Runner) -> Denoiser:

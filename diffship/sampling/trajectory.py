@@ -82,8 +82,7 @@ class Trajectory:
             raise HandoffError(f"the trajectory does not fit this model: {fault}") from None
         _same("latents", tuple(self.latents.shape), (family.latent_channels, height, width))
         _same("prediction type", self.sampler.prediction_type, family.prediction_type)
-        inpaint = family.unet_channels == 2 * family.latent_channels + 1
-        _same("mask present", self.mask is not None and self.masked_latents is not None, inpaint)
+        _same("mask present", self.mask is not None and self.masked_latents is not None, family.fills_masks)
         for condition in (self.positive, self.negative):
             if condition is not None:
                 _same("text width", int(condition.embeddings.shape[-1]), family.text_width)

@@ -15,7 +15,7 @@ from diffship.benchmarks.record import read_result
 from diffship.core.errors import UnsupportedError
 
 OUTPUT = {"name": "out_sample", "passed": True, "psnr_db": 48.5, "reason": ""}
-PART = {"part": "unet", "report": {"outputs": [OUTPUT]}, "reason": ""}
+PART = {"part": "unet", "status": "passed", "report": {"outputs": [OUTPUT]}, "reason": ""}
 VERIFIED: dict[str, Any] = {"engine": "onnxruntime", "version": "1", "parts": [PART], "trajectory": None}
 EXPORTED = {"parts": [{"name": "unet", "export_seconds": 2.5, "bytes": 10, "proof": "proved"}]}
 
@@ -55,6 +55,24 @@ def test_what_misses_its_tolerance_is_not_measured(monkeypatch: pytest.MonkeyPat
     (row,) = [row for row in rows if row.conditions.get("part") == "trajectory"]
     assert (row.subject, row.status, row.reason) == ("toy / onnxruntime / trajectory, step.2", "failed", bad["reason"])
     assert verbs.words[-1][3] == "torch", "the peers and torch are still measured"
+
+
+def test_a_trajectory_that_is_skipped_is_no_miss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = {"status": "skipped", "report": None, "reason": "the U-Net does not fit memory whole"}
+    verbs = Verbs(monkeypatch, verify={**VERIFIED, "trajectory": drawn})
+    rows = prove(Plan(("toy",), tmp_path, ("onnx",)))
+    (row,) = [row for row in rows if row.conditions.get("part") == "trajectory"]
+    assert (row.status, row.reason) == ("skipped", drawn["reason"])
+    assert "onnxruntime" in verbs.words[-1][3], "its parts are proved"
+
+
+@pytest.mark.parametrize(("parts", "told"), [((), True), (("unet",), True), (("vae_decoder",), False)])
+def test_without_a_unet_no_trajectory_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: tuple[str, ...], told: bool
+) -> None:
+    verbs = Verbs(monkeypatch)
+    prove(Plan(("toy",), tmp_path, ("onnx",), parts))
+    assert ("--trajectory" in verbs.words[0]) is told
 
 
 def test_what_cannot_be_built_here_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_a_call_that_fails_leaves_no_buffers_and_a_closed_session_says_so(watche
         session.run(feeds(), ["out_sample"])
 
 
+def test_a_graph_that_was_dropped_leaves_its_id_to_nobody(watched: Watched) -> None:
+    session = GraphSession(watched, runtime, "cpu", 0)
+    for batch in (1, 2):
+        session.run(feeds(batch), ["out_sample"])
+    with pytest.raises(RunnerError, match="onnxruntime stopped"):
+        session.run(feeds(1), ["no such output"])
+    for batch in (1, 2):
+        (found,) = session.run(feeds(batch), ["out_sample"])
+        np.testing.assert_array_equal(found, right(watched, feeds(batch)))
+    assert watched.ids == ["-1", "1", "-1", "2", "1", "-1", "3", "2"]
+
+
 def assigned(**ops: list[str]) -> Any:
     parts = [
         SimpleNamespace(ep_name=f"{name}ExecutionProvider", get_nodes=lambda ops=ops: [
