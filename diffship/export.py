@@ -222,7 +222,8 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     part = replace(part, golden=golden)
     work.job.progress(f"prove {part.name}", 1, 2)
     engine = make_engine(choose_engine(work.exporter.name))
-    found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
+    shown = work.exporter.runnable(part, work.folder)
+    found = check_part(_unfinished(work, shown), shown, engine, work.gate_bytes)
     work.job.progress(f"prove {part.name}", 2, 2)
     if found.report is None:
         raise ParityError(f"part {part.name} could not be proved: {found.reason}")
@@ -231,6 +232,7 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     figures = {name: worst[name] for name in ("max_abs", "mean_abs", "max_rel", "psnr_db", "cosine")}
     probe = engine.probe()
     proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
+    proof |= {} if shown is part else {"computed_in": shown.precision}
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
 
 

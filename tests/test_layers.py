@@ -19,9 +19,10 @@ BELOW = {
     "exporters": {"calibration", "models", "sampling", "core"},
 }
 BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"]}
+BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
-BELOW["cli"] = {"benchmarks", *BELOW["benchmarks"]}
+BELOW["cli"] = {"benchmarks", "reduce", *BELOW["benchmarks"]}
 
 # Files of torch-free rooms that import torch or `models`, inside functions only.
 TORCH_SIDE = {"runtimes/torch.py", "runtimes/model.py"}

@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 PROOFS = "benchmarks/test_benchmarks_proof.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("expression", "code"), [("not slow", 5), ("proof", 0)])  # 5: nothing collected
 def test_proofs_run_only_when_asked_for(expression: str, code: int) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", expression]

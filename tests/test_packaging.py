@@ -161,7 +161,7 @@ print(heavy, usage.ru_utime + usage.ru_stime, file=sys.stderr)
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_fast_and_imports_neither_torch_nor_numpy(verb: str) -> None:
     fastest = 10.0
-    for _ in range(3):
+    for _ in range(8):  # the machine may be busy: the fastest counts
         begin = time.perf_counter()
         command = [sys.executable, "-c", HELP, verb]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)

@@ -12,100 +12,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.bootstrap import interval
-from diffship.benchmarks.quality import frechet_distance, hits, nearest
+from diffship.benchmarks.judging import RANKS, Bench, Judging, ask, figure_rows
+from diffship.benchmarks.quality import hits, nearest
 from diffship.benchmarks.record import write_result
 from diffship.core.row import Row
 
-if TYPE_CHECKING:
-    from diffship.models.judge import Judge
-    from diffship.sampling.tokenizer import Tokenizer
-    from diffship.training.pictures import Pictures
-
-RANKS = (1, 5)
+SUITE = "emoji-quality"
 Uint8 = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The judge, the captions it chooses among (distinct concepts of the domain), and the real pictures."""
-
-    judge: Judge
-    tokenizer: Tokenizer
-    concepts: tuple[str, ...]
-    training: Pictures
-    held_out: Pictures
-
-    @classmethod
-    def read(cls, data: Path, judge: Path, tokenizer: Tokenizer) -> Bench:
-        from diffship.models.judge import load_judge
-        from diffship.training.pictures import Pictures
-
-        def inside(split: str) -> Pictures:
-            return Pictures.read(data, lambda r: r["style"] == "fluent" and r["domain"] and r["split"] == split)
-
-        training = inside("train")
-        concepts = tuple(sorted({record["concept"] for record in training.records}))
-        return cls(load_judge(judge), tokenizer, concepts, training, inside("held_out"))
-
-    def captions(self) -> NDArray[np.float64]:
-        """(m, d) unit vectors of the distinct captions."""
-        import torch
-
-        ids = self.tokenizer(self.concepts).ids
-        ends = (ids == ids[0, -1]).argmax(axis=1)  # padding repeats the end token; only the first one counts
-        mask = np.arange(ids.shape[1]) <= ends[:, None]
-        return np.asarray(self.judge.read(torch.from_numpy(ids), torch.from_numpy(mask)).double().numpy())
-
-    def look(self, pixels: Uint8) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(n, size, size, 3) uint8 -> unit vectors and features of the judge."""
-        import torch
-
-        seen, features = [], []
-        for start in range(0, len(pixels), 64):
-            batch = torch.from_numpy(pixels[start : start + 64]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            seen.append(self.judge.see(batch).double().numpy())
-            features.append(self.judge.features(batch).double().numpy())
-        return np.concatenate(seen), np.concatenate(features)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Prompts with the concept each must be recognised as and a real picture of each."""
-
-    texts: tuple[str, ...]
-    wanted: tuple[int, ...]
-    real: Uint8
-
-
-def ask(bench: Bench, pictures: Pictures, count: int, seed: int) -> Asked:
-    """`count` captions of `pictures`: each once while they last, then again."""
-    order = np.random.default_rng(seed).permutation(len(pictures))
-    rows = [int(order[i % len(order)]) for i in range(count)]
-    records = [pictures.records[row] for row in rows]
-    wanted = tuple(bench.concepts.index(record["concept"]) for record in records)
-    return Asked(tuple(record["text"] for record in records), wanted, pictures.pixels[rows])
-
-
-def judge_rows(bench: Bench, subject: str, asked: Asked, drawn: Uint8, seeds: int = 1) -> list[Row]:
-    """top-1, top-5 with their 95 % intervals, and the Fréchet distance to the real pictures."""
-    seen, features = bench.look(drawn)
-    captions = bench.captions()
-    wanted = list(asked.wanted) * seeds
-    rows = []
-    for rank in RANKS:
-        right = interval(hits(seen, captions, wanted, rank).astype(np.float64).reshape(seeds, -1))
-        rows.append(_row(subject, f"top{rank}", right.mean, low=right.low, high=right.high, n=seeds * right.units))
-    _, real = bench.look(asked.real)
-    rows.append(_row(subject, "frechet_distance", frechet_distance(features, real), "judge features"))
-    return rows
 
 
 def nearest_rows(bench: Bench, subject: str, drawn: Uint8) -> list[Row]:
@@ -124,9 +43,8 @@ def nearest_rows(bench: Bench, subject: str, drawn: Uint8) -> list[Row]:
     ]
 
 
-def _row(subject: str, metric: str, value: float, unit: str = "share", **spread: Any) -> Row:
-    digits: dict[str, Any] = {name: round(float(entry), 4) if name != "n" else entry for name, entry in spread.items()}
-    return Row("emoji-quality", subject, metric, round(float(value), 4), unit, kind="quality", **digits)
+def _row(subject: str, metric: str, value: float, unit: str = "share") -> Row:
+    return Row(SUITE, subject, metric, round(float(value), 4), unit, kind="quality")
 
 
 def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: float, batch: int = 32) -> Uint8:
@@ -154,18 +72,20 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             "training prompts": ask(bench, bench.training, arguments.prompts, seed=1),
             "held-out combinations": ask(bench, bench.held_out, len(bench.held_out) * arguments.held_out_times, seed=2),
         }
-        rows = []
+        rows: list[Row] = []
         for name, group in asked.items():
             drawn = draw(model, group.texts, arguments.seeds, arguments.steps, arguments.guidance)
-            rows += judge_rows(bench, f"model, {name}", group, drawn, arguments.seeds)
-            rows += judge_rows(bench, f"real pictures, {name}", group, group.real)
+            judging = Judging.of(bench, group)
+            by_seed = [judging.look(pixels, {}) for pixels in np.split(drawn, arguments.seeds)]
+            rows += figure_rows(SUITE, f"model, {name}", by_seed, {})
+            rows += figure_rows(SUITE, f"real pictures, {name}", [judging.look(group.real, {})], {})
             if name == "training prompts":
                 rows += nearest_rows(bench, "model", drawn)
     if arguments.untrained:
         with open_model(arguments.untrained) as model:
             floor = ask(bench, bench.training, min(100, arguments.prompts), seed=1)
             drawn = draw(model, floor.texts, 1, arguments.steps, arguments.guidance)
-            rows += judge_rows(bench, "untrained model", floor, drawn)
+            rows += figure_rows(SUITE, "untrained model", [Judging.of(bench, floor).look(drawn, {})], {})
     return rows + judge_checks(bench, arguments.data)
 
 
@@ -211,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sampler": "ddim",
             "captions": "distinct concepts of the stated domain",
         }
-        write_result(arguments.out, "emoji-quality", command, rows, notes)
+        write_result(arguments.out, SUITE, command, rows, notes)
     for row in rows:
         print(f"{row.subject:60} {row.metric:28} {row.value} {row.unit}")
 

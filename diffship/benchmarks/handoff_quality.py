@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.benchmarks.bootstrap import interval
-from diffship.benchmarks.emoji_quality import RANKS
-from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show
+from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError

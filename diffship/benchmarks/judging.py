@@ -12,16 +12,80 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.benchmarks.bootstrap import interval, paired, verdict
-from diffship.benchmarks.emoji_quality import RANKS, Asked, Bench, ask
 from diffship.benchmarks.quality import frechet_distance, hits
 from diffship.core.row import Row
 
 if TYPE_CHECKING:
+    from diffship.models.judge import Judge
     from diffship.sampling.tokenizer import Tokenizer
+    from diffship.training.pictures import Pictures
+
+RANKS = (1, 5)
 
 Uint8 = NDArray[np.uint8]
 Table = NDArray[np.float64]
 _DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The judge, the captions it chooses among (distinct concepts of the domain), and the real pictures."""
+
+    judge: Judge
+    tokenizer: Tokenizer
+    concepts: tuple[str, ...]
+    training: Pictures
+    held_out: Pictures
+
+    @classmethod
+    def read(cls, data: Path, judge: Path, tokenizer: Tokenizer) -> Bench:
+        from diffship.models.judge import load_judge
+        from diffship.training.pictures import Pictures
+
+        def inside(split: str) -> Pictures:
+            return Pictures.read(data, lambda r: r["style"] == "fluent" and r["domain"] and r["split"] == split)
+
+        training = inside("train")
+        concepts = tuple(sorted({record["concept"] for record in training.records}))
+        return cls(load_judge(judge), tokenizer, concepts, training, inside("held_out"))
+
+    def captions(self) -> NDArray[np.float64]:
+        """(m, d) unit vectors of the distinct captions."""
+        import torch
+
+        ids = self.tokenizer(self.concepts).ids
+        ends = (ids == ids[0, -1]).argmax(axis=1)  # padding repeats the end token; only the first one counts
+        mask = np.arange(ids.shape[1]) <= ends[:, None]
+        return np.asarray(self.judge.read(torch.from_numpy(ids), torch.from_numpy(mask)).double().numpy())
+
+    def look(self, pixels: Uint8) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n, size, size, 3) uint8 -> unit vectors and features of the judge."""
+        import torch
+
+        seen, features = [], []
+        for start in range(0, len(pixels), 64):
+            batch = torch.from_numpy(pixels[start : start + 64]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            seen.append(self.judge.see(batch).double().numpy())
+            features.append(self.judge.features(batch).double().numpy())
+        return np.concatenate(seen), np.concatenate(features)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts with the concept each must be recognised as and a real picture of each."""
+
+    texts: tuple[str, ...]
+    wanted: tuple[int, ...]
+    real: Uint8
+
+
+def ask(bench: Bench, pictures: Pictures, count: int, seed: int) -> Asked:
+    """`count` captions of `pictures`: each once while they last, then again."""
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    rows = [int(order[i % len(order)]) for i in range(count)]
+    records = [pictures.records[row] for row in rows]
+    wanted = tuple(bench.concepts.index(record["concept"]) for record in records)
+    return Asked(tuple(record["text"] for record in records), wanted, pictures.pixels[rows])
 
 
 @dataclass(frozen=True)
@@ -44,7 +108,10 @@ class Judging:
     @classmethod
     def read(cls, data: Path, judge: Path, tokenizer: Tokenizer, prompts: int) -> Judging:
         bench = Bench.read(data, judge, tokenizer)
-        asked = ask(bench, bench.training, prompts, seed=1)
+        return cls.of(bench, ask(bench, bench.training, prompts, seed=1))
+
+    @classmethod
+    def of(cls, bench: Bench, asked: Asked) -> Judging:
         return cls(bench, asked, bench.captions(), bench.look(asked.real)[1])
 
     def look(self, pixels: Uint8, beside: Mapping[str, Uint8]) -> Judged:

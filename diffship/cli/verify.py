@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffship.cli.flags import add_engine, engine_options, names
 from diffship.cli.output import Result, size_text
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from diffship.runtimes.suspects import Look
+
 EXAMPLES = """examples:
   diffship verify out/emoji
   diffship verify out/emoji --engine openvino --json
+  diffship verify out/emoji-rtx --reduce --graphs out/emoji-fp16
 """
 
 
@@ -21,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="DIR", type=Path, help="a bundle")
     add_engine(parser)
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
-    parser.add_argument("--reduce", action="store_true", help="on a failure, name the first nodes that differ")
+    parser.add_argument("--reduce", action="store_true", help="on a failure, name the first node that differs")
+    parser.add_argument(
+        "--graphs", metavar="DIR", type=Path, help="with --reduce: the --to onnx bundle that an engine was built from"
+    )
     parser.add_argument("--hashes-only", action="store_true", help="leave the golden vectors out; needs no engine")
 
 
@@ -39,18 +47,32 @@ def run(options: argparse.Namespace) -> Result:
             options.bundle,
             options.engine,
             parts=options.parts,
-            reduce=options.reduce,
+            look=_look(options),
             progress=stages,
             **engine_options(options),
         )
     return Result(report.to_json(), report.text(), 0 if report.passed else 1)
 
 
+def _look(options: argparse.Namespace) -> Look | None:
+    if options.graphs and not options.reduce:
+        raise ConfigError("--graphs is for --reduce: give both")
+    if not options.reduce:
+        return None
+    if options.graphs:
+        from diffship.reduce import through_graphs
+
+        return through_graphs(options.graphs)
+    from diffship.runtimes.suspects import look_into
+
+    return look_into
+
+
 def _hashes(options: argparse.Namespace) -> Result:
     from diffship.core.bundle import Bundle
 
-    if options.parts or options.engine or options.reduce:
-        raise ConfigError("--hashes-only opens no engine; leave --parts, --engine and --reduce out")
+    if options.parts or options.engine or options.reduce or options.graphs:
+        raise ConfigError("--hashes-only opens no engine; leave --parts, --engine, --reduce and --graphs out")
     bundle = Bundle.open(options.bundle)
     bundle.verify()
     files = bundle.manifest.files

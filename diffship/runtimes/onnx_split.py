@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class SplitStage:
     _source: Path = field(repr=False, compare=False)
     _folder: Path = field(repr=False, compare=False)
     _name: str = field(repr=False, compare=False)
+    _types: Any = field(repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -46,6 +47,20 @@ class SplitStage:
             _clear(self._folder)
             _write(self._model, self._source, place)
         return place
+
+    def every_node(self) -> SplitStage:
+        """The same stretch, with everything that its nodes make as outputs, in execution order."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        names = [name for node in model.graph.node for name in node.output if name]
+        del model.graph.output[:]
+        model.graph.output.extend(_typed(self._types, name) for name in names)
+        return replace(self, outputs=tuple(names), _model=model, _name=self._name.replace(".onnx", "_each.onnx"))
+
+    def node_of(self, output: str) -> str:
+        """`MatMul mid_block.attentions.0/MatMul`: the operator that makes `output`, and its name."""
+        node = next(node for node in self._model.graph.node if output in node.output)
+        return f"{node.op_type} {node.name or output}"
 
 
 def split(model_path: str | os.PathLike[str], max_bytes: int, folder: str | os.PathLike[str]) -> list[SplitStage]:
@@ -66,6 +81,12 @@ def split(model_path: str | os.PathLike[str], max_bytes: int, folder: str | os.P
         _stage(facts, types, path, Path(folder), index, start, stop)
         for index, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True))
     ]
+
+
+def heaviest(model_path: str | os.PathLike[str]) -> int:
+    """Bytes of weights of the operator that has most: the least that `split` can be given."""
+    facts = _Facts(_load(Path(model_path)))
+    return max((sum(facts.sizes.get(name, 0) for name in names) for names in facts.reads), default=0)
 
 
 class _Facts:
@@ -148,7 +169,7 @@ def _stage(
     model = onnx.helper.make_model(graph, opset_imports=facts.model.opset_import, functions=facts.model.functions)
     model.ir_version = facts.model.ir_version
     size = sum(facts.sizes[tensor.name] for tensor in weights)
-    return SplitStage(tuple(inputs), tuple(outputs), size, model, source, folder, f"stage_{index:04d}.onnx")
+    return SplitStage(tuple(inputs), tuple(outputs), size, model, source, folder, f"stage_{index:04d}.onnx", types)
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -96,6 +96,18 @@ class PartRunner:
         copy = np.array(host("(constant)", array), order="C")
         return Handle(Kept(self, copy), copy.shape)
 
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace weights by the engine's names, between two calls; other threads wait.
+
+        Raises:
+            UnsupportedError: the engine cannot, or its file was not made for it (TensorRT: `--refit`).
+            RunnerError: a weight is missing, misshapen or not finite; nothing has changed then.
+        """
+        refit = getattr(self._open_session(), "refit", None)
+        if refit is None:
+            raise UnsupportedError(f"part {self.name}: this engine keeps the weights of its file; open another bundle")
+        refit(weights)
+
     def close(self) -> None:
         """Release the engine; calls that are under way in other threads finish first. Closing twice is fine."""
         with self._lock:

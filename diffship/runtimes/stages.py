@@ -1,4 +1,4 @@
-"""A part run in stretches, one in memory at a time: for parts that do not fit, and to find where one goes wrong."""
+"""A part run in stretches, one in memory at a time: for parts that do not fit."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import RunnerError
 from diffship.core.manifest import Part
 from diffship.runtimes.arrays import as_dtype
-from diffship.runtimes.engine import Engine, make_engine
+from diffship.runtimes.engine import Engine, Opener
 from diffship.runtimes.shell import PartRunner
 
 Arrays = dict[str, np.ndarray]
-_SUSPECT_STAGES = 64
 
 
 def run_in_stages(part: Part, model: Path, engine: Engine, feeds: Arrays, budget: int) -> tuple[int, Arrays]:
@@ -31,26 +29,6 @@ def run_in_stages(part: Part, model: Path, engine: Engine, feeds: Arrays, budget
         chain = _Chain(part, stages, engine)
         with PartRunner(part, chain) as runner:
             return len(stages), runner.run(feeds)
-
-
-def suspects(model: Path, engine: Engine, feeds: Mapping[str, np.ndarray], tolerance: Tolerance) -> tuple[str, ...]:
-    """The first stretch where `engine` leaves unoptimised ONNX Runtime when both get the same inputs.
-
-    Empty where none does: then the graph or its weights are wrong, not the engine.
-    """
-    reference = make_engine("onnxruntime", {"optimisation": "off"})
-    with tempfile.TemporaryDirectory(prefix="diffship-reduce-") as folder:
-        size = sum(file.stat().st_size for file in model.parent.iterdir() if file.name.startswith(model.name))
-        stages = _split(model, max(size // _SUSPECT_STAGES, 1 << 16), Path(folder))
-        values: Arrays = dict(feeds)
-        for index, stage in enumerate(stages):
-            right = _run_stage(reference, stage, values)
-            report = compare(right, _run_stage(engine, stage, values), tolerance)
-            if not report.passed:
-                where = f"stage {index + 1} of {len(stages)}, {', '.join(stage.outputs)[:160]}"
-                return (f"{where}: {report.worst.text()}",)
-            values.update(right)
-    return ("no stretch differs from unoptimised ONNX Runtime: the graph or its weights are wrong, not the engine",)
 
 
 def _stage_bytes(engine: Engine, precision: str, budget: int) -> int:
@@ -80,7 +58,7 @@ class _Chain:
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         values: Arrays = dict(feeds)
         for index, stage in enumerate(self._stages):
-            values.update(_run_stage(self._engine, stage, values))
+            values.update(run_stage(self._engine, stage, values))
             needed = {name for later in self._stages[index + 1 :] for name in later.inputs} | set(outputs)
             values = {name: array for name, array in values.items() if name in needed}
         return [values[name] for name in outputs]
@@ -92,7 +70,8 @@ class _Chain:
         """Nothing stays open between calls."""
 
 
-def _run_stage(engine: Engine, stage: Any, values: Mapping[str, np.ndarray]) -> Arrays:
+def run_stage(engine: Opener, stage: Any, values: Mapping[str, np.ndarray]) -> Arrays:
+    """What one stretch makes of `values`, which hold what earlier ones made."""
     path = stage.path  # writes the stretch; its folder holds nothing else
     session = engine.open([path, *(file for file in sorted(path.parent.iterdir()) if file != path)])
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from diffship.core.manifest import Golden, GoldenTrajectory, Part
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engine import Engine, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
-from diffship.runtimes.stages import run_in_stages, suspects
+from diffship.runtimes.stages import run_in_stages
+from diffship.runtimes.suspects import Look
 from diffship.runtimes.verify_trajectory import TrajectoryCheck, check_trajectory
 
 Arrays = dict[str, np.ndarray]
-_REDUCE = "an engine cannot be looked into: `verify --reduce` of the --to onnx bundle names the operator of its graph"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class PartCheck:
     """What verify found out about one part.
 
     status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
-    was run in (1 = whole). suspects: with `reduce`, the first stretch of the graph that computes something else.
+    was run in (1 = whole). suspects: with `look`, the first stretch of the graph that computes something else, and the
+    node in it.
     """
 
     part: str
@@ -57,7 +58,7 @@ class PartCheck:
         lines = [f"{head}{where}, {self.seconds:.1f} s, {self.report.tolerance.text()}"]
         lines += [f"  {line}" for line in self.report.text().splitlines()]
         lines += [f"  {self.reason}"] if self.reason else []
-        return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
+        return "\n".join([*lines, *(f"  suspect: {name}" for name in self.suspects)])
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ def verify(
     *,
     parts: Iterable[str] | None = None,
     max_bytes: int | None = None,
-    reduce: bool = False,
+    look: Look | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
     """Hashes first, then the golden vectors of each part with the manifest's tolerances, then the golden trajectory.
 
     max_bytes: memory that a part may take (default: three quarters of what is free); larger parts run stage by stage.
-    reduce: on a failure, find the first stretch of the graph that differs from unoptimised ONNX Runtime.
+    look: finds the node at fault of a part that fails (`suspects.look_into`; `reduce.through_graphs` for plans).
     Options are the fields of the engine's class. A damaged bundle is in the report; one that cannot even be opened
     raises BundleError, an engine that is missing UnsupportedError.
     """
@@ -142,7 +143,7 @@ def verify(
     for index, part in enumerate(chosen_parts):
         if progress is not None:
             progress(f"verify {part.name}", index, len(chosen_parts))
-        checks.append(check_part(opened, part, chosen, max_bytes, reduce))
+        checks.append(check_part(opened, part, chosen, max_bytes, look))
     drawn = None
     if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
         drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
@@ -150,7 +151,7 @@ def verify(
 
 
 def check_part(
-    bundle: Bundle, part: Part, engine: Engine, max_bytes: int | None = None, reduce: bool = False
+    bundle: Bundle, part: Part, engine: Engine, max_bytes: int | None = None, look: Look | None = None
 ) -> PartCheck:
     """Run one part on its golden inputs and compare; an engine that fails is a failed check, with its words."""
     if part.golden is None:
@@ -165,13 +166,16 @@ def check_part(
     except DiffshipError as fault:
         return PartCheck(part.name, "failed", part.precision, time.perf_counter() - started, reason=str(fault))
     report = compare(expected, outputs, part.golden.tolerance)
-    found: tuple[str, ...] = ()
-    if reduce and not report.passed and files[0].suffix == ".onnx":
-        found = suspects(files[0], engine, feeds, part.golden.tolerance)
-    status = "passed" if report.passed else "failed"
-    reason = "" if report.passed or not reduce or files[0].suffix == ".onnx" else _REDUCE
     seconds = time.perf_counter() - started
-    return PartCheck(part.name, status, part.precision, seconds, stages, report, reason, found)
+    check = PartCheck(part.name, "passed" if report.passed else "failed", part.precision, seconds, stages, report)
+    return check if report.passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
+
+
+def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:
+    try:
+        return replace(check, suspects=look())
+    except DiffshipError as fault:
+        return replace(check, reason=str(fault))
 
 
 def _drawn(

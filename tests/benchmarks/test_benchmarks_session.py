@@ -96,6 +96,7 @@ def test_macs_of_an_image_are_those_of_its_calls(tmp_path: Path) -> None:
     assert found["throughput"].value == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "status", "reason"),
     [

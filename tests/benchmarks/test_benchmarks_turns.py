@@ -38,6 +38,7 @@ def player(name: str, seconds: float, log: Path, program: str = PLAYER) -> Job:
     return Job([sys.executable, "-c", program, name, str(seconds), str(log)], {})
 
 
+@pytest.mark.slow
 def test_processes_call_in_turn_after_all_are_loaded(tmp_path: Path) -> None:
     log = tmp_path / "log"
     found = take_turns([player("a", 0.26, log), player("b", 0.27, log)], 3, 60)

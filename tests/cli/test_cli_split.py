@@ -63,6 +63,7 @@ def test_the_text_lists_files_and_then_models(capsys: Any, small: Path, tmp_path
     assert first.startswith(f"{LARGE} (torch): 2 calls, ") and last.startswith(f"{small} (torch): 1 calls, ")
 
 
+@pytest.mark.slow
 def test_models_in_place_of_large(command: Any, small: Path, tmp_path: Path) -> None:
     rest = ["--split", "1,1", "--sampler", "ddim", "--no-metadata"]
     for name, words in (

@@ -27,6 +27,7 @@ def narrower(pipeline: Pipeline, listed: tuple[Layer, ...], counts: dict[str, in
     return found.params, found.macs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["arch:tiny-sd", "arch:tiny-sdxl", "emoji"])
 def test_what_layers_save_adds_up_to_the_built_model(source: str) -> None:
     pipeline = open_source(source)

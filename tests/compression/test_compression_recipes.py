@@ -312,6 +312,7 @@ def test_full_sizes_are_foreseen_without_their_weights(source: str, layout: str,
     assert found.timed == "nothing was timed"
 
 
+@pytest.mark.slow
 def test_hours_are_calls_times_the_timed_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_module, "time_call", lambda *_: 0.25)
     found = foresee("arch:tiny-sd", [Told(1.0), LayoutPass("bk-tiny"), Told(1.0)])

@@ -154,6 +154,7 @@ def test_the_budget_is_kept_and_used(base: Pipeline, scores: str) -> None:
     assert np.isfinite(np.asarray(small.components["unet"].load().run(feeds)["out_sample"])).all()
 
 
+@pytest.mark.slow
 def test_a_budget_of_macs_is_that_of_the_built_model(base: Pipeline, scores: str) -> None:
     side = base.family.default_size // base.family.vae_factor
     before, after = (
@@ -184,6 +185,7 @@ def test_allocations_to_compare_with_keep_the_same_budget(base: Pipeline, alloca
     assert "scores" not in small.history[-1]
 
 
+@pytest.mark.slow
 def test_what_is_foreseen(base: Pipeline, scores: str) -> None:
     """A dry run: exact where no score is missing, else a model that meets the budget, and the work that scoring is."""
     for step in (

@@ -78,6 +78,7 @@ def test_a_budget_is_met_within_one_unit(small: Pipeline, found: list[Interior],
     assert entry["parameters_share"] == 0.7
 
 
+@pytest.mark.slow
 def test_the_outline_has_the_shapes_of_the_result(small: Pipeline, pictures: Path) -> None:
     step = PrunePass(parameters=0.7)
     told, made = step.outline(small).pipeline, step.run(small, Job())

@@ -173,6 +173,7 @@ def test_reduced_and_extended_unets(kind: str, tmp_path: Path, graphs: Job) -> N
     compare(whole.torch.run(feeds), whole.run(cast), FP32 if precision == "fp32" else FP16).require(kind)
 
 
+@pytest.mark.slow
 def test_plain_opset_equals_torch(tiny_sd: Pipeline, tmp_path: Path, graphs: Job) -> None:
     for part in ("text_encoder", "vae_decoder"):
         component = replace(tiny_sd.components[part])
@@ -180,6 +181,7 @@ def test_plain_opset_equals_torch(tiny_sd: Pipeline, tmp_path: Path, graphs: Job
         Whole(tmp_path / part / "model.onnx", component).check({"batch_size": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["arch:tiny-sd+taesd"])
 def test_tiny_autoencoders(source: str, tmp_path: Path, graphs: Job) -> None:
     for part in ("vae_encoder", "vae_decoder"):

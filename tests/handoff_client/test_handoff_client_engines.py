@@ -119,6 +119,7 @@ def valid(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_who_did_what(
     command: Any, served: str, tiny_bundle: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_cloud_that_is_down_is_a_picture_and_a_reason(command: Any, tiny_bundl
     assert document["handoffs"][0]["edge_calls"] == 2
 
 
+@pytest.mark.slow
 def test_split_auto_measures_chooses_and_keeps(
     command: Any, served: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

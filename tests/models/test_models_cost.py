@@ -67,6 +67,7 @@ def test_published_text_encoders() -> None:
     assert cost(part("sd15", "text_encoder")).params == 123_060_480
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parts"), [("tiny-sd", ""), ("tiny-sdxl", "text unet"), ("tiny-sd+taesd", "vae")])
 def test_macs_equal_torchs_own_flop_counter(name: str, parts: str) -> None:
     prefixes = tuple(parts.split()) or ("",)

@@ -113,6 +113,7 @@ def by_table(table: list[tuple[str, str]], name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["sd21", "lcm-sd15", "sd15-inpaint", "tiny-sd", "tiny-refiner"])
 @pytest.mark.parametrize("name", ["bk-base", "bk-tiny", "hybrid-224m"])
 def test_layouts_apply_to_other_widths_heads_and_projections(name: str, teacher: str) -> None:

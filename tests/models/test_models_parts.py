@@ -170,6 +170,7 @@ def test_text_encoder_reads_both_name_forms() -> None:
     assert all(name.startswith("text_model.") for name in again.weights.names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl", "tiny-lcm", "tiny-inpaint", "tiny-refiner", "tiny-sd+taesd"])
 def test_half_precision_is_finite_and_near(name: str) -> None:
     for component in pipeline(name).components.values():

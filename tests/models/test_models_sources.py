@@ -86,6 +86,7 @@ def test_text_encoder_is_written_with_classic_names(saved: Path) -> None:
     assert all(name.startswith("text_model.") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-lcm", "tiny-inpaint", "tiny-refiner", "tiny-sd+lcm+taesd", "tiny-sdxl+lcm"])
 def test_every_family_survives_a_folder(name: str, tmp_path: Path) -> None:
     again = open_source(str(arch(name).save(tmp_path / "model")))

@@ -53,6 +53,7 @@ def test_stages_in_sequence_equal_the_whole(name: str) -> None:
     assert worst(chain(cut(part(name), inside[::6]), feeds), expected) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_after_every_layer_equals_the_whole(name: str) -> None:
     feeds, expected = whole(name)
@@ -115,6 +116,7 @@ def test_stages_own_disjoint_weights_that_make_up_the_whole() -> None:
         assert stage.load().run(example).keys() == {spec.name for spec in stage.outputs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
 @pytest.mark.parametrize("which", ["unet", "text_encoder", "vae_decoder"])
 def test_memory_stages_stay_under_their_bound(name: str, which: str) -> None:

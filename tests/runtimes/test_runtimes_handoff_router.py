@@ -62,6 +62,7 @@ def over_the_wire(models: Sequence[Model], split: Sequence[int], request: Reques
     return batch[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_model_on_both_sides_changes_no_bit_torch(name: str) -> None:
     request = asked(steps=4, sampler=name)
@@ -95,6 +96,7 @@ def test_three_models(split: tuple[int, ...]) -> None:
     assert [share["steps"] for share in ours.settings["split"]] == list(split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["dpmpp-2m", "pndm", "euler-a"])
 def test_a_sibling_draws_the_last_steps(sampler: str) -> None:
     pictures = {}
@@ -109,6 +111,7 @@ def test_a_sibling_draws_the_last_steps(sampler: str) -> None:
         assert np.abs(pictures[first] - pictures[second]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [(8, 0), (4, 4), (0, 8)])
 def test_a_pair_of_consistency_models(split: tuple[int, int]) -> None:
     pair, request = [large("tiny-lcm"), small("tiny-lcm")], asked(guidance=8.0, negative=None)

@@ -53,6 +53,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_from_another_process_is_the_same_to_the_bit(model: BundleModel, tiny_bundle: Path) -> None:
     own = BundleModel(Bundle.open(tiny_bundle), "onnxruntime", **THREADS)
     assert process(model).pid is None and process(model).alive(), "nothing is started before it is needed"

@@ -41,6 +41,7 @@ def ort_model(tiny_bundle: Path) -> Iterator[BundleModel]:
         yield model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_engine_leaves_the_floating_point_state_of_its_caller_alone(tiny_bundle: Path, engine: str) -> None:
     with open_model(tiny_bundle, engine) as model:
@@ -207,6 +208,7 @@ print(report.engine, picture.pixels.shape, hashlib.sha256(picture.pixels.tobytes
 """
 
 
+@pytest.mark.slow
 def test_edge_process_without_torch_draws_the_same_picture(tiny_bundle: Path, ort_model: BundleModel) -> None:
     import hashlib
 

@@ -316,3 +316,18 @@ def test_cuda_is_refused_where_it_is_not(bundle: Bundle) -> None:
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(UnsupportedError, match=r"no CUDAExecutionProvider; it has .*onnxruntime-gpu"):
         open_runner(bundle, "unet", "onnxruntime", device="cuda")
+
+
+def test_weights_go_to_an_engine_that_takes_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    weights = {"weight": np.ones(1, np.float32)}
+    with open_runner(bundle, "unet", "onnxruntime") as runner:
+        with pytest.raises(UnsupportedError, match="keeps the weights of its file"):
+            runner.refit(weights)
+        monkeypatch.setattr(
+            type(runner._open_session()), "refit", lambda self, given: taken.append(given), raising=False
+        )
+        runner.refit(weights)
+    assert taken == [weights]
+    with pytest.raises(RunnerError, match="closed"):
+        runner.refit(weights)

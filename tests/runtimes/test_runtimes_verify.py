@@ -113,11 +113,12 @@ def test_reduce_blames_the_graph_where_engines_agree(tiny_bundle: Path, tmp_path
     weights[: len(weights) // 2] *= np.float32(1.5)
     (path / part.files[1]).write_bytes(data)
     from diffship.runtimes.engine import make_engine
+    from diffship.runtimes.suspects import look_into
     from diffship.runtimes.verify import check_part
 
-    check = check_part(Bundle(path, bundle.manifest), part, make_engine("onnxruntime", {"threads": 1}), reduce=True)
+    check = check_part(Bundle(path, bundle.manifest), part, make_engine("onnxruntime", {"threads": 1}), look=look_into)
     assert check.status == "failed"
-    assert "the graph or its weights are wrong" in check.suspects[0] and "first suspect" in check.text()
+    assert "the graph or its weights are wrong" in check.suspects[0] and "suspect:" in check.text()
 
 
 def test_golden_files_hold_nothing_else(bundle: Bundle) -> None:

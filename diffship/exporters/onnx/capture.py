@@ -24,6 +24,8 @@ else:
     torch, fake_tensor = lazy("torch"), lazy("torch._subclasses.fake_tensor")
     Module = lazy_base("torch.nn", "Module")
 
+_EXACT = ("timestep", "time_ids")  # inputs that a module casts itself
+
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]"
 
 
@@ -32,14 +34,17 @@ def capture(
 ) -> Programs:
     """The programs of `module` (on the meta device) at both `sizes`, equal but for numbers that depend on a size.
 
-    Parameters and float inputs take `dtype`; `timestep` stays float32.
+    Parameters and float inputs take `dtype`; `timestep` stays float32. In bfloat16, inputs and outputs stay float32.
 
     Raises:
         UnsupportedError: torch.export cannot follow the module's Python code.
     """
     with _quiet(), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _Positional(_as_fake(module, dtype))
-        first, second = (_export(fake, tuple(_feed(spec, known, dtype) for spec in inputs)) for known in sizes)
+        part = _as_fake(module, dtype)
+        narrow = dtype == torch.bfloat16
+        fake = _Float32Around(part, [spec.name for spec in inputs]) if narrow else _Positional(part)
+        outer = torch.float32 if narrow else dtype
+        first, second = (_export(fake, tuple(_feed(spec, known, outer) for spec in inputs)) for known in sizes)
         return first, second
 
 
@@ -76,6 +81,19 @@ class _Positional(Module):
 
     def forward(self, *feeds: torch.Tensor) -> Any:
         return self.part(*feeds)
+
+
+class _Float32Around(_Positional):
+    """bfloat16 inside. Times and sizes stay float32 on their way in, as eight bits are too few for them."""
+
+    def __init__(self, part: torch.nn.Module, names: Sequence[str]) -> None:
+        super().__init__(part)
+        self._kept = [name in _EXACT for name in names]
+
+    def forward(self, *feeds: torch.Tensor) -> Any:
+        pairs = zip(feeds, self._kept, strict=True)
+        found = self.part(*(x if kept or not x.is_floating_point() else x.to(torch.bfloat16) for x, kept in pairs))
+        return tuple(x.float() for x in found) if isinstance(found, tuple) else found.float()
 
 
 def _as_fake(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
+from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Job
@@ -22,9 +21,10 @@ from diffship.core.strict import bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
-from diffship.exporters.onnx.layout import DATA_FILE, write_part_config, write_pipeline_files
+from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import Translation
+from diffship.exporters.onnx.widen import widen
 from diffship.models.component import INNER, Component, torch_dtype
 from diffship.models.pipeline import Pipeline
 
@@ -34,8 +34,8 @@ else:
     onnx = lazy("onnx")
 
 REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
-MODEL_FILE = "model.onnx"
-_DTYPES = {"fp32": "float32", "fp16": "float16"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
 
@@ -43,7 +43,8 @@ _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1
 class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
-    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both).
+    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). "bf16" is for graphs
+    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -51,7 +52,7 @@ class Onnx:
     extra: ClassVar[str] = "onnx"
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
-    precision: str = field(default="fp32", metadata=choices(*_DTYPES))
+    precision: str = field(default="fp32", metadata=choices("fp32", "fp16"))
     opset: int = field(default=23, metadata=bounds(min(IR_VERSION), max(IR_VERSION)))
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class Onnx:
             raise ConfigError(f"precision {self.precision!r} is not possible with ONNX; legal: {', '.join(_DTYPES)}")
         if self.opset not in IR_VERSION:
             raise ConfigError(f"opset {self.opset!r} is not legal; legal: {min(IR_VERSION)} to {max(IR_VERSION)}")
+        if self.precision == "bf16" and self.opset < _BF16_OPSET:
+            raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """Everything that would stop an export of these components, found without reading a weight.
@@ -75,7 +78,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        width = np.dtype(_DTYPES[self.precision]).itemsize
+        width = TensorMeta(_DTYPES[self.precision], ()).nbytes
         count = sum(component.weights.meta(name).count for name in component.weights.names())
         return count * width + (4 << 20)
 
@@ -128,6 +131,16 @@ class Onnx:
             extra=extra,
         )
 
+    def runnable(self, part: Part, folder: Path) -> Part:
+        """`part`, below `folder`, as engines on this machine compute it: bf16, which none of them does, as float32."""
+        if self.precision != "bf16":
+            return part
+        inner = folder / part.name / "float32"
+        inner.mkdir()
+        widen(folder / part.files[0], inner)
+        files = tuple(f"{part.name}/float32/{name}" for name in (MODEL_FILE, DATA_FILE))
+        return replace(part, files=files, precision="fp32")
+
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
         write_pipeline_files(pipeline, out)
@@ -137,6 +150,7 @@ class Onnx:
         specs = component.inputs
         dtype = torch_dtype(_DTYPES[self.precision])
         programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
+        need("onnx")  # teaches numpy bfloat16
         translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
         model = translation.run(specs, component.outputs, "diffship")
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -154,7 +168,7 @@ class Onnx:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _spec(self, spec: TensorSpec) -> TensorSpec:
-        if not spec.dtype.startswith("float") or spec.name == "timestep":
+        if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
         return TensorSpec(spec.name, _DTYPES[self.precision], spec.shape)
 

@@ -10,6 +10,7 @@ from diffship.models.component import Component
 from diffship.models.folder import folder_config, write_tokenizer
 from diffship.models.pipeline import Pipeline
 
+MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
 TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
 

@@ -37,6 +37,7 @@ else:
 
 # measured (RTX 1.7.1): a build grows to about 3.1 times the file of the weights, and 0.65 GB
 _BUILD_FACTOR, _BUILD_BYTES = 3.1, 650 * MIB
+_BF16_SM = 80
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TensorRt:
 
     flavour: `rtx` (TensorRT-RTX) builds on any machine, for the GPUs of `sm`; `trt` (TensorRT) builds on the GPU that
     will run it. sm: compute capabilities, such as 89 for an L4 and RTX 40, 120 for RTX 50; all go into one file.
-    precision: of the graph; an SDXL decoder that overflows in half precision stays float32.
+    precision: of the graph; an SDXL decoder that overflows in half precision stays float32. bf16 needs SM 80 or more.
     min_shapes, opt_shapes, max_shapes: NAME:AxBx..., as in trtexec; by default half to one and a half times the model's
     size, and up to four images with guidance. refit: weights can be replaced in the engine. strip: the plan holds no
     weights; they are put in before the first run. opset: of the graph that is built from.
@@ -57,7 +58,7 @@ class TensorRt:
 
     flavour: str = field(default=RTX, metadata=choices(*FLAVOURS))
     sm: tuple[int, ...] = field(default=(), metadata=bounds(50, 200))
-    precision: str = field(default="fp16", metadata=choices("fp16", "fp32"))
+    precision: str = field(default="fp16", metadata=choices("fp16", "bf16", "fp32"))
     min_shapes: tuple[str, ...] = ()
     opt_shapes: tuple[str, ...] = ()
     max_shapes: tuple[str, ...] = ()
@@ -69,6 +70,10 @@ class TensorRt:
         check_sm(self.flavour, self.sm)
         self.through("unet")
         _ = self._asked
+        if self.precision == "bf16" and any(sm < _BF16_SM for sm in check_sm(self.flavour, self.sm)):
+            raise ConfigError(
+                f"GPUs below SM {_BF16_SM} have no bfloat16: take --precision fp16, or leave them out of --sm"
+            )
         if self.strip and not self.refit:
             raise ConfigError("--strip leaves the weights out, and only --refit can put them in: give both")
 
@@ -94,7 +99,8 @@ class TensorRt:
     def disk_bytes(self, component: Component) -> int:
         """What the plan takes at the most, and the graph that it is built from while it is."""
         weights = self.through(component).disk_bytes(component)
-        return (1 + max(1, len(check_sm(self.flavour, self.sm)))) * weights
+        twin = 2 * weights if self.precision == "bf16" else 0  # in float32, which can be proved here
+        return (1 + max(1, len(check_sm(self.flavour, self.sm)))) * weights + twin
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that a build takes beside this process."""
@@ -115,10 +121,9 @@ class TensorRt:
         return Onnx(precision=self.precision_of(component), opset=self.opset)
 
     def precision_of(self, component: Component | str) -> str:
-        """float32 where the VAE's config says that half precision overflows (SDXL's)."""
-        if isinstance(component, Component) and component.config.get("force_upcast"):
-            return "fp32"
-        return self.precision
+        """float32 where the VAE's config says that half precision overflows (SDXL's); bfloat16 has float32's range."""
+        overflows = isinstance(component, Component) and component.config.get("force_upcast")
+        return "fp32" if overflows and self.precision == "fp16" else self.precision
 
     def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
         """Write `<part>/model_<flavour>_sm<...>_<precision>.plan` and its metadata below `out`.

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy
 from diffship.exporters.onnx.graph import Dim, Size, Value, Weight
 from diffship.exporters.onnx.translate import Translation, implements
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 _FREE = (-1, -2)  # a size that nothing asks for
 
@@ -165,7 +171,7 @@ def _causal(t: Translation, query: Value, key: Value) -> Value:
     """0 up to the diagonal, the lowest number above it; (length, length)."""
     length = (query.shape[-2], key.shape[-2])
     sizes = t.sizes([_dim(size) for size in length])
-    low = t.emit("Expand", t.value(float(np.finfo(t.dtype).min)), sizes, shape=length)
+    low = t.emit("Expand", t.value(_lowest(t)), sizes, shape=length)
     return t.emit("Trilu", low, t.graph.constant(np.array(1, np.int64)), upper=1, shape=length)
 
 
@@ -176,8 +182,11 @@ def _dim(dim: Dim) -> int | Size:
 def _additive(t: Translation, mask: Value) -> Value:
     if mask.dtype != "bool":
         return mask
-    low = float(np.finfo(t.dtype).min)
-    return t.emit("Where", mask, t.value(0.0), t.value(low), shape=mask.shape)
+    return t.emit("Where", mask, t.value(0.0), t.value(_lowest(t)), shape=mask.shape)
+
+
+def _lowest(t: Translation) -> float:
+    return float(torch.finfo(getattr(torch, t.dtype)).min)
 
 
 @implements("aten.upsample_nearest2d.vec")

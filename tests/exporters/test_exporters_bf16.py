@@ -1,0 +1,124 @@
+"""bfloat16: which types the graph has, which weights, and what its float32 twin computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from diffship.core.compare import Tolerance, compare
+from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.job import Job
+from diffship.core.manifest import Part
+from diffship.core.tensorrt import library
+from diffship.exporters.golden import TOLERANCES
+from diffship.exporters.onnx import Onnx
+from diffship.exporters.tensorrt import TensorRt
+from diffship.models.component import Component
+from diffship.models.pipeline import Pipeline
+from diffship.models.sources import open_source
+
+PARTS = [
+    "vae_decoder",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("text_encoder", "unet", "vae_encoder")),
+]
+NARROW, WIDE = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+Made = Callable[[str], tuple[Path, Part, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_sd: Pipeline, graphs: Job, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A part of `arch:tiny-sd` in bfloat16: its file, its entry, and the file of its twin in float32."""
+    folder, exporter = tmp_path_factory.mktemp("bf16"), Onnx(precision="bf16")
+
+    @cache
+    def make(name: str) -> tuple[Path, Part, Path]:
+        part = exporter.export(tiny_sd.components[name], folder, graphs)
+        return folder / part.files[0], part, folder / exporter.runnable(part, folder).files[0]
+
+    return make
+
+
+def rounded(component: Component) -> torch.nn.Module:
+    """torch's own rounding of the weights, computed with in float32."""
+    return component.module("cpu", torch.bfloat16).float()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_weights_are_bfloat16_and_boundaries_float32(made: Made, tiny_sd: Pipeline, name: str) -> None:
+    path, part, _ = made(name)
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(str(path)).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == NARROW}
+    kinds = {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)}
+    assert kinds <= {WIDE, onnx.TensorProto.INT64} and part.inputs == tiny_sd.components[name].inputs
+    state = rounded(tiny_sd.components[name]).state_dict()
+    found = {key: state.get(f"inner.{key}", state.get(key)) for key in stored}
+    known = {key: tensor for key, tensor in found.items() if tensor is not None and tensor.dim() == 1}
+    assert len(known) > 5
+    for key, tensor in known.items():
+        assert np.array_equal(numpy_helper.to_array(stored[key]).astype(np.float32), tensor.numpy()), key
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_twin_computes_what_torch_does_with_rounded_weights(made: Made, tiny_sd: Pipeline, name: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    component = tiny_sd.components[name]
+    session = onnxruntime.InferenceSession(str(made(name)[2]))
+    feeds = component.example(4, {"batch_size": 2})
+    names = [spec.name for spec in component.outputs]
+    with torch.inference_mode():
+        results = rounded(component)(*(torch.from_numpy(feeds[spec.name]) for spec in component.inputs))
+    expected = {key: tensor.numpy() for key, tensor in zip(names, results, strict=True)}
+    # not by element: numbers of the program (1.702 of quick GELU) are rounded in the graph and not by torch
+    compare(expected, dict(zip(names, session.run(names, feeds), strict=True)), Tolerance(psnr_db=60.0)).require(name)
+
+
+@pytest.mark.slow
+def test_times_stay_float32_until_the_part_casts_them(made: Made) -> None:
+    nodes = onnx.load(str(made("unet")[0]), load_external_data=False).graph.node
+    (first,) = [node for node in nodes if "timestep" in node.input]
+    casts = [node for node in nodes if node.op_type == "Cast" and set(node.input) & {"timestep", *first.output}]
+    assert all(attribute.i == WIDE for node in casts for attribute in node.attribute)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_torch_in_bfloat16_is_within_the_tolerance(name: str) -> None:
+    component = open_source("emoji").components[name]
+    feeds: Any = component.example(5, component.smallest_sizes())
+    expected = component.load().run(feeds)
+    compare(expected, component.load(dtype="bfloat16").run(feeds), TOLERANCES["bf16"]).require(name)
+
+
+def test_what_has_no_bfloat16_is_refused() -> None:
+    with pytest.raises(ConfigError, match="opset 21 has no bfloat16 convolution; bf16 needs 22 or more"):
+        Onnx(precision="bf16", opset=21)
+    with pytest.raises(ConfigError, match="GPUs below SM 80 have no bfloat16: take --precision fp16"):
+        TensorRt(precision="bf16", sm=(75, 89))
+    assert TensorRt(precision="bf16").precision_of(open_source("arch:sdxl").components["vae_decoder"]) == "bf16"
+
+
+def test_only_tensorrt_takes_it(command: Any, tmp_path: Path) -> None:
+    assert command("export", "emoji", "--to", "onnx", "--precision", "bf16", "-o", tmp_path / "b")["exit_code"] == 2
+
+
+@pytest.mark.slow
+def test_an_engine_of_emoji_in_bfloat16(command: Any, tmp_path: Path) -> None:
+    try:
+        library("rtx")
+    except MissingExtra as fault:
+        pytest.skip(str(fault))
+    words = ("emoji", "--to", "tensorrt", "--sm", "89", "--precision", "bf16", "--parts", "unet,vae_decoder")
+    made = command("export", *words, "-o", tmp_path / "engines")
+    assert made["exit_code"] == 0, made
+    assert [(part["precision"], part["graph"]) for part in made["parts"]] == [("bf16", "proved")] * 2
+    assert sorted(path.name for path in (tmp_path / "engines" / "unet").iterdir()) == [
+        "config.json", "model_rtx_sm89_bf16.json", "model_rtx_sm89_bf16.plan",
+    ]  # fmt: skip
