@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -60,10 +59,12 @@ def _memory() -> int | None:
 
 def _extras() -> dict[str, list[str]]:
     """Requirement lines of every extra, as the installed package declares them."""
+    from importlib import metadata  # not above: it is a seventh of the time of every --help
+
     found: dict[str, list[str]] = {}
     try:
-        lines = importlib.metadata.requires("diffship") or []
-    except importlib.metadata.PackageNotFoundError:
+        lines = metadata.requires("diffship") or []
+    except metadata.PackageNotFoundError:
         return found  # run from a folder that was not installed
     for line in lines:
         requirement, _, marker = line.partition(";")
@@ -74,14 +75,16 @@ def _extras() -> dict[str, list[str]]:
 
 
 def _extra(name: str, requirements: Iterable[str]) -> dict[str, Any]:
+    from importlib import metadata
+
     installed, missing, conflicts = {}, [], {}
     for requirement in requirements:
         package = requirement.partition("[")[0]
         for mark in "<>=!~ ":
             package = package.partition(mark)[0]
         try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
             missing.append(package)
             continue
         installed[package] = version

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra, UnsupportedError
@@ -68,6 +70,31 @@ def library(flavour: str) -> Any:
             reason = " ".join(str(fault).split())[:240]
             raise UnsupportedError(f"{PACKAGES[flavour]} does not start: {reason}") from None
     raise MissingExtra(PACKAGES[flavour], PACKAGES[flavour])
+
+
+@cache
+def journal(trt: Any) -> Any:
+    """The logger of that library, one per process: it keeps the last errors, and `words()` tells them.
+
+    TensorRT holds a bare pointer to the first logger that it is given, so this one is never let go.
+    """
+    errors: deque[str] = deque(maxlen=4)
+    severe = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    def start(self: Any) -> None:
+        trt.ILogger.__init__(self)
+
+    def log(self: Any, severity: Any, message: str) -> None:
+        if severity in severe:
+            errors.append(message)
+
+    def words(self: Any) -> str:
+        """What was logged since the last time, the first error first, in one bounded line."""
+        said = [*errors]
+        errors.clear()
+        return " ".join("; ".join(said).split())[:300] or "it does not say why"
+
+    return type("Journal", (trt.ILogger,), {"__init__": start, "log": log, "words": words})()
 
 
 def has_driver() -> bool:

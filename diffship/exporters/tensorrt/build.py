@@ -11,7 +11,7 @@ from typing import Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.plan import KINDS
-from diffship.core.tensorrt import library
+from diffship.core.tensorrt import journal, library
 
 _WORDS = 400  # of an error of the library
 
@@ -44,17 +44,17 @@ def build(order: Order, say: Say) -> dict[str, Any]:
         UnsupportedError: the parser or the builder refuses the graph, with the library's reason.
     """
     trt, started = library(order.flavour), time.monotonic()
-    log = _log(trt)
+    log = journal(trt)
     builder = trt.Builder(log)
     if not builder:
-        raise UnsupportedError(f"TensorRT has no builder here: {log.last or 'it needs a GPU and its driver'}")
+        raise UnsupportedError(f"TensorRT has no builder here (it needs a GPU and its driver): {log.words()}")
     network, parser = parsed(trt, builder, log, order.onnx)
     decomposable = allow_decomposition(trt, network)
     config = _configured(trt, builder, order)
     config.progress_monitor = _monitor(trt, say)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UnsupportedError(f"TensorRT cannot build {Path(order.onnx).parent.name}: {log.last or 'no reason given'}")
+        raise UnsupportedError(f"TensorRT cannot build {Path(order.onnx).parent.name}: {log.words()}")
     with open(order.out, "wb") as file:
         file.write(plan)
     _keep_timing(config, order)
@@ -76,7 +76,7 @@ def parsed(trt: Any, builder: Any, log: Any, onnx: str) -> tuple[Any, Any]:
     if not parser.parse_from_file(onnx):
         faults = [parser.get_error(place) for place in range(parser.num_errors)]
         told = f"{faults[0].node_operator() or 'a node'} {faults[0].node_name()}: {faults[0].desc()}" if faults else ""
-        raise UnsupportedError(f"TensorRT cannot read the graph: {_short(told or log.last)}")
+        raise UnsupportedError(f"TensorRT cannot read the graph: {_short(told or log.words())}")
     return network, parser
 
 
@@ -120,21 +120,6 @@ def _keep_timing(config: Any, order: Order) -> None:
         from diffship.core.atomic import write_file
 
         write_file(Path(order.timing), bytes(config.get_timing_cache().serialize()))
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last error for whoever reports it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = ""
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.last = self.last or _short(text)
-
-    return Log()
 
 
 def _monitor(trt: Any, say: Say) -> Any:

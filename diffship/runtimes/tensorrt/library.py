@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from functools import cache
 from typing import Any
 
 from diffship.core.errors import UnsupportedError
@@ -46,28 +44,3 @@ def check_gpu(facts: PlanFacts, device: Device, where: str) -> None:
             f"{where} was built for SM {names}; GPU {device.index} ({device.model()}) is SM {capability_text(own)}. "
             f"Run: {way_for(own)}"
         )
-
-
-@cache
-def journal(trt: Any) -> Any:
-    """The logger of that library, one per process: it keeps the last errors instead of printing them.
-
-    TensorRT holds a bare pointer to the first logger that it is given, so this one is never let go.
-    """
-    errors: deque[str] = deque(maxlen=4)
-    severe = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    def start(self: Any) -> None:
-        trt.ILogger.__init__(self)
-
-    def log(self: Any, severity: Any, message: str) -> None:
-        if severity in severe:
-            errors.append(message)
-
-    def words(self: Any) -> str:
-        """What was logged since the last time, the first error first, in one bounded line."""
-        said = [*errors]
-        errors.clear()
-        return " ".join("; ".join(said).split())[:300] or "it does not say why"
-
-    return type("Journal", (trt.ILogger,), {"__init__": start, "log": log, "words": words})()

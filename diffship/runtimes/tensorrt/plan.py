@@ -10,10 +10,9 @@ from typing import Any
 
 from diffship.core.errors import BundleError, DiffshipError, RunnerError, UnsupportedError
 from diffship.core.plan import KINDS, PlanFacts
-from diffship.core.tensorrt import PACKAGES
+from diffship.core.tensorrt import PACKAGES, journal
 from diffship.runtimes.engine import first_line
 from diffship.runtimes.tensorrt.jit_cache import JitCache
-from diffship.runtimes.tensorrt.library import journal
 from diffship.runtimes.tensorrt.values import native_dtype
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from diffship.core.dtype import FLOATS, TensorMeta, from_float32, stored, to_float32
 from diffship.core.errors import ConfigError, RunnerError, UnsupportedError
 from diffship.core.strict import unknown
-from diffship.runtimes.tensorrt.library import journal
+from diffship.core.tensorrt import journal
 from diffship.runtimes.tensorrt.plan import Plan
 from diffship.runtimes.tensorrt.values import NATIVE
 
