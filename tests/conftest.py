@@ -51,6 +51,18 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+@pytest.fixture
+def rtx() -> Any:
+    """The TensorRT-RTX library; tests that need it are skipped, with the reason, where it is not installed."""
+    from diffship.core.errors import DiffshipError
+    from diffship.core.tensorrt import library
+
+    try:
+        return library("rtx")
+    except DiffshipError as fault:
+        pytest.skip(str(fault))
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of a parallel run have in common."""

@@ -12,12 +12,10 @@ import pytest
 
 from diffship import reduce
 from diffship.core.bundle import Bundle
-from diffship.core.errors import ConfigError, MissingExtra
-from diffship.core.plan import read_facts
-from diffship.core.tensorrt import library
+from diffship.core.errors import ConfigError
+from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.exporters.tensorrt.build import Order
 from diffship.runtimes.engine import make_engine
-from diffship.runtimes.suspects import suspects, tolerance_of
 from diffship.runtimes.verify import read_golden
 
 onnx = pytest.importorskip("onnx")
@@ -53,12 +51,20 @@ def looked(bundle: Bundle, name: str, double: Any) -> tuple[str, ...]:
     part = bundle.part(name)
     assert part.golden is not None
     feeds = read_golden(bundle, part.golden)[0]
-    stretches = reduce._Stretches(double, "rtx", frozenset(spec.name for spec in part.inputs))
-    return suspects(bundle.file(part.files[0]), stretches, feeds, tolerance_of(part))
+    return reduce.through_graphs(bundle.path)(bundle, part, double, feeds)
 
 
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> Any:
+def plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs stand for the engines that were built from them."""
+    shapes = {kind: [1] for kind in KINDS}
+    ports = {"x": PlanInput("float32", (shapes,))}, {"y": PlanOutput("float32")}
+    facts = PlanFacts("rtx", "1.2.3", "fp32", *ports)
+    monkeypatch.setattr(reduce, "read_facts", lambda _: facts)
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch, plans: None) -> Any:
     def make(wrong: int = 0) -> Double:
         made = Double(wrong)
         monkeypatch.setattr(reduce, "run_build", made.build)
@@ -99,11 +105,8 @@ def test_the_flag_needs_reduce(command: Any, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rtx", "plans")
 def test_every_stretch_can_be_built(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        library("rtx")
-    except MissingExtra as fault:
-        pytest.skip(str(fault))
     made, real = Double(), reduce.run_build
 
     def build(order: Order, part: str, job: Any) -> dict[str, Any]:

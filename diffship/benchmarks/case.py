@@ -11,11 +11,11 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounds, choices, key_value
 
 IMAGE = "image"
 PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
-PRECISIONS = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
 PROMPT = "a red apple on a table"
 

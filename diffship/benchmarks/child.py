@@ -13,9 +13,8 @@ from typing import Any
 from diffship.benchmarks.case import IMAGE, Case, engine_of
 from diffship.benchmarks.ceiling import ceilings
 from diffship.benchmarks.clock import device_peak, report, timed
+from diffship.core.spec import PRECISIONS
 from diffship.core.strict import load
-
-TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def _model(case: Case, order: Mapping[str, Any]) -> Any:
     if engine == "torch":
         from diffship.models.sources import open_source
 
-        return open_source(order["folder"]).model(case.device, TORCH_DTYPES[case.precision])
+        return open_source(order["folder"]).model(case.device, PRECISIONS[case.precision])
     from diffship.core.bundle import Bundle
     from diffship.runtimes.model import BundleModel
 

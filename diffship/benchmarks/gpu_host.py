@@ -59,7 +59,7 @@ def prove(plan: Plan, say: Say = lambda text: None) -> list[Row]:
         for target in plan.targets:
             found = _target_rows(plan, source, target, say)
             rows += found
-            if all(row.status in ("ok", "skipped") for row in found):
+            if found and all(row.status in ("ok", "skipped") for row in found):
                 proved.append(ENGINES[target])
         rows += _bench_rows(plan, source, proved, say)
     return rows

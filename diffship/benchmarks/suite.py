@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.case import PRECISIONS, Bench
+from diffship.benchmarks.case import Bench
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounds, choices, load, unknown
 
 SCHEMA = 1

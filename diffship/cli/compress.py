@@ -13,6 +13,7 @@ from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
+from diffship.core.spec import PRECISIONS
 from diffship.core.strict import load as load_options
 from diffship.core.strict import plain_value
 
@@ -26,7 +27,6 @@ EXAMPLES = """examples:
   diffship compress --recipe recipes/emoji-small.toml --set distill.data=data/emoji -o out/emoji-small
   diffship export out/emoji-tiny --to onnx -o out/emoji-tiny-onnx
 """
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
     parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
     parser.add_argument(
-        "--precision", choices=tuple(DTYPES), help="of the weights that are written (default: as they are)"
+        "--precision", choices=tuple(PRECISIONS), help="of the weights that are written (default: as they are)"
     )
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="keeps checkpoints and finished passes (default: OUTPUT.work)"
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> Result:
             options.output,
             base=base,
             revision=options.revision,
-            precision=DTYPES.get(options.precision),
+            precision=PRECISIONS.get(options.precision),
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
     leave()

@@ -12,6 +12,7 @@ from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
+from diffship.core.spec import PRECISIONS
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import make_sampler
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
@@ -31,7 +32,6 @@ else:
 
 STATE = "state.safetensors"
 _MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _PROMPTS = 8
 
 
@@ -85,7 +85,7 @@ def make_task(
     sampler = make_sampler({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
     return DistillationTask(
         student,
-        teacher.components["unet"].module(str(device), _DTYPES[options.teacher_precision]),
+        teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision]),
         pairs,
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),

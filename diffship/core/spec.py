@@ -14,6 +14,8 @@ from diffship.core.errors import ConfigError, RunnerError
 
 Axis = int | str
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and manifests spell them
+CAST_WITHIN = ("timestep", "time_ids")  # inputs in float32 at any precision: eleven bits are too few for them
 _AXIS = re.compile(r"([a-z][a-z0-9_]*)(?: ([*/]) ([1-9][0-9]{0,3}))?\Z")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from diffship.core.errors import RunnerError
 from diffship.core.lazy import lazy
 from diffship.core.runner import Array, Handle
-from diffship.core.spec import TensorSpec
+from diffship.core.spec import CAST_WITHIN, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ else:
     torch, dlpack = lazy("torch"), lazy("torch.utils.dlpack")
 
 # their values (999, 1024) are not exact in 16 bits; the parts cast after the sinusoids
-_ALWAYS_FLOAT32 = ("timestep", "time_ids")
 
 
 class TorchRunner:
@@ -84,7 +83,7 @@ class TorchRunner:
             if tensor.is_floating_point():
                 raise RunnerError(f"tensor {spec.name}: got {tensor.dtype}, expected {spec.dtype}")
             return tensor.to(self.device, getattr(torch, spec.dtype))
-        kind = torch.float32 if spec.name in _ALWAYS_FLOAT32 else self.dtype
+        kind = torch.float32 if spec.name in CAST_WITHIN else self.dtype
         return tensor.to(self.device, kind)
 
 

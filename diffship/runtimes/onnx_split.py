@@ -23,6 +23,7 @@ else:
 
 _DATA = "stage.onnx_data"
 _CHUNK = 1 << 24
+_LEAST = 1 << 16  # bytes of weights that are worth a stretch of their own
 _INLINE = 1 << 10  # smaller initialisers count for nothing
 
 
@@ -73,20 +74,23 @@ def split(model_path: str | os.PathLike[str], max_bytes: int, folder: str | os.P
         BundleError: the file is no ONNX model, or keeps data elsewhere than beside it.
     """
     path = Path(model_path)
-    model = _load(path)
-    facts = _Facts(model)
+    return _stretches(_Facts(_load(path)), max_bytes, path, Path(folder))
+
+
+def split_evenly(model_path: str | os.PathLike[str], count: int, folder: str | os.PathLike[str]) -> list[SplitStage]:
+    """About `count` stretches of like weight; fewer where an operator outweighs such a one, or the model is small."""
+    path = Path(model_path)
+    facts = _Facts(_load(path))
+    return _stretches(facts, max(sum(facts.sizes.values()) // count, _LEAST, facts.heaviest()), path, Path(folder))
+
+
+def _stretches(facts: _Facts, max_bytes: int, path: Path, folder: Path) -> list[SplitStage]:
     bounds = _cuts(facts, max_bytes)
-    types = _types(model)
+    types = _types(facts.model)
     return [
-        _stage(facts, types, path, Path(folder), index, start, stop)
+        _stage(facts, types, path, folder, index, start, stop)
         for index, (start, stop) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True))
     ]
-
-
-def heaviest(model_path: str | os.PathLike[str]) -> int:
-    """Bytes of weights of the operator that has most: the least that `split` can be given."""
-    facts = _Facts(_load(Path(model_path)))
-    return max((sum(facts.sizes.get(name, 0) for name in names) for names in facts.reads), default=0)
 
 
 class _Facts:
@@ -105,6 +109,10 @@ class _Facts:
             self.last_use.update(dict.fromkeys(names, i))
         self.last_use.update(dict.fromkeys(self.final, len(self.nodes)))
         self.sizes = {name: _size(tensor) for name, tensor in self.initialisers.items()}
+
+    def heaviest(self) -> int:
+        """Bytes of weights of the operator that has most."""
+        return max((sum(self.sizes.get(name, 0) for name in names) for names in self.reads), default=0)
 
     def crossing(self) -> list[int]:
         """Tensors that are alive after each node."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from diffship.runtimes.stages import run_stage
 Arrays = Mapping[str, np.ndarray]
 Look = Callable[[Bundle, Part, Engine, Arrays], tuple[str, ...]]
 _STRETCHES = 64
-_LEAST_BYTES = 1 << 16
 _NONE = "no stretch differs from unoptimised ONNX Runtime: the graph or its weights are wrong, not the engine"
 
 
@@ -42,9 +41,11 @@ def suspects(model: Path, engine: Opener, feeds: Arrays, tolerance: Tolerance) -
 
     Where no stretch does, that is said: the graph or its weights are wrong, not the engine.
     """
+    from diffship.runtimes.onnx_split import split_evenly
+
     reference = make_engine("onnxruntime", {"optimisation": "off"})
     with tempfile.TemporaryDirectory(prefix="diffship-reduce-") as folder:
-        stages = _stretches(model, Path(folder))
+        stages = split_evenly(model, _STRETCHES, folder)
         values = dict(feeds)
         for index, stage in enumerate(stages):
             right = run_stage(reference, stage, values)
@@ -54,13 +55,6 @@ def suspects(model: Path, engine: Opener, feeds: Arrays, tolerance: Tolerance) -
                 return (f"{where}: {said}", _node(reference, engine, stage, values, tolerance))
             values.update(right)
     return (_NONE,)
-
-
-def _stretches(model: Path, folder: Path) -> Sequence[Any]:
-    from diffship.runtimes.onnx_split import heaviest, split
-
-    size = sum(file.stat().st_size for file in model.parent.iterdir() if file.name.startswith(model.name))
-    return split(model, max(size // _STRETCHES, _LEAST_BYTES, heaviest(model)), folder)
 
 
 def _difference(right: Arrays, engine: Opener, stage: Any, values: Arrays, tolerance: Tolerance) -> str:
@@ -80,6 +74,7 @@ def _node(reference: Opener, engine: Opener, stage: Any, values: Arrays, toleran
     except DiffshipError as fault:
         return f"its nodes cannot be looked at one by one: {fault}"
     for name in each.outputs:
+        # equal infinities and NaN are what the graph computes there; `compare` calls them a miss
         if np.array_equal(right[name], found[name], equal_nan=right[name].dtype.kind == "f"):
             continue
         report = compare({name: right[name]}, {name: found[name]}, tolerance)

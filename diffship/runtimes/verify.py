@@ -58,7 +58,7 @@ class PartCheck:
         lines = [f"{head}{where}, {self.seconds:.1f} s, {self.report.tolerance.text()}"]
         lines += [f"  {line}" for line in self.report.text().splitlines()]
         lines += [f"  {self.reason}"] if self.reason else []
-        return "\n".join([*lines, *(f"  suspect: {name}" for name in self.suspects)])
+        return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
 
 
 @dataclass(frozen=True)

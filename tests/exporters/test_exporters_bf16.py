@@ -13,11 +13,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from diffship.core.bundle import Bundle
 from diffship.core.compare import Tolerance, compare
-from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
-from diffship.core.tensorrt import library
 from diffship.exporters.golden import TOLERANCES
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.tensorrt import TensorRt
@@ -83,10 +83,11 @@ def test_the_twin_computes_what_torch_does_with_rounded_weights(made: Made, tiny
 
 @pytest.mark.slow
 def test_times_stay_float32_until_the_part_casts_them(made: Made) -> None:
-    nodes = onnx.load(str(made("unet")[0]), load_external_data=False).graph.node
-    (first,) = [node for node in nodes if "timestep" in node.input]
-    casts = [node for node in nodes if node.op_type == "Cast" and set(node.input) & {"timestep", *first.output}]
-    assert all(attribute.i == WIDE for node in casts for attribute in node.attribute)
+    graph = onnx.load(str(made("unet")[0]), load_external_data=False).graph
+    kinds = {info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input)}
+    waves = [node for node in graph.node if node.op_type in ("Sin", "Cos")]
+    assert {node.op_type for node in waves} == {"Sin", "Cos"} and kinds["timestep"] == WIDE
+    assert {kinds[name] for node in waves for name in (*node.input, *node.output)} == {WIDE}
 
 
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
@@ -110,15 +111,14 @@ def test_only_tensorrt_takes_it(command: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
 def test_an_engine_of_emoji_in_bfloat16(command: Any, tmp_path: Path) -> None:
-    try:
-        library("rtx")
-    except MissingExtra as fault:
-        pytest.skip(str(fault))
     words = ("emoji", "--to", "tensorrt", "--sm", "89", "--precision", "bf16", "--parts", "unet,vae_decoder")
     made = command("export", *words, "-o", tmp_path / "engines")
     assert made["exit_code"] == 0, made
     assert [(part["precision"], part["graph"]) for part in made["parts"]] == [("bf16", "proved")] * 2
+    proof = Bundle.open(tmp_path / "engines").part("unet").proof
+    assert proof["status"] == "unproven" and proof["graph"]["computed_in"] == "fp32"
     assert sorted(path.name for path in (tmp_path / "engines" / "unet").iterdir()) == [
         "config.json", "model_rtx_sm89_bf16.json", "model_rtx_sm89_bf16.plan",
     ]  # fmt: skip

@@ -13,12 +13,12 @@ import pytest
 
 from diffship.cli.main import main
 from diffship.core.bundle import Bundle
-from diffship.core.errors import Cancelled, ConfigError, MissingExtra, UnsupportedError
+from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts
 from diffship.core.strict import load
-from diffship.core.tensorrt import GPUS, RTX_SM, check_sm, library, markdown
+from diffship.core.tensorrt import GPUS, RTX_SM, check_sm, markdown
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
@@ -31,14 +31,6 @@ onnx = pytest.importorskip("onnx")
 @pytest.fixture(scope="module")
 def emoji() -> Pipeline:
     return open_source("emoji")
-
-
-@pytest.fixture
-def rtx() -> Any:
-    try:
-        return library("rtx")
-    except MissingExtra as fault:
-        pytest.skip(str(fault))
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

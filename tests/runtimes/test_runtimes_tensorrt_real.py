@@ -9,19 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffship.core.errors import BundleError, DiffshipError, MissingExtra, RunnerError, UnsupportedError
+from diffship.core.errors import BundleError, MissingExtra, RunnerError, UnsupportedError
 from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
-from diffship.core.tensorrt import library
 from diffship.runtimes.tensorrt import TensorRtRunner
 from diffship.runtimes.tensorrt.device import Device, cuda_runtime, gpu_count
 from diffship.runtimes.tensorrt.plan import load_engine
-
-
-def rtx() -> Any:
-    try:
-        return library("rtx")
-    except DiffshipError as fault:
-        pytest.skip(str(fault))
 
 
 def cuda() -> Any:
@@ -57,31 +49,30 @@ def doubling(trt: Any, sm: str) -> bytes:
     return bytes(memoryview(builder.build_serialized_network(network, config)))
 
 
-def test_every_name_that_is_used_of_rtx_exists() -> None:
-    trt = rtx()
+def test_every_name_that_is_used_of_rtx_exists(rtx: Any) -> None:
     used = {
-        trt.Runtime: "deserialize_cuda_engine get_engine_validity",
-        trt.ICudaEngine: "num_io_tensors num_optimization_profiles device_memory_size_v2 get_tensor_name "
+        rtx.Runtime: "deserialize_cuda_engine get_engine_validity",
+        rtx.ICudaEngine: "num_io_tensors num_optimization_profiles device_memory_size_v2 get_tensor_name "
         "get_tensor_mode get_tensor_dtype get_tensor_location get_tensor_shape get_tensor_profile_shape "
         "create_runtime_config create_execution_context",
-        trt.IRuntimeConfig: "cuda_graph_strategy create_runtime_cache set_runtime_cache "
+        rtx.IRuntimeConfig: "cuda_graph_strategy create_runtime_cache set_runtime_cache "
         "set_execution_context_allocation_strategy",
-        trt.IRuntimeCache: "serialize deserialize",
-        trt.IExecutionContext: "set_device_memory set_optimization_profile_async set_input_shape infer_shapes "
+        rtx.IRuntimeCache: "serialize deserialize",
+        rtx.IExecutionContext: "set_device_memory set_optimization_profile_async set_input_shape infer_shapes "
         "get_tensor_shape set_tensor_address execute_async_v3 is_stream_capturable",
-        trt.Refitter: "get_all_weights get_weights_prototype set_named_weights get_missing_weights refit_cuda_engine",
-        trt.ILogger.Severity: "INTERNAL_ERROR ERROR",
-        trt.TensorIOMode: "INPUT OUTPUT",
-        trt.TensorLocation: "DEVICE HOST",
-        trt.EngineValidity: "INVALID",
-        trt.CudaGraphStrategy: "WHOLE_GRAPH_CAPTURE DISABLED",
-        trt.ExecutionContextAllocationStrategy: "USER_MANAGED",
+        rtx.Refitter: "get_all_weights get_weights_prototype set_named_weights get_missing_weights refit_cuda_engine",
+        rtx.ILogger.Severity: "INTERNAL_ERROR ERROR",
+        rtx.TensorIOMode: "INPUT OUTPUT",
+        rtx.TensorLocation: "DEVICE HOST",
+        rtx.EngineValidity: "INVALID",
+        rtx.CudaGraphStrategy: "WHOLE_GRAPH_CAPTURE DISABLED",
+        rtx.ExecutionContextAllocationStrategy: "USER_MANAGED",
     }
     lacking = [
         f"{kind.__name__}.{name}" for kind, names in used.items() for name in names.split() if not hasattr(kind, name)
     ]
     assert lacking == []
-    assert {code.name for code in (trt.float32, trt.float16, trt.bfloat16, trt.int64)} == {
+    assert {code.name for code in (rtx.float32, rtx.float16, rtx.bfloat16, rtx.int64)} == {
         "FLOAT",
         "HALF",
         "BF16",
@@ -89,19 +80,17 @@ def test_every_name_that_is_used_of_rtx_exists() -> None:
     }
 
 
-def test_rtx_reads_a_memory_map_and_refuses_garbage(tmp_path: Path) -> None:
-    trt = rtx()
+def test_rtx_reads_a_memory_map_and_refuses_garbage(rtx: Any, tmp_path: Path) -> None:
     (tmp_path / "model.plan").write_bytes(b"no plan at all. " * 64)
     with pytest.raises(BundleError, match="unet is damaged, or no plan of tensorrt_rtx"):
-        load_engine(trt, tmp_path / "model.plan", "unet")
+        load_engine(rtx, tmp_path / "model.plan", "unet")
 
 
-def test_rtx_without_a_driver_says_so(tmp_path: Path) -> None:
+def test_rtx_without_a_driver_says_so(rtx: Any, tmp_path: Path) -> None:
     without_gpu()
-    trt = rtx()
-    (tmp_path / "model.plan").write_bytes(doubling(trt, "SM89"))
+    (tmp_path / "model.plan").write_bytes(doubling(rtx, "SM89"))
     with pytest.raises(UnsupportedError, match=r"unet does not load here: \w.*Run: diffship doctor"):
-        load_engine(trt, tmp_path / "model.plan", "unet")
+        load_engine(rtx, tmp_path / "model.plan", "unet")
 
 
 def test_cuda_takes_every_call_as_it_is_made() -> None:
@@ -122,28 +111,27 @@ def test_cuda_takes_every_call_as_it_is_made() -> None:
     assert device.end_capture(1) is None
 
 
+@pytest.mark.usefixtures("rtx")
 def test_probe_does_not_stop_for_want_of_a_driver() -> None:
     without_gpu()
-    rtx()
     probe = TensorRtRunner.probe()
     assert not probe.available and "rtx 1." in probe.version and "no NVIDIA GPU can be used" in probe.reason
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_plan_built_here_runs_here(tmp_path: Path, graphs: bool) -> None:
-    trt = rtx()
+def test_a_plan_built_here_runs_here(rtx: Any, tmp_path: Path, graphs: bool) -> None:
     try:
         gpu_count(cuda())
         own = Device(0, "tensorrt-rtx").capability()
     except UnsupportedError as fault:
         pytest.skip(str(fault))
-    if not hasattr(trt.ComputeCapability, f"SM{own}"):
-        pytest.skip(f"TensorRT-RTX {trt.__version__} has no engines for SM {own}")
-    (tmp_path / "model.plan").write_bytes(doubling(trt, f"SM{own}"))
+    if not hasattr(rtx.ComputeCapability, f"SM{own}"):
+        pytest.skip(f"TensorRT-RTX {rtx.__version__} has no engines for SM {own}")
+    (tmp_path / "model.plan").write_bytes(doubling(rtx, f"SM{own}"))
     shapes = {"min": [1, 8], "opt": [2, 8], "max": [4, 8]}
     inputs, outputs = {"sample": PlanInput("float32", (shapes,))}, {"out_sample": PlanOutput("float32")}
-    facts = PlanFacts("rtx", trt.__version__, "fp32", inputs, outputs, (own,))
+    facts = PlanFacts("rtx", rtx.__version__, "fp32", inputs, outputs, (own,))
     (tmp_path / "model.json").write_text(json.dumps(facts.to_json()))
     session = TensorRtRunner(graphs=graphs, runtime_cache=str(tmp_path / "kernels")).open(
         [tmp_path / "model.plan", tmp_path / "model.json"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
-from diffship.core.spec import TensorSpec
+from diffship.core.spec import CAST_WITHIN, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 else:
     torch, fake_tensor = lazy("torch"), lazy("torch._subclasses.fake_tensor")
     Module = lazy_base("torch.nn", "Module")
-
-_EXACT = ("timestep", "time_ids")  # inputs that a module casts itself
 
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]"
 
@@ -88,7 +86,7 @@ class _Float32Around(_Positional):
 
     def __init__(self, part: torch.nn.Module, names: Sequence[str]) -> None:
         super().__init__(part)
-        self._kept = [name in _EXACT for name in names]
+        self._kept = [name in CAST_WITHIN for name in names]
 
     def forward(self, *feeds: torch.Tensor) -> Any:
         pairs = zip(feeds, self._kept, strict=True)

@@ -16,7 +16,7 @@ from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
-from diffship.core.spec import TensorSpec
+from diffship.core.spec import PRECISIONS, TensorSpec
 from diffship.core.strict import bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, trace_sizes
@@ -34,7 +34,6 @@ else:
     onnx = lazy("onnx")
 
 REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
@@ -56,8 +55,8 @@ class Onnx:
     opset: int = field(default=23, metadata=bounds(min(IR_VERSION), max(IR_VERSION)))
 
     def __post_init__(self) -> None:
-        if self.precision not in _DTYPES:
-            raise ConfigError(f"precision {self.precision!r} is not possible with ONNX; legal: {', '.join(_DTYPES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is not possible with ONNX; legal: {', '.join(PRECISIONS)}")
         if self.opset not in IR_VERSION:
             raise ConfigError(f"opset {self.opset!r} is not legal; legal: {min(IR_VERSION)} to {max(IR_VERSION)}")
         if self.precision == "bf16" and self.opset < _BF16_OPSET:
@@ -78,7 +77,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        width = TensorMeta(_DTYPES[self.precision], ()).nbytes
+        width = TensorMeta(PRECISIONS[self.precision], ()).nbytes
         count = sum(component.weights.meta(name).count for name in component.weights.names())
         return count * width + (4 << 20)
 
@@ -148,7 +147,7 @@ class Onnx:
     def graph(self, component: Component) -> bytes:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
-        dtype = torch_dtype(_DTYPES[self.precision])
+        dtype = torch_dtype(PRECISIONS[self.precision])
         programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
         need("onnx")  # teaches numpy bfloat16
         translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
@@ -170,7 +169,7 @@ class Onnx:
     def _spec(self, spec: TensorSpec) -> TensorSpec:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
-        return TensorSpec(spec.name, _DTYPES[self.precision], spec.shape)
+        return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
 
 
 def _check_weights(component: Component) -> list[Problem]:
