@@ -29,6 +29,7 @@ from diffship.benchmarks.emoji_quality import draw
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
 from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show, spread_of
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.turns import REST_SECONDS
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.row import Row
@@ -189,6 +190,7 @@ def unet_seconds(bundles: Mapping[str, Path], rounds: int) -> dict[str, list[flo
         feeds = {name: _feeds(models[name], runner) for name, runner in runners.items()}
         for turn in range(rounds + 1):
             for name, runner in runners.items():
+                time.sleep(REST_SECONDS)
                 started = time.perf_counter()
                 runner.run(feeds[name])
                 if turn:  # the first call prepares
