@@ -1,11 +1,12 @@
 """What a split of the steps does to pictures: judge figures, seconds of each side and bytes, for a pair of models.
 
     python -m diffship.benchmarks.handoff_quality LARGE SMALL --data DATA --out benchmarks/results/handoff-emoji.json
-        [--curve benchmarks/curves/emoji.json] [--grid docs/images/handoff.png]
+        [--curve benchmarks/curves/emoji.json] [--grid docs/images/handoff.png] [--work DIR]
 
 LARGE and SMALL are bundles or sources of one pair; DATA is the folder that `diffship train emoji-data` wrote. The large
-model draws every picture once, and the small one goes on from each place of the splits: no call is made twice. CURVE
-is for `diffship run --split auto --quality-curve`.
+model draws every picture once, and the small one goes on from each place of the splits: no call is made twice. What a
+seed drew is kept in `--work`, so that a run that was interrupted goes on. CURVE is for `diffship run --split auto
+--quality-curve`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, 
 from diffship.benchmarks.record import write_result
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
+from diffship.core.job import Job, digest_of
 from diffship.core.row import Row
 from diffship.core.strict import plain as jsonable
 from diffship.runtimes.handoff.choose import QualityCurve, QualityPoint
@@ -101,6 +103,20 @@ def drawn_by_split(large: Model, small: Model, requests: Sequence[Request], aske
             pictures[end] += found
         print(f"drawn {first + len(batch)} of {len(requests)}", file=sys.stderr)
     return {end: np.stack(found) for end, found in pictures.items()}
+
+
+def kept(
+    job: Job, engine: str | None, large: Model, small: Model, requests: Sequence[Request], asked: Ask
+) -> dict[int, Uint8]:
+    """As `drawn_by_split`; what was drawn before is read."""
+    from safetensors.numpy import load_file, save_file
+
+    def make(out: Path) -> None:
+        drawn = drawn_by_split(large, small, requests, asked)
+        save_file({str(end): np.ascontiguousarray(pixels) for end, pixels in drawn.items()}, out)
+
+    facts = [large.digest, small.digest, engine, jsonable(asked), [[r.prompt, r.seed] for r in requests]]
+    return {int(end): pixels for end, pixels in load_file(job.once(digest_of(facts), make)).items()}
 
 
 def _splits(large: Model, small: Model, requests: Sequence[Request], asked: Ask) -> Iterator[tuple[int, list[Uint8]]]:
@@ -178,7 +194,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     from diffship.runtimes.model import open_model
 
     asked = parse_splits(arguments.splits)
-    found = {end: Figures() for end in asked.ends}
+    found, job = {end: Figures() for end in asked.ends}, Job(arguments.work)
     with ExitStack() as stack:
         large, small = (
             stack.enter_context(open_model(text, arguments.engine)) for text in (arguments.large, arguments.small)
@@ -189,7 +205,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         texts = judging.asked.texts
         for seed in range(arguments.seeds):
             requests = [asked.request(text, 10_000 * seed + place) for place, text in enumerate(texts)]
-            pictures = drawn_by_split(large, small, requests, asked)
+            pictures = kept(job, arguments.engine, large, small, requests, asked)
             for end, pixels in pictures.items():
                 # the distance is to the pictures of the large model alone, where those are there
                 found[end].judged.append(judging.look(pixels, {"large_rms": pictures[max(pictures)]}))
@@ -217,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", choices=[f"top{rank}" for rank in RANKS], default="top5", help="of the curve")
     parser.add_argument("--curve", type=Path, help="write the pair's quality curve")
     parser.add_argument("--grid", type=Path, help="picture grid of the splits, as PNG")
+    parser.add_argument("--work", type=Path, help="folder of what was drawn")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     rows = run(arguments)

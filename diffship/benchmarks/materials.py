@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.benchmarks.case import PART_NAMES
 from diffship.benchmarks.machine import code_digest
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.job import Job
+from diffship.core.job import Job, digest_of
 from diffship.core.registry import EXPORTERS, RUNNERS
 from diffship.core.strict import load
 
@@ -243,7 +243,7 @@ def _plain(spec: Any, sizes: Mapping[str, int], rng: Any) -> Any:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest_of(value)[:16]
 
 
 def main() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.record import Results
 from diffship.benchmarks.tables import cases
 from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.row import Row
 
 Figure = Any  # matplotlib's; the package is imported when a plot is drawn
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LATENCIES = {"image_seconds_p50": "seconds per image", "unet_call_seconds": "seconds per U-Net call"}
 _SIZE = (8.0, 4.8)  # inches
 
 
@@ -83,21 +85,20 @@ def roofline(results: Results) -> Figure | None:
 
 
 def latency_quality(results: Results) -> Figure | None:
-    """Quality over seconds per image, for subjects that have both; None where none has."""
-    pairs: dict[str, dict[str, float]] = {}
-    names = {row.metric for row in results.rows if row.kind == "quality" and row.value is not None}
+    """Quality over seconds, of an image or else of a U-Net call, for subjects that have both; None where none has."""
+    pairs: dict[str, dict[str, Row]] = {}
     for row in results.rows:
-        if row.value is not None and (row.kind == "quality" or row.metric == "image_seconds_p50"):
-            pairs.setdefault(row.subject, {})[row.metric] = row.value
-    chosen = sorted(names)[0] if names else ""
-    points = [(name, found) for name, found in pairs.items() if {chosen, "image_seconds_p50"} <= found.keys()]
+        if row.value is not None and (row.kind == "quality" or row.metric in LATENCIES):
+            pairs.setdefault(row.subject, {})[row.metric] = row
+    points = [(name, *found) for name, metrics in pairs.items() if (found := _latency_and_quality(metrics))]
     if not points:
         return None
     figure, axes = _axes()
-    for index, (name, found) in enumerate(points):
-        axes.plot(found["image_seconds_p50"], found[chosen], MARKERS[index % len(MARKERS)], color="0.3", label=name)
-    axes.set_xlabel("seconds per image")
-    axes.set_ylabel(chosen.replace("_", " "))
+    for index, (name, seconds, quality) in enumerate(points):
+        mark = MARKERS[index % len(MARKERS)]
+        axes.plot(seconds.value, quality.value, mark, color=str(0.1 * (index % 7)), label=name)
+    axes.set_xlabel(LATENCIES[points[0][1].metric])
+    axes.set_ylabel(points[0][2].metric.replace("_", " "))
     axes.legend(fontsize=7)
     return _finished(figure, axes, results)
 
@@ -123,6 +124,15 @@ def split_curve(results: Results) -> Figure | None:
     axes.set_ylabel("share of pictures recognised")
     axes.legend(fontsize=8)
     return _finished(figure, axes, results)
+
+
+def _latency_and_quality(metrics: Mapping[str, Row]) -> tuple[Row, Row] | None:
+    seconds = [metrics[name] for name in LATENCIES if name in metrics]
+    # a share of pictures is what readers ask for first; then whatever there is
+    quality = sorted(
+        (row for row in metrics.values() if row.kind == "quality"), key=lambda r: (r.unit != "share", r.metric)
+    )
+    return (seconds[0], quality[0]) if seconds and quality else None
 
 
 def _point(metrics: Any) -> tuple[str, float, float] | None:

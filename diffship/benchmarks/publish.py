@@ -4,7 +4,8 @@
 
 A page holds markers, and what stands between them is written here:
 
-    <!-- table: cpu-edge parts -->     parts | ratios | figures of results/cpu-edge.json, or koala | lcm of all files
+    <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences of results/cpu-edge.json,
+                                       or koala | lcm of all files
     <!-- end table -->
     <!-- figure: cold-start / emoji, 4 steps / cold_start_seconds_median -->2.1 s<!-- end figure -->
 
@@ -17,13 +18,22 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from diffship.benchmarks.hardware import koala_form, lcm_form
 from diffship.benchmarks.machine import suite_digest
 from diffship.benchmarks.plots import draw_all
 from diffship.benchmarks.record import Results, read_result, runners
-from diffship.benchmarks.tables import Table, figures_table, parts_table, ratios_table, value
+from diffship.benchmarks.tables import (
+    Table,
+    differences_table,
+    figures_table,
+    matrix_table,
+    parts_table,
+    ratios_table,
+    value,
+)
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.strict import unknown
@@ -38,6 +48,8 @@ FORMS: dict[str, Callable[[Results], Table]] = {
     "parts": parts_table,
     "ratios": ratios_table,
     "figures": figures_table,
+    "matrix": matrix_table,
+    "differences": differences_table,
 }
 MERGED: dict[str, Callable[[Sequence[Results]], Table]] = {"koala": koala_form, "lcm": lcm_form}
 
@@ -127,7 +139,7 @@ def _main(arguments: argparse.Namespace) -> int:
         print(f"{page}: {'is not what the results give; run make tables' if arguments.check else 'written'}")
     if arguments.plots:
         for results in read_all(arguments.root).values():
-            if any(row.kind == "memory" for row in results.rows):
+            with suppress(ConfigError):  # there is nothing in it to plot
                 print(*draw_all(results, arguments.root / IMAGES), sep="\n")
     old = stale(arguments.root) if arguments.fresh else []
     for name in old:

@@ -10,8 +10,6 @@ on with, and several processes can each make a few models first (`--make NAME`).
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import statistics
 import sys
 import time
@@ -31,7 +29,7 @@ from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_
 from diffship.benchmarks.record import write_result
 from diffship.benchmarks.turns import REST_SECONDS
 from diffship.core.errors import ConfigError
-from diffship.core.job import Job
+from diffship.core.job import Job, digest_of
 from diffship.core.row import Row
 from diffship.core.strict import plain, unknown
 
@@ -221,7 +219,7 @@ def _parameters(folder: Path) -> int:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return digest_of(value)[:20]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -92,6 +92,43 @@ def figures_table(results: Results) -> Table:
     return Table(("subject", "figure", "value", "spread", "status"), rows, tuple(_notes(results)))
 
 
+def matrix_table(results: Results) -> Table:
+    """A line per subject and a column per figure, comparisons left out; quality with its interval where it has one."""
+    rows = [row for row in results.rows if "against" not in row.conditions]
+    columns = {row.metric: row for row in rows}
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row.subject, {})[row.metric] = _cell(row)
+    head = ("", *(_column(row) for row in columns.values()))
+    lines = tuple((name, *(found.get(metric, DASH) for metric in columns)) for name, found in cells.items())
+    return Table(head, lines, tuple(_notes(results)))
+
+
+def differences_table(results: Results) -> Table:
+    """Every comparison of quality: ours minus theirs, its interval, and what may be said of it."""
+    head = ("ours against", "figure", "difference", "95 % interval", "seeds", "pictures", "verdict")
+    lines = []
+    for row in results.rows:
+        if "verdict" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
+            span = f"{row.low:+.3f} to {row.high:+.3f}"
+            facts = (str(row.conditions["seeds"]), str(row.n), str(row.conditions["verdict"]))
+            metric = row.metric.removesuffix("_difference").replace("_", " ")
+            lines.append((row.subject, metric, f"{row.value:+.3f}", span, *facts))
+    return Table(head, tuple(lines), (f"Measured on {results.hardware}.",))
+
+
+def _column(row: Row) -> str:
+    name = row.metric.replace("_", " ")
+    return f"{name}, {row.unit}" if row.kind == "quality" and row.unit else name
+
+
+def _cell(row: Row) -> str:
+    if row.value is None or row.kind != "quality":
+        return value(row)
+    known = row.low is not None and row.high is not None and row.low < row.high
+    return digits(row.value) + (f" ({row.low:.3f} to {row.high:.3f})" if known else "")
+
+
 def value(row: Row | None) -> str:
     """A row's value with its unit, in three digits; its status where it has none."""
     if row is None:

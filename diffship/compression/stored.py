@@ -9,7 +9,6 @@ seconds say `kept = False` in their class.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship import __version__
-from diffship.core.job import Job, require_disk
+from diffship.core.job import Job, digest_of, require_disk
 from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -46,7 +45,7 @@ class Results:
     def names(self) -> tuple[str, ...]:
         key, names = source_key(self._source, self._job), []
         for step in self._passes:
-            key = _digest([key, step.kind, options_key(step), __version__])
+            key = digest_of([key, step.kind, options_key(step), __version__])
             names.append(f"result-{step.kind}-{key[:40]}")
         return tuple(names)
 
@@ -82,7 +81,7 @@ def source_key(pipeline: Pipeline, job: Job) -> str:
         for name, files in pipeline.tokenizers.items()
     }
     facts = (pipeline.scheduler, pipeline.model_index, pipeline.source, pipeline.licence)
-    return _digest([parts, tokenizers, *map(plain, facts)])
+    return digest_of([parts, tokenizers, *map(plain, facts)])
 
 
 def options_key(step: Any) -> dict[str, Any]:
@@ -114,8 +113,4 @@ def _folder_digest(folder: Path) -> str:
         if path.is_file():
             found = path.stat()
             entries.append([path.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns])
-    return _digest(entries)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest_of(entries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,11 @@ from diffship.core.limits import GIB, MIB
 
 Progress = Callable[[str, int, int], None]
 _DIGEST = re.compile(r"[0-9a-z][0-9a-z._-]{7,127}\Z")
+
+
+def digest_of(facts: object) -> str:
+    """A digest (64 hex digits) for `Job.once` of what a result depends on; what JSON cannot hold counts as its text."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Job:

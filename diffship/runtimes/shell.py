@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
 from diffship.runtimes.arrays import as_dtype, describe_nonfinite, giver, host, relayout, spread
 from diffship.runtimes.engine import Session, choose_engine, make_engine
+from diffship.runtimes.gpu_tensor import GpuSession, GpuTensor, on_gpu
+
+Seen: TypeAlias = "np.ndarray | GpuTensor"
 
 
 def open_runner(bundle: Bundle, part: str | Part, engine: str | None = None, **options: Any) -> PartRunner:
@@ -65,6 +68,7 @@ class PartRunner:
         bindings = {binding.canonical: binding for binding in part.bindings}
         self._specs = {spec.name: spec for spec in part.inputs}
         self._bound = {spec.name: _binding(spec, bindings) for spec in (*part.inputs, *part.outputs)}
+        self._as_is = all(self._bound[spec.name].shape == spec.shape for spec in (*part.inputs, *part.outputs))
         try:
             self._check_session(session)
         except BundleError:
@@ -78,17 +82,27 @@ class PartRunner:
         self.close()
 
     def run(self, feeds: Mapping[str, Array | Handle]) -> dict[str, Array]:
-        """One call; see `Runner.run`. Outputs are finite, or RunnerError names the part and the output."""
+        """One call; see `Runner.run`. Outputs are finite, or RunnerError names the part and the output.
+
+        A tensor that lies on the GPU of the engine does not leave it where the engine can take it there (TensorRT);
+        then outputs are tensors there, too.
+        """
         session = self._open_session()
         self._check_names(feeds)
-        arrays = {name: self._host(name, feed) for name, feed in feeds.items()}
+        arrays = {name: self._seen(session, name, feed) for name, feed in feeds.items()}
         sizes = self._bind(arrays)
         natives = [self._bound[spec.name].native for spec in self.outputs]
-        results = session.run(
-            {self._bound[name].native: self._native(session, name, feeds[name], arrays[name], sizes) for name in feeds},
-            natives,
-        )
-        return self._give(results, feeds, arrays)
+        native = {
+            self._bound[name].native: self._native(session, name, feeds[name], arrays[name], sizes) for name in feeds
+        }
+        like = next((array for array in arrays.values() if isinstance(array, GpuTensor)), None)
+        if like is None:
+            return self._give(session.run(native, natives), feeds, arrays)
+        found = cast(GpuSession, session).run_on_gpu(native, natives, like)
+        return {
+            spec.name: self._finite(spec, result, arrays).as_dtype(spec.name, spec.dtype).tensor
+            for spec, result in zip(self.outputs, found, strict=True)
+        }
 
     def put(self, array: Array) -> Handle:
         """Keep a copy of `array` on the device; it may stand for a feed of this runner, in any thread."""
@@ -139,6 +153,12 @@ class PartRunner:
             if name not in self._specs:
                 raise RunnerError(f"part {self.name}: {unknown('feed', name, self._specs)}")
 
+    def _seen(self, session: Session, name: str, feed: Array | Handle) -> Seen:
+        gpu = getattr(session, "gpu", None)
+        if gpu is not None and self._as_is and not isinstance(feed, Handle) and on_gpu(feed, gpu):
+            return GpuTensor(feed)
+        return self._host(name, feed)
+
     def _host(self, name: str, feed: Array | Handle) -> np.ndarray:
         if not isinstance(feed, Handle):
             return host(name, feed)
@@ -147,7 +167,7 @@ class PartRunner:
             raise RunnerError(f"feed {name} is a handle of another runner; use put() of the {self.name} runner")
         return kept.array
 
-    def _bind(self, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    def _bind(self, arrays: Mapping[str, Seen]) -> dict[str, int]:
         sizes: dict[str, int] = {}
         single = []
         for name, array in arrays.items():
@@ -173,10 +193,10 @@ class PartRunner:
                 f"{below} and {below + step}"
             )
 
-    def _native(
-        self, session: Session, name: str, feed: Array | Handle, array: np.ndarray, sizes: Mapping[str, int]
-    ) -> Any:
+    def _native(self, session: Session, name: str, feed: Array | Handle, array: Seen, sizes: Mapping[str, int]) -> Any:
         spec, binding = self._specs[name], self._bound[name]
+        if isinstance(array, GpuTensor):
+            return self._placed(array, spec, sizes).as_dtype(name, cast(GpuSession, session).takes[binding.native])
         dtype = session.inputs[binding.native]
         whole = spread(spec, array, sizes)
         if not isinstance(feed, Handle):
@@ -187,21 +207,34 @@ class PartRunner:
             kept[key] = session.keep(as_dtype(name, relayout(whole, spec.shape, binding.shape), dtype))
         return kept[key]
 
+    def _placed(self, array: GpuTensor, spec: TensorSpec, sizes: Mapping[str, int]) -> GpuTensor:
+        """One value for the whole batch as one value per sample, as `spread` does it."""
+        return array.spread(spec.resolve(sizes)) if len(spec.shape) == 1 and array.size == 1 else array
+
     def _give(
-        self, results: Sequence[np.ndarray], feeds: Mapping[str, Array | Handle], arrays: Mapping[str, np.ndarray]
+        self, results: Sequence[np.ndarray], feeds: Mapping[str, Array | Handle], arrays: Mapping[str, Seen]
     ) -> dict[str, Array]:
         give = giver(feeds.values())
         given = {}
         for spec, result in zip(self.outputs, results, strict=True):
-            bad = describe_nonfinite(result)
-            if bad:
-                raise RunnerError(f"part {self.name}: output {spec.name} has {bad}{self._blame(arrays)}")
+            self._check_finite(spec, result, arrays)
             shaped = relayout(result, self._bound[spec.name].shape, spec.shape)
             given[spec.name] = give(shaped.astype(spec.dtype, copy=False))
         return given
 
-    def _blame(self, arrays: Mapping[str, np.ndarray]) -> str:
-        found = {name: describe_nonfinite(array) for name, array in arrays.items()}
+    def _finite(self, spec: TensorSpec, result: GpuTensor, arrays: Mapping[str, Seen]) -> GpuTensor:
+        if not result.finite():
+            self._check_finite(spec, host(spec.name, result.tensor), arrays)
+        return result
+
+    def _check_finite(self, spec: TensorSpec, result: np.ndarray, arrays: Mapping[str, Seen]) -> None:
+        bad = describe_nonfinite(result)
+        if bad:
+            raise RunnerError(f"part {self.name}: output {spec.name} has {bad}{self._blame(arrays)}")
+
+    def _blame(self, arrays: Mapping[str, Seen]) -> str:
+        plain = {name: host(name, a.tensor) if isinstance(a, GpuTensor) else a for name, a in arrays.items()}
+        found = {name: describe_nonfinite(array) for name, array in plain.items()}
         named = [f"{name} had {bad}" for name, bad in found.items() if bad]
         return f"; feed {', '.join(named)}" if named else "; all feeds were finite: weights or precision are at fault"
 

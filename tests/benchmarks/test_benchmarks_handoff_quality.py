@@ -14,6 +14,7 @@ from diffship.benchmarks.handoff_quality import (
     Figures,
     curve_of,
     drawn_by_split,
+    kept,
     main,
     parse_splits,
     rows_of,
@@ -21,6 +22,7 @@ from diffship.benchmarks.handoff_quality import (
 )
 from diffship.benchmarks.judging import Judged
 from diffship.core.errors import ConfigError
+from diffship.core.job import Job
 from diffship.runtimes.handoff.choose import read_curve
 from diffship.runtimes.handoff.router import Router, begin, draw
 
@@ -48,6 +50,22 @@ def test_every_split_is_drawn_as_by_itself_and_no_call_is_made_twice() -> None:
             router = Router([large, small], (end, 4 - end))
             (alone,) = draw(router, begin(router, request))
             assert np.array_equal(alone.pixels, pixels), end
+
+
+def test_what_a_seed_drew_is_not_drawn_again(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    large, small = pair()
+    requests = [ASK.request(text, seed) for seed, text in enumerate(TEXTS)]
+    job = Job(tmp_path)
+    first = kept(job, None, large, small, requests, ASK)
+    calls = len(large.runners["unet"].calls)
+    again = kept(job, None, large, small, requests, ASK)
+    assert len(large.runners["unet"].calls) == calls > 0
+    assert first.keys() == again.keys() == set(ASK.ends)
+    assert all(np.array_equal(first[end], again[end]) for end in first)
+    kept(job, "openvino", large, small, requests, ASK)
+    kept(job, None, large, small, requests[:2], ASK)
+    assert len(large.runners["unet"].calls) == 3 * calls, "another engine or other prompts are drawn anew"
 
 
 def test_seconds_and_bytes_of_each_side() -> None:

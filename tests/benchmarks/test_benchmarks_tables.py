@@ -13,7 +13,16 @@ from diffship.benchmarks import published
 from diffship.benchmarks.hardware import koala_form, lcm_form, merged
 from diffship.benchmarks.plots import draw_all
 from diffship.benchmarks.record import Results
-from diffship.benchmarks.tables import csv_text, digits, figure, figures_table, parts_table, ratios_table
+from diffship.benchmarks.tables import (
+    csv_text,
+    differences_table,
+    digits,
+    figure,
+    figures_table,
+    matrix_table,
+    parts_table,
+    ratios_table,
+)
 from diffship.core.errors import ConfigError, MissingExtra
 from diffship.core.row import Row
 
@@ -163,6 +172,32 @@ def test_merging_refuses_what_contradicts_itself_or_holds_no_image() -> None:
 def test_any_suite_has_a_table() -> None:
     rows = [Row("q", "model", "top1", 0.5, "share", kind="quality", low=0.4, high=0.6)]
     assert figures_table(results(rows)).rows == (("model", "top1", "0.500 share", "0.400 share to 0.600 share", "ok"),)
+
+
+def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
+    share = {"unit": "share", "kind": "quality", "low": 0.4, "high": 0.6}
+    said = {"against": "large", "seeds": 3, "verdict": "no difference shown"}
+    rows = [
+        Row("q", "small", "top5", 0.5, **share),
+        Row("q", "small", "unet_call_seconds", 0.01, "s", low=0.009, high=0.02),
+        Row("q", "large", "frechet_distance", 19.25, "features", kind="quality", low=19.25, high=19.25),
+        Row(
+            "q",
+            "small against large",
+            "top5_difference",
+            -0.01,
+            kind="quality",
+            low=-0.03,
+            high=0.01,
+            n=1500,
+            conditions=said,
+        ),
+    ]
+    found = matrix_table(results(rows))
+    assert found.head == ("subject", "top5, share", "unet call seconds", "frechet distance, features")
+    assert found.rows == (("small", "0.500 (0.400 to 0.600)", "10.0 ms", "-"), ("large", "-", "-", "19.2"))
+    (line,) = differences_table(results(rows)).rows
+    assert line == ("small against large", "top5", "-0.010", "-0.030 to +0.010", "3", "1500", "no difference shown")
 
 
 def test_plots_need_their_extra_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

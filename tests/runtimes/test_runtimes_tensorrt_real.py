@@ -11,6 +11,7 @@ import pytest
 
 from diffship.core.errors import BundleError, MissingExtra, RunnerError, UnsupportedError
 from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
+from diffship.runtimes.gpu_tensor import GpuTensor
 from diffship.runtimes.tensorrt import TensorRtRunner
 from diffship.runtimes.tensorrt.device import Device, cuda_runtime, gpu_count
 from diffship.runtimes.tensorrt.plan import load_engine
@@ -121,6 +122,7 @@ def test_probe_does_not_stop_for_want_of_a_driver() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_plan_built_here_runs_here(rtx: Any, tmp_path: Path, graphs: bool) -> None:
+    torch = pytest.importorskip("torch")
     try:
         gpu_count(cuda())
         own = Device(0, "tensorrt-rtx").capability()
@@ -142,4 +144,7 @@ def test_a_plan_built_here_runs_here(rtx: Any, tmp_path: Path, graphs: bool) -> 
         np.testing.assert_array_equal(result, sample + sample)
         (result,) = session.run({"sample": session.keep(sample)}, ["out_sample"])
         np.testing.assert_array_equal(result, sample + sample)
+        there = GpuTensor(torch.from_numpy(sample).cuda())
+        (left,) = session.run_on_gpu({"sample": there}, ["out_sample"], there)
+        assert left.tensor.is_cuda and torch.equal(left.tensor, there.tensor + there.tensor)
     session.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
-from diffship.core.job import Job
+from diffship.core.job import Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
@@ -164,7 +162,7 @@ class Onnx:
             "specs": [spec.to_json() for spec in (*component.inputs, *component.outputs)],
             "versions": _versions(),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return digest_of(facts)
 
     def _spec(self, spec: TensorSpec) -> TensorSpec:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.family import Family
-from diffship.core.job import Job, require_memory
+from diffship.core.job import Job, digest_of, require_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import MIB
 from diffship.core.manifest import Part
@@ -180,7 +180,7 @@ class TensorRt:
             "shapes": {name: shapes.to_json() for name, shapes in ranges.items()},
             "library": str(library(self.flavour).__version__),
         }
-        return f"plan-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
+        return f"plan-{digest_of(facts)}"
 
     @property
     def _asked(self) -> dict[str, dict[str, Shape]]:

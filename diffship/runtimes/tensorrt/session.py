@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from diffship.core.errors import DiffshipError, RunnerError
 from diffship.runtimes.engine import first_line
+from diffship.runtimes.gpu_tensor import GpuTensor
 from diffship.runtimes.tensorrt.constants import Constant, Constants
 from diffship.runtimes.tensorrt.device import Device
 from diffship.runtimes.tensorrt.plan import Plan
@@ -20,15 +21,18 @@ from diffship.runtimes.tensorrt.refit import Refit
 from diffship.runtimes.tensorrt.slot import Slot
 from diffship.runtimes.tensorrt.values import spoken_dtype
 
+Found = TypeVar("Found")
 _CLOSED = "the TensorRT model is closed; open it again"
 
 
 class TensorRtSession:
-    """A Session over a Plan. `inputs` and `outputs` say float32 where the plan computes in bfloat16."""
+    """A Session over a Plan. `inputs` and `outputs` say float32 where the plan has bfloat16; `takes` says that."""
 
     def __init__(self, plan: Plan, device: Device, contexts: int, wait_seconds: float) -> None:
         self.inputs: Mapping[str, str] = {name: spoken_dtype(dtype) for name, dtype in plan.inputs.items()}
         self.outputs: Mapping[str, str] = {name: spoken_dtype(dtype) for name, dtype in plan.outputs.items()}
+        self.takes: Mapping[str, str] = plan.inputs
+        self.gpu = device.index
         self._plan = plan
         self._device = device
         self._constants = Constants(device)
@@ -44,13 +48,20 @@ class TensorRtSession:
             BusyError: all contexts stayed busy.
             RunnerError: the engine or the GPU stopped; the next call starts with a fresh context.
         """
+        return self._called(feeds, lambda slot, profile: slot.run(profile, feeds, outputs))
+
+    def run_on_gpu(self, feeds: Mapping[str, Any], outputs: Sequence[str], like: GpuTensor) -> list[GpuTensor]:
+        """As `run`; a feed may be a GpuTensor of `takes` too, and outputs are new tensors beside `like`."""
+        return self._called(feeds, lambda slot, profile: slot.run_on_gpu(profile, feeds, outputs, like))
+
+    def _called(self, feeds: Mapping[str, Any], call: Callable[[Slot, int], list[Found]]) -> list[Found]:
         self._device.use()
         self._constants.sweep()
         shapes = {name: (feed.array if isinstance(feed, Constant) else feed).shape for name, feed in feeds.items()}
         profile = choose_profile(self._plan.facts.inputs, shapes)
         try:
             with self._pool.borrow() as slot:
-                results = slot.run(profile, feeds, outputs)
+                results = call(slot, profile)
             if not self._first.is_set():
                 self._first.set()
                 self._plan.save_kernels()

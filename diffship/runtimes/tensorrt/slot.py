@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffship.core.errors import RunnerError
+from diffship.runtimes.gpu_tensor import GpuTensor
 from diffship.runtimes.tensorrt.constants import Constant, Constants
 from diffship.runtimes.tensorrt.device import Address, Device, Pinned
 from diffship.runtimes.tensorrt.plan import Plan
@@ -69,16 +70,22 @@ class Slot:
 
     def run(self, profile: int, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         """Copies in, one call, copies out; new arrays for `outputs`. After an error the slot is to be closed."""
-        ready = self._prepared(profile, {name: _array(feed).shape for name, feed in feeds.items()})
-        for name, feed in feeds.items():
-            self._fill(ready.buffers, name, feed)
-        self._enqueue(ready)
+        ready = self._called(profile, feeds)
         raw = [self._drain(ready, name) for name in outputs]
         self._device.synchronize(self._stream)
         return [
             from_native(view, self._plan.outputs[name], ready.outputs[name])
             for name, view in zip(outputs, raw, strict=True)
         ]
+
+    def run_on_gpu(
+        self, profile: int, feeds: Mapping[str, Any], outputs: Sequence[str], like: GpuTensor
+    ) -> list[GpuTensor]:
+        """As `run`, but outputs are new tensors beside `like`."""
+        ready = self._called(profile, feeds)
+        results = [self._left(ready, name, like) for name in outputs]
+        self._device.synchronize(self._stream)
+        return results
 
     def forget(self) -> None:
         """Drop contexts and graphs, which the next call makes anew; memory stays."""
@@ -90,6 +97,14 @@ class Slot:
         self._device.settle(self._stream)
         self.forget()
         self._owned.close()
+
+    def _called(self, profile: int, feeds: Mapping[str, Any]) -> Ready:
+        """The call is in the stream, with everything that it reads."""
+        ready = self._prepared(profile, {name: _array(feed).shape for name, feed in feeds.items()})
+        for name, feed in feeds.items():
+            self._fill(ready.buffers, name, feed)
+        self._enqueue(ready)
+        return ready
 
     def _prepared(self, profile: int, shapes: Mapping[str, Shape]) -> Ready:
         key = (profile, *(shapes[name] for name in self._plan.inputs))
@@ -133,7 +148,7 @@ class Slot:
         return {name: tuple(context.get_tensor_shape(name)) for name in self._plan.outputs}
 
     def _fill(self, buffers: Buffers, name: str, feed: Any) -> None:
-        """Into the input's own memory, from the host, or from the constant's memory where another one lay there.
+        """Into the input's own memory: from the host, from a tensor, from a constant where another one lay there.
 
         Not bound in place: each prompt has other constants, and another address would mean another capture.
         """
@@ -144,11 +159,15 @@ class Slot:
                 self._device.copy(to, source, size, self._stream)
                 buffers.constant[name] = feed.serial
             return
+        buffers.constant[name] = 0
+        if isinstance(feed, GpuTensor):
+            source = feed.address(dtype, int(self._stream))
+            self._device.copy(to, source, feed.size * item_bytes(dtype), self._stream)
+            return
         native = to_native(feed, dtype)
         pinned = buffers.host[name]
         pinned.view[: native.nbytes] = native.reshape(-1).view(np.uint8)
         self._device.upload(to, pinned.address, native.nbytes, self._stream)
-        buffers.constant[name] = 0
 
     def _enqueue(self, ready: Ready) -> None:
         """The first call of new shapes runs as it is: it ends what setting them began, which must not be captured."""
@@ -186,12 +205,19 @@ class Slot:
         self._device.download(pinned.address, ready.buffers.device[name], size, self._stream)
         return pinned.view[:size]
 
+    def _left(self, ready: Ready, name: str, like: GpuTensor) -> GpuTensor:
+        """A new tensor beside `like`, into which the stream copies an output."""
+        dtype = self._plan.outputs[name]
+        made = like.empty(ready.outputs[name], dtype)
+        to = made.address(dtype, int(self._stream))  # the memory may be of a tensor that its library still reads
+        self._device.copy(to, ready.buffers.device[name], made.size * item_bytes(dtype), self._stream)
+        return made
+
     def _drop(self, ready: Ready) -> None:
         if ready.graph is not None:
             self._device.free_graph(ready.graph)
         ready.context = None
 
 
-def _array(feed: Any) -> np.ndarray:
-    array: np.ndarray = feed.array if isinstance(feed, Constant) else feed
-    return array
+def _array(feed: Any) -> Any:
+    return feed.array if isinstance(feed, Constant) else feed
