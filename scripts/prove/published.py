@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,18 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Here:
+    """What was measured on a model that is here (`emoji`, random weights) instead of the published one.
+
+    `results` is a file of benchmarks/results without its suffix, `page` where its table stands, below docs.
+    """
+
+    what: str
+    results: str
+    page: str
+
+
+@dataclass(frozen=True)
 class Page:
     """One published repository, at the commit that was read."""
 
@@ -82,6 +94,7 @@ class Page:
     intro: str
     command: tuple[Command, ...]
     table: tuple[Table, ...]
+    here: tuple[Here, ...] = ()
 
 
 def read_pages(folder: Path = PUBLISHED) -> list[Page]:
@@ -170,6 +183,7 @@ def page_text(page: Page, catalogue: Catalogue, known: Known) -> str:
     lines += ["## Tables", ""]
     for table in page.table:
         lines += _table(table, catalogue, known)
+    lines += _here(page.here)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -205,6 +219,23 @@ def _table(table: Table, catalogue: Catalogue, known: Known) -> list[str]:
     for row in table.row:
         lines.append(_line([*row.cells, result_of(row, table, catalogue, known)]))
     return [*lines, "", *([table.note.strip(), ""] if table.note else [])]
+
+
+def _here(entries: Sequence[Here]) -> list[str]:
+    if not entries:
+        return []
+    lines = [
+        "## The method, measured here",
+        "",
+        "Without the published weights: quality on the trained test model, cost on random weights of full size.",
+        "",
+    ]
+    for entry in entries:
+        if not (RESULTS / f"{entry.results}.json").is_file():
+            raise ConfigError(f"{entry.what!r}: there is no benchmarks/results/{entry.results}.json")
+        link = _link(RESULTS / f"{entry.results}.json")
+        lines.append(f"- {entry.what}: [table](../{entry.page}), [results]({link})")
+    return [*lines, ""]
 
 
 def _line(cells: Iterable[str]) -> str:

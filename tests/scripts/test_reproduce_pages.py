@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import prove_real
@@ -13,6 +14,7 @@ from prove.capabilities import CAPABILITIES, missing
 from prove.catalogue import read_catalogue
 from prove.published import (
     PAGES,
+    Here,
     Page,
     Row,
     Table,
@@ -95,6 +97,17 @@ def test_sh_blocks_hold_commands_that_parse_and_are_marked(page: Page) -> None:
     for mark, body in blocks:
         assert mark
         assert all(parses(words) for words in lines_of(body)), body
+
+
+def test_what_was_measured_here_must_be_there() -> None:
+    page = BY_NAME["hybrid-sd"]
+    text = page_text(page, CATALOGUE, measured_here())
+    for entry in page.here:
+        assert f"[results](../../benchmarks/results/{entry.results}.json)" in text
+        assert (PAGES.parent / entry.page.partition("#")[0]).is_file()
+    false = replace(page, here=(Here("nothing", "no-such", "handoff.md"),))
+    with pytest.raises(ConfigError, match="there is no benchmarks/results/no-such.json"):
+        page_text(false, CATALOGUE, measured_here())
 
 
 def test_the_overview_links_every_page_and_its_commands_exist() -> None:
