@@ -99,7 +99,7 @@ def matrix_table(results: Results) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(row.subject, {})[row.metric] = _cell(row)
-    head = ("", *(_column(row) for row in columns.values()))
+    head = ("subject", *(_column(row) for row in columns.values()))
     lines = tuple((name, *(found.get(metric, DASH) for metric in columns)) for name, found in cells.items())
     return Table(head, lines, tuple(_notes(results)))
 
