@@ -99,7 +99,15 @@ class Pipeline:
 
 
 def require_place(target: Path) -> None:
-    """Raises ConfigError unless a pipeline can be saved at `target`: nothing is there, or an empty folder."""
+    """Raises ConfigError unless a pipeline can be saved at `target`: nothing is there, or an empty folder.
+
+    Folders above it are made later; that the nearest one is a folder, which may be written to, is asked before work.
+    """
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file, so {target} cannot be made; choose another folder")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{above} may not be written to; choose another folder than {target}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder; choose another one or remove it")
 

@@ -251,6 +251,19 @@ def test_a_taken_place_is_refused_before_work(tmp_path: Path, runs: list[float])
     assert runs == [] and not (tmp_path / "work").exists()
 
 
+def test_a_place_that_cannot_be_made_is_refused_before_work(
+    tmp_path: Path, runs: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file/out", "file/deeper/out"):
+        with pytest.raises(ConfigError, match=r"file is a file, so .*out cannot be made"):
+            compress("arch:tiny-sd", [Scale(2.0)], tmp_path / place, job=Job(tmp_path / "work"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="may not be written to; choose another folder than"):
+        compress("arch:tiny-sd", [Scale(2.0)], tmp_path / "new" / "out", job=Job(tmp_path / "work"))
+    assert runs == [] and not (tmp_path / "work").exists()
+
+
 @pytest.mark.slow
 def test_the_verb_keeps_its_work_beside_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[float]
