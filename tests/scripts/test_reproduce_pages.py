@@ -106,7 +106,7 @@ def test_what_was_measured_here_must_be_there() -> None:
         assert f"[results](../../benchmarks/results/{entry.results}.json)" in text
         assert (PAGES.parent / entry.page.partition("#")[0]).is_file()
     false = replace(page, here=(Here("nothing", "no-such", "handoff.md"),))
-    with pytest.raises(ConfigError, match="there is no benchmarks/results/no-such.json"):
+    with pytest.raises(ConfigError, match=r"there is no benchmarks/results/no-such\.json"):
         page_text(false, CATALOGUE, measured_here())
 
 
