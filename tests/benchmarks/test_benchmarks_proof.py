@@ -66,6 +66,15 @@ def test_one_unet_call_is_faster_than_all_but_openvino() -> None:
     assert all(ours < other for other in median.values()), (ours, median)
 
 
+def test_koala_draws_1024_px_in_five_gigabytes() -> None:
+    bundle = _work() / "koala-700m"
+    words = ["export", "arch:koala-700m+taesd", "--no-verify", "-o", str(bundle), "--overwrite"]
+    subprocess.run([sys.executable, "-m", "diffship", *words], check=True, timeout=1800)
+    table = _measure("low_memory", "low-memory.json", "--bundle", bundle)
+    peaks = {subject.rpartition(", ")[2]: figures["peak_resident_bytes"] for subject, figures in table.items()}
+    assert peaks["--memory low"] <= 5e9 < peaks["as it is"], peaks
+
+
 def test_cold_start_without_torch_is_under_three_seconds(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True, timeout=120)
     python = tmp_path / "env" / "bin" / "python"

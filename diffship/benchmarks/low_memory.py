@@ -1,0 +1,63 @@
+"""A whole picture in a fresh process, as it is and with `--memory low`: seconds and peak memory.
+
+python -m diffship.benchmarks.low_memory --bundle BUNDLE --size 1024 --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffship.benchmarks.process import measure
+from diffship.benchmarks.record import write_result
+from diffship.core.bundle import Bundle
+from diffship.core.errors import ConfigError
+from diffship.core.row import Row
+
+SUITE = "low-memory"
+MODES = {"as it is": (), "--memory low": ("--memory", "low")}
+_SECONDS = 3600
+
+
+def rows_of(bundle: Path, name: str, size: int, steps: int) -> Iterator[Row]:
+    """Both modes, one after the other, without guidance.
+
+    Raises:
+        ConfigError: the command failed; its last words are named.
+    """
+    for mode, flags in MODES.items():
+        subject = f"{name}, {size} px, {steps} steps, {mode}"
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["run", str(bundle), "a red apple", "--size", str(size), "--steps", str(steps), "--guidance", "1"]
+            command = [sys.executable, "-m", "diffship", *words, *flags, "-o", f"{folder}/picture.png"]
+            measured = measure(command, timeout=_SECONDS)
+        if measured.code:
+            raise ConfigError(f"{subject}: ended with {measured.code}: {measured.output[-400:]}")
+        conditions = {"model": name, "size": size, "steps": steps, "memory": mode}
+        yield Row(SUITE, subject, "process_seconds", measured.seconds, "s", conditions=conditions)
+        peak = float(measured.peak_bytes)
+        yield Row(SUITE, subject, "peak_resident_bytes", peak, "bytes", kind="memory", conditions=conditions)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    name = Bundle.open(arguments.bundle).manifest.source["id"]
+    rows = list(rows_of(arguments.bundle, name, arguments.size, arguments.steps))
+    if arguments.out:
+        command = f"python -m diffship.benchmarks.low_memory --bundle BUNDLE --size {arguments.size}"
+        command += f" --steps {arguments.steps}"
+        write_result(arguments.out, SUITE, command, rows, {"source": name})
+    for row in rows:
+        print(f"{row.subject:60} {row.metric:20} {row.value} {row.unit}")
+
+
+if __name__ == "__main__":
+    main()
