@@ -63,7 +63,7 @@ def unet() -> list[Row]:
         (0.0000123, "s", "12.3 us"),
         (3_210_000_000, "bytes", "3.21 GB"),
         (1.5e12, "FLOP/s", "1.50 TFLOP/s"),
-        (0.25, "share", "0.250 share"),
+        (0.25, "share", "25.0 %"),
         (0, "bytes", "0 B"),
         (1234.0, "count", "1234"),
     ],
@@ -171,7 +171,7 @@ def test_merging_refuses_what_contradicts_itself_or_holds_no_image() -> None:
 
 def test_any_suite_has_a_table() -> None:
     rows = [Row("q", "model", "top1", 0.5, "share", kind="quality", low=0.4, high=0.6)]
-    assert figures_table(results(rows)).rows == (("model", "top1", "0.500 share", "0.400 share to 0.600 share", "ok"),)
+    assert figures_table(results(rows)).rows == (("model", "top1", "50.0 %", "40.0 % to 60.0 %", "ok"),)
 
 
 def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
