@@ -137,7 +137,7 @@ def value(row: Row | None) -> str:
 
 
 def figure(number: float, unit: str) -> str:
-    """`1.23 s`, `45.6 ms`, `3.21 GB`, `12.3 GFLOP/s`, `45.6 %` of a share: decimal prefixes, three digits; a count is whole."""
+    """`1.23 s`, `45.6 ms`, `3.21 GB`, `12.3 GFLOP/s`, `45.6 %` of a share: three digits; a count is whole."""
     if unit == "s":
         scaled = ((1, "s"), (1e-3, "ms")) if number >= 1 else ((1e-3, "ms"), (1e-6, "us"))
         scale, name = scaled[0] if number >= scaled[0][0] or number == 0 else scaled[1]
