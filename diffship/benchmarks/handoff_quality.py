@@ -42,6 +42,7 @@ from diffship.sampling.request import Request
 from diffship.sampling.wire import pack
 
 SUITE = "handoff-quality"
+BETTER = {**{f"top{rank}": "higher" for rank in RANKS}, "large_rms": "lower"}
 SPLITS = ("25,0", "20,5", "15,10", "10,15", "5,20", "0,25")
 BATCH = 32
 SHOWN = 8
@@ -185,7 +186,7 @@ def curve_of(found: Mapping[int, Figures], large: Model, small: Model, steps: in
     for end, figures in sorted(found.items()):
         values = interval(np.array([judged.by_prompt[metric] for judged in figures.judged]))
         points.append(QualityPoint(end, round(values.mean, 4), round(values.low, 4), round(values.high, 4)))
-    return QualityCurve(large.digest, small.digest, steps, metric, "higher", tuple(points))
+    return QualityCurve(large.digest, small.digest, steps, metric, BETTER[metric], tuple(points))
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--metric", choices=[f"top{rank}" for rank in RANKS], default="top5", help="of the curve")
+    parser.add_argument("--metric", choices=list(BETTER), default="top5", help="of the curve")
     parser.add_argument("--curve", type=Path, help="write the pair's quality curve")
     parser.add_argument("--grid", type=Path, help="picture grid of the splits, as PNG")
     parser.add_argument("--work", type=Path, help="folder of what was drawn")
@@ -238,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     rows = run(arguments)
     if arguments.out:
-        command = f"python -m diffship.benchmarks.handoff_quality {arguments.large} {arguments.small} --data DATA"
+        names = " ".join(Path(text).name for text in (arguments.large, arguments.small))
+        command = f"python -m diffship.benchmarks.handoff_quality {names} --data DATA"
         command += f" --prompts {arguments.prompts} --seeds {arguments.seeds} --splits {' '.join(arguments.splits)}"
         write_result(arguments.out, SUITE, command, rows, {"guidance": 4.0, "sampler": "ddim"})
     for row in rows:
