@@ -21,11 +21,14 @@ from diffship.benchmarks.handoff_quality import (
     timed,
 )
 from diffship.benchmarks.judging import Judged
+from diffship.benchmarks.record import read_result
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.runtimes.handoff.choose import read_curve
 from diffship.runtimes.handoff.router import Router, begin, draw
+from diffship.runtimes.model import open_model
 
+ROOT = Path(__file__).parents[2]
 ASK = Ask(4, (0, 1, 3, 4), sampler="dpmpp-2m")  # a sampler with a history, which must travel
 TEXTS = ("red apple", "black cat", "pizza")
 
@@ -117,6 +120,17 @@ def test_splits_that_cannot_be_compared_are_refused(splits: list[str], message: 
     with pytest.raises(ConfigError, match=message):
         parse_splits(splits)
     assert parse_splits(["25,0", "10,15"]) == Ask(25, (10, 25))
+
+
+@pytest.mark.parametrize(("name", "metric"), [("emoji-top5", "top5"), ("emoji-distance", "large_rms")])
+def test_the_committed_curves_are_those_of_the_results_and_of_these_models(name: str, metric: str) -> None:
+    curve = read_curve(ROOT / "benchmarks" / "curves" / f"{name}.json")
+    rows = read_result(ROOT / "benchmarks" / "results" / "handoff-quality.json").rows
+    measured = {row.conditions["cloud_calls"]: row.value for row in rows if row.metric == metric}
+    assert {point.cloud_calls: point.value for point in curve.points} == pytest.approx(measured, abs=1e-4)
+    pytest.importorskip("torch")
+    with open_model("emoji", "torch") as large, open_model("emoji-small", "torch") as small:
+        assert (curve.cloud, curve.edge) == (large.digest, small.digest)
 
 
 @pytest.mark.slow
