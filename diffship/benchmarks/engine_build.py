@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for case in chosen(arguments.only):
         found = rows_of(case, arguments.work, SM, arguments.precision)
