@@ -1,8 +1,9 @@
 """The U-Net of every published layout at full size, exported to ONNX and proved: seconds, memory, worst difference.
 
-    python -m diffship.benchmarks.layout_export --work DIR --out benchmarks/results/layout-export.json [--only arch:vega]
+    python -m diffship.benchmarks.layout_export --work DIR --out FILE [--only arch:vega]
 
-Weights are drawn from a seed, which proves the graph and says nothing of pictures. DIR takes up to 11 GB and is emptied.
+Weights are drawn from a seed, which proves the graph and says nothing of pictures. DIR takes up to 11 GB, and is
+emptied.
 """
 
 from __future__ import annotations
