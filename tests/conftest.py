@@ -54,12 +54,12 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 @pytest.fixture
 def rtx() -> Any:
     """The TensorRT-RTX library; tests that need it are skipped, with the reason, where it is not installed."""
-    from diffship.core.errors import DiffshipError
+    from diffship.core.errors import MissingExtra
     from diffship.core.tensorrt import library
 
     try:
         return library("rtx")
-    except DiffshipError as fault:
+    except MissingExtra as fault:
         pytest.skip(str(fault))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import ConfigError
+from diffship.core.job import digest_of
 from diffship.core.limits import LIMITS
 from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounds, choices, key_value
@@ -84,8 +83,7 @@ class Case:
 
     def key(self, round_: int, context: Mapping[str, object]) -> str:
         """What a finished measurement is found by: the case, the round, and the code and machine it depends on."""
-        text = json.dumps([asdict(self), round_, dict(context)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of([asdict(self), round_, dict(context)])
 
     def conditions(self, weights: str) -> dict[str, Any]:
         """The row's conditions; `weights` says whether they are random."""

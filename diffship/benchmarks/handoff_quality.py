@@ -1,6 +1,6 @@
 """What a split of the steps does to pictures: judge figures, seconds of each side and bytes, for a pair of models.
 
-    python -m diffship.benchmarks.handoff_quality LARGE SMALL --data DATA --out benchmarks/results/handoff-emoji.json
+    python -m diffship.benchmarks.handoff_quality LARGE SMALL --data DATA --out benchmarks/results/handoff-quality.json
         [--curve benchmarks/curves/emoji-top5.json] [--grid docs/images/handoff.png] [--work DIR]
 
 LARGE and SMALL are bundles or sources of one pair; DATA is the folder that `diffship train emoji-data` wrote. The large

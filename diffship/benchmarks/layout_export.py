@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for source in chosen(arguments.only):
-        rows += rows_of(source, arguments.work)
-        print(*(f"{row.metric} {row.value}" for row in rows if row.subject == source), source, flush=True)
+        found = rows_of(source, arguments.work)
+        print(source, *(f"{row.metric} {row.value}" for row in found), flush=True)
+        rows += found
     if arguments.out:
         command = "python -m diffship.benchmarks.layout_export --work DIR"
         write_result(arguments.out, SUITE, command, rows, {"title": "Published layouts at full size, to ONNX"})

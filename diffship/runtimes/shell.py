@@ -100,7 +100,7 @@ class PartRunner:
             return self._give(session.run(native, natives), feeds, arrays)
         found = cast(GpuSession, session).run_on_gpu(native, natives, like)
         return {
-            spec.name: self._finite(spec, result, arrays).as_dtype(spec.name, spec.dtype).tensor
+            spec.name: self._finite(spec, result.as_dtype(spec.name, spec.dtype), arrays).tensor
             for spec, result in zip(self.outputs, found, strict=True)
         }
 
@@ -233,7 +233,10 @@ class PartRunner:
             raise RunnerError(f"part {self.name}: output {spec.name} has {bad}{self._blame(arrays)}")
 
     def _blame(self, arrays: Mapping[str, Seen]) -> str:
-        plain = {name: host(name, a.tensor) if isinstance(a, GpuTensor) else a for name, a in arrays.items()}
+        plain = {  # numpy has no bfloat16
+            name: host(name, a.as_dtype(name, "float32").tensor) if isinstance(a, GpuTensor) else a
+            for name, a in arrays.items()
+        }
         found = {name: describe_nonfinite(array) for name, array in plain.items()}
         named = [f"{name} had {bad}" for name, bad in found.items() if bad]
         return f"; feed {', '.join(named)}" if named else "; all feeds were finite: weights or precision are at fault"

@@ -121,6 +121,9 @@ def test_what_cannot_be_taken_there_is_said(runner: PartRunner, put: Put, monkey
     plain["sample"][0, 0, 0, 0] = np.nan
     with pytest.raises(RunnerError, match=r"output out_sample has 1 NaN of 2048 values; feed sample had 1 NaN"):
         runner.run({**plain, "sample": put(plain["sample"])})
+    narrow = put(plain["sample"]).to(torch.bfloat16)  # which numpy cannot hold
+    with pytest.raises(RunnerError, match=r"output out_sample has 1 NaN of 2048 values; feed sample had 1 NaN"):
+        runner.run({**plain, "sample": narrow})
     with pytest.raises(RunnerError, match=r"tensor sample: got shape \(2, 3, 16, 16\)"):
         runner.run({**plain, "sample": put(plain["sample"][:, :3])})
     tensor = GpuTensor(put(plain["sample"]))
