@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import SourceError
-from diffship.core.lazy import lazy
+from diffship.core.lazy import lazy, lazy_base
 from diffship.core.strict import bounds, load, plain, unknown
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+    from torch.nn import GroupNorm
 else:
-    nn = lazy("torch.nn")
+    torch, nn, GroupNorm = lazy("torch"), lazy("torch.nn"), lazy_base("torch.nn", "GroupNorm")
 
 KEY = "diffship"
 
@@ -132,8 +134,19 @@ def _narrow_resnet(block: Any, name: str, inner: int) -> None:
     block.conv1 = _conv(block.conv1, block.conv1.in_channels, inner)
     if block.time_emb_proj is not None:
         block.time_emb_proj = _linear(block.time_emb_proj, block.time_emb_proj.in_features, inner)
-    block.norm2 = nn.GroupNorm(groups, inner, eps=block.norm2.eps, affine=block.norm2.affine)
+    block.norm2 = InnerNorm(groups, inner, eps=block.norm2.eps, affine=block.norm2.affine)
     block.conv2 = _conv(block.conv2, inner, block.conv2.out_channels)
+
+
+class InnerNorm(GroupNorm):
+    """GroupNorm that takes a group of one value, which it leaves at its shift.
+
+    Narrow blocks have such groups in the smallest pictures; torch's own layer refuses them as if statistics were
+    learnt here, while every compiled engine computes them.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _narrow_attention(layer: Any, name: str, heads: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from distill_cases import student_of
 from torch import nn
 
+from diffship.compression.narrow import first, interiors, narrow_unet
 from diffship.core.errors import ConfigError
 from diffship.core.weights import MemoryWeights
 from diffship.models.component import Component
@@ -16,6 +17,7 @@ from diffship.models.layouts import LAYOUTS
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 from diffship.models.unet import unet
+from diffship.models.widths import Widths
 from diffship.training.distillation_pairs import (
     Taps,
     attention_names,
@@ -79,6 +81,18 @@ def test_a_narrowed_layout_pairs_like_the_whole_one(teacher: Pipeline) -> None:
     assert list(names("self-attention", student, teacher).values()) == [
         f"{name}.transformer_blocks.0.attn1" for name in TINY_ATTENTION.values()
     ]
+
+
+@pytest.mark.parametrize("layout", ["bk-base", "bk-small"])
+def test_a_student_pairs_whose_norm_groups_have_one_value_in_the_smallest_picture(
+    layout: str, teacher: Pipeline
+) -> None:
+    whole = student_of(teacher, layout)
+    inner = {name: 8 for name in interiors(whole.components["unet"]).inner}
+    student = narrow_unet(whole, first(Widths(inner)), {"pass": "test"})
+    groups = student.components["unet"].config["norm_num_groups"]
+    assert groups == 8 and student.components["unet"].smallest["height"] == 2**3  # the deepest level is 1x1
+    assert names("blocks", student, teacher) == EQUAL
 
 
 def test_self_attention_pairs_with_the_layer_that_it_was_copied_from(teacher: Pipeline) -> None:

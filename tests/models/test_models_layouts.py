@@ -13,7 +13,7 @@ from diffship.models.cost import cost
 from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, shape_of, student_config, weight_map
 from diffship.models.sources import open_source
 from diffship.models.unet import UNet
-from diffship.models.widths import Widths, widths_of, with_widths
+from diffship.models.widths import InnerNorm, Widths, widths_of, with_widths
 
 # guide 0.1: parameters, conv + linear GMAC and attention GMAC of one call with 77 tokens
 PUBLISHED = [
@@ -178,3 +178,22 @@ def test_widths_survive_the_config() -> None:
     widths = Widths({"down_blocks.0.resnets.0": 8}, {"down_blocks.0.attentions.0.transformer_blocks.0.attn1": 1})
     assert widths_of(with_widths(configs.UNETS["tiny-sd"], widths)) == widths
     assert "diffship" not in with_widths({"diffship": {}}, Widths())
+
+
+def test_a_norm_group_of_one_value_becomes_its_shift() -> None:
+    torch.manual_seed(0)
+    norm = InnerNorm(8, 8)
+    torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(norm.weight)
+    shifted = norm(torch.randn(1, 8, 1, 1))[0, :, 0, 0]
+    torch.testing.assert_close(shifted, norm.bias, atol=1e-3, rtol=0)  # values are scaled by 1/sqrt(eps) on the way
+    with pytest.raises(ValueError, match="more than 1 value"):
+        torch.nn.GroupNorm(8, 8)(torch.randn(1, 8, 1, 1))  # why it is here
+
+
+def test_other_norm_groups_are_as_ever() -> None:
+    torch.manual_seed(0)
+    norm, stock = InnerNorm(4, 8), torch.nn.GroupNorm(4, 8)
+    stock.load_state_dict(norm.state_dict())
+    sample = torch.randn(2, 8, 3, 5)
+    assert torch.equal(norm(sample), stock(sample))
