@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from diffship.benchmarks.experiment import made_passes, read_experiment
 from diffship.cli.compress import work_folder
 from diffship.cli.main import main
 from diffship.compress import compress, foresee
@@ -25,6 +26,7 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.recipe import read_recipe
 from diffship.core.registry import PASSES
+from diffship.core.strict import plain
 from diffship.core.weights import MemoryWeights
 from diffship.models.licences import licence_of
 from diffship.models.pipeline import Pipeline, with_unet
@@ -82,7 +84,32 @@ def conv_in(pipeline: Pipeline) -> float:
 
 
 def test_the_recipes_of_the_issue_are_there() -> None:
-    assert [path.stem for path in RECIPES] == ["bk-tiny", "emoji-small", "hybrid-224m", "koala-700m"]
+    assert [path.stem for path in RECIPES] == [
+        *("bk-tiny", "emoji-25", "emoji-58", "emoji-small", "hybrid-224m", "koala-700m")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "judged"),
+    [("emoji-58", "58 %, distilled"), ("emoji-small", "40 %, distilled"), ("emoji-25", "25 %, distilled")],
+)
+def test_recipes_of_the_siblings_are_what_was_judged(name: str, judged: str) -> None:
+    experiment = read_experiment(ROOT / "benchmarks" / "experiments" / "compression.toml")
+    (model,) = (model for model in experiment.models if model.name == judged)
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml", changes={"distill": {"data": "DATA", "seed": 0}})
+    assert [step for _, step in recipe.passes] == made_passes(experiment, model, seed=0)
+    assert recipe.source == experiment.teacher
+
+
+def test_the_packaged_sibling_is_made_by_its_recipe() -> None:
+    config = json.loads((ROOT / "diffship" / "models" / "emoji-small" / "model_index.json").read_text(encoding="utf-8"))
+    steps = dict(read_recipe(ROOT / "recipes" / "emoji-small.toml").passes)
+    layout, significance, distill = config["_diffship"]["history"]
+    assert layout["name"] == steps["layout"].name
+    assert significance["budget"] == {"parameters": steps["significance"].parameters}
+    assert significance["keeps"] == list(steps["significance"].keeps)
+    options = {name: value for name, value in plain(steps["distill"]).items() if name not in ("data", "teacher")}
+    assert {name: distill[name] for name in options} == options
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
