@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def compress(
     """Run `passes` over `source`, one after the other, and write the result as a diffusers folder at `out`.
 
     Without `out` the result is only returned; its tensors are made when they are read. `precision` (float32, float16,
-    bfloat16) converts the weights that are written; None keeps the source's. A `job` with a folder keeps what long
+    bfloat16) converts the weights; None leaves them as the last pass does. A `job` with a folder keeps what long
     passes made: the same call goes on behind the last finished one. Under `torchrun` all processes run, and the first
     one writes.
 
@@ -39,7 +40,7 @@ def compress(
     """
     from diffship.compression.outline import outlines, settled
     from diffship.compression.stored import Results, first_process
-    from diffship.models.pipeline import require_place
+    from diffship.models.pipeline import converted, require_place
 
     job, writes = job or Job(), out is not None and first_process()
     if writes:
@@ -50,6 +51,7 @@ def compress(
     found = outlines(pipeline, passes[done:])
     if writes:
         likely = found[-1].pipeline if found else pipeline
+        likely = converted(likely, precision)
         require_disk(str(out), sum(part.weights.nbytes for part in likely.components.values()), "the model")
     for index, step in enumerate(passes[done:], done):
         if index >= done + settled(found):
@@ -57,7 +59,7 @@ def compress(
         pipeline = results.keep(index, step.run(pipeline, job))
     if writes:
         pipeline.save(str(out), dtype=precision, progress=job.progress)
-    return pipeline
+    return converted(pipeline, precision)
 
 
 def foresee(
@@ -66,20 +68,26 @@ def foresee(
     *,
     base: str | None = None,
     revision: str | None = None,
+    precision: str | None = None,
     timing: bool = True,
 ) -> Estimate:
     """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data.
 
-    With `timing`, and where a pass calls the U-Net, one call of it is timed here; that takes seconds.
+    `precision` is that of the result, as in `compress`. With `timing`, and where a pass calls the U-Net, one call of it
+    is timed here; that takes seconds.
 
     Raises:
         ConfigError, SourceError, UnsupportedError: as `compress`, but for what the checks of passes find in data.
     """
     from diffship.compression.estimate import estimate
     from diffship.compression.outline import outlines
+    from diffship.models.pipeline import converted
 
     pipeline = _opened(source, passes, base, revision)
-    return estimate(pipeline, passes, outlines(pipeline, passes, check=False), timing)
+    found = outlines(pipeline, passes, check=False)
+    if len(found) == len(passes):
+        found[-1] = replace(found[-1], pipeline=converted(found[-1].pipeline, precision))
+    return estimate(pipeline, passes, found, timing)
 
 
 def _opened(source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None) -> Pipeline:

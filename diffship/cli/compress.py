@@ -96,7 +96,8 @@ def _foreseen(options: argparse.Namespace) -> Result:
     from diffship.compress import foresee
 
     source, base, passes = _asked(options)
-    found = foresee(source, passes, base=base, revision=options.revision, timing=not options.no_timing)
+    precision, timing = PRECISIONS.get(options.precision), not options.no_timing
+    found = foresee(source, passes, base=base, revision=options.revision, precision=precision, timing=timing)
     result = _described(found.pipeline, None, found.steps[-1].after)
     plan = {"passes": [_step(step) for step in found.steps], "timed": found.timed}
     return Result({**result.document, "plan": plan}, f"{_plan_text(found)}\nnothing is written (--dry-run)")

@@ -25,7 +25,7 @@ from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
 from diffship.core.strict import bounds, choices
 from diffship.core.weights import SafetensorsWeights, renamed
-from diffship.models.pipeline import TEXT_PARTS, Pipeline, with_unet
+from diffship.models.pipeline import TEXT_PARTS, Pipeline, converted, with_unet
 from diffship.models.sources import open_source
 from diffship.sampling.samplers import Sampler, make_sampler
 from diffship.training.distillation_pairs import KINDS, feature_pairs
@@ -118,13 +118,13 @@ class DistillPass:
         return found
 
     def outline(self, pipeline: Pipeline) -> Outline:
-        """The same shapes; forward and backward passes of the student, forward passes of the teacher."""
+        """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher."""
         samples = self.steps * self.batch * self.accumulate
         passes = 4 if self.checkpointing else 3
         calls = [Calls(pipeline.components["unet"], passes * samples)]
         if self.w_out or (self.w_feat and self.features != "none"):
             calls.append(Calls(self.teacher_of(pipeline).components["unet"], samples))
-        return Outline(pipeline, tuple(calls))
+        return Outline(converted(pipeline, "float32", ("unet",)), tuple(calls))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the averaged weights of the trained U-Net, float32.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
-from diffship.core.weights import Weights
+from diffship.core.weights import Weights, cast
 from diffship.models.autoencoder import autoencoder
 from diffship.models.component import Component
 from diffship.models.families import OWN, family_of, own_facts
@@ -177,6 +177,22 @@ def recorded(pipeline: Pipeline, entry: Mapping[str, Any]) -> Pipeline:
     history = (*pipeline.history, dict(entry))
     own = {**own_facts(pipeline.model_index), "history": list(history)}
     return replace(pipeline, model_index={**pipeline.model_index, OWN: own}, history=history)
+
+
+def converted(pipeline: Pipeline, dtype: str | None, parts: Collection[str] = ()) -> Pipeline:
+    """`pipeline` with the float tensors of `parts` (default: all) as `dtype`, converted when they are read.
+
+    Raises:
+        ConfigError: `dtype` is none that weights can have. None leaves them as they are.
+    """
+    if dtype is None:
+        return pipeline
+    changed = {
+        name: replace(part, weights=cast(part.weights, dtype))
+        for name, part in pipeline.components.items()
+        if not parts or name in parts
+    }
+    return replace(pipeline, components={**pipeline.components, **changed})
 
 
 def _smallest(family: Family) -> int:

@@ -19,7 +19,7 @@ from diffship.compression.distill import DistillPass
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.strict import load
-from diffship.models.pipeline import Pipeline
+from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources import open_source
 from diffship.sampling.encode import encode
 from diffship.training.diffusion import alphas_cumprod
@@ -298,11 +298,25 @@ def test_what_fits_has_no_problem_and_tells_its_calls(tmp_path: Path) -> None:
     step = DistillPass(str(pictures_in(tmp_path)), steps=10, batch=3, accumulate=2)
     assert step.check(student) == []
     outline = step.outline(student)
-    assert outline.pipeline is student
+    shapes = [
+        {name: weights.meta(name).shape for name in weights.names()}
+        for weights in (made.components["unet"].weights for made in (outline.pipeline, student))
+    ]
+    assert shapes[0] == shapes[1] and outline.pipeline.history == student.history
     assert [calls.count for calls in outline.calls] == [180, 60]
     assert outline.calls[1].unet.config["layers_per_block"] == 2
     lone = dataclasses.replace(step, w_out=0.0, features="none", checkpointing=True).outline(student)
     assert [calls.count for calls in lone.calls] == [240]
+
+
+def test_what_is_foreseen_of_a_half_precision_student_is_float32(tmp_path: Path) -> None:
+    half = converted(student_of(open_source("arch:tiny-sd")), "float16")
+    outline = DistillPass(str(pictures_in(tmp_path / "data")), **SMALL).outline(half)
+    kinds = {
+        name: {part.weights.meta(tensor).dtype for tensor in part.weights.names()}
+        for name, part in outline.pipeline.components.items()
+    }
+    assert kinds["unet"] == {"float32"} and kinds["text_encoder"] == {"float16"}
 
 
 def test_a_model_from_a_folder_names_its_teacher(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diffship.core.problem import Problem
 from diffship.core.recipe import read_recipe
 from diffship.core.registry import PASSES
 from diffship.core.strict import plain
-from diffship.core.weights import MemoryWeights
+from diffship.core.weights import MemoryWeights, SafetensorsWeights
 from diffship.models.licences import licence_of
 from diffship.models.pipeline import Pipeline, with_unet
 from diffship.models.sources import open_source
@@ -374,6 +374,24 @@ def test_a_large_call_is_timed_at_a_smaller_size(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(estimate_module, "available_memory", lambda: 1 << 30)
     small = foresee("arch:sd15", [Told(1.0)])
     assert small.steps[0].seconds is None and "takes 3.2 GiB" in small.timed
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_bytes_are_those_of_what_is_written(
+    precision: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", "arch:tiny-sd", "--pass", "layout", "--set", "name=bk-tiny", "--json", "--quiet"]
+    words += [] if precision is None else ["--precision", precision]
+    out = tmp_path / "out"
+    assert main([*words, "--dry-run", "--no-timing"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)
+    assert main([*words, "-o", str(out)]) == 0
+    made = json.loads(capsys.readouterr().out)
+    tensors = SafetensorsWeights(out / "unet" / "diffusion_pytorch_model.safetensors")
+    size = sum(tensors.read(name).nbytes for name in tensors.names())
+    assert (
+        made["unet"]["bytes"] == foreseen["unet"]["bytes"] == foreseen["plan"]["passes"][-1]["after"]["bytes"] == size
+    )
 
 
 def test_a_call_is_timed() -> None:
