@@ -1,4 +1,4 @@
-"""Plots of results as PNG and SVG: latency against quality, memory bars, roofline. Readable in grey."""
+"""Plots of results as PNG and SVG: latency against quality, differences, memory bars, roofline. Readable in grey."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    plots = {"memory": memory_bars, "roofline": roofline, "quality": latency_quality, "splits": split_curve}
+    plots = {
+        "memory": memory_bars,
+        "roofline": roofline,
+        "quality": latency_quality,
+        "splits": split_curve,
+        "differences": differences,
+    }
     for name, draw in plots.items():
         figure = draw(results)
         if figure is not None:
@@ -126,6 +132,36 @@ def split_curve(results: Results) -> Figure | None:
     return _finished(figure, axes, results)
 
 
+def differences(results: Results) -> Figure | None:
+    """Comparisons of quality with their 95 % intervals, a panel a figure; None where nothing is compared."""
+    panels: dict[str, list[tuple[str, float, float, float]]] = {}
+    for row in results.rows:
+        if "verdict" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
+            name = row.metric.removesuffix("_difference").replace("_", " ")
+            panels.setdefault(name, []).append((row.subject, row.value, row.low, row.high))
+    if not panels:
+        return None
+    _library()
+    from matplotlib.figure import Figure as Drawn
+
+    tallest = max(len(lines) for lines in panels.values())
+    figure = Drawn(figsize=(_SIZE[0], 1.4 + 0.35 * tallest), layout="constrained")
+    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        subjects, values, lows, highs = (list(column) for column in zip(*lines, strict=True))
+        places = list(range(len(lines)))
+        axes.axvline(0, color="black", linewidth=1)
+        axes.hlines(places, lows, highs, color="0.4", linewidth=2)
+        axes.plot(values, places, "o", color="black")
+        axes.set_yticks(places, subjects, fontsize=8)
+        axes.margins(y=0.2)
+        axes.invert_yaxis()
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_xlabel(f"difference of {name}, 95 % interval", fontsize=8)
+        axes.grid(True, axis="x", alpha=0.3)
+    figure.suptitle("\n".join(_title(results)), fontsize=8)
+    return figure
+
+
 def _latency_and_quality(metrics: Mapping[str, Row]) -> tuple[Row, Row] | None:
     seconds = [metrics[name] for name in LATENCIES if name in metrics]
     # a share of pictures is what readers ask for first; then whatever there is
@@ -153,10 +189,13 @@ def _axes(height: float = _SIZE[1]) -> tuple[Figure, Any]:
 
 
 def _finished(figure: Figure, axes: Any, results: Results) -> Figure:
-    labels: Sequence[str] = (results.hardware, str(results.settings.get("title", results.suite)))
-    axes.set_title("\n".join(labels), fontsize=8)
+    axes.set_title("\n".join(_title(results)), fontsize=8)
     axes.grid(True, which="both", alpha=0.3)
     return figure
+
+
+def _title(results: Results) -> Sequence[str]:
+    return results.hardware, str(results.settings.get("title", results.suite))
 
 
 def _library() -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from diffship.benchmarks import published
 from diffship.benchmarks.hardware import koala_form, lcm_form, merged
-from diffship.benchmarks.plots import draw_all
+from diffship.benchmarks.plots import differences, draw_all
 from diffship.benchmarks.record import Results
 from diffship.benchmarks.tables import (
     csv_text,
@@ -31,6 +31,7 @@ GPU = {**CPU, "gpus": ["Some GPU"], "gpu_memory_gib": [80.0]}
 IMAGE = {"model": "arch:sdxl", "weights": "random weights", "runner": "torch", "part": "image", "batch": 1}
 IMAGE |= {"steps": 4, "size": 1024, "precision": "fp16", "device": "cpu"}
 UNET = {**IMAGE, "part": "unet", "steps": 0}
+VERDICT = {"against": "b", "verdict": "better", "seeds": 3}
 
 
 def results(rows: list[Row], environment: dict[str, Any] = CPU) -> Results:
@@ -215,9 +216,10 @@ def test_plots_are_drawn_from_rows_and_name_their_results(tmp_path: Path) -> Non
     latency = Row("s", "m", "image_seconds_p50", 2.0, "s")
     share = {"unit": "share", "kind": "quality"}
     splits = [Row("s", f"split {k},4", "top5", k / 4, **share, conditions={"cloud_calls": k}) for k in (0, 4)]
-    found = results([*unet(), quality, latency, *splits])
+    compared = Row("s", "a against b", "top5_difference", 0.1, low=0.05, high=0.15, conditions=VERDICT)
+    found = results([*unet(), quality, latency, *splits, compared])
     written = draw_all(found, tmp_path / "a")
-    names = ("memory", "roofline", "quality", "splits")
+    names = ("memory", "roofline", "quality", "splits", "differences")
     assert {file.name for file in written} == {f"some-suite-{name}.{end}" for name in names for end in ("png", "svg")}
     for file in written:
         assert file.stat().st_size > 1000
@@ -226,6 +228,25 @@ def test_plots_are_drawn_from_rows_and_name_their_results(tmp_path: Path) -> Non
     draw_all(found, tmp_path / "b")
     for file in written:
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_differences_are_drawn_as_they_are() -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        Row("s", "a against b", f"{metric}_difference", value, low=value - 0.1, high=value + 0.3, conditions=VERDICT)
+        for metric, value in (("top5", 0.2), ("teacher_rms", -0.5), ("top5", 0.4))
+    ]
+    figure = differences(results([*rows, Row("s", "a", "top5", 0.9, kind="quality")]))
+    assert figure is not None
+    drawn = {axes.get_xlabel(): axes for axes in figure.axes}
+    assert set(drawn) == {"difference of top5, 95 % interval", "difference of teacher rms, 95 % interval"}
+    top5 = drawn["difference of top5, 95 % interval"]
+    points = next(line for line in top5.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert list(points.get_xdata()) == [0.2, 0.4]
+    spans = [segment[:, 0].tolist() for segment in top5.collections[0].get_segments()]
+    assert spans == [pytest.approx([0.1, 0.5]), pytest.approx([0.3, 0.7])]
+    assert differences(results([Row("s", "a", "top5", 0.9, kind="quality")])) is None
 
 
 @pytest.mark.slow
