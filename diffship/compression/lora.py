@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from diffship.compression.lora_file import Delta, LoraFile, with_deltas
 from diffship.compression.lora_names import Names
+from diffship.compression.lora_scale import adapter_config
 from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
@@ -58,24 +59,33 @@ class LoraPass:
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with changed weights: float32 where a file changes them, as they were elsewhere."""
-        deltas = self._deltas(pipeline)
+        deltas, scaled_by = self._deltas(pipeline)
         parts = dict(pipeline.components)
         for done, (name, changes) in enumerate(deltas.items(), 1):
             parts[name] = replace(parts[name], weights=with_deltas(parts[name].weights, changes))
             job.progress(f"lora {name}", done, len(deltas))
         layers = {name: len(changes) for name, changes in deltas.items()}
         entry = {"pass": self.kind, **asdict(self), "files": [Path(file).name for file in self.files]}
+        entry["scaled_by"] = scaled_by
         return self._scheduled(recorded(replace(pipeline, components=parts), {**entry, "layers": layers}))
 
-    def _deltas(self, pipeline: Pipeline) -> dict[str, dict[str, list[Delta]]]:
-        """{part: {tensor: changes}} of all files together."""
+    @property
+    def beside(self) -> list[str]:
+        """Files that it reads beside those that are named: peft's configs."""
+        found = (adapter_config(Path(file)) for file in self.files)
+        return [str(config) for config in found if config is not None]
+
+    def _deltas(self, pipeline: Pipeline) -> tuple[dict[str, dict[str, list[Delta]]], list[str]]:
+        """{part: {tensor: changes}} of all files together, and of each file where its scale is from."""
         weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
         names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
         found: dict[str, dict[str, list[Delta]]] = {}
-        for file, scale in zip(self.files, self.weights or (1.0,) * len(self.files), strict=True):
-            for (part, layer), delta in LoraFile(Path(file), names).deltas(weights, scale).items():
+        files = [LoraFile(Path(file), names) for file in self.files]
+        for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):
+            for (part, layer), delta in file.deltas(weights, scale).items():
                 found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)
-        return {part: found[part] for part in pipeline.components if part in found}
+        ordered = {part: found[part] for part in pipeline.components if part in found}
+        return ordered, [file.scaled_by for file in files]
 
     def _scheduled(self, pipeline: Pipeline) -> Pipeline:
         if self.sampler is None:

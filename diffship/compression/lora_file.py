@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.compression.lora_names import Names, Place
+from diffship.compression.lora_scale import read_notes
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, to_float32
@@ -27,9 +28,18 @@ class Delta:
     up: str
     scale: float
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can change anything: neither matrix is zero. The scale is not asked, which a user may set to 0."""
+        return all(np.any(to_float32(self.source.read(name), self.source.meta(name).dtype)) for name in self._matrices)
+
+    @property
+    def _matrices(self) -> tuple[str, str]:
+        return self.down, self.up
+
     def of(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """The change, float32, in the weight's `shape`; convolutions are (out, in, kh, kw)."""
-        down, up = (to_float32(self.source.read(name), self.source.meta(name).dtype) for name in (self.down, self.up))
+        down, up = (to_float32(self.source.read(name), self.source.meta(name).dtype) for name in self._matrices)
         product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
         return (product * np.float32(self.scale)).reshape(tuple(shape))
 
@@ -38,7 +48,8 @@ class LoraFile:
     """A file of low-rank changes.
 
     Raises:
-        SourceError: not safetensors, or keys that no layer of the model has; all are counted, the first ones named.
+        SourceError: not safetensors; keys that no layer of the model has, or that change one in another way (all are
+            counted, the first ones named); peft's file without the config that says alpha.
     """
 
     def __init__(self, path: Path, names: Names) -> None:
@@ -47,15 +58,20 @@ class LoraFile:
         self.path = path
         self.weights = SafetensorsWeights(path)
         self._layers: dict[tuple[str, str], dict[str, str]] = {}
-        unknown = []
-        for key in self.weights.names():
-            place = names.find(key)
-            if place is None:
-                unknown.append(key)
-            else:
-                self._add(place, key)
+        places = {key: names.find(key) for key in self.weights.names()}
+        unknown = [key for key, place in places.items() if place is None]
+        strange = [key for key in unknown if not names.of_a_layer(key)]
+        if strange:
+            raise SourceError(f"{path.name}: {_some('key', strange)} belong to no layer of this model")
         if unknown:
-            raise SourceError(f"{path.name}: {_some('key', unknown)} belong to no layer of this model")
+            raise SourceError(
+                f"{path.name}: {_some('key', unknown)} change layers in another way than a LoRA does, whose tensors "
+                "are down, up and alpha; LoHa, LoKr, DoRA, biases and norms cannot be fused"
+            )
+        for key, place in places.items():
+            if place is not None:
+                self._add(place, key)
+        self._notes = read_notes(path, self.weights.names(), self.weights.metadata)
 
     def _add(self, place: Place, key: str) -> None:
         roles = self._layers.setdefault((place.part, place.layer), {})
@@ -63,11 +79,18 @@ class LoraFile:
             raise SourceError(f"{self.path.name}: {roles[place.role]} and {key} are the same tensor of one layer")
         roles[place.role] = key
 
+    @property
+    def scaled_by(self) -> str:
+        """Where the scale of the changes is from; a change without alpha has that of its rank."""
+        if any("alpha" in roles for roles in self._layers.values()):
+            return "its alphas"
+        return " and ".join(sorted({note.where for note in self._notes.parts.values()})) or "nothing: alpha is the rank"
+
     def deltas(self, weights: Mapping[str, Weights], scale: float) -> dict[tuple[str, str], Delta]:
         """{(part, layer): Delta} of the whole file.
 
         Raises:
-            SourceError: half of a pair is missing, or a shape does not fit the layer.
+            SourceError: half of a pair is missing, a shape does not fit the layer, or all changes are zero.
         """
         found, wrong = {}, []
         for (part, layer), roles in self._layers.items():
@@ -76,13 +99,14 @@ class LoraFile:
                 wrong.append(f"{part}.{layer} ({problem})")
                 continue
             rank = self.weights.meta(roles["down"]).shape[0]
-            found[part, layer] = Delta(
-                self.weights, roles["down"], roles["up"], scale * self._alpha(roles, rank) / rank
-            )
+            factor = scale * self._factor(part, layer, roles, rank)
+            found[part, layer] = Delta(self.weights, roles["down"], roles["up"], factor)
         if wrong:
             raise SourceError(
                 f"{self.path.name}: {_some('layer', wrong)} do not fit this model: is it of another family?"
             )
+        if not any(delta.alive for delta in found.values()):
+            raise SourceError(f"{self.path.name} changes nothing: in every pair one matrix is zero. Was it trained?")
         return found
 
     def _problem(self, roles: Mapping[str, str], shape: tuple[int, ...]) -> str:
@@ -95,9 +119,13 @@ class LoraFile:
         fits = up[0] == shape[0] and np.prod(down[1:]) == np.prod(shape[1:]) and np.prod(up[2:], initial=1) == 1
         return "" if fits else f"weight {shape}, down {down}, up {up}"
 
-    def _alpha(self, roles: Mapping[str, str], rank: int) -> float:
-        if "alpha" not in roles:
-            return float(rank)
+    def _factor(self, part: str, layer: str, roles: Mapping[str, str], rank: int) -> float:
+        if "alpha" in roles:
+            return self._alpha(roles) / rank
+        noted = self._notes.of(part)
+        return 1.0 if noted is None else noted.of(layer, rank)
+
+    def _alpha(self, roles: Mapping[str, str]) -> float:
         value = to_float32(self.weights.read(roles["alpha"]), self.weights.meta(roles["alpha"]).dtype)
         if value.size != 1 or not np.isfinite(value).all():
             raise SourceError(f"{self.path.name}: {roles['alpha']} is not one number")

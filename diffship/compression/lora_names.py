@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffship.compression.lora_scale import PEFT
+
 # kohya's prefix -> part; `lora_te1` and `lora_te2` where a pipeline has two text encoders
 _KOHYA = {
     "lora_unet": "unet",
@@ -57,6 +59,16 @@ class Names:
         """The place of `key`, or None where no layer of this pipeline has that name."""
         return self._of_kohya(key) or self._of_dotted(key)
 
+    def of_a_layer(self, key: str) -> bool:
+        """Whether `key` begins with the name of a layer, whatever it is to it."""
+        stem, words = key.partition(".")[0], key.removeprefix(PEFT).split(".")
+        kohya = (
+            stem[len(prefix) + 1 :] in self._kohya.get(part, ())
+            for prefix, part in _KOHYA.items()
+            if stem.startswith(f"{prefix}_")
+        )
+        return any(kohya) or any(self._known(".".join(words[:end]), "") for end in range(1, len(words)))
+
     def _of_kohya(self, key: str) -> Place | None:
         stem, _, suffix = key.partition(".")
         role = _ROLES.get(suffix)
@@ -68,7 +80,7 @@ class Names:
         return None
 
     def _of_dotted(self, key: str) -> Place | None:
-        key = _ADAPTER.sub(r".\1.weight", key.removeprefix("base_model.model."))
+        key = _ADAPTER.sub(r".\1.weight", key.removeprefix(PEFT))
         old = _OLD_PROCESSOR.match(key)
         if old:
             layer = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}"
@@ -86,9 +98,9 @@ class Names:
                     if candidate in self._layers[part]:
                         return Place(part, candidate, role)
                 return None
-        if "unet" in self._layers and layer in self._layers["unet"]:  # files of a U-Net alone have no prefix
-            return Place("unet", layer, role)
-        return None
+        # files of one part alone have no prefix; two text encoders share names, so there it cannot be told
+        owners = [part for part, layers in self._layers.items() if layer in layers]
+        return Place(owners[0], layer, role) if len(owners) == 1 else None
 
 
 def _layers(names: Iterable[str]) -> Iterator[str]:

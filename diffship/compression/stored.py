@@ -87,7 +87,9 @@ def source_key(pipeline: Pipeline, job: Job) -> str:
 def options_key(step: Any) -> dict[str, Any]:
     """The options of a pass, JSON-ready; files and folders by their content."""
     outputs = {field.name for field in fields(step) if field.metadata.get("output")}
-    return {name: _content(value) for name, value in plain(step).items() if name not in outputs}
+    found = {name: _content(value) for name, value in plain(step).items() if name not in outputs}
+    beside = _content(list(getattr(step, "beside", ())))
+    return {**found, "beside": beside} if beside else found
 
 
 def _content(value: Any) -> Any:

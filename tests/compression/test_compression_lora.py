@@ -88,6 +88,7 @@ def test_every_way_of_writing_gives_the_same_change(
 ) -> None:
     down, up = pair(base, part, layer)
     save_file(STYLES[style](part, layer, down, up), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 3}')  # read of peft's
     fused = compress(base, [LoraPass((str(tmp_path / "lora.safetensors"),), (0.7,))])
     before, after = (p.components[part].weights.read(f"{layer}.weight") for p in (base, fused))
     np.testing.assert_allclose(after, by_hand(before, down, up, 0.7), atol=1e-6)
@@ -216,7 +217,12 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
             {**kohya, "lora_unet_joint_blocks_0.lora_up.weight": up.clone()},
             r"1 keys \(lora_unet_joint_blocks_0",
         ),
-        "dora": ({**kohya, f"{key}.dora_scale": up.clone()}, r"1 keys \(.*dora_scale"),
+        "dora": ({**kohya, f"{key}.dora_scale": up.clone()}, r"1 keys \(.*dora_scale\) change layers in another way"),
+        "bias": (
+            {**STYLES["peft"]("unet", ATTENTION, down, up), f"unet.{ATTENTION}.lora_B.bias": up[:, 0].clone()},
+            r"1 keys \(.*lora_B.bias\) change layers in another way",
+        ),
+        "never trained": (STYLES["kohya"]("unet", ATTENTION, down, torch.zeros_like(up)), "changes nothing"),
         "other widths": (STYLES["kohya"]("unet", ATTENTION, down[:, :5].contiguous(), up), "another family"),
         "ranks": (STYLES["kohya"]("unet", ATTENTION, down[:2].contiguous(), up), "ranks differ: down"),
         "half a pair": ({k: v for k, v in kohya.items() if "up" not in k}, "no up matrix"),
@@ -225,7 +231,13 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
     }
 
 
-@pytest.mark.parametrize("case", ["another family", "dora", "other widths", "ranks", "half a pair", "twice", "alpha"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("another family", "dora", "bias", "never trained", "other widths"),
+        *("ranks", "half a pair", "twice", "alpha"),
+    ],
+)
 def test_a_wrong_file_is_refused_before_work(base: Pipeline, case: str, tmp_path: Path) -> None:
     tensors, message = _wrong(base)[case]
     save_file(tensors, tmp_path / "lora.safetensors")

@@ -17,7 +17,9 @@ from prove.published import (
     Here,
     Page,
     Row,
+    Smaller,
     Table,
+    counted,
     figures_of,
     measured_here,
     page_text,
@@ -213,6 +215,25 @@ def test_only_a_committed_measurement_is_called_measured(tmp_path: Path) -> None
     file.write_text(file.read_text(encoding="utf-8").replace("12.5", "0.5"), encoding="utf-8")
     with pytest.raises(ConfigError, match="edited by hand"):
         measured_here(tmp_path)
+
+
+def test_what_is_smaller_is_counted_from_a_committed_file(tmp_path: Path) -> None:
+    rows = [
+        Figure("layout-export", name, "parameters", count, "count") for name, count in (("a", 450.0), ("b", 1000.0))
+    ]
+    write_result(tmp_path / "layout-export.json", "layout-export", "c", rows)
+    said = counted(Smaller("layout-export", "parameters", ("a", "b"), "b"), tmp_path)
+    file = "[layout-export.json](../../benchmarks/results/layout-export.json)"
+    assert said == f"measured: 55.0 % and 0.0 % smaller ({file})"
+    with pytest.raises(ConfigError, match="has no parameters of c and b"):
+        counted(Smaller("layout-export", "parameters", ("c",), "b"), tmp_path)
+
+
+def test_koalas_shares_follow_from_the_published_counts() -> None:
+    (row,) = (row for table in BY_NAME["koala"].table for row in table.row if row.smaller is not None)
+    table = next(table for table in BY_NAME["koala"].table if row in table.row)
+    one, seven = (f"{100 * (1 - count / 2_567_463_684):.1f} %" for count in (1_161_184_324, 782_822_724))
+    assert result_of(row, table, CATALOGUE, {}).startswith(f"measured: {one} and {seven} smaller")
 
 
 def test_pages_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
