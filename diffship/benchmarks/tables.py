@@ -111,7 +111,7 @@ def differences_table(results: Results) -> Table:
     for row in results.rows:
         if "verdict" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
             span = f"{row.low:+.3f} to {row.high:+.3f}"
-            facts = (str(row.conditions["seeds"]), str(row.n), str(row.conditions["verdict"]))
+            facts = (str(row.conditions["seeds"]), f"{row.n or 0:,}", str(row.conditions["verdict"]))
             metric = row.metric.removesuffix("_difference").replace("_", " ")
             lines.append((row.subject, metric, f"{row.value:+.3f}", span, *facts))
     return Table(head, tuple(lines), (f"Measured on {results.hardware}.",))
@@ -137,7 +137,7 @@ def value(row: Row | None) -> str:
 
 
 def figure(number: float, unit: str) -> str:
-    """`1.23 s`, `45.6 ms`, `3.21 GB`, `12.3 GFLOP/s`, `45.6 %` of a share: three digits; a count is whole."""
+    """`1.23 s`, `45.6 ms`, `3.21 GB`, `12.3 GFLOP/s`, `45.6 %` of a share: three digits; a count is whole, `1,234`."""
     if unit == "s":
         scaled = ((1, "s"), (1e-3, "ms")) if number >= 1 else ((1e-3, "ms"), (1e-6, "us"))
         scale, name = scaled[0] if number >= scaled[0][0] or number == 0 else scaled[1]
@@ -151,16 +151,16 @@ def figure(number: float, unit: str) -> str:
     if unit == "share":
         return f"{digits(100 * number)} %"
     if unit == "count":
-        return f"{number:.0f}"
+        return f"{number:,.0f}"
     return f"{digits(number)} {unit}".strip()
 
 
 def digits(number: float) -> str:
-    """Three digits, never in exponents."""
+    """Three digits, never in exponents; larger numbers are whole, with commas between their thousands."""
     if number == 0 or not math.isfinite(number):
         return "0"
     places = max(0, 2 - math.floor(math.log10(abs(number))))
-    return f"{number:.{min(places, 6)}f}"
+    return f"{number:,.{min(places, 6)}f}"
 
 
 def status(row: Row) -> str:

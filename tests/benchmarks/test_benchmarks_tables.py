@@ -66,7 +66,7 @@ def unet() -> list[Row]:
         (1.5e12, "FLOP/s", "1.50 TFLOP/s"),
         (0.25, "share", "25.0 %"),
         (0, "bytes", "0 B"),
-        (1234.0, "count", "1234"),
+        (1234.0, "count", "1,234"),
     ],
 )
 def test_figures_have_three_digits_and_a_unit(value: float, unit: str, text: str) -> None:
@@ -74,7 +74,7 @@ def test_figures_have_three_digits_and_a_unit(value: float, unit: str, text: str
 
 
 def test_digits_never_use_exponents() -> None:
-    assert [digits(v) for v in (1234.5, 0.00012345, 99.99)] == ["1234", "0.000123", "100.0"]
+    assert [digits(v) for v in (1234.5, 0.00012345, 99.99)] == ["1,234", "0.000123", "100.0"]
 
 
 def test_a_case_is_one_line_with_its_labels() -> None:
@@ -85,7 +85,7 @@ def test_a_case_is_one_line_with_its_labels() -> None:
     assert (cells["p50"], cells["peak memory"], cells["GFLOP/s"], cells["of ceiling"]) == (
         "500 ms",
         "4.00 GB",
-        "1500",
+        "1,500",
         "75%",
     )
     assert any("Ceiling: 2.00 TFLOP/s" in note for note in table.notes)
@@ -198,7 +198,7 @@ def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
     assert found.head == ("subject", "top5, share", "unet call seconds", "frechet distance, features")
     assert found.rows == (("small", "0.500 (0.400 to 0.600)", "10.0 ms", "-"), ("large", "-", "-", "19.2"))
     (line,) = differences_table(results(rows)).rows
-    assert line == ("small against large", "top5", "-0.010", "-0.030 to +0.010", "3", "1500", "no difference shown")
+    assert line == ("small against large", "top5", "-0.010", "-0.030 to +0.010", "3", "1,500", "no difference shown")
 
 
 def test_plots_need_their_extra_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
