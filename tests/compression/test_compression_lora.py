@@ -150,7 +150,7 @@ def test_fused_equals_diffusers_with_the_adapter_beside(base: Pipeline, tmp_path
     own_text = fused.components["text_encoder"].load().run({"input_ids": ids.numpy()})["last_hidden_state"]
     np.testing.assert_allclose(np.asarray(own_text), text.numpy(), rtol=1e-5, atol=1e-6)
     found = np.asarray(fused.components["unet"].load().run(given)["out_sample"])
-    assert np.abs(found - expected.numpy()).max() <= 2e-6 * np.abs(expected.numpy()).max()
+    assert np.linalg.norm(found - expected.numpy()) <= 1e-6 * np.linalg.norm(expected.numpy())
 
 
 def test_kohyas_names_for_sdxl_are_those_of_the_original_checkpoint() -> None:
