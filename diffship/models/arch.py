@@ -19,10 +19,11 @@ from diffship.models.component import weight_metas
 from diffship.models.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.pipeline import Material, Module
 from diffship.models.text import PROJECTED, TextEncoder
-from diffship.models.tokenizer_files import END, clip_files
+from diffship.models.tokenizer_files import clip_files
 from diffship.models.unet import CLASS as UNET
 from diffship.models.unet import UNet
 from diffship.models.widths import with_widths
+from diffship.sampling.tokenizer import END
 
 if TYPE_CHECKING:
     import torch

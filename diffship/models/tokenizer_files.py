@@ -17,10 +17,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from diffship.core.errors import SourceError
+from diffship.sampling.tokenizer import END, FILES, START, Added, add_tokens, added_tokens, pad_token
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT = 77
-NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+NAMES = FILES
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Merges = Sequence[tuple[str, str]]
@@ -46,10 +46,14 @@ def vocabulary_of(merges: Merges) -> dict[str, int]:
 
 
 def tokenizer_files(
-    vocabulary: Mapping[str, int], merges: Merges, pad: str = END, context: int = CONTEXT
+    vocabulary: Mapping[str, int],
+    merges: Merges,
+    pad: str = END,
+    context: int = CONTEXT,
+    added: Sequence[Added] = (),
 ) -> dict[str, bytes]:
     """All files of one tokenizer; `pad` is `!` in the second encoder of SDXL and in SD 2, END elsewhere."""
-    return {**_vocabulary_files(vocabulary, merges), **_settings(pad, context)}
+    return {**_vocabulary_files(vocabulary, merges, added), **_settings(pad, context)}
 
 
 def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
@@ -61,7 +65,7 @@ def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
     """
     try:
         vocabulary, merges = _read(found)
-        derived = tokenizer_files(vocabulary, merges, _pad_of(found))
+        derived = tokenizer_files(vocabulary, merges, pad_token(found), added=added_tokens(found))
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise SourceError(
             f"{where}: not a CLIP tokenizer ({str(fault)[:80]}); vocab.json + merges.txt or tokenizer.json are read"
@@ -79,7 +83,7 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges) -> Tokenizer:
+def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges, added: Sequence[Added] = ()) -> Tokenizer:
     """The `tokenizers` object that gives the ids of transformers' CLIPTokenizer."""
     model = models.BPE(
         vocab=dict(vocabulary),
@@ -100,6 +104,7 @@ def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(START, normalized=True), AddedToken(END, normalized=False)])
+    add_tokens(tokenizer, added)
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False, add_prefix_space=False
     )
@@ -112,13 +117,14 @@ def _clip_vocabulary(size: int) -> dict[str, bytes]:
     return _vocabulary_files(vocabulary_of(merges), merges)
 
 
-def _vocabulary_files(vocabulary: Mapping[str, int], merges: Merges) -> dict[str, bytes]:
+def _vocabulary_files(vocabulary: Mapping[str, int], merges: Merges, added: Sequence[Added] = ()) -> dict[str, bytes]:
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    return {
+    made = {
         "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
         "merges.txt": ("\n".join(lines) + "\n").encode(),
-        "tokenizer.json": fast_tokenizer(vocabulary, merges).to_str(pretty=False).encode(),
+        "tokenizer.json": fast_tokenizer(vocabulary, merges, added).to_str(pretty=False).encode(),
     }
+    return {**made, "added_tokens.json": _dump({token.content: token.id for token in added})} if added else made
 
 
 def _settings(pad: str, context: int) -> dict[str, bytes]:
@@ -132,15 +138,10 @@ def _read(found: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, s
         return vocabulary, parse_merges(found["merges.txt"].decode())
     document = json.loads(found["tokenizer.json"])
     vocabulary = dict(document["model"]["vocab"])
-    vocabulary.update({token["content"]: token["id"] for token in document.get("added_tokens", [])})
+    own = {token["content"]: token["id"] for token in document.get("added_tokens", [])}
+    vocabulary.update({content: number for content, number in own.items() if content in (START, END)})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in document["model"]["merges"]]
     return vocabulary, [(a, b) for a, b in pairs]
-
-
-def _pad_of(found: Mapping[str, bytes]) -> str:
-    pad = json.loads(found.get("tokenizer_config.json", b"{}")).get("pad_token", END)
-    content = pad.get("content", END) if isinstance(pad, dict) else pad
-    return content if isinstance(content, str) else END
 
 
 def _byte_letters() -> list[str]:

@@ -19,7 +19,12 @@ from diffship.core.limits import LIMITS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
+FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
+)
 _FILE_BYTES = 32 << 20
+_NO_LENGTH = 1_000_000  # transformers writes 10**30 where a tokenizer has no limit of its own
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -60,8 +65,7 @@ class ClipTokenizer:
         Raises:
             SourceError: files are missing, too large or not a CLIP tokenizer.
         """
-        names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-        return cls.from_files({n: _read(Path(folder) / n) for n in names if (Path(folder) / n).is_file()}, str(folder))
+        return cls.from_files({n: _read(Path(folder) / n) for n in FILES if (Path(folder) / n).is_file()}, str(folder))
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], where: str = "tokenizer") -> ClipTokenizer:
@@ -73,7 +77,8 @@ class ClipTokenizer:
                 backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             else:
                 raise SourceError(f"{where}: has neither tokenizer.json nor vocab.json with merges.txt")
-            return cls(backend, _pad_token(files), _length(files))
+            add_tokens(backend, added_tokens(files))
+            return cls(backend, pad_token(files), _length(files))
         except SourceError:
             raise
         except Exception as fault:  # tokenizers raises bare Exception
@@ -139,19 +144,87 @@ def _from_merges(vocab: dict[str, int], merges: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _pad_token(files: Mapping[str, bytes]) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        pad = json.loads(files.get(name, b"{}")).get("pad_token")
-        if isinstance(pad, dict):
-            pad = pad.get("content")
+@dataclass(frozen=True)
+class Added:
+    """A token beyond the byte pairs, such as the word of a textual inversion. It is looked for in the text before that
+    is split; in the lowercase text where `normalized`."""
+
+    content: str
+    id: int
+    normalized: bool = True
+    special: bool = False
+
+
+def added_tokens(files: Mapping[str, bytes]) -> tuple[Added, ...]:
+    """Those that a tokenizer has beyond its vocabulary, by id, from wherever transformers keeps them.
+
+    Raises:
+        SourceError: two of them have one id.
+    """
+    config = _json(files, "tokenizer_config.json")
+    fast = _json(files, "tokenizer.json")
+    plain = [] if "added_tokens_decoder" in config else list(_json(files, "added_tokens.json").items())
+    tables = [
+        *({"content": content, "id": number} for content, number in plain),
+        *fast.get("added_tokens", []),
+        *({**token, "id": number} for number, token in config.get("added_tokens_decoder", {}).items()),
+    ]
+    vocabulary = _json(files, "vocab.json") or fast.get("model", {}).get("vocab", {})
+    found: dict[str, Added] = {}
+    for table in tables:
+        content, number = str(table["content"]), int(table["id"])
+        if content not in vocabulary and content not in (START, END):
+            special = bool(table.get("special", False))
+            found[content] = Added(content, number, bool(table.get("normalized", not special)), special)
+    if len({token.id for token in found.values()}) != len(found):
+        raise SourceError(f"the tokenizer gives one id to several of its added tokens {', '.join(found)!r:.120}")
+    return tuple(sorted(found.values(), key=lambda token: token.id))
+
+
+def add_tokens(backend: tokenizers.Tokenizer, added: Sequence[Added]) -> None:
+    """Give `backend` the tokens under the ids that they are to have.
+
+    Raises:
+        SourceError: an id is not the next free one, so a token of the model would be another one here.
+    """
+    for token in added:
+        made = tokenizers.AddedToken(token.content, normalized=token.normalized, special=token.special)
+        add = backend.add_special_tokens if token.special else backend.add_tokens
+        add([made])
+        if backend.token_to_id(token.content) != token.id:
+            taken = backend.token_to_id(token.content)
+            raise SourceError(f"the tokenizer's added token {token.content!r} has id {token.id}; here it gets {taken}")
+
+
+def pad_token(files: Mapping[str, bytes]) -> str:
+    """As transformers reads it: special_tokens_map.json wins, but where tokenizer_config.json lists its added tokens.
+
+    The files of Stable Diffusion 2 differ: the first says "!", as the model was trained, and the second says END.
+    """
+    config = _json(files, "tokenizer_config.json")
+    special = {} if "added_tokens_decoder" in config else _json(files, "special_tokens_map.json")
+    for table in (special, config):
+        pad = table.get("pad_token")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
         if isinstance(pad, str):
             return pad
     return END
 
 
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    found = json.loads(files.get(name, b"{}"))
+    if not isinstance(found, dict):
+        raise SourceError(f"{name} of the tokenizer is no JSON object")
+    return found
+
+
 def _length(files: Mapping[str, bytes]) -> int:
-    length = json.loads(files.get("tokenizer_config.json", b"{}")).get("model_max_length", LENGTH)
-    return length if isinstance(length, int) and 3 <= length <= LENGTH else LENGTH
+    length = _json(files, "tokenizer_config.json").get("model_max_length", LENGTH)
+    if not isinstance(length, int) or length < 3 or length > _NO_LENGTH:
+        return LENGTH
+    if length > LENGTH:
+        raise SourceError(f"the tokenizer takes prompts of {length} tokens; text encoders of {LENGTH} are run here")
+    return length
 
 
 def _read(path: Path) -> bytes:

@@ -133,7 +133,7 @@ def test_broken_files_are_source_errors(tmp_path: Path) -> None:
         {**files, "vocab.json": b"{", "tokenizer.json": b""},
         {**files, "merges.txt": b"one\n"},
         {**files, "merges.txt": b"\xff\xfe"},
-        {**files, "tokenizer_config.json": json.dumps({"pad_token": "nowhere"}).encode()},
+        {**files, "special_tokens_map.json": json.dumps({"pad_token": "nowhere"}).encode()},
         {"tokenizer.json": b'{"model": {"type": "Evil"}}'},
         {"tokenizer.json": b"[" * 100_000},
         {**files, "tokenizer_config.json": b"[1]"},
