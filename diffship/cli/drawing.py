@@ -76,7 +76,8 @@ def resumed(options: argparse.Namespace) -> list[Work]:
         HandoffError: the file is damaged.
     """
     given = [f"--{name}" for name in request_fields(options) if name != "memory"]
-    given += ["a prompt"] * bool(options.prompts or options.prompts_file) + ["--image"] * bool(options.image)
+    given += ["a prompt"] * bool(options.prompts or options.prompts_file)
+    given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:
         raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
     if not options.resume.is_file():
@@ -214,7 +215,7 @@ def _prompts_of(file: Path) -> list[str]:
     if file.stat().st_size > 4 * MAX_PROMPTS * LIMITS.prompt_chars:
         raise ConfigError(f"--prompts-file {str(file)!r} is longer than {MAX_PROMPTS} prompts can be")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark before the text
     except UnicodeDecodeError as fault:
         raise ConfigError(f"--prompts-file {str(file)!r} is not UTF-8: {fault.reason} at byte {fault.start}") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.errors import SourceError
+from diffship.core.errors import DiffshipError, SourceError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, source_digest
@@ -50,13 +51,18 @@ class Component:
         """The part on the meta device, new with every access (about a second for SDXL); it has shapes and no values."""
         if self.template is not None:
             return self.template()
-        with torch.device("meta"):
+        with reading(self.name, self.class_name), torch.device("meta"):
             return self.build().eval()
 
     @property
     def digest(self) -> str:
         """sha256 over the source tensors (core.weights.source_digest); reads every one of them."""
         return source_digest(self.weights)
+
+    @property
+    def overflows_half(self) -> bool:
+        """Whether its config says that float16 is too narrow for what it computes, as SDXL's VAE has it."""
+        return bool(self.config.get("force_upcast"))
 
     def smallest_sizes(self) -> dict[str, int]:
         """Axis name -> smallest legal size."""
@@ -84,6 +90,18 @@ class Component:
 
         kind = torch_dtype(dtype)
         return TorchRunner(self.module(device, kind), self.inputs, self.outputs, device, kind)
+
+
+@contextmanager
+def reading(part: str, class_name: str) -> Iterator[None]:
+    """A config is used: what Python, diffusers or transformers make of values that cannot be becomes a SourceError."""
+    try:
+        yield
+    except (DiffshipError, MemoryError):
+        raise
+    except Exception as fault:  # the libraries have kinds of their own
+        why = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+        raise SourceError(f"{part}: its config makes no {class_name}; {why}") from fault
 
 
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

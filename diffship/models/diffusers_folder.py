@@ -50,15 +50,23 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
         index, present = {}, {name: folder / name for name in PARTS if (folder / name / "config.json").is_file()}
     if not present:
         raise SourceError(f"{folder}: {_nothing(folder)}")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
     return Material(
         source={**source, "left_out": _left_out(index)} if _left_out(index) else dict(source),
         modules={name: read_module(path, PARTS[name]) for name, path in present.items()},
         tokenizers=_tokenizers(folder, present),
-        scheduler=read_config(scheduler) if scheduler.is_file() else None,
+        scheduler=_scheduler(folder / "scheduler" / "scheduler_config.json", index),
         index=index,
         licence=licence_of(folder),
     )
+
+
+def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config, of the class that the index names: diffusers makes that one, whatever the config says."""
+    if not file.is_file():
+        return None
+    entry = index.get("scheduler")
+    named = entry[1] if isinstance(entry, list) else None
+    return {**read_config(file), **({"_class_name": named} if named else {})}
 
 
 def read_module(folder: Path, classes: tuple[str, ...]) -> Module:

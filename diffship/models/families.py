@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffship.core.errors import SourceError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.models.autoencoder import KL, vae_factor
-from diffship.models.unet import text_time_widths
+from diffship.models.component import reading
+from diffship.models.unet import check_config, text_time_widths
 
 Config = Mapping[str, Any]
 OWN = "_diffship"
@@ -21,8 +22,18 @@ def family_of(
     """Facts of the pipeline; `text` holds the configs of its text encoders by part name.
 
     Raises:
-        SourceError: the parts do not fit each other (latent channels, text width).
+        SourceError: the parts do not fit each other (latent channels, text width), or a config lacks what it must say.
+        UnsupportedError: latents are scaled channel by channel, or the U-Net takes more than latents and a mask.
     """
+    with reading("unet", "UNet2DConditionModel"):
+        check_config(unet)
+    with reading("U-Net, VAE and text encoders", "pipeline"):
+        return _family(unet, vae_class, vae, scheduler, index, text)
+
+
+def _family(
+    unet: Config, vae_class: str, vae: Config, scheduler: Config, index: Config, text: Mapping[str, Config]
+) -> Family:
     name = _name(unet, text)
     lcm = unet.get("time_cond_proj_dim")
     guidance, steps = _defaults(index, "lcm" if lcm else name)
@@ -89,6 +100,15 @@ def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: in
     if pooled and second and int(second.get("projection_dim", 512)) != pooled:
         raise SourceError(
             f"the U-Net takes pooled text {pooled} wide, text_encoder_2 gives {second.get('projection_dim')}"
+        )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise UnsupportedError(
+            "the VAE scales its latents channel by channel (latents_mean, latents_std); not built yet"
+        )
+    latents, channels = int(vae.get("latent_channels", 4)), int(unet.get("in_channels", 4))
+    if channels not in (latents, 2 * latents + 1):
+        raise UnsupportedError(
+            f"the U-Net takes {channels} channels; text to image ({latents}) and inpainting ({2 * latents + 1}) are run"
         )
     if int(vae.get("latent_channels", 4)) != int(unet.get("out_channels", 4)):
         raise SourceError(

@@ -49,7 +49,9 @@ class PipelineModel:
             raise ConfigError(f"{self.name} has no part {part!r}; it has {', '.join(sorted(self.parts))}")
         with self._locks[part]:
             if part not in self._runners:
-                self._runners[part] = self.pipeline.components[part].load(self.device, self.dtype)
+                component = self.pipeline.components[part]
+                narrow = self.dtype == "float16" and component.overflows_half
+                self._runners[part] = component.load(self.device, "float32" if narrow else self.dtype)
             return self._runners[part]
 
     def release(self, part: str) -> None:

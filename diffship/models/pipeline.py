@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
 from diffship.core.weights import Weights, cast
 from diffship.models.autoencoder import autoencoder
-from diffship.models.component import Component
+from diffship.models.component import Component, reading
 from diffship.models.families import OWN, family_of, own_facts
 from diffship.models.folder import write_folder
 from diffship.models.text import text_encoder
@@ -138,9 +139,14 @@ def assemble(material: Material) -> Pipeline:
     )
     hidden = family.name != "sd"
     smallest = _smallest(family)
-    parts = [text_encoder(n, m.class_name, m.config, m.weights, hidden) for n, m in text.items()]
-    parts.append(unet(modules["unet"].config, modules["unet"].weights, smallest // family.vae_factor))
-    parts.extend(autoencoder(vae.class_name, vae.config, vae.weights, smallest))
+    parts = []
+    for name, module in text.items():
+        with reading(name, module.class_name):
+            parts.append(text_encoder(name, module.class_name, module.config, module.weights, hidden))
+    with reading("unet", modules["unet"].class_name):
+        parts.append(unet(modules["unet"].config, modules["unet"].weights, smallest // family.vae_factor))
+    with reading("vae", vae.class_name):
+        parts.extend(autoencoder(vae.class_name, vae.config, vae.weights, smallest))
     return Pipeline(
         family=family,
         components={part.name: part for part in parts},
@@ -220,6 +226,8 @@ def complete_index(material: Material, family: Family) -> dict[str, Any]:
         index[tokenizer] = ["transformers", "CLIPTokenizer"] if tokenizer in material.tokenizers else [None, None]
     index["unet"] = _entry(material, "unet", "diffusers")
     index["vae"] = _entry(material, "vae", "diffusers")
+    if family.fills_masks:  # diffusers asks such folders which version wrote them, and trips where none is named
+        index.setdefault("_diffusers_version", version("diffusers"))
     index["scheduler"] = ["diffusers", (material.scheduler or {}).get("_class_name", "DDIMScheduler")]
     if family.name == "sd":
         index.update(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)

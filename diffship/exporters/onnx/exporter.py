@@ -41,7 +41,8 @@ class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
     precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). "bf16" is for graphs
-    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16.
+    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
+    says that float16 is too narrow for it (`force_upcast`) stays in fp32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -60,6 +61,10 @@ class Onnx:
         if self.precision == "bf16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
 
+    def of(self, component: Component) -> Onnx:
+        """The exporter of this part: itself, or one of fp32 where fp16 would overflow."""
+        return replace(self, precision="fp32") if self.precision == "fp16" and component.overflows_half else self
+
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """Everything that would stop an export of these components, found without reading a weight.
 
@@ -75,7 +80,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        width = TensorMeta(PRECISIONS[self.precision], ()).nbytes
+        width = TensorMeta(PRECISIONS[self.of(component).precision], ()).nbytes
         count = sum(component.weights.meta(name).count for name in component.weights.names())
         return count * width + (4 << 20)
 
@@ -94,6 +99,8 @@ class Onnx:
             SourceError: the weights do not fit the config, or are not finite.
             UnsupportedError: the module has an operation without an ONNX form.
         """
+        if self.of(component) is not self:
+            return self.of(component).export(component, out, job)
         job.progress(f"graph {component.name}", 0, 1)
         cached = job.once(self.graph_digest(component), lambda path: path.write_bytes(self.graph(component)))
         job.progress(f"graph {component.name}", 1, 1)

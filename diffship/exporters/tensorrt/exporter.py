@@ -118,12 +118,12 @@ class TensorRt:
 
     def through(self, component: Component | str) -> Onnx:
         """The exporter of the graph that a part's engine is built from."""
-        return Onnx(precision=self.precision_of(component), opset=self.opset)
+        graphs = Onnx(precision=self.precision, opset=self.opset)
+        return graphs.of(component) if isinstance(component, Component) else graphs
 
-    def precision_of(self, component: Component | str) -> str:
+    def precision_of(self, component: Component) -> str:
         """float32 where the VAE's config says that half precision overflows (SDXL's); bfloat16 has float32's range."""
-        overflows = isinstance(component, Component) and component.config.get("force_upcast")
-        return "fp32" if overflows and self.precision == "fp16" else self.precision
+        return self.through(component).precision
 
     def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
         """Write `<part>/model_<flavour>_sm<...>_<precision>.plan` and its metadata below `out`.
