@@ -28,7 +28,7 @@ def read_captions(path: str | Path) -> tuple[str, ...]:
     try:
         with open(path, "rb") as file:
             raw = file.read(LIMITS.manifest_bytes + 1)
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except OSError as fault:
         raise ConfigError(f"prompts: {path} cannot be read: {fault.strerror}") from None
     except UnicodeDecodeError:

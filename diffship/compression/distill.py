@@ -19,6 +19,7 @@ import numpy as np
 from diffship import __version__
 from diffship.compression.distill_run import STATE, train_student
 from diffship.compression.outline import Calls, Outline
+from diffship.compression.stored import settings_key
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
@@ -217,7 +218,8 @@ class DistillPass:
             for name in ("unet", *TEXT_PARTS, "vae_encoder")
             if name in pipeline.components
         }
-        text = json.dumps([__version__, options, digests, frozen], sort_keys=True)
+        settings = [settings_key(one) for one in (pipeline, self.teacher_of(pipeline))]
+        text = json.dumps([__version__, options, digests, frozen, settings, self.pixels(pipeline)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 

@@ -76,12 +76,21 @@ def source_key(pipeline: Pipeline, job: Job) -> str:
     for done, (name, part) in enumerate(pipeline.components.items(), 1):
         parts[name] = [part.class_name, plain(part.config), part.digest]
         job.progress("hash the source", done, len(pipeline.components))
-    tokenizers = {
+    facts = (pipeline.scheduler, pipeline.model_index, pipeline.source, pipeline.licence)
+    return digest_of([parts, _tokenizer_digests(pipeline), *map(plain, facts)])
+
+
+def _tokenizer_digests(pipeline: Pipeline) -> dict[str, dict[str, str]]:
+    return {
         name: {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
         for name, files in pipeline.tokenizers.items()
     }
-    facts = (pipeline.scheduler, pipeline.model_index, pipeline.source, pipeline.licence)
-    return digest_of([parts, tokenizers, *map(plain, facts)])
+
+
+def settings_key(pipeline: Pipeline) -> str:
+    """sha256 (hex) over what a pipeline computes with beside its tensors: configs, scheduler, family, tokenizers."""
+    parts = {name: [part.class_name, plain(part.config)] for name, part in pipeline.components.items()}
+    return digest_of([parts, plain(pipeline.family), plain(pipeline.scheduler), _tokenizer_digests(pipeline)])
 
 
 def options_key(step: Any) -> dict[str, Any]:

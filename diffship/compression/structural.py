@@ -21,13 +21,14 @@ import numpy as np
 from diffship.compression.narrow import Indices, Kept, Scores, count_parameters, narrow_unet
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.ranking import Layer, kept_budget, kept_share
+from diffship.compression.stored import settings_key
 from diffship.compression.taylor import Loss, drawn, examples, until_small
 from diffship.compression.traced import KINDS, Interior, channel_scores, filled, kept_of, traced
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices, plain
+from diffship.core.strict import bounds, choices
 from diffship.models.component import fill
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import make_sampler
@@ -180,8 +181,8 @@ class PrunePass:
         told = {
             key: value for key, value in self._entry().items() if key not in ("keep", "parameters_share", "ranking")
         }
-        configs = [plain(pipeline.scheduler), plain(pipeline.components["unet"].config), pictures.size]
-        text = json.dumps([told, model, pictures.digest, configs, version("torch-pruning")], sort_keys=True)
+        settings = [settings_key(pipeline), pictures.size]
+        text = json.dumps([told, model, pictures.digest, settings, version("torch-pruning")], sort_keys=True)
 
         def make(place: Path) -> None:
             scores, losses = self._measured(pipeline, module, interiors, pictures, job)

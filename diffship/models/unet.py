@@ -29,6 +29,7 @@ _UNSUPPORTED = {
     "encoder_hid_dim_type": None,
     "time_embedding_act_fn": None,
     "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
     "center_input_sample": False,
     "dual_cross_attention": False,
     "class_embeddings_concat": False,

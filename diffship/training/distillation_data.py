@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffship.core.errors import PeerError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
+from diffship.core.strict import plain
 from diffship.models.component import Component
 from diffship.models.pipeline import TEXT_PARTS, Pipeline
 from diffship.sampling.encode import time_ids
@@ -99,7 +101,9 @@ def make_latents(
     if 8 * count * pipeline.family.latent_channels * side**2 > most_gib * GIB:
         _decode_all(pictures, job)
         return encoder
-    key = f"{pictures.digest} {pipeline.components['vae_encoder'].digest} {pictures.size} {flip}"
+    vae, family = pipeline.components["vae_encoder"], pipeline.family
+    scale = (family.scaling_factor, family.shift_factor, json.dumps(plain(vae.config), sort_keys=True))
+    key = f"{pictures.digest} {vae.digest} {scale} {pictures.size} {flip}"
     name = f"latents-{hashlib.sha256(key.encode()).hexdigest()[:40]}"
     if main:
         job.once(name, lambda path: _encode_all(encoder, flip, job, path))

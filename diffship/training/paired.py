@@ -111,6 +111,8 @@ class PairedPictures:
 def _flat(image: Image.Image) -> Image.Image:
     """Upright RGB; what is transparent lies on white."""
     upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow cuts off at 255
+        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
     if "A" not in upright.getbands() and "transparency" not in upright.info:
         return upright.convert("RGB")
     layered = upright.convert("RGBA")
@@ -217,7 +219,15 @@ def _beside(folder: Path) -> Iterator[Sample]:
         text = path.with_suffix(".txt")
         if text.is_file() and text.stat().st_size > _CAPTION_BYTES:
             raise SourceError(f"{text}: has {text.stat().st_size} bytes; a caption has at most {_CAPTION_BYTES}")
-        yield _of_file(path, [_cut(text.read_bytes().decode("utf-8", "replace")) if text.is_file() else ""])
+        yield _of_file(path, [_cut(_text(text.read_bytes(), str(text))) if text.is_file() else ""])
+
+
+def _text(raw: bytes, where: str) -> str:
+    """Raises SourceError unless it is UTF-8; the mark that some editors put before it is no part of it."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise SourceError(f"{where}: its caption is not UTF-8: {fault.reason} at byte {fault.start}") from None
 
 
 def _sharded(shard: Path) -> Iterator[Sample]:
@@ -231,10 +241,10 @@ def _sharded(shard: Path) -> Iterator[Sample]:
             pictures[key] = member
         elif suffix in (".txt", ".json"):
             text = _member_text(shard, member, key)
-            made = (
-                _cut(text.decode("utf-8", "replace")) if suffix == ".txt" else _caption(_json(text, f"{shard}: {key}"))
-            )
-            captions[key] = made if suffix == ".txt" else captions.get(key) or made
+            where = f"{shard}: {key}"
+            made = _cut(_text(text, where)) if suffix == ".txt" else _caption(_json(text, where))
+            first, second = (made, captions.get(key)) if suffix == ".txt" else (captions.get(key), made)
+            captions[key] = first or second or ""
     for key, member in pictures.items():
         caption = captions.get(key, "")
         yield Sample(f"{shard}: {key[:80]}", (caption,), shard, member.offset_data, member.size)

@@ -160,7 +160,12 @@ def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, t
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [(["x"], "leave a prompt out"), (["--steps", "3"], "leave --steps out"), ([], "is not a file")],
+    [
+        (["x"], "leave a prompt out"),
+        (["--steps", "3"], "leave --steps out"),
+        (["--mask", "m.png"], "leave --mask out"),
+        ([], "is not a file"),
+    ],
 )
 def test_resume_refuses(extra: list[str], message: str, command: Any, tmp_path: Path) -> None:
     document = check(command("run", "D", "--resume", tmp_path / "none", *extra), "run")

@@ -97,7 +97,7 @@ def test_figures_that_json_cannot_hold() -> None:
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("# comment\nred apple\n\n  black cat  \n", encoding="utf-8")
+    file.write_text("# comment\nred apple\n\n  black cat  \n", encoding="utf-8-sig")  # with an editor's mark before it
     options = argparse.Namespace(prompts=["first"], prompts_file=file)
     assert read_prompts(options) == ["first", "red apple", "black cat"]
 

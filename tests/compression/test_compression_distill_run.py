@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from distill_cases import SMALL, pictures_in, student_of, task_of
 from PIL import Image
 from safetensors.numpy import load_file
@@ -29,6 +30,7 @@ from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 from diffship.models.unet import unet
 from diffship.training import distillation_report
+from diffship.training.distillation_data import make_latents
 from diffship.training.distillation_report import read_curve, write_curve
 from diffship.training.loop import DivergedError, step_generator
 
@@ -236,3 +238,19 @@ def test_a_grid_has_white_where_no_picture_is() -> None:
     made = distillation_report.grid(pictures, columns=2)
     assert made.shape == (4, 4, 3)
     assert made[::2, ::2, 0].tolist() == [[10, 20], [30, 255]]
+
+
+@pytest.mark.parametrize("change", ["scheduler", "vae"])
+def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_path: Path) -> None:
+    """Tensors and options are the same: the folder of the job must not give back what the wrong config made."""
+    base = open_source("arch:tiny-sd")
+    if change == "scheduler":
+        other = replace(base, scheduler={**base.scheduler, "beta_end": 0.02})
+    else:
+        other = replace(base, family=replace(base.family, scaling_factor=1.0))
+    step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "steps": 1, "teacher": "arch:tiny-sd"})
+    assert step._digest(base, {}) != step._digest(other, {})
+    job = Job(tmp_path / "job")
+    made = [make_latents(p, step.pictures(p), False, 4.0, job, torch.device("cpu"), True) for p in (base, other)]
+    means = [latents.take([0], [False])[0] for latents in made]
+    assert torch.equal(*means) == (change == "scheduler")

@@ -252,6 +252,8 @@ def test_cloud_flags_without_a_cloud(words: list[str], message: str, command: An
 def test_a_bad_url_is_usage(command: Any, tiny_bundle: Path) -> None:
     document = valid(command("run", tiny_bundle, "x", "--cloud", "localhost:1", "--split", "1,2"))
     assert document["exit_code"] == 2 and "is not such as https://host" in document["error"]["message"]
+    document = valid(command("run", tiny_bundle, "x", "--cloud", "http://127.0.0.1:99999", "--split", "1,2"))
+    assert document["exit_code"] == 2 and "port 99999; legal is 1 to 65535" in document["error"]["message"]
 
 
 @contextmanager

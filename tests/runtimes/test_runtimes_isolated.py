@@ -79,6 +79,22 @@ def test_case_34_a_killed_process_is_told_and_another_goes_on(model: BundleModel
     assert np.array_equal(generate(model, REQUEST)[0].pixels, before)
 
 
+def test_a_restart_that_opens_half_of_the_files_does_not_count_as_alive(
+    model: BundleModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.use("text_encoder")
+    model.use("unet")
+    kill(model)
+    sessions = list(process(model)._sessions.values())
+    monkeypatch.setattr(sessions[-1], "_files", ["nowhere.onnx"])
+    with pytest.raises((RunnerError, PeerError)):
+        process(model).restart()
+    assert not process(model).alive()
+    monkeypatch.undo()
+    process(model).restart()
+    assert process(model).alive() and generate(model, REQUEST)
+
+
 SIZES = {"batch_size": 1, "height": 8, "width": 8, "sequence_length": 77}
 
 

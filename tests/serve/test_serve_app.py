@@ -8,6 +8,7 @@ import io
 import json
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,10 @@ from sampling_toy import ToyModel
 from serve_toy import POISON, HeldModel, ask, drawn_alone, toy_service, until
 
 from diffship.runtimes.handoff.pair import ModelFacts, check_pair
-from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.app import Follower, application, events
+from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
+from diffship.runtimes.serve.order import Order
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 from diffship.sampling.generate import Request, start
@@ -170,6 +173,20 @@ def test_a_failure_in_a_stream_is_an_event() -> None:
         body = {"prompt": POISON, "steps": 2, "response": "events"}
         name, content = events_of(ask(service, "POST", "/v1/generate", json=body))[-1]
     assert name == "error" and content["error"]["code"] == "failed"
+
+
+def test_a_deadline_ends_a_stream_with_its_error() -> None:
+    """Nobody works on it: the stream itself has to see that time is up, and must not fill the time with comments."""
+
+    async def heard() -> list[bytes]:
+        generation = Generation("m", Order(None, None, 1, 1, (4, 8, 8)), time.monotonic() + 0.2)
+        follower = Follower()
+        generation.listen(follower)
+        return [chunk async for chunk in events(generation, follower, "id")]
+
+    chunks = asyncio.run(asyncio.wait_for(heard(), 10))
+    assert [chunk.split(b"\n")[0] for chunk in chunks] == [b"event: accepted", b"event: error"]
+    assert b"deadline_exceeded" in chunks[-1]
 
 
 def test_openai_form() -> None:

@@ -220,3 +220,28 @@ def test_a_cut_shard_names_the_picture(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(whole[:6000])
     with pytest.raises(SourceError, match=r"0\.tar"):
         PairedPictures.open(tmp_path, 8).pixels([0])
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    for name, pixels in (("eight", grey), ("sixteen", grey.astype(np.uint16) * 257)):
+        write(tmp_path / name, {"a.png": encoded(pixels), "a.txt": "grey"})
+    eight, sixteen = (PairedPictures.open(tmp_path / name, 8).pixels([0]) for name in ("eight", "sixteen"))
+    assert np.array_equal(eight, sixteen) and eight.std() > 50
+
+
+def test_marks_before_captions_are_no_part_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "folder", {"a.png": RED, "a.txt": b"\xef\xbb\xbfred square"})
+    assert PairedPictures.open(tmp_path / "folder", 8).captions(0) == ["red square"]
+    shard(tmp_path / "shards" / "0.tar", {"a.png": RED, "a.txt": b"\xef\xbb\xbfred square"})
+    assert PairedPictures.open(tmp_path / "shards", 8).captions(0) == ["red square"]
+    write(tmp_path / "bad", {"a.png": RED, "a.txt": "red".encode("utf-16")})
+    with pytest.raises(SourceError, match=r"a\.txt: its caption is not UTF-8"):
+        PairedPictures.open(tmp_path / "bad", 8)
+
+
+@pytest.mark.parametrize("order", [("a.json", "a.txt"), ("a.txt", "a.json")])
+def test_an_empty_text_leaves_the_caption_of_the_json(order: tuple[str, ...], tmp_path: Path) -> None:
+    said = {"a.json": b'{"caption": "red square"}', "a.txt": b""}
+    shard(tmp_path / "0.tar", {"a.png": RED, **{name: said[name] for name in order}})
+    assert PairedPictures.open(tmp_path, 8).captions(0) == ["red square"]

@@ -274,6 +274,8 @@ def _checked(url: str, token: str | None) -> tuple[str, tuple[str, ...]]:
         raise ConfigError(f"cloud {url[:80]!a} is not a URL: {fault}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise ConfigError(f"cloud {url[:80]!a} is not such as https://host or http://127.0.0.1:8765")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise ConfigError(f"cloud {url[:80]!a} has port {parsed.port}; legal is 1 to 65535")
     if parsed.userinfo:
         raise ConfigError("the cloud's URL holds a name or password; give the token apart, in a file or DIFFSHIP_TOKEN")
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):

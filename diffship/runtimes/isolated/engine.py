@@ -72,8 +72,12 @@ class IsolatedEngine:
             if self._process is not None:
                 self._process.end()
             self._process = _Process(self._command, self._call_seconds)
-            for session in self._sessions.values():
-                session.open(self._process)
+            try:
+                for session in self._sessions.values():
+                    session.open(self._process)
+            except BaseException:
+                self._process.end()  # half opened it would count as alive, and as ready
+                raise
 
     def close(self, session: _Session) -> None:
         """Forget a session; the process ends with the last one."""

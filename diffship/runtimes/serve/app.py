@@ -203,7 +203,8 @@ async def events(generation: Generation, follower: Follower, name: str) -> Async
             made = await asyncio.wait_for(follower.queue.get(), min(left, _HEARTBEAT))
         except TimeoutError:
             if left <= _HEARTBEAT:
-                generation.expire()  # the follower hears of it next
+                generation.expire()  # its result, below, says so; an end that came first stays what it is
+                break
             yield b": still here\n\n"
             continue
         if made is not None:
