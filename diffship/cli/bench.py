@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -142,10 +143,15 @@ def _measured(options: argparse.Namespace, suite: Suite) -> Results:
     from diffship.benchmarks.bench import run_suite
     from diffship.benchmarks.session import Settings
 
+    rounds = suite.rounds if options.rounds is None else options.rounds
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds}: at least 1 is measured")
+    if not 0 < options.timeout < math.inf:
+        raise ConfigError(f"--timeout {options.timeout} is no number of seconds above 0")
     settings = Settings(
         work=options.work.resolve(),
         root=Path.cwd(),
-        rounds=options.rounds or suite.rounds,
+        rounds=rounds,
         timeout=options.timeout,
         memory_limit=options.memory_limit,
         resume=options.resume,

@@ -71,7 +71,7 @@ def _look(options: argparse.Namespace) -> Look | None:
 def _hashes(options: argparse.Namespace) -> Result:
     from diffship.core.bundle import Bundle
 
-    if options.parts or options.engine or options.reduce or options.graphs:
+    if options.parts is not None or options.engine or options.reduce or options.graphs:
         raise ConfigError("--hashes-only opens no engine; leave --parts, --engine, --reduce and --graphs out")
     bundle = Bundle.open(options.bundle)
     bundle.verify()

@@ -29,6 +29,7 @@ from diffship.core.weights import SafetensorsWeights, renamed
 from diffship.models.pipeline import TEXT_PARTS, Pipeline, converted, with_unet
 from diffship.models.sources import open_source
 from diffship.sampling.samplers import Sampler, make_sampler
+from diffship.sampling.tokenizer import check_prompt
 from diffship.training.distillation_pairs import KINDS, feature_pairs
 from diffship.training.distillation_report import read_curve
 from diffship.training.loop import reached
@@ -41,6 +42,7 @@ else:
 
 MIN_SNR = "min-snr-5-capped"
 # what does not change the weights: a run with other values of these goes on
+_AVERAGE = "average/unet/"
 _CADENCE = ("save_seconds", "validate_every", "prompts")
 
 
@@ -100,6 +102,8 @@ class DistillPass:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            check_prompt(prompt, "prompt of the validation")
         if not (self.w_task or self.w_out or (self.w_feat and self.features != "none")):
             raise ConfigError("all losses have weight 0; set one of w_task, w_out and w_feat (with features)")
         if self.teacher_steps and self.w_task:
@@ -143,7 +147,10 @@ class DistillPass:
         if reached(folder / STATE) < self.steps:
             train_student(self, pipeline, teacher, pictures, folder, job)
         unet = pipeline.components["unet"]
-        weights = renamed(SafetensorsWeights(folder / STATE), {n: f"average/unet/{n}" for n in unet.weights.names()})
+        state = SafetensorsWeights(folder / STATE)
+        trained = {name.removeprefix(_AVERAGE): name for name in state.names() if name.startswith(_AVERAGE)}
+        # tensors of the file that the module lacks (diffusers warns of them) were not trained, and are left out
+        weights = renamed(state, {name: trained[name] for name in unet.weights.names() if name in trained})
         last = read_curve(folder / "curve.jsonl")[-1]
         entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
         entry |= {"teacher": str(teacher.source.get("id")), "pictures": len(pictures), "prompts": list(self.prompts)}
@@ -177,11 +184,12 @@ class DistillPass:
         if self.teacher is not None:
             return open_source(self.teacher)
         source = pipeline.source
-        if source.get("kind") == "folder":
-            raise ConfigError(
-                f"the model was read from a folder ({source.get('id')}); name the teacher: teacher=SOURCE"
-            )
         base = source.get("base") or {}
+        for one in (source, base):
+            if one.get("kind") == "folder":
+                raise ConfigError(
+                    f"the model was read from a folder ({one.get('id')}); name the teacher: teacher=SOURCE"
+                )
         return open_source(str(source["id"]), base=base.get("id"), revision=source.get("revision"))
 
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:

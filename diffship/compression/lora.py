@@ -72,7 +72,7 @@ class LoraPass:
     @property
     def beside(self) -> list[str]:
         """Files that it reads beside those that are named: peft's configs."""
-        found = (adapter_config(Path(file)) for file in self.files)
+        found = (adapter_config(Path(file).expanduser()) for file in self.files)
         return [str(config) for config in found if config is not None]
 
     def _deltas(self, pipeline: Pipeline) -> tuple[dict[str, dict[str, list[Delta]]], list[str]]:
@@ -80,7 +80,7 @@ class LoraPass:
         weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
         names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
         found: dict[str, dict[str, list[Delta]]] = {}
-        files = [LoraFile(Path(file), names) for file in self.files]
+        files = [LoraFile(Path(file).expanduser(), names) for file in self.files]
         for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):
             for (part, layer), delta in file.deltas(weights, scale).items():
                 found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)

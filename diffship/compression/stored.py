@@ -118,10 +118,14 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of names, sizes and times: pictures for training are too many to be read at every start."""
-    entries = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found = path.stat()
-            entries.append([path.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns])
-    return digest_of(entries)
+    """Of names, sizes and times, behind links too: pictures for training are too many to be read at every start."""
+    entries: list[list[Any]] = []
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        below[:] = [name for name in sorted(below) if os.path.realpath(os.path.join(place, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(place, name)) for name in below)
+        for path in (Path(place, name) for name in names):
+            if path.is_file():
+                found = path.stat()
+                entries.append([path.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns])
+    return digest_of(sorted(entries))

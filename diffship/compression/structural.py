@@ -225,7 +225,7 @@ class PrunePass:
     def _pictures(self, pipeline: Pipeline) -> PairedPictures:
         from diffship.training.paired import PairedPictures
 
-        return PairedPictures.open(Path(str(self.data)), pipeline.family.default_size)
+        return PairedPictures.open(Path(str(self.data)).expanduser(), pipeline.family.default_size)
 
     def _data_problems(self, pipeline: Pipeline) -> list[Problem]:
         if self.criterion not in GRADIENTS:

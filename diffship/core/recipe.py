@@ -21,7 +21,7 @@ Changes = Mapping[str, Mapping[str, Any]]  # type of pass -> option -> value
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe; each step is (the name it was chosen by, its frozen dataclass)."""
+    """A resolved recipe; each step is (the name it was chosen by, its frozen dataclass). `source` "": it names none."""
 
     source: str
     base: str | None
@@ -30,7 +30,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Every value, defaults included; what `parse_recipe` reads back to an equal recipe."""
-        head: dict[str, Any] = {"schema": SCHEMA, "source": self.source}
+        head: dict[str, Any] = {"schema": SCHEMA, **({"source": self.source} if self.source else {})}
         if self.base is not None:
             head["base"] = self.base
         passes = [{"type": name, **_present(step)} for name, step in self.passes]
@@ -39,8 +39,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _File:
-    source: str
     schema: int = field(metadata=bounds(SCHEMA, SCHEMA))
+    source: str = ""
     base: str | None = None
     passes: tuple[dict[str, Any], ...] = ()
     targets: tuple[dict[str, Any], ...] = ()

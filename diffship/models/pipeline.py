@@ -78,7 +78,7 @@ class Pipeline:
         Raises:
             ConfigError: `folder` exists and holds something, or a value does not fit `dtype`.
         """
-        target = Path(folder)
+        target = Path(os.path.realpath(folder))  # a link to an empty folder is that folder
         require_place(target)
         draft = target.parent / f".{target.name}.{os.getpid()}.partial"
         shutil.rmtree(draft, ignore_errors=True)
@@ -104,6 +104,9 @@ def require_place(target: Path) -> None:
 
     Folders above it are made later; that the nearest one is a folder, which may be written to, is asked before work.
     """
+    target = Path(os.path.realpath(target))
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(f"{target} is the current folder or holds it; name a folder that can be made")
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ConfigError(f"{above} is a file, so {target} cannot be made; choose another folder")

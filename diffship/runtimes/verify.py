@@ -14,7 +14,7 @@ import numpy as np
 
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
-from diffship.core.errors import BundleError, DiffshipError
+from diffship.core.errors import BundleError, ConfigError, DiffshipError
 from diffship.core.job import Progress, available_memory
 from diffship.core.manifest import Golden, GoldenTrajectory, Part
 from diffship.core.weights import SafetensorsWeights
@@ -134,6 +134,8 @@ def verify(
     name = choose_engine(manifest.target, engine)
     chosen = make_engine(name, options)
     chosen_parts = manifest.parts if parts is None else tuple(opened.part(part) for part in parts)
+    if not chosen_parts:
+        raise ConfigError(f"no part is chosen; this bundle has {', '.join(part.name for part in manifest.parts)}")
     total = sum(record.size for record in manifest.files.values())
     head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
     try:

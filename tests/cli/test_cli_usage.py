@@ -55,6 +55,9 @@ BAD = {
         2,
         "--grid needs pictures",
     ),
+    "bench no rounds": (["bench", "emoji", "--rounds", "0"], 2, "--rounds 0: at least 1 is measured"),
+    "bench rounds": (["bench", "emoji", "--rounds", "-1"], 2, "--rounds -1"),
+    "bench timeout": (["bench", "emoji", "--timeout", "nan"], 2, "--timeout nan is no number of seconds"),
     "train stage": (["train", "emoij", "--data", "d", "--out", "o"], 2, "invalid choice: 'emoij'"),
     "train data": (["train", "judge", "--data", "./nowhere", "--out", "o"], 2, "is not a folder"),
 }

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from diffship.cli.main import main
 from diffship.compression.distill import DistillPass
-from diffship.core.errors import Cancelled
+from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights, source_digest
 from diffship.models.pipeline import Pipeline
@@ -254,3 +254,26 @@ def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_p
     made = [make_latents(p, step.pictures(p), False, 4.0, job, torch.device("cpu"), True) for p in (base, other)]
     means = [latents.take([0], [False])[0] for latents in made]
     assert torch.equal(*means) == (change == "scheduler")
+
+
+def test_a_tensor_that_the_module_lacks_is_left_out_after_training(tmp_path: Path) -> None:
+    """diffusers opens such files with a warning; the run must not end in an error after its last step."""
+    base = open_source("arch:tiny-sd")
+    part = base.components["unet"]
+    extra = {name: part.weights.read(name) for name in part.weights.names()} | {"ema_decay": np.ones(1, np.float32)}
+    source = replace(base, components={**base.components, "unet": replace(part, weights=MemoryWeights(extra))})
+    options = {**SMALL, "steps": 1, "features": "none", "teacher": "arch:tiny-sd"}
+    trained = DistillPass(str(pictures_in(tmp_path / "data")), **options).run(source, Job(tmp_path / "job"))
+    assert set(trained.components["unet"].weights.names()) == set(part.weights.names())
+
+
+@pytest.mark.parametrize(("kind", "base"), [("folder", None), ("hub", {"id": "mine", "kind": "folder"})])
+def test_a_model_of_which_a_folder_is_a_part_names_its_teacher(kind: str, base: Any, tmp_path: Path) -> None:
+    made = replace(open_source("arch:tiny-sd"), source={"id": "mine", "kind": kind, "base": base})
+    with pytest.raises(ConfigError, match="name the teacher: teacher=SOURCE"):
+        DistillPass(str(tmp_path)).teacher_of(made)
+
+
+def test_a_validation_prompt_that_cannot_be_drawn_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prompt of the validation has 200000 characters"):
+        DistillPass(str(tmp_path), prompts=("x" * 200_000,))

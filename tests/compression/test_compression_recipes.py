@@ -16,6 +16,7 @@ from diffship.cli.compress import work_folder
 from diffship.cli.main import main
 from diffship.compress import compress, foresee
 from diffship.compression import estimate as estimate_module
+from diffship.compression.distill import DistillPass
 from diffship.compression.estimate import sized_cost, time_call
 from diffship.compression.layout import LayoutPass
 from diffship.compression.lora import LoraPass
@@ -466,3 +467,51 @@ def test_a_dry_run_opens_no_data_but_refuses_shapes(capsys: pytest.CaptureFixtur
     assert foresee("arch:tiny-sd", [Scale(0.0)]).steps[0].note == "known only when it runs"
     assert main(["compress", "arch:tiny-sd", "--pass", "layout", "--set", "name=koala-700m", "--dry-run"]) == 2
     assert "the teacher has 4 down blocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "."], "is the current folder or holds it"),
+        (["-o", "out", "--cache", "out/cache"], "lies inside the output"),
+        (["-o", "out", "--cache", "file"], "is a file; name a folder"),
+    ],
+)
+def test_places_that_would_fail_at_the_end_are_refused_at_once(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["compress", "arch:tiny-sd", "--pass", "layout", "--set", "name=bk-tiny", "-q", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    compress("arch:tiny-sd", [LayoutPass("bk-tiny")], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model_index.json").is_file()
+
+
+def test_pictures_behind_a_link_count(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "real")  # goes round
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "real")
+    keys = []
+    for content in ("a", "ab"):
+        (tmp_path / "real" / "0.png").write_text(content)
+        keys.append(options_key(DistillPass(str(tmp_path / "data"))))
+    assert keys[0] != keys[1]
+
+
+def test_a_recipe_without_a_source_takes_that_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('schema = 1\n[[pass]]\ntype = "layout"\nname = "bk-tiny"\n')
+    assert main(["compress", "--recipe", str(file), "--dry-run", "--no-timing", "-q"]) == 2
+    assert "no source is given" in capsys.readouterr().err
+    assert main(["compress", "arch:tiny-sd", "--recipe", str(file), "--dry-run", "--no-timing", "-q"]) == 0
+    assert read_recipe(file).to_json()["pass"][0]["name"] == "bk-tiny" and "source" not in read_recipe(file).to_json()

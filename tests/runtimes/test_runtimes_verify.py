@@ -136,3 +136,14 @@ def test_golden_files_hold_nothing_else(bundle: Bundle) -> None:
         write_safetensors(bundle.path / golden.file, {n: meta_of(a) for n, a in arrays.items()}, arrays.__getitem__)
         with pytest.raises(BundleError, match=message):
             read_golden(bundle, golden)
+
+
+def test_where_free_memory_is_unknown_parts_are_taken_whole(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows: nothing there says how much is free."""
+    monkeypatch.setattr("diffship.runtimes.verify.available_memory", lambda: None)
+    assert verify(bundle).passed
+
+
+def test_no_part_at_all_is_no_pass(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match="no part is chosen; this bundle has unet"):
+        verify(bundle, parts=[])
