@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,13 @@ def test_an_operation_without_a_form_is_named() -> None:
     programs = capture(Odd(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), torch.float32)
     with pytest.raises(UnsupportedError, match=r"no ONNX form for aten\.\S*i0"):
         Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
+
+
+def test_a_vae_that_overflows_in_half_precision_stays_in_float32(tiny_sd: Pipeline, tmp_path: Path) -> None:
+    decoder = tiny_sd.components["vae_decoder"]
+    wide = replace(decoder, config={**decoder.config, "force_upcast": True})
+    assert [Onnx(kind).of(wide).precision for kind in ("fp32", "fp16", "bf16")] == ["fp32", "fp32", "bf16"]
+    assert Onnx("fp16").of(decoder) == Onnx("fp16")
+    made = Onnx("fp16").export(wide, tmp_path, Job())
+    assert made.precision == "fp32" and {spec.dtype for spec in (*made.inputs, *made.outputs)} == {"float32"}
+    assert Onnx("fp16").disk_bytes(wide) == Onnx().disk_bytes(wide) > Onnx("fp16").disk_bytes(decoder)
