@@ -148,11 +148,11 @@ def test_refused_before_anything_is_written(
 
 
 def test_what_the_pair_check_warns_of_is_in_the_document(command: Any, small: Path, tmp_path: Path) -> None:
-    config = small / "scheduler" / "scheduler_config.json"
     other = tmp_path / "other"
     shutil.copytree(small, other)
-    changed = {**json.loads(config.read_text(encoding="utf-8")), "_class_name": "DDIMScheduler"}
-    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(changed), encoding="utf-8")
+    index = json.loads((other / "model_index.json").read_text(encoding="utf-8"))  # it names the scheduler's class
+    changed = {**index, "scheduler": ["diffusers", "DDIMScheduler"]}
+    (other / "model_index.json").write_text(json.dumps(changed), encoding="utf-8")
     document = valid(command("run", other, "x", "--large", LARGE, "--split", "1,1", "-o", tmp_path / "a.png"))
     assert document["exit_code"] == 0, document
     assert [warning for warning in document["warnings"] if "PNDMScheduler and DDIMScheduler" in warning]
