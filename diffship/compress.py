@@ -34,7 +34,7 @@ def compress(
     one writes.
 
     Raises:
-        ConfigError: no pass is given, or the place is taken.
+        ConfigError: no pass is given, the place is taken, or the job's folder lies in it.
         SourceError: the source cannot be read.
         UnsupportedError: a pass does not fit what the passes before it make, or the disk is too small.
     """
@@ -45,6 +45,8 @@ def compress(
     job, writes = job or Job(), out is not None and first_process()
     if writes:
         require_place(Path(str(out)))
+        if job.inside(str(out)):
+            raise ConfigError(f"the cache lies inside the output {out}, which must be empty; name another folder")
     pipeline = _opened(source, passes, base, revision)
     results = Results(pipeline, passes, job)
     done, pipeline = results.latest()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.record import Results
-from diffship.benchmarks.tables import cases
+from diffship.benchmarks.tables import cases, comparisons
 from diffship.core.errors import ConfigError, MissingExtra
 from diffship.core.row import Row
 
@@ -135,18 +135,13 @@ def split_curve(results: Results) -> Figure | None:
 def differences(results: Results) -> Figure | None:
     """Comparisons of quality with their 95 % intervals, a panel a figure; None where nothing is compared."""
     panels: dict[str, list[tuple[str, float, float, float]]] = {}
-    for row in results.rows:
-        if "verdict" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
-            name = row.metric.removesuffix("_difference").replace("_", " ")
-            panels.setdefault(name, []).append((row.subject, row.value, row.low, row.high))
+    for name, row, span in comparisons(results):
+        panels.setdefault(name, []).append((row.subject, *span))
     if not panels:
         return None
-    _library()
-    from matplotlib.figure import Figure as Drawn
-
     tallest = max(len(lines) for lines in panels.values())
-    figure = Drawn(figsize=(_SIZE[0], 1.4 + 0.35 * tallest), layout="constrained")
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, every = _panels(len(panels), 1.4 + 0.35 * tallest)
+    for axes, (name, lines) in zip(every, panels.items(), strict=True):
         subjects, values, lows, highs = (list(column) for column in zip(*lines, strict=True))
         places = list(range(len(lines)))
         axes.axvline(0, color="black", linewidth=1)
@@ -181,11 +176,17 @@ def _point(metrics: Any) -> tuple[str, float, float] | None:
 
 
 def _axes(height: float = _SIZE[1]) -> tuple[Figure, Any]:
+    figure, (axes,) = _panels(1, height)
+    return figure, axes
+
+
+def _panels(count: int, height: float) -> tuple[Figure, Any]:
+    """A figure with `count` axes beside each other."""
     _library()
     from matplotlib.figure import Figure as Drawn
 
     figure = Drawn(figsize=(_SIZE[0], height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def _finished(figure: Figure, axes: Any, results: Results) -> Figure:

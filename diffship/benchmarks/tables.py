@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +108,17 @@ def differences_table(results: Results) -> Table:
     """Every comparison of quality: ours minus theirs, its interval, and what may be said of it."""
     head = ("ours against", "figure", "difference", "95 % interval", "seeds", "pictures", "verdict")
     lines = []
+    for metric, row, (mean, low, high) in comparisons(results):
+        facts = (str(row.conditions["seeds"]), f"{row.n or 0:,}", str(row.conditions["verdict"]))
+        lines.append((row.subject, metric, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", *facts))
+    return Table(head, tuple(lines), (f"Measured on {results.hardware}.",))
+
+
+def comparisons(results: Results) -> Iterator[tuple[str, Row, tuple[float, float, float]]]:
+    """(the figure that is compared, its row, (difference, low, high)) of every comparison of quality."""
     for row in results.rows:
         if "verdict" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
-            span = f"{row.low:+.3f} to {row.high:+.3f}"
-            facts = (str(row.conditions["seeds"]), f"{row.n or 0:,}", str(row.conditions["verdict"]))
-            metric = row.metric.removesuffix("_difference").replace("_", " ")
-            lines.append((row.subject, metric, f"{row.value:+.3f}", span, *facts))
-    return Table(head, tuple(lines), (f"Measured on {results.hardware}.",))
+            yield row.metric.removesuffix("_difference").replace("_", " "), row, (row.value, row.low, row.high)
 
 
 def _column(row: Row) -> str:

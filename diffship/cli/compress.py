@@ -70,17 +70,9 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.compress import compress
     from diffship.compression.stored import first_process
     from diffship.core.job import Job
-    from diffship.models.pipeline import require_place
     from diffship.training.loop import leave
 
     source, base, passes = _asked(options)
-    if first_process():  # of several, the one that writes; it may be done before another begins
-        require_place(options.output)
-    cache = options.cache or work_folder(options.output)
-    if cache.resolve().is_relative_to(options.output.resolve()):
-        raise ConfigError(f"--cache {cache} lies inside the output {options.output}, which must be empty; name another")
-    if cache.exists() and not cache.is_dir():
-        raise ConfigError(f"--cache {cache} is a file; name a folder")
     with made_parents(options.output), Stages(options.quiet or not first_process()) as stages:
         pipeline = compress(
             source,
@@ -89,7 +81,7 @@ def run(options: argparse.Namespace) -> Result:
             base=base,
             revision=options.revision,
             precision=PRECISIONS.get(options.precision),
-            job=Job(cache, progress=stages),
+            job=Job(options.cache or work_folder(options.output), progress=stages),
         )
     leave()
     return _described(pipeline, options.output)

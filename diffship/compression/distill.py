@@ -143,7 +143,7 @@ class DistillPass:
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
         digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
-        folder = job.folder / f"distill-{self._digest(pipeline, digests)}"
+        folder = job.folder / f"distill-{self._digest(pipeline, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
             train_student(self, pipeline, teacher, pictures, folder, job)
         unet = pipeline.components["unet"]
@@ -219,14 +219,14 @@ class DistillPass:
         feature_pairs(self.features, pipeline.components["unet"], teacher.components["unet"])
         self.timesteps(teacher)
 
-    def _digest(self, pipeline: Pipeline, digests: dict[str, str]) -> str:
+    def _digest(self, pipeline: Pipeline, teacher: Pipeline, digests: dict[str, str]) -> str:
         options = {name: value for name, value in asdict(self).items() if name not in (*_CADENCE, "data", "teacher")}
         frozen = {
             name: pipeline.components[name].digest
             for name in ("unet", *TEXT_PARTS, "vae_encoder")
             if name in pipeline.components
         }
-        settings = [settings_key(one) for one in (pipeline, self.teacher_of(pipeline))]
+        settings = [settings_key(one) for one in (pipeline, teacher)]
         text = json.dumps([__version__, options, digests, frozen, settings, self.pixels(pipeline)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 

@@ -72,15 +72,18 @@ class LoraPass:
     @property
     def beside(self) -> list[str]:
         """Files that it reads beside those that are named: peft's configs."""
-        found = (adapter_config(Path(file).expanduser()) for file in self.files)
-        return [str(config) for config in found if config is not None]
+        return [str(config) for file in self._paths if (config := adapter_config(file)) is not None]
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [Path(file).expanduser() for file in self.files]
 
     def _deltas(self, pipeline: Pipeline) -> tuple[dict[str, dict[str, list[Delta]]], list[str]]:
         """{part: {tensor: changes}} of all files together, and of each file where its scale is from."""
         weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
         names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
         found: dict[str, dict[str, list[Delta]]] = {}
-        files = [LoraFile(Path(file).expanduser(), names) for file in self.files]
+        files = [LoraFile(path, names) for path in self._paths]
         for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):
             for (part, layer), delta in file.deltas(weights, scale).items():
                 found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)

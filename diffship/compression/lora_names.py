@@ -61,22 +61,21 @@ class Names:
 
     def of_a_layer(self, key: str) -> bool:
         """Whether `key` begins with the name of a layer, whatever it is to it."""
-        stem, words = key.partition(".")[0], key.removeprefix(PEFT).split(".")
-        kohya = (
-            stem[len(prefix) + 1 :] in self._kohya.get(part, ())
-            for prefix, part in _KOHYA.items()
-            if stem.startswith(f"{prefix}_")
-        )
-        return any(kohya) or any(self._known(".".join(words[:end]), "") for end in range(1, len(words)))
+        words = key.removeprefix(PEFT).split(".")
+        starts = (".".join(words[:end]) for end in range(1, len(words)))
+        return self._kohya_layer(key.partition(".")[0]) is not None or any(self._known(start, "") for start in starts)
 
     def _of_kohya(self, key: str) -> Place | None:
         stem, _, suffix = key.partition(".")
-        role = _ROLES.get(suffix)
+        role, found = _ROLES.get(suffix), self._kohya_layer(stem)
+        return Place(*found, role) if role and found else None
+
+    def _kohya_layer(self, stem: str) -> tuple[str, str] | None:
+        """(part, layer) of kohya's name of a layer."""
         for prefix, part in _KOHYA.items():
-            if role and stem.startswith(f"{prefix}_") and part in self._kohya:
-                layer = self._kohya[part].get(stem[len(prefix) + 1 :])
-                if layer is not None:
-                    return Place(part, layer, role)
+            layer = self._kohya.get(part, {}).get(stem.removeprefix(f"{prefix}_"))
+            if stem.startswith(f"{prefix}_") and layer is not None:
+                return part, layer
         return None
 
     def _of_dotted(self, key: str) -> Place | None:

@@ -120,10 +120,11 @@ def _file_digest(path: Path) -> str:
 def _folder_digest(folder: Path) -> str:
     """Of names, sizes and times, behind links too: pictures for training are too many to be read at every start."""
     entries: list[list[Any]] = []
-    seen: set[str] = set()
+    seen = {os.path.realpath(folder)}
     for place, below, names in os.walk(folder, followlinks=True):
-        below[:] = [name for name in sorted(below) if os.path.realpath(os.path.join(place, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(place, name)) for name in below)
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(below)}
+        below[:] = [name for name, path in real.items() if path not in seen]
+        seen.update(real.values())
         for path in (Path(place, name) for name in names):
             if path.is_file():
                 found = path.stat()

@@ -38,6 +38,8 @@ class Job:
     ) -> None:
         self.lasting = folder is not None
         self._folder = None if folder is None else Path(folder)
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise ConfigError(f"{self._folder} is a file; name a folder for what is kept")
         self._progress = progress
         self._cancel = cancel
 
@@ -45,6 +47,10 @@ class Job:
     def started(self) -> bool:
         """Whether there is a folder already: an earlier process may have left something in it."""
         return self._folder is not None and self._folder.is_dir()
+
+    def inside(self, folder: str | Path) -> bool:
+        """Whether what is kept lies in `folder`."""
+        return self._folder is not None and self._folder.resolve().is_relative_to(Path(folder).resolve())
 
     @property
     def folder(self) -> Path:

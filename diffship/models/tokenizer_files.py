@@ -14,14 +14,13 @@ from functools import cache
 from importlib.resources import files as package_files
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 from diffship.core.errors import SourceError
-from diffship.sampling.tokenizer import END, FILES, START, Added, add_tokens, added_tokens, pad_token
+from diffship.sampling.tokenizer import END, FILES, START, Added, add_tokens, added_tokens, byte_pairs, pad_token
 
 CONTEXT = 77
 NAMES = FILES
-_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Merges = Sequence[tuple[str, str]]
 
@@ -85,23 +84,7 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
 
 def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges, added: Sequence[Added] = ()) -> Tokenizer:
     """The `tokenizers` object that gives the ids of transformers' CLIPTokenizer."""
-    model = models.BPE(
-        vocab=dict(vocabulary),
-        merges=[(a, b) for a, b in merges],
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        unk_token=END,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer = byte_pairs(vocabulary, merges)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(START, normalized=True), AddedToken(END, normalized=False)])
     add_tokens(tokenizer, added)

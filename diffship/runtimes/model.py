@@ -107,7 +107,8 @@ def open_model(source: str | os.PathLike[str], engine: str | None = None, **opti
 def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any]) -> Model:
     if (path / MANIFEST_NAME).is_file():
         return BundleModel(Bundle.open(path), engine, **options)
-    if path.exists() and not any(path.glob("**/config.json")) and not (path / "model_index.json").is_file():
+    known = ("model_index.json", "config.json", "*/config.json")  # of a pipeline, of one component, of several
+    if path.exists() and not any(next(path.glob(name), None) for name in known):
         raise BundleError(f"{path} holds neither {MANIFEST_NAME} nor model_index.json: it is no bundle and no model")
     if engine not in (None, "torch"):
         raise UnsupportedError(

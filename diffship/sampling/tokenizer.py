@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +72,7 @@ class ClipTokenizer:
         """As `from_folder`, from contents in memory by file name."""
         try:
             if "vocab.json" in files and "merges.txt" in files:
-                backend = _from_merges(json.loads(files["vocab.json"]), files["merges.txt"].decode("utf-8"))
+                backend = byte_pairs(json.loads(files["vocab.json"]), _pairs(files["merges.txt"].decode("utf-8")))
             elif "tokenizer.json" in files:
                 backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             else:
@@ -130,11 +130,15 @@ def check_prompt(prompt: object, name: str = "prompt") -> str:
     return unicodedata.normalize("NFC", legible)[: LIMITS.prompt_chars]
 
 
-def _from_merges(vocab: dict[str, int], merges: str) -> tokenizers.Tokenizer:
+def _pairs(merges: str) -> list[tuple[str, str]]:
     lines = [line.split() for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
-    pairs = [(first, second) for first, second in lines]
+    return [(first, second) for first, second in lines]
+
+
+def byte_pairs(vocab: Mapping[str, int], pairs: Iterable[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's normalisation, splitting and byte pairs, with no special tokens yet."""
     bpe: Any = models.BPE(
-        vocab=vocab, merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+        vocab=dict(vocab), merges=list(pairs), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
     )
     backend = tokenizers.Tokenizer(bpe)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
@@ -189,11 +193,10 @@ def add_tokens(backend: tokenizers.Tokenizer, added: Sequence[Added]) -> None:
     """
     for token in added:
         made = tokenizers.AddedToken(token.content, normalized=token.normalized, special=token.special)
-        add = backend.add_special_tokens if token.special else backend.add_tokens
-        add([made])
-        if backend.token_to_id(token.content) != token.id:
-            taken = backend.token_to_id(token.content)
-            raise SourceError(f"the tokenizer's added token {token.content!r} has id {token.id}; here it gets {taken}")
+        (backend.add_special_tokens if token.special else backend.add_tokens)([made])
+        given = backend.token_to_id(token.content)
+        if given != token.id:
+            raise SourceError(f"the tokenizer's added token {token.content!r} has id {token.id}; here it gets {given}")
 
 
 def pad_token(files: Mapping[str, bytes]) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffship.core.errors import PeerError
-from diffship.core.job import Job
+from diffship.core.job import Job, digest_of
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
 from diffship.core.strict import plain
@@ -102,9 +100,8 @@ def make_latents(
         _decode_all(pictures, job)
         return encoder
     vae, family = pipeline.components["vae_encoder"], pipeline.family
-    scale = (family.scaling_factor, family.shift_factor, json.dumps(plain(vae.config), sort_keys=True))
-    key = f"{pictures.digest} {vae.digest} {scale} {pictures.size} {flip}"
-    name = f"latents-{hashlib.sha256(key.encode()).hexdigest()[:40]}"
+    facts = (vae.digest, plain(vae.config), family.scaling_factor, family.shift_factor)
+    name = f"latents-{digest_of([pictures.digest, pictures.size, flip, *facts])[:40]}"
     if main:
         job.once(name, lambda path: _encode_all(encoder, flip, job, path))
     held = tensor_file.load_file(_awaited(job.folder / name))

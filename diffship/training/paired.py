@@ -242,9 +242,10 @@ def _sharded(shard: Path) -> Iterator[Sample]:
         elif suffix in (".txt", ".json"):
             text = _member_text(shard, member, key)
             where = f"{shard}: {key}"
-            made = _cut(_text(text, where)) if suffix == ".txt" else _caption(_json(text, where))
-            first, second = (made, captions.get(key)) if suffix == ".txt" else (captions.get(key), made)
-            captions[key] = first or second or ""
+            if suffix == ".txt":  # wins over the .json, whichever comes first
+                captions[key] = _cut(_text(text, where)) or captions.get(key, "")
+            else:
+                captions[key] = captions.get(key) or _caption(_json(text, where))
     for key, member in pictures.items():
         caption = captions.get(key, "")
         yield Sample(f"{shard}: {key[:80]}", (caption,), shard, member.offset_data, member.size)

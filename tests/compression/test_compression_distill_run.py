@@ -249,7 +249,7 @@ def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_p
     else:
         other = replace(base, family=replace(base.family, scaling_factor=1.0))
     step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "steps": 1, "teacher": "arch:tiny-sd"})
-    assert step._digest(base, {}) != step._digest(other, {})
+    assert step._digest(base, base, {}) != step._digest(other, base, {})
     job = Job(tmp_path / "job")
     made = [make_latents(p, step.pictures(p), False, 4.0, job, torch.device("cpu"), True) for p in (base, other)]
     means = [latents.take([0], [False])[0] for latents in made]

@@ -103,7 +103,7 @@ def test_what_has_no_bfloat16_is_refused() -> None:
         Onnx(precision="bf16", opset=21)
     with pytest.raises(ConfigError, match="GPUs below SM 80 have no bfloat16: take --precision fp16"):
         TensorRt(precision="bf16", sm=(75, 89))
-    assert TensorRt(precision="bf16").precision_of(open_source("arch:sdxl").components["vae_decoder"]) == "bf16"
+    assert TensorRt(precision="bf16").through(open_source("arch:sdxl").components["vae_decoder"]).precision == "bf16"
 
 
 def test_only_tensorrt_takes_it(command: Any, tmp_path: Path) -> None:

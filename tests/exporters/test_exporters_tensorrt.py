@@ -134,7 +134,7 @@ def test_an_unknown_input_is_named_with_the_nearest(emoji: Pipeline) -> None:
 def test_a_decoder_that_overflows_stays_in_float32() -> None:
     sdxl = open_source("arch:sdxl").components
     made = TensorRt()
-    assert {name: made.precision_of(part) for name, part in sdxl.items()} == {
+    assert {name: made.through(part).precision for name, part in sdxl.items()} == {
         "text_encoder": "fp16", "text_encoder_2": "fp16", "unet": "fp16", "vae_encoder": "fp32", "vae_decoder": "fp32",
     }  # fmt: skip
 

@@ -62,7 +62,7 @@ class Onnx:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
 
     def of(self, component: Component) -> Onnx:
-        """The exporter of this part: itself, or one of fp32 where fp16 would overflow."""
+        """The exporter of this part: itself, or one of fp32 where fp16 would overflow; bf16 has float32's range."""
         return replace(self, precision="fp32") if self.precision == "fp16" and component.overflows_half else self
 
     def check(self, pipeline: Pipeline) -> list[Problem]:

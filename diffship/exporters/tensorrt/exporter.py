@@ -68,7 +68,7 @@ class TensorRt:
 
     def __post_init__(self) -> None:
         check_sm(self.flavour, self.sm)
-        self.through("unet")
+        _ = self._graphs
         _ = self._asked
         if self.precision == "bf16" and any(sm < _BF16_SM for sm in check_sm(self.flavour, self.sm)):
             raise ConfigError(
@@ -94,7 +94,7 @@ class TensorRt:
         check_names(pipeline.components.values(), self._asked)
         for component in pipeline.components.values():
             self.ranges(component, pipeline.family)
-        return self.through("unet").check(pipeline)
+        return self._graphs.check(pipeline)
 
     def disk_bytes(self, component: Component) -> int:
         """What the plan takes at the most, and the graph that it is built from while it is."""
@@ -116,14 +116,13 @@ class TensorRt:
         low, _, high = (ranges[kind].get("batch_size", batch) for kind in KINDS)
         return {**ranges["min"], "batch_size": min(max(batch, low), high)}
 
-    def through(self, component: Component | str) -> Onnx:
-        """The exporter of the graph that a part's engine is built from."""
-        graphs = Onnx(precision=self.precision, opset=self.opset)
-        return graphs.of(component) if isinstance(component, Component) else graphs
+    @property
+    def _graphs(self) -> Onnx:
+        return Onnx(precision=self.precision, opset=self.opset)
 
-    def precision_of(self, component: Component) -> str:
-        """float32 where the VAE's config says that half precision overflows (SDXL's); bfloat16 has float32's range."""
-        return self.through(component).precision
+    def through(self, component: Component) -> Onnx:
+        """The exporter of the graph that a part's engine is built from: in float32 where float16 would overflow."""
+        return self._graphs.of(component)
 
     def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
         """Write `<part>/model_<flavour>_sm<...>_<precision>.plan` and its metadata below `out`.
