@@ -12,6 +12,7 @@ from typing import NoReturn
 from diffship import __version__
 from diffship.cli import bench, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
+from diffship.cli.stops import Stops
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
 from diffship.core.strict import unknown
@@ -34,7 +35,7 @@ EPILOG = """examples:
   diffship run out/emoji "red apple" --steps 25 --seed 1 -o out/pictures
   diffship doctor
 
-exit codes: 0 ok, 1 a check failed, 2 usage, 3 unsupported here, 4 busy or out of time, 130 interrupted
+exit codes: 0 ok, 1 a check failed, 2 usage, 3 unsupported here, 4 busy or out of time, 130 interrupted, 143 terminated
 """
 
 
@@ -106,35 +107,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = words[0] if words and words[0] in VERBS else ""
     as_json, debug = bench.prints_json(words) if verb == "bench" else "--json" in words, "--debug" in words
-    try:
-        options = parse(words)
-        result: Result = VERBS[options.verb].run(options)
-        return _print(result, verb, as_json)
-    except SystemExit as stop:  # --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
-    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return _fail(verb, "Cancelled", "interrupted; what was not finished was not kept", 130, as_json)
-    except DiffshipError as fault:
-        if debug:
-            traceback.print_exc()
-        return _fail(verb, type(fault).__name__, str(fault), fault.exit_code, as_json)
-    except ModuleNotFoundError as fault:
-        if debug:
-            traceback.print_exc()
-        known = EXTRAS.get((fault.name or "").partition(".")[0])
-        message = str(MissingExtra(*known)) if known else _internal(fault)
-        return _fail(verb, "MissingExtra" if known else "InternalError", message, 3 if known else 1, as_json)
-    except (OSError, MemoryError) as fault:
-        if debug:
-            traceback.print_exc()
-        return _fail(verb, type(fault).__name__, _system_message(fault), 3, as_json)
-    except Exception as fault:  # a fault of ours: still one line, and how to see the rest
-        if debug:
-            traceback.print_exc()
-        return _fail(verb, "InternalError", _internal(fault), 1, as_json)
+    with Stops() as stops:
+        try:
+            options = parse(words)
+            result: Result = VERBS[options.verb].run(options)
+            return _print(result, verb, as_json)
+        except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except BaseException as fault:
+            # torch, for one, fails with an error of its own where Ctrl-C falls between two of its lines
+            stopped = stops.number is not None or isinstance(fault, KeyboardInterrupt)
+            if isinstance(fault, SystemExit) and not stopped:  # --help and --version
+                return fault.code if isinstance(fault.code, int) else 0
+            if debug and not isinstance(fault, KeyboardInterrupt):
+                traceback.print_exc()
+            told = ("Cancelled", stops.message, stops.code) if stopped else _told(fault)
+            return _fail(verb, *told, as_json)
+
+
+def _told(fault: BaseException) -> tuple[str, str, int]:
+    """(kind, one line, exit code) of an error."""
+    if isinstance(fault, DiffshipError):
+        return type(fault).__name__, str(fault), fault.exit_code
+    known = EXTRAS.get((fault.name or "").partition(".")[0]) if isinstance(fault, ModuleNotFoundError) else None
+    if known:
+        return "MissingExtra", str(MissingExtra(*known)), 3
+    if isinstance(fault, (OSError, MemoryError)):
+        return type(fault).__name__, _system_message(fault), 3
+    # a fault of ours: still one line, and how to see the rest
+    return "InternalError", f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug", 1
 
 
 def _print(result: Result, verb: str, as_json: bool) -> int:
@@ -152,10 +154,6 @@ def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
     if as_json:
         print_json(error_document(verb, kind, message, code))
     return code
-
-
-def _internal(fault: Exception) -> str:
-    return f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug"
 
 
 def _system_message(fault: OSError | MemoryError) -> str:

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM, remembered: a library in whose midst one falls may raise another error in its place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Stops:
+    """While it is entered, both signals raise KeyboardInterrupt, so that everything begun is taken back.
+
+    A signal that is ignored (a shell's background job) or that another program handles stays so. Only the main
+    thread may set handlers; elsewhere nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._process = os.getpid()
+        self._set: list[int] = []
+
+    def __enter__(self) -> Stops:
+        if threading.current_thread() is threading.main_thread():
+            self._set = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]
+        for number in self._set:
+            signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for number in self._set:
+            signal.signal(number, _DEFAULTS[number])
+
+    @property
+    def code(self) -> int:
+        """The exit status that shells expect of a process that a signal has ended."""
+        return 128 + (self.number or signal.SIGINT)
+
+    @property
+    def message(self) -> str:
+        """One line for the user."""
+        return f"{_WORDS[signal.Signals(self.number or signal.SIGINT)]}; what was not finished was not kept"
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child, whose parent ends it by this signal
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.number = self.number or number
+        raise KeyboardInterrupt
