@@ -72,6 +72,26 @@ def test_models_come_by_name_and_in_order() -> None:
         choose_model(models, "secnd")
 
 
+@pytest.mark.parametrize("url", ["http://xn--a", "http://256.1.1.1", "http://" + "\xe9" * 70, "http://\x00"])
+def test_a_url_whose_host_cannot_be_read_is_refused_when_it_is_given(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not a URL"):
+        Cloud(url)
+
+
+@pytest.mark.parametrize("fault", [OSError(97, "Address family not supported"), UnicodeError("label too long")])
+def test_what_a_resolver_raises_past_httpx_is_a_cloud_that_is_down(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def stream(self, *_: Any, **__: Any) -> Any:
+            raise fault
+
+    monkeypatch.setattr(Cloud, "_opened", lambda cloud: Failing())
+    with pytest.raises(CloudError, match=r"^down: ") as caught:
+        models_of("http://somewhere")
+    assert caught.value.again
+
+
 GARBAGE = {
     "not JSON": b"<html>",
     "no models": b'{"data": []}',

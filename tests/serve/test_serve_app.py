@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,10 +22,11 @@ from sampling_toy import ToyModel
 from serve_toy import POISON, HeldModel, ask, drawn_alone, toy_service, until
 
 from diffship.runtimes.handoff.pair import ModelFacts, check_pair
+from diffship.runtimes.serve.answers import headers_of
 from diffship.runtimes.serve.app import Follower, application, events
 from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
-from diffship.runtimes.serve.order import Order
+from diffship.runtimes.serve.order import Drawn, Order
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 from diffship.sampling.generate import Request, start
@@ -66,6 +68,16 @@ def test_generate_gives_the_bytes_of_generate() -> None:
     assert answer.content == drawn_alone("red cat", steps=3, seed=7)[0]
     assert re.fullmatch(r"queue;dur=[\d.]+, run;dur=[\d.]+", answer.headers["server-timing"])
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_warnings_that_no_header_holds_are_whole_json_still() -> None:
+    drawn = Drawn(pictures=((b"", {"warnings": [f"{i}: " + "\xe9" * 100 for i in range(20)]}),))
+    made = SimpleNamespace(
+        name="toy", created=0.0, started=0.0, ended_at=1.0, order=SimpleNamespace(warnings=("first",))
+    )
+    text = headers_of(made, drawn)["X-Warnings"]  # type: ignore[arg-type]
+    kept = json.loads(text)
+    assert kept[0] == "first" and 2 <= len(kept) < 21 and len(text) <= 4096 and text.isascii()
 
 
 def test_several_images_come_as_json_with_their_settings() -> None:

@@ -211,6 +211,8 @@ BAD = {
     "no bundle": (["serve"], 2, "required: [NAME=]DIR"),
     "missing bundle": (["serve", "./nowhere", "--port", "0"], 2, "nowhere"),
     "open to all": (["serve", "D", "--host", "0.0.0.0"], 2, "needs a token"),
+    "empty label": (["serve", "D", "--host", "a..b", "--token", "t" * 16], 2, "--host 'a..b'"),
+    "long label": (["serve", "D", "--host", "a" * 64, "--token", "t" * 16], 2, "an address of this machine"),
     "short token": (["serve", "D", "--token", "abc"], 2, "legal is 16 to 512"),
     "port": (["serve", "D", "--port", "70000"], 2, "from 0 to 65535"),
     "queue": (["serve", "D", "--queue", "0"], 2, "from 1 to 4096"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_the_queue_is_bounded_and_says_when_to_ask_again() -> None:
     assert 1 <= refused.value.after <= 60
     bench.finish()
     assert bench.put(steps=4).state == "waiting"
+
+
+def test_requests_of_many_images_leave_no_more_in_the_queue_than_it_says() -> None:
+    bench = Bench(queue=2, batch=4)
+    bench.put(steps=4, images=4)
+    bench.worker.turn()
+    for _ in range(2):
+        bench.put(steps=4)
+    with pytest.raises(Busy, match="2 requests wait"):
+        bench.put(steps=4)
+    assert bench.worker.waiting() == 2
+    bench.finish()
+    accepted = [bench.put(steps=4, images=2) for _ in range(4)]  # two are drawn at once, two wait
+    with pytest.raises(Busy):
+        bench.put(steps=4)
+    bench.finish()
+    assert [generation.state for generation in accepted] == ["done"] * 4
 
 
 def test_a_deadline_that_the_queue_cannot_keep_is_refused_at_once() -> None:
@@ -313,6 +331,46 @@ def test_case_34_only_the_call_that_the_engine_died_of_fails_and_the_rest_goes_o
     (alone,) = drawn_alone("cat", steps=4, size=(height, width))
     drawn = ended[0].result(0).pictures[0][0]
     assert drawn == alone, "what was under way when the engine died is drawn as if nothing had been"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae_decoder"])
+def test_case_34_an_engine_that_dies_while_it_encodes_or_decodes_takes_one_request(part: str) -> None:
+    bench, engine = mortal(batch=3)
+    made = [bench.put(f"cat {i}", steps=2, seed=i) for i in range(3)]
+    runner = bench.model.runners[part]
+    plain, calls = runner.function, iter([False, True])
+
+    def fatal(feeds: Any) -> Any:
+        engine.dies = next(calls, False)
+        return plain(feeds)
+
+    runner.function = fatal
+    bench.finish()
+    assert sorted(generation.state for generation in made) == ["done", "done", "failed"]
+    assert engine.starts == 1 and bench.worker.state == "ready"
+    for i, generation in enumerate(made):
+        if generation.state == "done":
+            pictures = [png for png, _ in generation.result(0).pictures]
+            assert pictures == drawn_alone(f"cat {i}", steps=2, seed=i), "not touched by what happened to the other"
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, engine = mortal()
+    starts, plain = iter([OSError(11, "Resource temporarily unavailable"), MemoryError()]), engine.restart
+
+    def restart() -> None:
+        if (fault := next(starts, None)) is not None:
+            raise fault
+        plain()
+
+    bench.worker.served = replace(bench.worker.served, restart=restart)
+    monkeypatch.setattr(
+        bench.worker._wake, "wait", lambda seconds: setattr(bench.clock, "now", bench.clock.now + seconds)
+    )
+    generation = bench.put(steps=2)
+    engine.living = False
+    bench.finish()
+    assert generation.state == "done" and bench.worker.state == "ready"
 
 
 def test_case_34_starts_are_bounded_and_the_server_is_not_ready_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ class Cloud:
         except (TimeoutError, httpx.TimeoutException) as fault:
             down = isinstance(fault, httpx.ConnectTimeout)
             raise CloudError(f"{'down' if down else 'slow'}: no answer within {left:.1f} s", again=down) from None
-        except httpx.ConnectError as fault:
+        except (httpx.ConnectError, OSError, UnicodeError) as fault:  # the latter two of resolvers, past httpx
             raise CloudError(f"down: {_short(fault) or 'no connection'}", again=True) from None
         except httpx.TransportError as fault:
             raise CloudError(f"broken: {_short(fault) or 'the connection was lost'}", again=True) from None
@@ -270,9 +270,10 @@ def _model(entry: Any) -> CloudModel:
 def _checked(url: str, token: str | None) -> tuple[str, tuple[str, ...]]:
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as fault:
-        raise ConfigError(f"cloud {url[:80]!a} is not a URL: {fault}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        host = parsed.host  # which is decoded here: "xn--a" has no letters to decode to
+    except (httpx.InvalidURL, UnicodeError) as fault:
+        raise ConfigError(f"cloud {url[:80]!a} is not a URL: {_short(fault)}") from None
+    if parsed.scheme not in ("http", "https") or not host or parsed.query or parsed.fragment:
         raise ConfigError(f"cloud {url[:80]!a} is not such as https://host or http://127.0.0.1:8765")
     if parsed.port is not None and not 0 < parsed.port < 65536:
         raise ConfigError(f"cloud {url[:80]!a} has port {parsed.port}; legal is 1 to 65535")
@@ -280,7 +281,7 @@ def _checked(url: str, token: str | None) -> tuple[str, tuple[str, ...]]:
         raise ConfigError("the cloud's URL holds a name or password; give the token apart, in a file or DIFFSHIP_TOKEN")
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ConfigError("the token is not plain ASCII without spaces")
-    open_wire = token is not None and parsed.scheme == "http" and parsed.host not in _LOOPBACK
+    open_wire = token is not None and parsed.scheme == "http" and host not in _LOOPBACK
     warnings = ("the token and the prompts travel unencrypted: use https",) if open_wire else ()
     return url.rstrip("/"), warnings
 

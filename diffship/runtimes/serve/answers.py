@@ -22,7 +22,7 @@ from diffship.runtimes.serve.jobs import ConflictError, Generation, Progress
 from diffship.runtimes.serve.order import Drawn
 
 TRAJECTORY = "application/octet-stream"
-_WARNING_CHARS = 4096
+_HEADER_CHARS = 4096  # of all warnings together; what does not fit stands in the body's settings alone
 
 
 @dataclass(eq=False)
@@ -80,7 +80,9 @@ def headers_of(generation: Generation, drawn: Drawn) -> dict[str, str]:
     timing = ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in seconds_of(generation).items())
     headers = {"Server-Timing": timing, "X-Model": generation.name}
     warnings = warnings_of(generation, drawn)
-    return headers | {"X-Warnings": json.dumps(warnings)[:_WARNING_CHARS]} if warnings else headers
+    while warnings and len(json.dumps(warnings)) > _HEADER_CHARS:
+        warnings.pop()
+    return headers | {"X-Warnings": json.dumps(warnings)} if warnings else headers
 
 
 def warnings_of(generation: Generation, drawn: Drawn) -> list[str]:

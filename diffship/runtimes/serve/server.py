@@ -42,8 +42,9 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as fault:
-        raise ConfigError(f"--host {host!r}: {fault.strerror}; give an address of this machine, or localhost") from None
+    except (OSError, UnicodeError) as fault:  # IDNA has no form of an empty label, or of one of 64 letters
+        reason = getattr(fault, "strerror", None) or "not a host's name"
+        raise ConfigError(f"--host {host[:80]!a}: {reason}; give an address of this machine, or localhost") from None
     try:
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -15,7 +15,7 @@ from diffship.runtimes.serve.batcher import Batcher, Strand
 from diffship.runtimes.serve.jobs import Clock, Generation, Progress
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
-from diffship.runtimes.serve.pace import Pace
+from diffship.runtimes.serve.pace import Paces
 from diffship.runtimes.serve.preview import preview
 from diffship.runtimes.serve.restarts import Restarts
 from diffship.sampling.generate import checked, generate
@@ -58,7 +58,7 @@ class Worker:
         self.served = served
         self.state = LOADING
         self.fault: Exception | None = None
-        self._paces: dict[tuple[int, ...], Pace] = {}
+        self._paces = Paces()
         self._calling: float | None = None  # since when
         self._options = options
         self._metrics = metrics or Metrics()
@@ -102,19 +102,8 @@ class Worker:
             return self._backlog()
 
     def paces(self) -> list[dict[str, float]]:
-        """What has been measured, by size in pixels: milliseconds an image to encode, of a call, to decode or pack."""
-        factor = self.served.model.family.vae_factor
-        return [
-            {
-                "width": shape[-1] * factor,
-                "height": shape[-2] * factor,
-                "begin_ms": round(1000 * pace.begin, 3),
-                "call_ms": round(1000 * pace.call, 3),
-                "end_ms": round(1000 * pace.end, 3),
-            }
-            for shape, pace in list(self._paces.items())
-            if pace.begin
-        ]
+        """What has been measured, by size."""
+        return self._paces.listed(self.served.model.family.vae_factor)
 
     def ready(self) -> bool:
         """Loaded, its files still there, and no call that takes longer than any deadline."""
@@ -167,10 +156,10 @@ class Worker:
             self._revive()
         self._drop()
         taken = self._take()
-        moved = self._call()
+        moved = self._call() if self.served.alive() else []
         for generation in dict.fromkeys(strand.owner for strand in moved):
             self._after_call(generation)
-        return bool(taken or moved)
+        return self._finish_arrived() or bool(taken or moved)
 
     def _run(self, on_change: Callable[[Worker], None] | None) -> None:
         heard = on_change or (lambda worker: None)
@@ -196,7 +185,7 @@ class Worker:
             self._metrics.count("diffship_restarts_total", model=self.served.name)
             try:
                 self.served.restart()
-            except DiffshipError as fault:
+            except (DiffshipError, OSError, MemoryError) as fault:  # no process, no memory: there may be later
                 LOG.error("%s does not start again: %s", self.served.name, fault)
         if self.served.alive():
             self._become(READY, RESTARTING)
@@ -235,13 +224,9 @@ class Worker:
         """Raises BusyError with what the client should know; holds the lock."""
         if self.state != READY:
             raise Busy(f"the model is {self.state}; ask again later", _LOAD_SECONDS)
-        here = sum(not entry.ended for entry in (*self._waiting, *self._running))
-        queue = self._options.queue + self._options.batch
-        wait = self._backlog()
-        if here >= queue:
+        wait, own = self._backlog(), self._paces.seconds(generation.order)
+        if self._without_room(generation) > self._options.queue:
             raise Busy(f"the queue is full: {self._options.queue} requests wait", wait)
-        order = generation.order
-        own = self._pace(order.shape).seconds(order.images, order.calls)
         if wait + own > generation.seconds_left():
             raise Busy(
                 f"the queue needs {wait:.1f} s and this request {own:.1f} s; its deadline is in "
@@ -250,15 +235,25 @@ class Worker:
             )
 
     def _backlog(self) -> float:
-        ahead = [generation.order for generation in self._waiting if not generation.ended]
-        seconds = sum(self._pace(order.shape).seconds(order.images, order.calls) for order in ahead)
+        seconds = sum(self._paces.seconds(generation.order) for generation in self._waiting if not generation.ended)
         for generation, strands in list(self._running.items()):
-            pace = self._pace(generation.order.shape)
+            pace = self._paces.of(generation.order)
             seconds += sum(max(s.goal - s.trajectory.step, 0) * pace.call + pace.end for s in strands)
         return seconds
 
-    def _pace(self, shape: tuple[int, ...]) -> Pace:
-        return self._paces.setdefault(shape, Pace())
+    def _without_room(self, last: Generation) -> int:
+        """How many wait, with `last`, once every one that a batch has room for is taken; holds the lock.
+
+        As a batch holds images of one size, all sizes together get the room of one: what runs is bounded too.
+        """
+        room = self._options.batch
+        room -= sum(generation.order.images for generation in list(self._running) if not generation.ended)
+        queued = 0
+        for generation in (*self._waiting, last):
+            if not generation.ended:
+                room -= min(generation.order.images, self._options.batch)
+                queued += room < 0
+        return queued
 
     def _drop(self) -> None:
         """Forget what was cancelled, and what is late."""
@@ -274,10 +269,9 @@ class Worker:
         """What has room, in order of arrival; each is encoded here."""
         taken: list[Generation] = []
         at_once = 0  # what needs no call takes no room; without a bound it could hold up what runs
-        while at_once < self._options.batch and (generation := self._next()) is not None:
-            self._begin(generation)
+        while at_once < self._options.batch and self.served.alive() and (generation := self._next()) is not None:
             taken.append(generation)
-            at_once += generation.ended
+            at_once += all(strand.arrived for strand in self._begin(generation))
         return taken
 
     def _next(self) -> Generation | None:
@@ -297,21 +291,21 @@ class Worker:
                 return generation
         return None
 
-    def _begin(self, generation: Generation) -> None:
+    def _begin(self, generation: Generation) -> list[Strand]:
+        """Encode; none where that fails."""
         since, order = self._clock(), generation.order
         generation.begin()
         try:
             trajectories = order.begin(self.served.model)
         except Exception as fault:
             self._fail(generation, fault)
-            return
-        self._pace(order.shape).learn("begin", (self._clock() - since) / len(trajectories))
+            return []
+        self._paces.of(order).learn("begin", (self._clock() - since) / len(trajectories))
         strands = [Strand(made, order.goal(made), generation, place) for place, made in enumerate(trajectories)]
         self._running[generation] = strands
         self._opened().add(strand for strand in strands if not strand.arrived)
         generation.progress(_progress(strands))
-        if all(strand.arrived for strand in strands):
-            self._finish(generation)
+        return strands
 
     def _call(self) -> list[Strand]:
         self._calling = since = self._clock()
@@ -319,7 +313,7 @@ class Worker:
         self._calling = None
         if moved:
             seconds = self._clock() - since
-            self._pace(moved[0].owner.order.shape).learn("call", seconds / len(moved))
+            self._paces.of(moved[0].owner.order).learn("call", seconds / len(moved))
             self._metrics.observe("diffship_model_call_images", len(moved), model=self.served.name)
             self._metrics.observe("diffship_model_call_seconds", seconds, model=self.served.name)
         return moved
@@ -331,8 +325,15 @@ class Worker:
             self._fail(generation, fault)
         elif not generation.ended:
             generation.progress(_progress(strands, self._previews(generation, strands)))
-            if all(strand.arrived for strand in strands):
-                self._finish(generation)
+
+    def _finish_arrived(self) -> bool:
+        """Decode what has made its calls; what an engine that dies meanwhile leaves waits for the next one."""
+        arrived = [generation for generation, strands in self._running.items() if all(s.arrived for s in strands)]
+        for generation in arrived:
+            if not self.served.alive():
+                break
+            self._finish(generation)
+        return bool(arrived)
 
     def _finish(self, generation: Generation) -> None:
         since, strands = self._clock(), self._running[generation]
@@ -340,7 +341,7 @@ class Worker:
             if not generation.ended:
                 drawn = generation.order.end(self.served.model, [strand.trajectory for strand in strands])
                 generation.finish(drawn)
-                self._pace(generation.order.shape).learn("end", (self._clock() - since) / len(strands))
+                self._paces.of(generation.order).learn("end", (self._clock() - since) / len(strands))
         except Exception as fault:
             self._fail(generation, fault)
         else:
