@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import existing_file, names, setting
+from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
-        type=setting,
+        type=worded,
         action="append",
         default=[],
         help="option of --pass; with a recipe PASS.KEY=VALUE, which wins over the recipe's own",
@@ -127,28 +129,32 @@ def _flagged(options: argparse.Namespace) -> list[Any]:
     return [_made(name, dict(options.set)) for name in options.passes]
 
 
-def _made(name: str, values: dict[str, Any]) -> Any:
+def _made(name: str, values: dict[str, str]) -> Any:
     """The pass `name` with the values of a command line."""
     cls = load(PASSES, name, "pass")
-    return load_options(cls, {key: _fitting(cls, key, value) for key, value in values.items()}, f"pass {name}")
+    return load_options(cls, {key: fitting(cls, key, value) for key, value in values.items()}, f"pass {name}")
 
 
-def _changes(settings: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+def _changes(settings: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     """{pass: {option: value}} of `PASS.KEY=VALUE`."""
     found: dict[str, dict[str, Any]] = {}
     for words, value in settings:
         name, dot, key = words.partition(".")
         if not dot:
             raise ConfigError(f"--set {words}: with a recipe it is PASS.KEY=VALUE, such as distill.steps=100")
-        found.setdefault(name, {})[key] = _fitting(load(PASSES, name, "pass"), key, value)
+        found.setdefault(name, {})[key] = fitting(load(PASSES, name, "pass"), key, value)
     return found
 
 
-def _fitting(cls: type[Any], key: str, value: Any) -> Any:
-    """Where a field takes several values, `a,b` on the command line is a list."""
-    if get_origin(get_type_hints(cls).get(key)) is tuple:
-        return [plain_value(word) for word in names(str(value))]
-    return value
+def fitting(cls: type[Any], key: str, value: str) -> Any:
+    """What the words after `=` are to a field: text as it is (`data=2024`), `a,b` or TOML's `["a,b"]` a list."""
+    kind = get_type_hints(cls).get(key)
+    if get_origin(kind) is not tuple:
+        return value if kind in (str, str | None) else plain_value(value)
+    with suppress(tomllib.TOMLDecodeError):
+        if value.startswith("["):
+            return tomllib.loads(f"list = {value}")["list"]
+    return [word if str in get_args(kind) else plain_value(word) for word in names(value)]
 
 
 def _described(pipeline: Any, out: Path | None, known: Cost | None = None) -> Result:

@@ -63,6 +63,14 @@ def setting(text: str) -> tuple[str, Any]:
     return found
 
 
+def worded(text: str) -> tuple[str, str]:
+    """`key=value` with the value as it was written, for whoever knows what the key takes."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key.replace("-", "_"), value
+
+
 REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")
 
 

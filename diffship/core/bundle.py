@@ -14,7 +14,7 @@ from pathlib import Path
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
 from diffship.core.errors import BundleError, ConfigError
-from diffship.core.leftovers import claim_folder, remove_leftovers
+from diffship.core.leftovers import claim_folder, refuse_mount, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
     MANIFEST_NAME,
@@ -95,7 +95,7 @@ class Draft:
         check.check_files(self.folder, complete, check.scan(self.folder))
         check.check_formats(self.folder, complete)
         write_file(self.folder / MANIFEST_NAME, complete.to_bytes())
-        self.folder.chmod(_usual_mode(self.folder))
+        self.folder.chmod(usual_mode(self.folder))
         sync_tree(self.folder)
         self._move_into_place()
         self.finished = True
@@ -146,6 +146,7 @@ def write_bundle(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is not a folder; create it first: mkdir -p {path.parent}")
     remove_leftovers(path)
+    refuse_mount(path)
     _refuse_target(path, overwrite)
     with claim_folder(path) as folder:
         try:
@@ -188,12 +189,3 @@ def _is_free(path: Path) -> bool:
         return stat.S_ISDIR(path.lstat().st_mode) and not os.listdir(path)
     except FileNotFoundError:
         return True
-
-
-def _usual_mode(private: Path) -> int:
-    # what mkdir gives outside a private folder; asking for the umask would change it for all threads
-    probe = private / "probe"
-    probe.mkdir()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.rmdir()
-    return mode

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffship.core.atomic import partial_name, partial_prefix
-from diffship.core.errors import BusyError
+from diffship.core.errors import BusyError, ConfigError
 
 try:
     import fcntl
@@ -35,6 +36,23 @@ def claim_folder(path: Path) -> Iterator[Path]:
             _unlock(descriptor)
         return
     raise BusyError(f"{path}: other writers keep sweeping this one's folder away; try again")
+
+
+def usual_mode(private: Path) -> int:
+    """The permissions that `mkdir` gives outside of a private folder."""
+    probe = private / "probe"  # asking for the umask would change it for all threads
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    return mode
+
+
+def refuse_mount(path: Path) -> None:
+    """Raises ConfigError where no folder can be moved to: a container's volume, or a drive."""
+    if os.path.ismount(path):
+        raise ConfigError(
+            f"{path} is a mount point, whose place nothing can take; name a folder in it: {path / 'NAME'}"
+        )
 
 
 def remove_leftovers(path: Path) -> list[Path]:

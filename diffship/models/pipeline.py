@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -10,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffship.core.atomic import sync_folder, sync_tree
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
+from diffship.core.leftovers import claim_folder, refuse_mount, remove_leftovers, usual_mode
 from diffship.core.weights import Weights, cast
 from diffship.models.autoencoder import autoencoder
 from diffship.models.component import Component, reading
@@ -80,16 +83,16 @@ class Pipeline:
         """
         target = Path(os.path.realpath(folder))  # a link to an empty folder is that folder
         require_place(target)
-        draft = target.parent / f".{target.name}.{os.getpid()}.partial"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
-            write_folder(self, draft, dtype, progress)
-            if target.exists():
-                target.rmdir()
-            draft.rename(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        with claim_folder(target) as draft:
+            try:
+                write_folder(self, draft, dtype, progress)
+                draft.chmod(usual_mode(draft))
+                sync_tree(draft)
+                _move(draft, target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         return target
 
     def model(self, device: str = "cpu", dtype: str | None = None) -> PipelineModel:
@@ -97,6 +100,18 @@ class Pipeline:
         from diffship.models.model import PipelineModel
 
         return PipelineModel(self, device, dtype)
+
+
+def _move(draft: Path, target: Path) -> None:
+    try:
+        if target.exists():
+            target.rmdir()
+        draft.rename(target)
+        sync_folder(target.parent)
+    except OSError as fault:
+        if fault.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise ConfigError(f"{target} was written by someone else meanwhile; theirs is kept") from None
 
 
 def require_place(target: Path) -> None:
@@ -107,6 +122,7 @@ def require_place(target: Path) -> None:
     target = Path(os.path.realpath(target))
     if target in (Path.cwd(), *Path.cwd().parents):
         raise ConfigError(f"{target} is the current folder or holds it; name a folder that can be made")
+    refuse_mount(target)
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ConfigError(f"{above} is a file, so {target} cannot be made; choose another folder")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import safe_open
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
@@ -185,8 +188,8 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModel:
 
 def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latents, float]:
     """Latents of all pictures times the scaling factor that gives them unit variance, and that factor."""
-    cache = folder / "latents.safetensors"
-    if not cache.exists():
+    cache, digest = folder / "latents.safetensors", _digest(vae, pictures)
+    if not cache.exists() or _noted(cache) != digest:
         means, stds = [], []
         with torch.no_grad():
             for start in range(0, len(pictures), 32):
@@ -195,12 +198,26 @@ def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latent
                 means.append(posterior.mean)
                 stds.append(posterior.std)
         folder.mkdir(parents=True, exist_ok=True)
-        tensor_file.save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, cache)
+        made = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+        tensor_file.save_file(made, cache, {"of": digest})
     held = tensor_file.load_file(cache)
     factor = scaling_factor(held["mean"])
     names = {name: i for i, name in enumerate(sorted({record["concept"] for record in pictures.records}))}
     concept = torch.tensor([names[record["concept"]] for record in pictures.records])
     return Latents(held["mean"] * factor, held["std"] * factor, concept), factor
+
+
+def _digest(vae: AutoencoderKL, pictures: Pictures) -> str:
+    """Of what latents hang on: a longer trained auto-encoder, or other data, makes others."""
+    total = hashlib.sha256(pictures.pixels.tobytes())
+    for name, tensor in sorted(vae.state_dict().items()):
+        total.update(name.encode() + tensor.numpy().tobytes())
+    return str(total.hexdigest())
+
+
+def _noted(cache: Path) -> str | None:
+    with safe_open(cache, "pt") as file:
+        return (file.metadata() or {}).get("of")
 
 
 def scaling_factor(mean: Tensor) -> float:

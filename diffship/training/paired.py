@@ -136,7 +136,7 @@ def _checked(sample: Sample) -> bytes:
 
 
 def _samples(folder: Path) -> Iterator[Sample]:
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(path for path in folder.glob("*.tar") if path.is_file())
     tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if tables:
         found = list(_listed(folder, tables[0]))
@@ -156,7 +156,7 @@ def _samples(folder: Path) -> Iterator[Sample]:
 
 def _listed(folder: Path, table: Path) -> Iterator[Sample]:
     """Pictures that metadata.jsonl or metadata.csv names; of `emoji`'s data those that its U-Net is trained on."""
-    for number, record in enumerate(_records(table), 1):
+    for number, record in _records(table):
         name = record.get("file_name")
         if not isinstance(name, str) or not _inside(name):
             raise SourceError(f"{table}: line {number}: file_name is {str(name)[:80]!r}; legal is a path in the folder")
@@ -166,14 +166,17 @@ def _listed(folder: Path, table: Path) -> Iterator[Sample]:
             yield _of_file(folder / name, caption_variants(_caption(record), [str(tag) for tag in record["tags"]]))
 
 
-def _records(table: Path) -> Iterator[Mapping[str, Any]]:
+def _records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line, record); empty lines, and the mark that spreadsheets put before the first one, are nothing."""
     try:
-        with open(table, encoding="utf-8", newline="") as file:
+        with open(table, encoding="utf-8-sig", newline="") as file:
             if table.suffix == ".csv":
-                yield from csv.DictReader(file)
+                reader = csv.DictReader(file)
+                yield from ((reader.line_num, record) for record in reader)
                 return
             for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), ""), 1):
-                yield _json(line, f"{table}: line {number}")
+                if line.strip():
+                    yield number, _json(line, f"{table}: line {number}")
     except (UnicodeDecodeError, csv.Error) as fault:
         raise SourceError(f"{table}: cannot be read: {str(fault)[:120]}") from None
 
@@ -208,7 +211,11 @@ def _cut(caption: str) -> str:
 
 
 def _of_file(path: Path, captions: Iterable[str]) -> Sample:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as fault:  # a name that is longer than the file system's
+        raise SourceError(f"{str(path)[:200]}: {fault.strerror}") from None
+    if not there:
         raise SourceError(f"{path}: there is no such picture")
     return Sample(str(path), tuple(captions), path, 0, path.stat().st_size)
 

@@ -11,10 +11,11 @@ from PIL import Image, ImageFont
 
 from diffship.benchmarks.grid import grid, png_bytes, wrapped
 from diffship.benchmarks.side_by_side import picture_psnr
+from diffship.cli.compress import fitting
 from diffship.cli.doctor import satisfies
 from diffship.cli.drawing import file_names, read_prompts, slug
 from diffship.cli.export import _target
-from diffship.cli.flags import add_fields, given_fields, names, setting, size
+from diffship.cli.flags import add_fields, given_fields, names, setting, size, worded
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.core.errors import ConfigError
 from diffship.core.strict import choices, plain_value
@@ -176,3 +177,34 @@ def test_picture_psnr() -> None:
 )
 def test_version_bounds(version: str, bounds: str, fits: bool) -> None:
     assert satisfies(version, bounds) is fits
+
+
+@dataclass(frozen=True)
+class Fields:
+    data: str | None = None
+    name: str = ""
+    files: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    steps: int = 1
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("data", "2024", "2024"),
+        ("data", "a,b", "a,b"),
+        ("name", "true", "true"),
+        ("files", "1.safetensors,2024", ["1.safetensors", "2024"]),
+        ("files", '["a,b.safetensors", "c"]', ["a,b.safetensors", "c"]),
+        ("files", "[x].safetensors", ["[x].safetensors"]),
+        ("weights", "1,-0.5", [1, -0.5]),
+        ("weights", "[1, -0.5]", [1, -0.5]),
+        ("steps", "20", 20),
+        ("fast", "true", True),
+        ("unheard", "1e3", 1000.0),
+    ],
+)
+def test_what_is_set_is_read_as_its_field_takes_it(key: str, text: str, value: object) -> None:
+    assert worded(f"{key}={text}") == (key, text)
+    assert fitting(Fields, key, text) == value

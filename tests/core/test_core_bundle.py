@@ -436,3 +436,11 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path, manifest: Manifest, fil
             )
             draft.finish(manifest)
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
+
+
+def test_a_mount_point_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+    with pytest.raises(ConfigError, match="is a mount point"), write_bundle(tmp_path / "volume"):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["volume"]

@@ -21,7 +21,7 @@ from diffship.core.safetensors_file import read_header, read_tensor, write_safet
 from diffship.core.weights import MemoryWeights
 from diffship.models import arch_configs
 from diffship.models.hub import is_hub_id, select_files
-from diffship.models.pipeline import Pipeline
+from diffship.models.pipeline import Pipeline, require_place
 from diffship.models.sources import open_source
 
 
@@ -403,3 +403,28 @@ def test_the_small_sibling_draws_what_its_teacher_draws() -> None:
     with open_source("emoji-small").model() as small, open_source("emoji").model() as large:
         pixels = [generate(model, request)[0].pixels.astype(float) for model in (small, large)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 25 < np.abs(255 - pixels[1]).mean()
+
+
+def test_saving_sweeps_up_what_a_killed_save_left_and_keeps_its_permissions_usual(tmp_path: Path) -> None:
+    left = tmp_path / ".m.partial-0123abcd"
+    (left / "unet").mkdir(parents=True)
+    (tmp_path / "usual").mkdir()
+    folder = arch("tiny-sd").save(tmp_path / "m")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "usual"]
+    assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_folder_that_another_fills_meanwhile_is_kept(tmp_path: Path) -> None:
+    def other(part: str, done: int, total: int) -> None:
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / "theirs").touch()
+
+    with pytest.raises(ConfigError, match="written by someone else meanwhile"):
+        arch("tiny-sd").save(tmp_path / "m", progress=other)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_mount_point_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ConfigError, match="is a mount point"):
+        require_place(tmp_path)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from diffship.core.errors import ConfigError
 from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.training.commands import run
-from diffship.training.emoji_stages import new_text_encoder, new_unet, new_vae
+from diffship.training.emoji_stages import encode, new_text_encoder, new_unet, new_vae
 from diffship.training.loop import Schedule, train
 from diffship.training.options import TrainOptions
+from diffship.training.pictures import Pictures
 from diffship.training.vocabulary import train_vocabulary
 
 
@@ -93,3 +94,17 @@ def test_unpacking_refuses_a_wrong_folder_and_existing_runs(packed: Path, tmp_pa
     run("emoji-unpack", TrainOptions(data=packed, out=tmp_path / "runs"))
     with pytest.raises(ConfigError, match="has a checkpoint already"):
         run("emoji-unpack", TrainOptions(data=packed, out=tmp_path / "runs"))
+
+
+def test_latents_of_another_autoencoder_or_of_other_pictures_are_made_anew(tmp_path: Path) -> None:
+    vae, rows = new_vae().eval(), [{"concept": "a"}, {"concept": "b"}]
+    pictures = Pictures(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8), rows)
+    first, _ = encode(vae, pictures, tmp_path)
+    stamp = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    again, _ = encode(vae, pictures, tmp_path)
+    assert torch.equal(first.mean, again.mean) and (tmp_path / "latents.safetensors").stat().st_mtime_ns == stamp
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(1.5)
+    trained, _ = encode(vae, pictures, tmp_path)
+    other, _ = encode(vae, Pictures(255 - pictures.pixels, rows), tmp_path)
+    assert not torch.equal(first.mean, trained.mean) and not torch.equal(trained.mean, other.mean)

@@ -245,3 +245,36 @@ def test_an_empty_text_leaves_the_caption_of_the_json(order: tuple[str, ...], tm
     said = {"a.json": b'{"caption": "red square"}', "a.txt": b""}
     shard(tmp_path / "0.tar", {"a.png": RED, **{name: said[name] for name in order}})
     assert PairedPictures.open(tmp_path, 8).captions(0) == ["red square"]
+
+
+def test_tables_as_spreadsheets_write_them_are_read(tmp_path: Path) -> None:
+    mark, pictures = "\N{ZERO WIDTH NO-BREAK SPACE}", {"a.png": RED, "b.png": GREEN}
+    table = f'{mark}file_name,text\r\na.png,"red\r\nsquare"\r\n\r\nb.png,green square\r\n'
+    found = PairedPictures.open(write(tmp_path / "csv", {**pictures, "metadata.csv": table}), 8)
+    records = [{"file_name": "a.png", "text": "red square"}, {"file_name": "b.png", "text": "green square"}]
+    table = f"{mark}{lines(records[0])}\n  \n{lines(records[1])}\n"
+    listed = PairedPictures.open(write(tmp_path / "jsonl", {**pictures, "metadata.jsonl": table}), 8)
+    assert [found.captions(row) for row in range(2)] == [["red square"], ["green square"]]
+    assert found.digest == listed.digest
+
+
+def test_a_line_is_called_by_its_number_in_the_file(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "csv", {"a.png": RED, "metadata.csv": 'file_name,text\na.png,"red\nsquare"\n/b.png,green\n'}
+    )
+    with pytest.raises(SourceError, match=r"metadata\.csv: line 4: file_name is '/b\.png'"):
+        PairedPictures.open(folder, 8)
+    folder = write(tmp_path / "jsonl", {"metadata.jsonl": "\n\n[]\n"})
+    with pytest.raises(SourceError, match="line 3 is not JSON: it is no table"):
+        PairedPictures.open(folder, 8)
+
+
+def test_a_name_that_is_too_long_for_the_file_system_is_refused_as_such(tmp_path: Path) -> None:
+    record = {"file_name": "a" * 300 + ".png", "text": "red"}
+    with pytest.raises(SourceError, match="too long"):
+        PairedPictures.open(write(tmp_path, {"metadata.jsonl": lines(record)}), 8)
+
+
+def test_a_folder_called_like_a_shard_is_a_folder_of_pictures(tmp_path: Path) -> None:
+    found = PairedPictures.open(write(tmp_path, {"x.tar/a.png": RED, "x.tar/a.txt": "red"}), 8)
+    assert found.captions(0) == ["red"]
