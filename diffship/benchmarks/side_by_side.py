@@ -15,6 +15,7 @@ from diffship.core.family import Family
 from diffship.core.spec import TensorSpec
 from diffship.sampling.generate import Request, generate
 from diffship.sampling.model import Model
+from diffship.sampling.request import settle
 from diffship.sampling.trajectory import Trajectory, as_numpy
 
 FLOORS_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 30.0}  # other precisions: 25 dB
@@ -92,12 +93,18 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
     """Both run `part` on the same feeds at the smallest size.
 
     The floor is `floor_db`, or that of the lower precision where both come from the same weights.
+
+    Raises:
+        ConfigError: one takes other inputs than the other.
     """
     sides = (first, second)
-    outputs = []
+    outputs, taken = [], list[Sequence[TensorSpec]]()
     feeds: dict[str, Array] = {}
     for entry in sides:
         runner = entry.model.use(part)
+        taken.append(runner.inputs)
+        if _differ(taken[0], taken[-1]):
+            raise ConfigError(f"{part}: {first.name} takes {_told(taken[0])}, {second.name} {_told(taken[1])}")
         feeds = feeds or make_feeds(first.model, part, runner.inputs, seed)
         outputs.append({name: as_numpy(value) for name, value in runner.run(feeds).items()})
         entry.model.release(part)
@@ -108,6 +115,20 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
     reference, candidate = ({name: side[name] for name in side if name in common} for side in outputs)
     report = compare(reference, candidate, tolerance)
     return PartFigures(part, same, same or floor_db is not None, report)
+
+
+def _differ(first: Sequence[TensorSpec], second: Sequence[TensorSpec]) -> bool:
+    """Whether no feeds fit both; an axis that a request chooses in one may be fixed in the other."""
+    ours, theirs = ({spec.name: spec.shape for spec in inputs} for inputs in (first, second))
+    return ours.keys() != theirs.keys() or any(
+        len(ours[name]) != len(shape)
+        or any(a != b and isinstance(a, int) and isinstance(b, int) for a, b in zip(ours[name], shape, strict=True))
+        for name, shape in theirs.items()
+    )
+
+
+def _told(inputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.text()}" for spec in inputs)
 
 
 def make_feeds(model: Model, part: str, inputs: Sequence[TensorSpec], seed: int = 0) -> dict[str, Array]:
@@ -142,8 +163,19 @@ def _feed(model: Model, part: str, spec: TensorSpec, sizes: Mapping[str, int], r
 def compare_steps(
     first: Side, second: Side, requests: Sequence[Request], progress: Callable[[str, int, int], None] | None = None
 ) -> tuple[list[StepFigures], list[tuple[Array, Array]]]:
-    """Both draw each request from the same noise; figures after every call, and the pairs of pictures."""
+    """Both draw each request from the same noise; figures after every call, and the pairs of pictures.
+
+    Raises:
+        ConfigError: their latents differ in shape.
+    """
     figures, pictures = [], []
+    for request in requests:
+        shapes = [settle(request, side.model.family, side.model.scheduler).latent_shape for side in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"{first.name} has latents of {shapes[0]}, {second.name} of {shapes[1]}: give one --size, "
+                "or compare parts alone with --no-steps"
+            )
     for index, request in enumerate(requests):
         one = replace(request, images=1)
         runs = []

@@ -52,7 +52,9 @@ class DpmPP2M(Sampler):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        sampler = super().from_config(config)
+        # diffusers passes over other types than the learned ones, which split a model's output
+        plain = config.get("variance_type") not in ("learned", "learned_range")
+        sampler = super().from_config({**config, "variance_type": False} if plain else config)
         if sampler.algorithm_type not in ("dpmsolver++", "deis"):  # diffusers reads "deis" as dpmsolver++
             raise UnsupportedError(f"algorithm_type is {sampler.algorithm_type!r}; only dpmsolver++ is built")
         if sampler.solver_order > 2:

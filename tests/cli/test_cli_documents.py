@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffship.cli.main import VERBS
+from diffship.cli.main import VERBS, main
 from diffship.sampling.picture import read_settings
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -113,6 +113,22 @@ def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path
     document = check(command("run", copy, "x", "--steps", 1, "-o", tmp_path / "o"), "run")
     assert document["exit_code"] == 1 and victim.name in document["error"]["message"]
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["arch:tiny-sdxl"], "unet: arch:tiny-sd (torch) takes sample"),
+        (["arch:tiny-sd+lcm"], "timestep_cond"),
+        (
+            ["emoji", "--parts", "vae_decoder"],
+            "has latents of (4, 8, 8), emoji (torch) of (4, 16, 16): give one --size",
+        ),
+    ],
+)
+def test_compare_refuses_two_families(others: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "arch:tiny-sd", *others, "--steps", "1", "--quiet"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

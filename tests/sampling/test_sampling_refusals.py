@@ -36,6 +36,13 @@ def test_unbuilt_options_are_named(name: str, changes: dict[str, Any], word: str
         make_sampler({**SD, **changes}, name)
 
 
+@pytest.mark.parametrize("kind", [None, False, "fixed_small"])
+def test_a_variance_that_is_not_learned_has_no_say_in_dpmpp(kind: object) -> None:
+    made = make_sampler({**SD, "variance_type": kind}, "dpmpp-2m")
+    plain = make_sampler(SD, "dpmpp-2m")
+    assert np.array_equal(made.timesteps(10), plain.timesteps(10)) and made == plain
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
