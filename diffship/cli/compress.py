@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   diffship compress --recipe recipes/emoji-small.toml --set distill.data=data/emoji -o out/emoji-small
   diffship export out/emoji-tiny --to onnx -o out/emoji-tiny-onnx
 """
+STOPPED = "the same command goes on from its last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

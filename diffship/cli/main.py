@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return fault.code if isinstance(fault.code, int) else 0
             if debug and not isinstance(fault, KeyboardInterrupt):
                 traceback.print_exc()
-            told = ("Cancelled", stops.message, stops.code) if stopped else _told(fault)
+            left = getattr(VERBS.get(verb), "STOPPED", "what was not finished was not kept")
+            told = ("Cancelled", f"{stops.word}; {left}", stops.code) if stopped else _told(fault)
             return _fail(verb, *told, as_json)
 
 

@@ -41,9 +41,9 @@ class Stops:
         return 128 + (self.number or signal.SIGINT)
 
     @property
-    def message(self) -> str:
-        """One line for the user."""
-        return f"{_WORDS[signal.Signals(self.number or signal.SIGINT)]}; what was not finished was not kept"
+    def word(self) -> str:
+        """What it is called: interrupted, terminated."""
+        return _WORDS[signal.Signals(self.number or signal.SIGINT)]
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child, whose parent ends it by this signal

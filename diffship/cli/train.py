@@ -25,6 +25,7 @@ NUMBERS = {
     "threads": (int, "threads of torch"),
     "seed": (int, "seed of weights and data order (default: 0)"),
 }
+STOPPED = "the same command goes on from its last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

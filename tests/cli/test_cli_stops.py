@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffship.cli import doctor
+from diffship.cli import compress, doctor
 from diffship.cli.main import main
 from diffship.core.errors import UnsupportedError
 
@@ -39,6 +39,15 @@ def test_an_error_that_a_signal_caused_is_told_as_the_signal(
     assert main(["doctor"]) == code
     assert capsys.readouterr().err == f"diffship doctor: {word}; what was not finished was not kept\n"
     assert signal.getsignal(number) == before
+
+
+def test_verbs_with_checkpoints_say_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compress, "run", lambda options: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["compress", "emoji"]) == 130
+    message = capsys.readouterr().err
+    assert message == "diffship compress: interrupted; the same command goes on from its last checkpoint\n"
 
 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
