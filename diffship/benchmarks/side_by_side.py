@@ -105,6 +105,7 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
         taken.append(runner.inputs)
         if _differ(taken[0], taken[-1]):
             raise ConfigError(f"{part}: {first.name} takes {_told(taken[0])}, {second.name} {_told(taken[1])}")
+        _require_same_ids(first, second, part)
         feeds = feeds or make_feeds(first.model, part, runner.inputs, seed)
         outputs.append({name: as_numpy(value) for name, value in runner.run(feeds).items()})
         entry.model.release(part)
@@ -115,6 +116,15 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
     reference, candidate = ({name: side[name] for name in side if name in common} for side in outputs)
     report = compare(reference, candidate, tolerance)
     return PartFigures(part, same, same or floor_db is not None, report)
+
+
+def _require_same_ids(first: Side, second: Side, part: str) -> None:
+    name = part.replace("text_encoder", "tokenizer")
+    ids = [side.model.tokenizers[name]([_PROBE]).ids for side in (first, second) if name in side.model.tokenizers]
+    if len(ids) == 2 and not np.array_equal(ids[0], ids[1]):
+        raise ConfigError(
+            f"{part}: {first.name} and {second.name} have other vocabularies; choose other parts: --parts"
+        )
 
 
 def _differ(first: Sequence[TensorSpec], second: Sequence[TensorSpec]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffship.cli.flags import add_engine, add_request, engine_options, names, request_fields
 from diffship.cli.output import Result, figure, table
+from diffship.cli.places import require_file_place
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
@@ -73,6 +74,8 @@ def run(options: argparse.Namespace) -> Result:
 def _check(options: argparse.Namespace) -> None:
     if options.grid and options.no_steps:
         raise ConfigError("--grid needs pictures; leave --no-steps out")
+    if options.grid:
+        require_file_place(options.grid, "--grid")
     if options.prompts and options.no_steps:
         raise ConfigError("--no-steps draws nothing; leave the prompts out")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +94,18 @@ def resumed(options: argparse.Namespace) -> list[Work]:
             note("warning: the trajectory was begun with other weights than these")
         return [trajectory]
 
-    return [(begun, file_names(options.output, [trajectory.prompt], 1, int(trajectory.facts.get("seed", 0)))[0])]
+    return [(begun, file_names(options.output, [trajectory.prompt], 1, _seed(trajectory.facts))[0])]
+
+
+def _seed(facts: Mapping[str, Any]) -> int:
+    """Facts only label a picture: whatever a trajectory's sender wrote there, it is drawn."""
+    seed = facts.get("seed")
+    return seed if isinstance(seed, int) and 0 <= seed < 1 << 64 else 0
+
+
+def _warnings(facts: Mapping[str, Any]) -> list[str]:
+    found = facts.get("warnings")
+    return [str(text) for text in found] if isinstance(found, list) else []
 
 
 @dataclass(frozen=True)
@@ -173,9 +184,9 @@ def result(
     pictures = []
     for entry in drawn:
         height, width = entry.pixels.shape[:2]
-        facts = {"file": str(entry.file), "prompt": entry.prompt, "seed": entry.settings["seed"]}
+        facts = {"file": str(entry.file), "prompt": entry.prompt, "seed": _seed(entry.settings)}
         pictures.append({**facts, "width": width, "height": height, "settings": entry.settings})
-    warnings = list(dict.fromkeys(text for entry in drawn for text in entry.settings.get("warnings", ())))
+    warnings = list(dict.fromkeys(text for entry in drawn for text in _warnings(entry.settings)))
     for warning in warnings:
         note(f"warning: {warning}")
     document = {
@@ -204,7 +215,11 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompts)
     if options.prompts_file is not None:
         prompts += _prompts_of(options.prompts_file)
-    if not 0 < len(prompts) <= MAX_PROMPTS:
+    if not prompts:
+        raise ConfigError(
+            "no prompt is given; the bundle comes first: diffship run DIR PROMPT... or --prompts-file FILE"
+        )
+    if len(prompts) > MAX_PROMPTS:
         raise ConfigError(f"{len(prompts)} prompts; legal is 1 to {MAX_PROMPTS}: PROMPT... or --prompts-file FILE")
     return prompts
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from diffship import __version__
 from diffship.cli import bench, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
+from diffship.cli.progress import say, silence
 from diffship.cli.stops import Stops
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
@@ -90,16 +90,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{unknown('verb', arguments[0], parsers)} (diffship --help)")
     if arguments and arguments[0] in parsers:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
-    options, rest = parser.parse_known_args(list(arguments))
+    words, behind = _behind_dashes(arguments)
+    options, rest = parser.parse_known_args(words)
     if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
         # argparse takes positionals in one piece; prompts may also stand behind flags
-        options.prompts = [*options.prompts, *rest]
+        options.prompts = [*options.prompts, *rest, *behind]
     elif rest:
         legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
         stray = next((word for word in rest if word.startswith("-")), None)
         problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"
         raise ConfigError(f"{problem} (diffship {options.verb} --help)")
     return options
+
+
+def _behind_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and the prompts behind it, which may begin with a dash."""
+    words = list(arguments)
+    if words[:1] not in (["run"], ["compare"]) or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,14 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parse(words)
             result: Result = VERBS[options.verb].run(options)
             return _print(result, verb, as_json)
-        except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except BaseException as fault:
             # torch, for one, fails with an error of its own where Ctrl-C falls between two of its lines
             stopped = stops.number is not None or isinstance(fault, KeyboardInterrupt)
             if isinstance(fault, SystemExit) and not stopped:  # --help and --version
                 return fault.code if isinstance(fault.code, int) else 0
+            stops.settle()
             if debug and not isinstance(fault, KeyboardInterrupt):
                 traceback.print_exc()
             left = getattr(VERBS.get(verb), "STOPPED", "what was not finished was not kept")
@@ -143,18 +151,24 @@ def _told(fault: BaseException) -> tuple[str, str, int]:
 def _print(result: Result, verb: str, as_json: bool) -> int:
     if as_json:
         ok = result.exit_code == 0
-        print_json({"schema": 1, "verb": verb, "ok": ok, **result.document})
+        _out(lambda: print_json({"schema": 1, "verb": verb, "ok": ok, **result.document}))
     elif result.text:
-        print(result.text)
-    sys.stdout.flush()
+        _out(lambda: print(result.text, flush=True))
     return result.exit_code
 
 
 def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
-    print(f"diffship{' ' + verb if verb else ''}: {message}", file=sys.stderr)
+    say(f"diffship{' ' + verb if verb else ''}: {message}")
     if as_json:
-        print_json(error_document(verb, kind, message, code))
+        _out(lambda: print_json(error_document(verb, kind, message, code)))
     return code
+
+
+def _out(printed: Callable[[], None]) -> None:
+    try:
+        printed()
+    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+        silence(sys.stdout)
 
 
 def _system_message(fault: OSError | MemoryError) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
+
+from diffship.cli.stops import raise_if_heard
 
 Progress = Callable[[str, int, int], None]
 
@@ -21,6 +24,7 @@ class Stages(AbstractContextManager["Stages"]):
         self._bar: Any = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        raise_if_heard()
         if self._quiet:
             return
         if label != self._label:
@@ -37,7 +41,7 @@ class Stages(AbstractContextManager["Stages"]):
         self._end()
         self._label = label
         if not self._terminal:
-            print(label, file=sys.stderr, flush=True)
+            say(label)
             return
         from tqdm import tqdm
 
@@ -52,4 +56,17 @@ class Stages(AbstractContextManager["Stages"]):
 def note(message: str, quiet: bool = False) -> None:
     """One line for the reader of the log."""
     if not quiet:
-        print(message, file=sys.stderr, flush=True)
+        say(message)
+
+
+def say(line: str) -> None:
+    """On stderr, whose reader may be gone: the work goes on unheard."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Let a broken stream lead nowhere, also when the interpreter flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

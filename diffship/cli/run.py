@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffship.cli.flags import add_engine, add_request, names, setting, split
 from diffship.cli.output import Result
+from diffship.cli.places import require_file_place, require_picture_place
 from diffship.core.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -77,6 +78,10 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
+    require_picture_place(options.output, "-o")
+    for flag, file in (("--grid", options.grid), ("--save-trajectory", options.save_trajectory)):
+        if file is not None:
+            require_file_place(file, flag)
     if options.cloud is not None:
         from diffship.cli.hybrid import draw as draw_hybrid
 

@@ -6,10 +6,16 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 _DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+def raise_if_heard() -> None:
+    """Raises KeyboardInterrupt where a signal was heard and what it raised was lost: work has gone on regardless."""
+    if Stops.entered is not None and Stops.entered.number is not None:
+        raise KeyboardInterrupt
 
 
 class Stops:
@@ -18,6 +24,8 @@ class Stops:
     A signal that is ignored (a shell's background job) or that another program handles stays so. Only the main
     thread may set handlers; elsewhere nothing is changed.
     """
+
+    entered: ClassVar[Stops | None] = None
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -29,11 +37,18 @@ class Stops:
             self._set = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]
         for number in self._set:
             signal.signal(number, self._heard)
+        Stops.entered = self
         return self
 
     def __exit__(self, *fault: object) -> None:
+        Stops.entered = None
         for number in self._set:
             signal.signal(number, _DEFAULTS[number])
+
+    def settle(self) -> None:
+        """From here on the end is being told: an impatient second Ctrl-C changes nothing."""
+        for number in self._set:
+            signal.signal(number, signal.SIG_IGN)
 
     @property
     def code(self) -> int:

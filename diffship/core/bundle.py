@@ -14,7 +14,7 @@ from pathlib import Path
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
 from diffship.core.errors import BundleError, ConfigError
-from diffship.core.leftovers import claim_folder, refuse_mount, remove_leftovers, usual_mode
+from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
     MANIFEST_NAME,
@@ -146,14 +146,20 @@ def write_bundle(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is not a folder; create it first: mkdir -p {path.parent}")
     remove_leftovers(path)
-    refuse_mount(path)
-    _refuse_target(path, overwrite)
+    require_place(path, overwrite)
     with claim_folder(path) as folder:
         try:
             yield Draft(path, folder, overwrite)
         finally:
             with suppress(OSError):
                 shutil.rmtree(folder)
+
+
+def require_place(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raises ConfigError unless a bundle can be put at `path`."""
+    path = Path(os.path.abspath(path))
+    refuse_fixed(path)
+    _refuse_target(path, overwrite)
 
 
 def _existing_folder(path: str | os.PathLike[str]) -> Path:

@@ -105,6 +105,16 @@ def _joined(cls: type, real: type) -> type:
     return type(real)(cls.__name__, (cls, real), place)
 
 
+def reraise_interrupt(fault: BaseException) -> None:
+    """Raises KeyboardInterrupt where `fault` came of one: a native module that is stopped while it starts says
+    ImportError, which is no sign that it cannot start."""
+    seen: BaseException | None = fault
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        seen = seen.__cause__ or seen.__context__
+
+
 def installed(module: str) -> bool:
     """Whether `import module` would find something, without importing it."""
     try:

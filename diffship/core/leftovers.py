@@ -47,8 +47,10 @@ def usual_mode(private: Path) -> int:
     return mode
 
 
-def refuse_mount(path: Path) -> None:
-    """Raises ConfigError where no folder can be moved to: a container's volume, or a drive."""
+def refuse_fixed(path: Path) -> None:
+    """Raises ConfigError where no folder can be moved to: a container's volume, a drive, the current folder."""
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(f"{path} is the current folder or holds it; name a folder that can be made")
     if os.path.ismount(path):
         raise ConfigError(
             f"{path} is a mount point, whose place nothing can take; name a folder in it: {path / 'NAME'}"
@@ -82,7 +84,7 @@ def _remove_if_dead(entry: Path) -> bool:
     if descriptor is None:
         return False
     try:
-        if fcntl is None and time.time() - entry.stat().st_mtime < _STALE_SECONDS:
+        if descriptor < 0 and time.time() - entry.stat().st_mtime < _STALE_SECONDS:
             return False
         shutil.rmtree(entry, ignore_errors=True)
         return True
@@ -99,7 +101,8 @@ def _remove_stale_file(entry: Path) -> bool:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor with the lock; -1 where there are no locks; None where another has it, or the folder is gone."""
+    """A descriptor with the lock; -1 where the system or the file system has no locks; None where another has it, or
+    the folder is gone."""
     if fcntl is None:
         return -1
     try:
@@ -110,8 +113,13 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
             return descriptor
-    except OSError:
+    except BlockingIOError:
         pass
+    except FileNotFoundError:
+        pass
+    except OSError:  # some network file systems have none
+        os.close(descriptor)
+        return -1
     os.close(descriptor)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.atomic import sync_folder, sync_tree
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
-from diffship.core.leftovers import claim_folder, refuse_mount, remove_leftovers, usual_mode
+from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.weights import Weights, cast
 from diffship.models.autoencoder import autoencoder
 from diffship.models.component import Component, reading
@@ -120,9 +121,7 @@ def require_place(target: Path) -> None:
     Folders above it are made later; that the nearest one is a folder, which may be written to, is asked before work.
     """
     target = Path(os.path.realpath(target))
-    if target in (Path.cwd(), *Path.cwd().parents):
-        raise ConfigError(f"{target} is the current folder or holds it; name a folder that can be made")
-    refuse_mount(target)
+    refuse_fixed(target)
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ConfigError(f"{above} is a file, so {target} cannot be made; choose another folder")
@@ -147,7 +146,7 @@ def assemble(material: Material) -> Pipeline:
             "(a folder, a hub id, emoji or arch:NAME)"
         )
     text = {name: modules[name] for name in TEXT_PARTS if name in modules}
-    vae, scheduler = modules["vae"], dict(material.scheduler or {})
+    vae, scheduler = modules["vae"], _finite(material.scheduler or {})
     family = family_of(
         modules["unet"].config,
         vae.class_name,
@@ -176,6 +175,11 @@ def assemble(material: Material) -> Pipeline:
         licence=dict(material.licence),
         history=_history(material.index),
     )
+
+
+def _finite(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what JSON cannot hold: diffusers writes `"lambda_min_clipped": -Infinity`, its default anyway."""
+    return {key: value for key, value in scheduler.items() if not (isinstance(value, float) and math.isinf(value))}
 
 
 def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, ConfigError, DiffshipError
 from diffship.core.job import Progress, available_memory
 from diffship.core.manifest import Golden, GoldenTrajectory, Part
+from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engine import Engine, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
@@ -133,9 +134,13 @@ def verify(
     manifest = opened.manifest
     name = choose_engine(manifest.target, engine)
     chosen = make_engine(name, options)
+    names = [part.name for part in manifest.parts]
+    for asked in parts or ():
+        if asked not in names:
+            raise ConfigError(unknown("part", asked, names))
     chosen_parts = manifest.parts if parts is None else tuple(opened.part(part) for part in parts)
     if not chosen_parts:
-        raise ConfigError(f"no part is chosen; this bundle has {', '.join(part.name for part in manifest.parts)}")
+        raise ConfigError(f"no part is chosen; this bundle has {', '.join(names)}")
     total = sum(record.size for record in manifest.files.values())
     head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
     try:

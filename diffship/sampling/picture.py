@@ -109,11 +109,18 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
                 raise ConfigError(
                     f"{path}: is {image.width}x{image.height}; at most {LIMITS.decoded_pixels} pixels are decoded"
                 )
-            return np.array(_upright(image).convert("RGB"), np.uint8)
+            return np.array(eight_bits(_upright(image)).convert("RGB"), np.uint8)
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
         raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {str(fault)[:120]}") from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits a pixel scaled to 8, which Pillow would cut off at 255; any other picture as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _upright(image: Image.Image) -> Image.Image:

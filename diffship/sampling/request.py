@@ -47,9 +47,9 @@ class Request:
     latents: Array | None = None
 
     def __post_init__(self) -> None:
-        check_prompt(self.prompt)
+        object.__setattr__(self, "prompt", check_prompt(self.prompt))
         if self.negative is not None:
-            check_prompt(self.negative, "negative prompt")
+            object.__setattr__(self, "negative", check_prompt(self.negative, "negative prompt"))
         if self.steps is not None:
             check_range("steps", self.steps, *LIMITS.steps)
         if self.guidance is not None:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
+from diffship.sampling.picture import eight_bits
 from diffship.training.diffusion import caption_variants
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -110,9 +111,7 @@ class PairedPictures:
 
 def _flat(image: Image.Image) -> Image.Image:
     """Upright RGB; what is transparent lies on white."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow cuts off at 255
-        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+    upright = eight_bits(ImageOps.exif_transpose(image))
     if "A" not in upright.getbands() and "transparency" not in upright.info:
         return upright.convert("RGB")
     layered = upright.convert("RGBA")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffship.cli.main import VERBS, main
 from diffship.sampling.picture import read_settings
+from diffship.sampling.wire import pack, unpack
 
 jsonschema = pytest.importorskip("jsonschema")
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
@@ -120,6 +122,7 @@ def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path
     [
         (["arch:tiny-sdxl"], "unet: arch:tiny-sd (torch) takes sample"),
         (["arch:tiny-sd+lcm"], "timestep_cond"),
+        (["emoji", "--parts", "text_encoder"], "text_encoder: arch:tiny-sd (torch) and emoji (torch) have other vocab"),
         (
             ["emoji", "--parts", "vae_decoder"],
             "has latents of (4, 8, 8), emoji (torch) of (4, 16, 16): give one --size",
@@ -192,3 +195,55 @@ def test_a_damaged_trajectory_is_refused(command: Any, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"\x00" * 100)
     document = check(command("run", "D", "--resume", tmp_path / "kept"), "run")
     assert document["exit_code"] == 1 and document["error"]["type"] == "HandoffError"
+
+
+LATE = {
+    "a file for a folder": (["run", "B", "apple", "-o", "file"], "-o file is a file; name a folder, or a .png file"),
+    "a folder for a file": (["run", "B", "apple", "-o", "dir.png"], "-o dir.png is a folder"),
+    "below a file": (["run", "B", "apple", "-o", "file/x.png"], "file is a file, not a folder"),
+    "another format": (["run", "B", "apple", "-o", "x.jpg"], "pictures are written as PNG"),
+    "grid": (["run", "B", "apple", "--grid", "dir.png"], "--grid dir.png is a folder"),
+    "trajectory": (["run", "B", "apple", "--save-trajectory", "dir.png"], "--save-trajectory dir.png is a folder"),
+    "grid of two": (["compare", "B", "B", "--grid", "dir.png"], "--grid dir.png is a folder"),
+    "no prompt": (["run", "red apple"], "no prompt is given; the bundle comes first"),
+    "taken": (["export", "emoji", "-o", "dir.png"], "dir.png exists already"),
+    "here": (["export", "emoji", "-o", "."], "is the current folder"),
+    "part": (["verify", "B", "--parts", "unett"], "did you mean 'unet'"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_at_the_end_is_refused_before_the_work(
+    case: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, message = LATE[case]
+    (tmp_path / "file").touch()
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "dir.png" / "kept").touch()
+    monkeypatch.chdir(tmp_path)
+    opened: list[object] = []
+    monkeypatch.setattr("diffship.runtimes.model.open_model", lambda *_, **__: opened.append(1))
+    assert main([str(tiny_bundle) if word == "B" else word for word in words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not opened
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dir.png", "file", "kept"]
+
+
+def test_prompts_behind_two_dashes_may_begin_with_one(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert main(["run", str(tiny_bundle), "--steps", "1", "-o", str(tmp_path / "q.png"), "--", "-5 degrees"]) == 0
+    assert read_settings(tmp_path / "q.png")["prompt"] == "-5 degrees"
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"seed": "abc"}, {"seed": None}, {"seed": [1]}, {"seed": 1, "warnings": 5}, {"warnings": [["a"]]}]
+)
+def test_a_trajectory_is_finished_whatever_its_facts_say(
+    facts: dict[str, Any], tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "t.traj"
+    words = ["--steps", "2", "--save-trajectory", str(kept), "-o", str(tmp_path / "a.png"), "--seed", "7"]
+    assert main(["run", str(tiny_bundle), "apple", *words]) == 0
+    kept.write_bytes(pack(replace(unpack(kept.read_bytes()), facts=facts)))
+    capsys.readouterr()
+    assert main(["run", str(tiny_bundle), "--resume", str(kept), "-o", str(tmp_path / "b.png"), "--json"]) == 0
+    check(json.loads(capsys.readouterr().out), "run")

@@ -107,7 +107,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"\xff\xfe", "is not UTF-8"),
-        (b"# only\n", "0 prompts"),
+        (b"# only\n", "no prompt is given"),
         (b"x\n" * 257, "257 prompts"),
         (b"x" * 3_000_000, "longer"),
     ],

@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from diffship.cli import compress, doctor
 from diffship.cli.main import main
+from diffship.cli.output import Result
+from diffship.cli.progress import Stages
 from diffship.core.errors import UnsupportedError
+from diffship.runtimes.onnxruntime import OnnxRuntimeRunner
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -83,3 +89,72 @@ def test_a_forked_child_ends_by_the_signal_itself(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(doctor, "run", run)
     assert main(["doctor"]) == signal.SIGTERM
+
+
+def test_a_signal_whose_exception_was_lost_is_raised_again_by_the_next_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> Result:
+        with suppress(KeyboardInterrupt):  # what a native module's start does with it
+            os.kill(os.getpid(), signal.SIGTERM)
+        Stages(quiet=True)("step", 1, 2)
+        return Result({}, "went on regardless")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 143
+    assert "went on" not in capsys.readouterr().out
+    Stages(quiet=True)("step", 1, 2)  # nothing of it is left behind
+
+
+def test_an_engine_that_was_stopped_while_it_started_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            raise ImportError("initialization failed") from stop
+
+    monkeypatch.setattr("diffship.runtimes.onnxruntime._import", start)
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(KeyboardInterrupt):
+        OnnxRuntimeRunner.probe()
+    monkeypatch.setattr("diffship.runtimes.onnxruntime._import", lambda: exec("raise ImportError('broken')"))
+    assert OnnxRuntimeRunner.probe().reason == "onnxruntime does not start: broken"
+
+
+def test_a_second_signal_while_the_first_is_told_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(line: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        print(line, file=sys.stderr)
+
+    monkeypatch.setattr(doctor, "run", lambda options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("diffship.cli.main.say", say)
+    assert main(["doctor"]) == 143
+    assert "terminated" in capsys.readouterr().err
+
+
+def piped(words: list[str], closed: str) -> tuple[int, str]:
+    """Exit code and what the other stream says, where nobody reads stream `closed` ("stdout" or "stderr")."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    other = "stderr" if closed == "stdout" else "stdout"
+    command = [sys.executable, "-m", "diffship", *words]
+    try:
+        process = subprocess.Popen(command, text=True, **{closed: writer, other: subprocess.PIPE})
+        said = "".join(text or "" for text in process.communicate(timeout=120))
+    finally:
+        os.close(writer)
+    return process.returncode, said
+
+
+def test_work_goes_on_where_nobody_reads_the_progress(tiny_bundle: Path, tmp_path: Path) -> None:
+    words = ["run", str(tiny_bundle), "a", "b", "c", "--steps", "2", "-o", str(tmp_path / "out")]
+    code, said = piped(words, "stderr")
+    assert code == 0 and len(said.splitlines()) == len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_a_reader_who_has_seen_enough_is_no_error_and_failures_stay_failures(tmp_path: Path) -> None:
+    assert piped(["doctor"], "stdout") == (0, "")
+    code, said = piped(["run", str(tmp_path / "none"), "a", "--json"], "stdout")
+    assert code == 2 and "none" in said and "Traceback" not in said

@@ -35,7 +35,7 @@ BAD = {
     "sampler": (["run", "D", "x", "--sampler", "eular"], 2, "did you mean 'euler'?"),
     "engine": (["run", "D", "x", "--engine", "tpu"], 2, "invalid choice: 'tpu'"),
     "option": (["run", "D", "x", "--option", "threads"], 2, "is not key=value"),
-    "no prompt": (["run", "D"], 2, "0 prompts"),
+    "no prompt": (["run", "D"], 2, "no prompt is given"),
     "missing bundle": (["run", "./nowhere", "x"], 2, "'./nowhere' does not exist"),
     "missing prompts file": (["run", "D", "--prompts-file", "nowhere.txt"], 2, "is not a file"),
     "two pictures, one file": (["run", "D", "x", "y", "-o", "a.png"], 2, "one file for 2 pictures"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -444,3 +445,30 @@ def test_a_mount_point_is_refused_before_anything_is_made(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="is a mount point"), write_bundle(tmp_path / "volume"):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["volume"]
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, manifest: Manifest, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    old, new = tmp_path / ".b.partial-0123abcd", tmp_path / ".b.partial-4567abcd"
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, 0))
+    with write_bundle(tmp_path / "b") as draft:
+        fill(draft.folder)
+        draft.finish(manifest)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "b"], "a leftover is told by its age there"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_current_folder_is_refused(inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / ("below" if inside else ""))
+    with pytest.raises(ConfigError, match="current folder"), write_bundle(tmp_path / "here"):
+        pass

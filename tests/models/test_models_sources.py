@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
@@ -428,3 +428,15 @@ def test_a_mount_point_is_refused_before_work(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(ConfigError, match="is a mount point"):
         require_place(tmp_path)
+
+
+def test_a_default_dpm_solver_of_diffusers_exports_as_json(folder: Path) -> None:
+    DPMSolverMultistepScheduler.from_config(arch("tiny-sd").scheduler).save_pretrained(folder / "scheduler")
+    assert "-Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    scheduler = open_source(str(folder)).scheduler
+    json.dumps(scheduler, allow_nan=False)
+    theirs = DPMSolverMultistepScheduler.from_config(dict(scheduler)).config
+    assert theirs["lambda_min_clipped"] == float("-inf") and scheduler["_class_name"] == "DPMSolverMultistepScheduler"

@@ -15,7 +15,7 @@ from sampling_toy import WIDTH, ToyModel, text
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import decode_tiled
 from diffship.sampling.encode import time_ids
-from diffship.sampling.generate import Request, generate, generate_many
+from diffship.sampling.generate import Request, generate, generate_many, start
 from diffship.sampling.rng import torch_randn
 
 ASKED: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "seed": 11, "sampler": "euler-a"}
@@ -306,3 +306,9 @@ def test_half_a_character_is_replaced_where_it_is_drawn_and_where_it_is_told() -
     (picture,) = generate(ToyModel(), Request("a\ud800b", negative="\udfff", steps=1))
     assert (picture.settings["prompt"], picture.settings["negative_prompt"]) == ("a?b", "?")
     assert picture.png().startswith(b"\x89PNG")
+
+
+def test_a_decomposed_prompt_is_the_composed_one() -> None:
+    typed = Request("cafe\N{COMBINING ACUTE ACCENT}", negative="e\N{COMBINING ACUTE ACCENT}")
+    assert (typed.prompt, typed.negative) == ("caf\xe9", "\xe9")
+    assert start(ToyModel(), typed)[0].prompt == typed.prompt

@@ -137,3 +137,10 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     image.save(out, "PNG", exif=exif)
     (tmp_path / "r.png").write_bytes(out.getvalue())
     assert np.array_equal(read_pixels(tmp_path / "r.png"), np.rot90(PIXELS, -1))
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = read_pixels(tmp_path / "ramp.png")
+    assert np.array_equal(pixels[..., 0].ravel(), np.arange(256)) and np.array_equal(pixels[..., 0], pixels[..., 2])
