@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -60,7 +62,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Options of a pass come as --set KEY=VALUE."""
+    """Options of a pass come as --set KEY=VALUE; help lists those of the passes that are named."""
+    if "-h" in words or "--help" in words:
+        for name in dict.fromkeys(word.removeprefix("--pass=") for word in words):
+            if name in PASSES:
+                parser.epilog = f"{parser.epilog}\n{_options(name)}"
+
+
+def _options(name: str) -> str:
+    cls = load(PASSES, name, "pass")
+    lines = []
+    for field in dataclasses.fields(cls):
+        legal = field.metadata.get("choices")
+        default = "needed" if field.default is dataclasses.MISSING else f"default: {_worded(field.default)}"
+        lines.append(f"  {field.name:<16}{default}{'; ' + ', '.join(map(str, legal)) if legal else ''}")
+    return "\n".join([f"pass {name}, --set KEY=VALUE:", *lines, "", inspect.getdoc(cls) or ""])
+
+
+def _worded(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -10,8 +10,8 @@ from typing import Any
 
 from diffship.cli.flags import add_fields, given_fields, names
 from diffship.cli.output import Result, figure, size_text, table
-from diffship.cli.progress import Stages
-from diffship.core.errors import ConfigError
+from diffship.cli.progress import Stages, note
+from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
@@ -76,7 +76,17 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache, progress=stages),
             **chosen,
         )
+    _warn_of_sampler(bundle.manifest.sampler)
     return describe(bundle.path, bundle.manifest)
+
+
+def _warn_of_sampler(scheduler: Any) -> None:
+    from diffship.sampling.samplers import make_sampler
+
+    try:
+        make_sampler(scheduler)
+    except DiffshipError as fault:
+        note(f"warning: it draws with --sampler NAME only: {fault}")
 
 
 @contextmanager

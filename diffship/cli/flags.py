@@ -132,7 +132,7 @@ def existing_file(path: Path, what: str) -> Path:
 
 
 def _keywords(kind: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
-    shown = "" if field.default is dataclasses.MISSING or field.default is None else f" (default: {field.default})"
+    shown = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default: {field.default})"
     words: dict[str, Any] = {"help": f"{field.metadata.get('help', field.name.replace('_', ' '))}{shown}"}
     if kind is bool:
         return {**words, "action": argparse.BooleanOptionalAction}

@@ -20,7 +20,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.registry import load as load_class
 from diffship.core.strict import load as load_fields
-from diffship.core.strict import plain, unknown
+from diffship.core.strict import plain
 from diffship.sampling.schedule import F64, Schedule, known
 
 X, OUTPUT, NOISE, HISTORY = 0, 1, 2, 3  # columns of the matrix
@@ -213,5 +213,7 @@ def _load(name: str) -> type[Sampler]:
 def _name_of(config: Mapping[str, Any]) -> str:
     name = str(config.get("_class_name", ""))
     if name not in _BY_CLASS:
-        raise ConfigError(f"{unknown('scheduler class', name, _BY_CLASS)}; or name a sampler: {', '.join(SAMPLERS)}")
+        raise ConfigError(
+            f"the model's scheduler is {name!r}, which is not built; name a sampler: {', '.join(SAMPLERS)}"
+        )
     return _BY_CLASS[name]

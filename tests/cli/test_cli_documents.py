@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffship.cli.main import VERBS, main
+from diffship.models.sources import open_source
 from diffship.sampling.picture import read_settings
 from diffship.sampling.wire import pack, unpack
 
@@ -247,3 +248,16 @@ def test_a_trajectory_is_finished_whatever_its_facts_say(
     capsys.readouterr()
     assert main(["run", str(tiny_bundle), "--resume", str(kept), "-o", str(tmp_path / "b.png"), "--json"]) == 0
     check(json.loads(capsys.readouterr().out), "run")
+
+
+def test_an_export_that_only_draws_with_another_sampler_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_source("arch:tiny-sd")
+    index = {**model.model_index, "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    scheduler = {**model.scheduler, "_class_name": "UniPCMultistepScheduler"}
+    replace(model, scheduler=scheduler, model_index=index).save(tmp_path / "m")
+    words = ["export", str(tmp_path / "m"), "--parts", "vae_decoder", "--no-verify", "-o", str(tmp_path / "b")]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "warning: it draws with --sampler NAME only: the model's scheduler is 'UniPCMultistepScheduler'" in said

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from diffship.cli.doctor import satisfies
 from diffship.cli.drawing import file_names, read_prompts, slug
 from diffship.cli.export import _target
 from diffship.cli.flags import add_fields, given_fields, names, setting, size, worded
+from diffship.cli.main import main
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.core.errors import ConfigError
+from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import choices, plain_value
 
 
@@ -208,3 +211,18 @@ class Fields:
 def test_what_is_set_is_read_as_its_field_takes_it(key: str, text: str, value: object) -> None:
     assert worded(f"{key}={text}") == (key, text)
     assert fitting(Fields, key, text) == value
+
+
+def test_help_of_a_pass_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "--pass", "prune", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "criterion       default: magnitude; magnitude, taylor, diff-pruning, random" in text
+    assert "data            default: not set" in text and "threshold: of Diff-Pruning" in text
+    assert main(["compress", "--help"]) == 0 and "diff-pruning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_help_of_a_target_says_what_each_option_is(target: str) -> None:
+    for entry in dataclasses.fields(load(EXPORTERS, target, "target")):
+        if entry.init:
+            assert entry.metadata.get("help"), entry.name

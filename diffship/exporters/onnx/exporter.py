@@ -50,8 +50,13 @@ class Onnx:
     extra: ClassVar[str] = "onnx"
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
-    precision: str = field(default="fp32", metadata=choices("fp32", "fp16"))
-    opset: int = field(default=23, metadata=bounds(min(IR_VERSION), max(IR_VERSION)))
+    precision: str = field(
+        default="fp32", metadata={**choices("fp32", "fp16"), "help": "of weights and of float inputs and outputs"}
+    )
+    opset: int = field(
+        default=23,
+        metadata={**bounds(min(IR_VERSION), max(IR_VERSION)), "help": f"{min(IR_VERSION)} to {max(IR_VERSION)}"},
+    )
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.core.dtype import TensorMeta
@@ -40,6 +41,10 @@ _BUILD_FACTOR, _BUILD_BYTES = 3.1, 650 * MIB
 _BF16_SM = 80
 
 
+def _option(text: str, default: Any, legal: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    return field(default=default, metadata={**legal, "help": text})
+
+
 @dataclass(frozen=True)
 class TensorRt:
     """TensorRT engines ("plans"), strongly typed: the graph says in which precision everything is computed.
@@ -56,15 +61,15 @@ class TensorRt:
     extra: ClassVar[str] = "tensorrt-rtx"
     trajectory_steps: ClassVar[int] = 4  # what is built here runs elsewhere, and is proved there
 
-    flavour: str = field(default=RTX, metadata=choices(*FLAVOURS))
-    sm: tuple[int, ...] = field(default=(), metadata=bounds(50, 200))
-    precision: str = field(default="fp16", metadata=choices("fp16", "bf16", "fp32"))
-    min_shapes: tuple[str, ...] = ()
-    opt_shapes: tuple[str, ...] = ()
-    max_shapes: tuple[str, ...] = ()
-    refit: bool = False
-    strip: bool = False
-    opset: int = 23
+    flavour: str = _option("rtx: built on any machine; trt: built on its GPU", RTX, choices(*FLAVOURS))
+    sm: tuple[int, ...] = _option("compute capabilities of the GPUs, such as 89,120", (), bounds(50, 200))
+    precision: str = _option("of the graph; bf16 needs SM 80", "fp16", choices("fp16", "bf16", "fp32"))
+    min_shapes: tuple[str, ...] = _option("least sizes, as in trtexec: NAME:AxBx...", ())
+    opt_shapes: tuple[str, ...] = _option("sizes that are tuned for", ())
+    max_shapes: tuple[str, ...] = _option("largest sizes", ())
+    refit: bool = _option("weights can be replaced in the engine", False)
+    strip: bool = _option("leave the weights out until the first run; with --refit", False)
+    opset: int = _option("of the graph that is built from", 23)
 
     def __post_init__(self) -> None:
         check_sm(self.flavour, self.sm)
