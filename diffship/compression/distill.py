@@ -28,7 +28,8 @@ from diffship.core.strict import bounds, choices
 from diffship.core.weights import SafetensorsWeights, renamed
 from diffship.models.pipeline import TEXT_PARTS, Pipeline, converted, with_unet
 from diffship.models.sources import open_source
-from diffship.sampling.samplers import Sampler, make_sampler
+from diffship.sampling.samplers import make_sampler, noise_schedule
+from diffship.sampling.schedule import Schedule
 from diffship.sampling.tokenizer import check_prompt
 from diffship.training.distillation_pairs import KINDS, feature_pairs
 from diffship.training.distillation_report import read_curve
@@ -119,12 +120,13 @@ class DistillPass:
             try:
                 look(pipeline)
             except DiffshipError as fault:
-                found.append(Problem(part, str(fault)))
+                found.append(Problem.of(part, fault))
         return found
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher."""
-        samples = self.steps * self.batch * self.accumulate
+        size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
+        samples = self.steps * self.batch * self.accumulate * size
         passes = 4 if self.checkpointing else 3
         calls = [Calls(pipeline.components["unet"], passes * samples)]
         if self.w_out or (self.w_feat and self.features != "none"):
@@ -151,7 +153,8 @@ class DistillPass:
         trained = {name.removeprefix(_AVERAGE): name for name in state.names() if name.startswith(_AVERAGE)}
         # tensors of the file that the module lacks (diffusers warns of them) were not trained, and are left out
         weights = renamed(state, {name: trained[name] for name in unet.weights.names() if name in trained})
-        last = read_curve(folder / "curve.jsonl")[-1]
+        curve = folder / "curve.jsonl"  # a crash of the machine may have emptied it; the weights are whole
+        last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
         entry |= {"teacher": str(teacher.source.get("id")), "pictures": len(pictures), "prompts": list(self.prompts)}
         entry["losses"] = {name: value for name, value in last.items() if name not in ("step", "seconds")}
@@ -167,9 +170,8 @@ class DistillPass:
 
     def timesteps(self, teacher: Pipeline) -> list[int]:
         """Those that are trained: all, or those of a step-distilled teacher's own schedule."""
-        sampler = _sampler(teacher)
         if not self.teacher_steps:
-            return list(range(sampler.num_train_timesteps))
+            return list(range(_schedule(teacher).num_train_timesteps))
         trailing = make_sampler({**teacher.scheduler, "timestep_spacing": "trailing"})
         # some samplers call the model twice at one timestep
         return list(dict.fromkeys(round(time) for time in trailing.timesteps(self.teacher_steps).tolist()))
@@ -207,7 +209,7 @@ class DistillPass:
         try:
             family.check_size(self.pixels(pipeline), self.pixels(pipeline))
         except ConfigError as fault:
-            yield Problem("", str(fault))
+            yield Problem.of("", fault)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
         teacher = self.teacher_of(pipeline)
@@ -231,8 +233,8 @@ class DistillPass:
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def _sampler(pipeline: Pipeline) -> Sampler:
-    return make_sampler({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
+def _schedule(pipeline: Pipeline) -> Schedule:
+    return noise_schedule({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
 
 
 _MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
@@ -241,5 +243,5 @@ _MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
     "scaling factor of the latents": lambda pipeline: pipeline.family.scaling_factor,
     "text width": lambda pipeline: pipeline.family.text_width,
     "conditions of the U-Net": lambda pipeline: [spec.name for spec in pipeline.components["unet"].inputs],
-    "betas": lambda pipeline: _sampler(pipeline).alphas_cumprod(),
+    "betas": lambda pipeline: _schedule(pipeline).alphas_cumprod(),
 }

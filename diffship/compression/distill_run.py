@@ -14,7 +14,7 @@ from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.spec import PRECISIONS
 from diffship.models.pipeline import Pipeline
-from diffship.sampling.samplers import make_sampler
+from diffship.sampling.samplers import noise_schedule
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
 from diffship.training.distillation_data import Captions, make_latents
 from diffship.training.distillation_pairs import Pair, feature_pairs
@@ -82,7 +82,7 @@ def make_task(
         student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
     side = pictures.size // pipeline.family.vae_factor
     shape = (pipeline.family.latent_channels, side, side)
-    sampler = make_sampler({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
+    trained = noise_schedule({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
     return DistillationTask(
         student,
         teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision]),
@@ -90,7 +90,7 @@ def make_task(
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),
         Captions(pipeline, pictures.size, device),
-        Forward(torch.tensor(sampler.alphas_cumprod()), pipeline.family.prediction_type),
+        Forward(torch.tensor(trained.alphas_cumprod()), pipeline.family.prediction_type),
         Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
     )
 

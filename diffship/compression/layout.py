@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.compression.narrow import Kept, by_norm, count_parameters, cut, first
 from diffship.compression.outline import Outline
@@ -13,10 +13,14 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import choices
 from diffship.core.weights import Weights, renamed
+from diffship.models.component import Component
 from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
 from diffship.models.pipeline import Pipeline, with_unet
 from diffship.models.unet import unet
 from diffship.models.widths import Widths, widths_now, widths_of, with_widths
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class LayoutPass:
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """Everything that would stop `run`, found from configs alone."""
         try:
-            self.student(pipeline)
+            config, _ = self.student(pipeline)
+            self._copied(config, pipeline.components["unet"])
         except DiffshipError as fault:
             return [Problem("unet", f"{self.name}: {fault}")]
         return []
@@ -65,12 +70,23 @@ class LayoutPass:
     def _made(self, pipeline: Pipeline, choose: Callable[[Weights, Widths, Mapping[str, int]], Kept]) -> Pipeline:
         config, widths = self.student(pipeline)
         teacher = pipeline.components["unet"]
-        student = unet(config, teacher.weights).meta.get_submodule("inner")
-        names = list(student.state_dict())
-        weights: Weights = renamed(teacher.weights, weight_map(find_layout(self.name), teacher.config, names))
+        weights, student = self._copied(config, teacher)
         if widths:
             heads = widths_now(student).heads
             weights = cut(weights, choose(weights, widths, heads), heads)
         entry = {"pass": self.kind, **asdict(self)}
         entry |= {"parameters_before": count_parameters(teacher.weights), "parameters": count_parameters(weights)}
         return with_unet(pipeline, with_widths(config, widths), weights, entry)
+
+    def _copied(self, config: Mapping[str, Any], teacher: Component) -> tuple[Weights, nn.Module]:
+        """The teacher's tensors under the student's names, and the student as diffusers builds it, without values."""
+        student = unet(config, teacher.weights).meta.get_submodule("inner")
+        shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+        weights: Weights = renamed(teacher.weights, weight_map(find_layout(self.name), teacher.config, list(shapes)))
+        for name, shape in shapes.items():
+            given = weights.meta(name).shape
+            if given != shape:
+                raise ConfigError(
+                    f"it has {name} of shape {shape}, the teacher {given}: its levels are of other widths"
+                )
+        return weights, student

@@ -50,7 +50,7 @@ class LoraPass:
         try:
             self._deltas(pipeline)
         except DiffshipError as fault:
-            return [Problem("", str(fault))]
+            return [Problem.of("", fault)]
         return []
 
     def outline(self, pipeline: Pipeline) -> Outline:

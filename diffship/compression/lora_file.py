@@ -16,7 +16,7 @@ from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, to_float32
 
 Array = NDArray[np.generic]
-_LISTED = 5
+_LISTED, _LISTED_CHARACTERS = 5, 300  # names that a message has
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class LoraFile:
     """A file of low-rank changes.
 
     Raises:
+        ConfigError: it is not there, or a folder.
         SourceError: not safetensors; keys that no layer of the model has, or that change one in another way (all are
             counted, the first ones named); peft's file without the config that says alpha.
     """
 
     def __init__(self, path: Path, names: Names) -> None:
         if not path.is_file():
-            raise SourceError(f"{path} is not a file; a LoRA is one .safetensors file")
+            raise ConfigError(f"{path} is not a file; a LoRA is one .safetensors file")
         self.path = path
         self.weights = SafetensorsWeights(path)
         self._layers: dict[tuple[str, str], dict[str, str]] = {}
@@ -133,8 +134,17 @@ class LoraFile:
 
 
 def _some(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {what}s ({', '.join(names[:_LISTED])}{more})"
+    """How many, and the first ones, as far as a sentence has room for them; a long one is cut in its middle."""
+    told = [_short(name) for name in names[:_LISTED]]
+    while len(told) > 1 and sum(map(len, told)) > _LISTED_CHARACTERS:
+        told.pop()
+    more = f" and {len(names) - len(told)} more" if len(names) > len(told) else ""
+    return f"{len(names)} {what}s ({', '.join(told)}{more})"
+
+
+def _short(name: str) -> str:
+    half = _LISTED_CHARACTERS // 2
+    return name if len(name) <= _LISTED_CHARACTERS else f"{name[: half - 3]}...{name[-half:]}"
 
 
 class _Fused(Derived):

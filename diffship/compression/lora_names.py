@@ -35,6 +35,9 @@ _OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)
 _ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight\Z")  # peft keeps the adapter's name: lora_A.default.weight
 
 
+_TEXT = "text_model."
+
+
 @dataclass(frozen=True)
 class Place:
     """A layer (`part`, name of its weight's module) and what the tensor is to it: `down`, `up` or `alpha`."""
@@ -52,6 +55,10 @@ class Names:
         self._kohya = {
             part: {layer.replace(".", "_"): layer for layer in layers} for part, layers in self._layers.items()
         }
+        for part, layers in self._layers.items():  # transformers 5 leaves this level out, and diffusers writes so
+            self._kohya[part] |= {
+                layer.removeprefix(_TEXT).replace(".", "_"): layer for layer in layers if layer.startswith(_TEXT)
+            }
         if "unet" in self._kohya:
             self._kohya["unet"] |= original_names(self._layers["unet"], unet_config)
 

@@ -23,6 +23,7 @@ from safetensors import numpy as tensor_file
 from diffship.compression.interior import Layer, largest_kept
 from diffship.compression.narrow import cut
 from diffship.compression.scores import LayerScores, ScoreTable, Settings, Shift
+from diffship.compression.stored import settings_key
 from diffship.core.atomic import write_file
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
@@ -36,6 +37,7 @@ from diffship.sampling.generate import checked, start
 from diffship.sampling.loop import denoise, plain
 from diffship.sampling.request import Request, Settled, settle
 from diffship.sampling.trajectory import Trajectory
+from diffship.training.saving import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-_VERSION = 1  # of the measurement: another one finds nothing that this one kept
+_VERSION = 2  # of the measurement: another one finds nothing that this one kept
 LABEL = "significance scores"
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and std, each (channels, height, width)
 
@@ -151,8 +153,8 @@ class _Bench:
     @cached_property
     def _key(self) -> dict[str, object]:
         settings = vars(self._drawing.settings(self._pipeline))
-        configs = {"unet": self._component.config, "scheduler": self._pipeline.scheduler}
-        return {"version": _VERSION, "model": self._model.digest, "device": self._device, **settings, **configs}
+        facts = {"model": self._model.digest, "settings": settings_key(self._pipeline), "device": self._device}
+        return {"version": _VERSION, **facts, **settings}
 
     @cached_property
     def _module(self) -> nn.Module:
@@ -221,4 +223,4 @@ def _distance(whole: Moments, other: Moments) -> tuple[float, float, float]:
 
 
 def _write_moments(path: Path, moments: Moments) -> None:
-    tensor_file.save_file({"mean": moments[0], "std": moments[1]}, path)
+    save_tensors(tensor_file.save_file, {"mean": moments[0], "std": moments[1]}, path)

@@ -95,7 +95,7 @@ class SignificancePass:
             if self.allocation in _SCORED:
                 self._check_scoring(pipeline, found)
         except DiffshipError as fault:
-            return [Problem("unet", f"{self.kind}: {fault}")]
+            return [Problem.of("unet", fault, f"{self.kind}: ")]
         return []
 
     def ways(self, pipeline: Pipeline) -> Ways:
@@ -135,10 +135,30 @@ class SignificancePass:
                 )
             self.drawing().settled(pipeline)
         else:
-            table = read_scores(self.scores)
+            self._known(self.scores, pipeline, found)
+
+    def _known(self, file: str, pipeline: Pipeline, found: Ways) -> ScoreTable:
+        """The table in `file`, which has every score that is needed.
+
+        Raises:
+            ConfigError: it has not, since it is of another U-Net, or was measured with other `keeps`.
+        """
+        table = read_scores(file)
+        try:
             for name, widths in self.scored(found).items():
                 for width in widths:
                     table.score(name, width)
+        except ConfigError:
+            self._check_owner(table, pipeline)
+            raise
+        return table
+
+    def _check_owner(self, table: ScoreTable, pipeline: Pipeline) -> None:
+        if table.unet != pipeline.components["unet"].digest:
+            raise ConfigError(
+                f"scores: {self.scores} is of another U-Net: its tensors are not those of this one. Measure this one, "
+                "with scores_out=FILE in place of scores"
+            )
 
     def drawing(self) -> Drawing:
         """What is drawn to measure scores.
@@ -157,7 +177,7 @@ class SignificancePass:
         found, made_up = self.ways(pipeline), ""
         self._check_allocation(found)
         if self.scores is not None:
-            counts = self._scored(found, read_scores(self.scores))
+            counts = self._scored(found, self._known(self.scores, pipeline, found))
         elif self.allocation == "random":
             counts = found.drawn(self.seed)
         elif self.allocation == "ranks":
@@ -187,8 +207,7 @@ class SignificancePass:
             table = measure(pipeline, found.layers, self.scored(found), self.drawing(), job)
         else:
             table = read_scores(self.scores)
-            if table.unet != pipeline.components["unet"].digest:
-                raise ConfigError(f"scores: {self.scores} is of another U-Net: its tensors are not those of this one")
+            self._check_owner(table, pipeline)
         if self.scores_out is not None:
             table.write(self.scores_out)
         if self.chart is not None:

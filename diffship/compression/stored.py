@@ -30,6 +30,12 @@ def is_kept(step: Any) -> bool:
     return bool(getattr(step, "kept", True))
 
 
+def _owes(step: Any) -> bool:
+    """Whether a pass was asked for a file beside its result that is not there."""
+    asked = [getattr(step, field.name) for field in fields(step) if field.metadata.get("output")]
+    return any(path and not Path(path).expanduser().exists() for path in asked)
+
+
 def first_process() -> bool:
     """Whether this process is the one that writes; `torchrun` numbers them."""
     return os.environ.get("RANK", "0") == "0"
@@ -53,6 +59,8 @@ class Results:
         """How many passes are done, and what they made: the source where none is."""
         if self._job.started:
             for done in range(len(self._passes), 0, -1):
+                if any(map(_owes, self._passes[:done])):
+                    continue
                 if is_kept(self._passes[done - 1]) and (self._job.folder / self.names[done - 1]).is_dir():
                     return done, self._opened(self._job.folder / self.names[done - 1])
         return 0, self._source

@@ -31,7 +31,7 @@ from diffship.core.problem import Problem
 from diffship.core.strict import bounds, choices
 from diffship.models.component import fill
 from diffship.models.pipeline import Pipeline
-from diffship.sampling.samplers import make_sampler
+from diffship.sampling.samplers import noise_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ class PrunePass:
         note = "which layers become narrower hangs on their scores" if self.ranking == "global" else ""
         if self.criterion not in GRADIENTS:
             return Outline(made, note=note)
-        steps = math.ceil(make_sampler(pipeline.scheduler).num_train_timesteps / self.stride)
+        steps = math.ceil(noise_schedule(pipeline.scheduler).num_train_timesteps / self.stride)
         return Outline(made, (Calls(pipeline.components["unet"], 3.0 * self.batch * steps),), note)
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
@@ -235,12 +235,12 @@ class PrunePass:
         if family.unet_channels != family.latent_channels:
             problems.append(Problem("unet", "gradients of a model that fills masks are not built; use magnitude"))
         try:
-            make_sampler(pipeline.scheduler)  # has the noise schedule
+            noise_schedule(pipeline.scheduler)  # has the noise schedule
             pictures = self._pictures(pipeline)
             if len(pictures) < self.batch:
                 problems.append(Problem("data", f"batch is {self.batch}; {self.data} has {len(pictures)} pictures"))
         except DiffshipError as fault:
-            problems.append(Problem("data", str(fault)))
+            problems.append(Problem.of("data", fault))
         return problems
 
 

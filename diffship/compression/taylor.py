@@ -22,7 +22,7 @@ from diffship.sampling.decode import encode_image
 from diffship.sampling.encode import encode
 from diffship.sampling.guidance import guidance_embedding
 from diffship.sampling.rng import Noise, TorchNoise
-from diffship.sampling.samplers import make_sampler
+from diffship.sampling.samplers import noise_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def examples(
         clean = np.stack(latents)
         noise, _ = source.draw(clean.shape, 0)
         conditions = _conditions(model, [pictures.captions(row)[0] for row in rows], pictures.size)
-    schedule = make_sampler(pipeline.scheduler)
+    schedule = noise_schedule(pipeline.scheduler)
     return Examples(
         torch.from_numpy(clean).to(device),
         torch.from_numpy(noise).to(device),

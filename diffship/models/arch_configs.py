@@ -242,4 +242,12 @@ def lcm_scheduler(own: Mapping[str, Any]) -> Config:
     return {**LCM_SCHEDULER, **{key: own[key] for key in _BETA_KEYS if key in own}}
 
 
-_BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")
+_BETA_KEYS = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+)

@@ -84,6 +84,7 @@ def find_weights(folder: Path) -> Weights:
     Raises:
         SourceError: there are none; for pickles the message says how to convert them.
     """
+    broken: list[SourceError] = []
     for stem in _STEMS:
         for variant in ("", ".fp16", ".bf16"):
             file = folder / f"{stem}{variant}.safetensors"
@@ -91,7 +92,12 @@ def find_weights(folder: Path) -> Weights:
                 return SafetensorsWeights(file)
             for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
                 if (folder / index).is_file():
-                    return _sharded(folder / index)
+                    try:
+                        return _sharded(folder / index)
+                    except SourceError as fault:  # a download of one variant leaves the index of the other
+                        broken.append(fault)
+    if broken:
+        raise broken[0]
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in PICKLE_SUFFIXES:
             refuse_unsafe(file)

@@ -31,7 +31,12 @@ def write_folder(pipeline: Pipeline, folder: Path, dtype: str | None, progress: 
     for name, parts in _folders(pipeline.components):
         target = folder / name
         target.mkdir()
-        write_json(target / "config.json", folder_config(parts[0], dtype))
+        config = folder_config(parts[0])
+        if parts[0].class_name.startswith("CLIP"):
+            # transformers 5 would load this part alone in the type of its tensors, and the pipeline would not run
+            config.pop("torch_dtype", None)
+            config["dtype"] = "float32"
+        write_json(target / "config.json", config)
         file = DIFFUSERS_FILE if parts[0].class_name[:4] != "CLIP" else TRANSFORMERS_FILE
         _write_weights([part.weights for part in parts], target / file, dtype, name, progress)
 
@@ -43,15 +48,11 @@ def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> None:
         write_file(folder / name, data)
 
 
-def folder_config(component: Component, dtype: str | None = None) -> dict[str, Any]:
+def folder_config(component: Component) -> dict[str, Any]:
     """config.json of a part, with the class that diffusers and transformers look up."""
     config = dict(component.config)
     if component.class_name.startswith("CLIP"):
         config.update(architectures=[component.class_name], model_type="clip_text_model")
-        if dtype:
-            # transformers 5 would load this part alone in the type of its tensors, and the pipeline would not run
-            config.pop("torch_dtype", None)
-            config["dtype"] = "float32"
     else:
         config["_class_name"] = component.class_name
     return config

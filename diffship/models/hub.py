@@ -15,6 +15,7 @@ _FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "token
 _SMALL = (".json", ".txt")
 _STEMS = ("diffusion_pytorch_model", "model")
 _SECONDS = 20.0
+LEGAL = "legal: a diffusers folder, a hub id, emoji, arch:NAME; where a model is run, a bundle too"
 
 
 def is_hub_id(text: str) -> bool:
@@ -87,9 +88,8 @@ def _cached(folder: str) -> tuple[Path, str]:
 
 def _refusal(name: str, revision: str | None, fault: Exception, offline: bool) -> str:
     what = f"{name!r}{f' at {revision}' if revision else ''} is no path here"
-    legal = "Legal: a diffusers folder, a hub id, emoji, arch:NAME"
     if offline:
-        return f"{what}, and not in the local hub cache; HF_HUB_OFFLINE keeps it from being fetched. {legal}"
+        return f"{what}, and not in the local hub cache; HF_HUB_OFFLINE keeps it from being fetched; {LEGAL}"
     reason = " ".join(str(fault).split())
     short = reason if len(reason) <= 160 else reason[:157] + "..."
-    return f"{what}, and the hub does not give it: {type(fault).__name__}: {short}. {legal}"
+    return f"{what}, and the hub does not give it: {type(fault).__name__}: {short}; {LEGAL}"

@@ -153,7 +153,10 @@ def student_config(layout: Layout, teacher: Config) -> dict[str, Any]:
             layout.mid, teacher.get("mid_block_type", "UNetMidBlock2DCrossAttn")
         ),
     )
-    return {**config, **_depth_keys(wanted)}
+    made = {**config, **_depth_keys(wanted)}
+    if shape_of(made) != wanted:
+        raise ConfigError(f"no config of diffusers has the depths {wanted}")
+    return made
 
 
 def layout_widths(layout: Layout, config: Config) -> Widths:
@@ -241,6 +244,8 @@ def _kept(depths: Depths, kept: tuple[tuple[int, ...], ...]) -> Depths:
 def _depth_keys(shape: Shape) -> dict[str, Any]:
     down = [_shortest(block) for block in shape.down]
     up = [_shortest(block) for block in shape.up]
+    if shape.mid and not any(shape.down[-1]):
+        down[-1] = shape.mid  # diffusers reads the mid block's depth there
     keys: dict[str, Any] = {"transformer_layers_per_block": down}
     if any(isinstance(value, list) for value in (*down, *up)) or up != down[::-1]:
         keys["reverse_transformer_layers_per_block"] = up

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffship.models.model import PipelineModel
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+_OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 SMALLEST_PX = 64  # core.limits: no request is smaller
 
 
@@ -243,6 +244,8 @@ def complete_index(material: Material, family: Family) -> dict[str, Any]:
     """The model_index of what is there; entries and options of the source are kept."""
     index = {key: value for key, value in material.index.items() if not isinstance(value, list)}
     index.setdefault("_class_name", _pipeline_class(family))
+    if set(material.source.get("left_out", ())) - _OPTIONAL:
+        index["_class_name"] = _pipeline_class(family)  # its own class would miss them
     for name in TEXT_PARTS if family.name != "sd" else TEXT_PARTS[:1]:
         index[name] = _entry(material, name, "transformers")
         tokenizer = name.replace("text_encoder", "tokenizer")

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffship.core.errors import SourceError
+from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.sniff import classify, refuse_unsafe
 from diffship.models.arch import PREFIX, arch_material
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.diffusers_folder import folder_material
-from diffship.models.hub import hub_folder, is_hub_id
+from diffship.models.hub import LEGAL, hub_folder, is_hub_id
 from diffship.models.licences import joined
 from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
 
@@ -42,20 +43,28 @@ def find_material(text: str, revision: str | None = None) -> Material:
     """What one source yields, whole or not."""
     if text.startswith(PREFIX):
         return arch_material(text)
+    require_source(text)
     path = Path(text).expanduser()
-    kind = classify(path)
-    if kind == "folder":
+    if path.is_dir():
         return folder_material(path, {"id": path.resolve().name, "revision": None, "kind": "folder"})
-    if kind != "unknown" or path.is_file():
-        raise _not_a_folder(path)
     if (home := packaged(text)) is not None:
         material = folder_material(home, {"id": text, "revision": None, "kind": "packaged"})
         # a sibling ships its U-Net alone
         return material if text == _EMOJI else with_base(material, find_material(_EMOJI))
-    if not is_hub_id(text):
-        raise SourceError(f"{text[:200]!r} does not exist; legal: a diffusers folder, a hub id, emoji, arch:NAME")
     folder, commit = hub_folder(text, revision)
     return folder_material(folder, {"id": text, "revision": commit, "kind": "hub"})
+
+
+def require_source(text: str) -> None:
+    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub."""
+    path = Path(text).expanduser()
+    kind = classify(path)
+    if kind == "folder" and (path / MANIFEST_NAME).is_file():
+        raise SourceError(f"{path} is a bundle already; export and compress take a source; {LEGAL}")
+    if kind != "folder" and (kind != "unknown" or path.is_file()):
+        raise _not_a_folder(path)
+    if kind != "folder" and not (text.startswith(PREFIX) or packaged(text) or is_hub_id(text)):
+        raise SourceError(f"{text[:200]!r} does not exist; {LEGAL}")
 
 
 def packaged(text: str) -> Path | None:

@@ -33,6 +33,7 @@ _UNSUPPORTED = {
     "center_input_sample": False,
     "dual_cross_attention": False,
     "class_embeddings_concat": False,
+    "attention_type": "default",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -203,6 +203,29 @@ def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
     if name is None:
         return _load(_name_of(config)).from_config(config)
     return _load(name).from_config({**config, **_PROMISED.get(name, {})})
+
+
+def noise_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The betas and timesteps that a model was trained with, whatever its scheduler draws with.
+
+    Raises:
+        ConfigError: a value that diffusers refuses too.
+        UnsupportedError: a scheduler without betas, such as one of flow matching.
+    """
+    name, names = str(config.get("_class_name", "")), {field.name for field in fields(_Trained)} - _DRAWING
+    if name not in _BY_CLASS and not ({"beta_start", "trained_betas"} & config.keys()):
+        raise UnsupportedError(f"the scheduler {name!r} says nothing of betas; models of diffusion have them")
+    kind = _load(_BY_CLASS[name]) if name in _BY_CLASS else _Trained
+    own = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    return load_fields(_Trained, {**known(own, names), **known(config, names)}, "scheduler config")
+
+
+@dataclass(frozen=True)
+class _Trained(Schedule):
+    rescale_betas_zero_snr: bool = False
+
+
+_DRAWING = {"timestep_spacing", "steps_offset"}
 
 
 def _load(name: str) -> type[Sampler]:

@@ -9,6 +9,7 @@ target of plain training (the noise, or v), f_j and f_Tj paired features:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,9 @@ class DistillationTask:
         kind = next(self.teacher.parameters()).dtype
         # timesteps and size conditions are not exact in 16 bits; the U-Net casts behind their sinusoids
         given = [feed.to(kind) if place in (0, 2, 3) else feed for place, feed in enumerate(feeds)]
-        with torch.no_grad():
+        # under autocast a teacher in 16 bits would meet the student's kind of them
+        plain = torch.autocast(given[0].device.type, enabled=False) if kind != torch.float32 else nullcontext()
+        with torch.no_grad(), plain:
             return self.teacher_taps.gather(lambda: self.teacher(*given)[0].float())
 
     def _error(self, output: Tensor, wanted: Tensor, steps: Tensor) -> Tensor:

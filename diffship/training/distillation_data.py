@@ -17,6 +17,7 @@ from diffship.models.pipeline import TEXT_PARTS, Pipeline
 from diffship.sampling.encode import time_ids
 from diffship.sampling.tokenizer import ClipTokenizer
 from diffship.training.paired import PairedPictures
+from diffship.training.saving import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def _encode_all(encoder: Encoder, flip: bool, job: Job, path: Path) -> None:
             parts.append([tensor.cpu() for tensor in encoder.take(rows, [mirrored] * len(rows))])
             job.progress("encode pictures", rows.stop + count * mirrored, count * (1 + flip))
     mean, std = (torch.cat([part[i] for part in parts]).contiguous() for i in (0, 1))
-    tensor_file.save_file({"mean": mean, "std": std}, path)
+    save_tensors(tensor_file.save_file, {"mean": mean, "std": std}, path)
 
 
 def _decode_all(pictures: PairedPictures, job: Job) -> None:

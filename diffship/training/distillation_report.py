@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from diffship.core.atomic import write_file
-from diffship.core.errors import RunnerError
+from diffship.core.errors import DiffshipError
 from diffship.core.runner import Runner
 from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.models.runner import TorchRunner
 from diffship.sampling.generate import draw, start
 from diffship.sampling.request import Request
+from diffship.sampling.samplers import make_sampler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,10 +54,20 @@ def write_pictures(
     Raises:
         RunnerError: the model draws nothing but black, or numbers that are not finite.
     """
-    requests = [Request(p, steps=steps, guidance=guidance, size=(size, size), seed=i) for i, p in enumerate(prompts)]
+    facts: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": (size, size), "sampler": _sampler(model)}
+    requests = [Request(prompt, seed=seed, **facts) for seed, prompt in enumerate(prompts)]
     batch = [trajectory for request in requests for trajectory in start(model, request)]
     pictures = [picture.pixels for picture in draw(model, batch, at_once=_AT_ONCE)]
     write_file(file, _png(Image.fromarray(grid(pictures))))
+
+
+def _sampler(model: InTraining) -> str | None:
+    """The model's own where it is built; pictures to look at may be drawn with another."""
+    try:
+        make_sampler(model.scheduler)
+    except DiffshipError:
+        return "dpmpp-2m"
+    return None
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = _COLUMNS) -> NDArray[np.uint8]:
@@ -143,6 +154,6 @@ class Report:
         try:
             file = self.folder / f"validation-{step:06d}.png"
             write_pictures(self.model, self.prompts, self.size, self.steps, self.guidance, file)
-        except RunnerError as fault:  # pictures are to look at: training goes on
+        except DiffshipError as fault:  # pictures are to look at: training goes on
             self.note(f"no validation pictures at step {step}: {fault}")
         self.model.close()

@@ -53,6 +53,10 @@ def pack(options: TrainOptions) -> dict[str, object]:
     unet_run = runs / "emoji-unet"
     if not (unet_run / "state.safetensors").exists():
         raise ConfigError(f"{unet_run} holds no checkpoint; run first: diffship train emoji-unet")
+    if not (unet_run / "latents.safetensors").exists():
+        raise ConfigError(
+            f"{unet_run} has no latents, which say how they are scaled; run first: diffship train emoji-unet"
+        )
     words = json.loads((unet_run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     unet, text_encoder = new_unet(), new_text_encoder(len(words))
     step = load_average(unet_run / "state.safetensors", {"unet": unet, "text_encoder": text_encoder})

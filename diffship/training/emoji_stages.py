@@ -67,7 +67,7 @@ def train_vae(options: TrainOptions, decoder_only: bool) -> dict[str, object]:
     figures: dict[str, object] = {}
 
     def validate(step: int) -> None:
-        figures.update(step=step, held_out_psnr_db=round(held_out_psnr(vae, held_out), 2))
+        figures.update(validated_at=step, held_out_psnr_db=round(held_out_psnr(vae, held_out), 2))
 
     task = VaeTask(vae, train_set, decoder_only)
     reached = _train(task, stage, options, folder, validate)

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from diffship.core.atomic import sync_folder
 from diffship.core.errors import Cancelled, DiffshipError
 from diffship.core.lazy import lazy
+from diffship.training.saving import save_tensors
 
 if TYPE_CHECKING:
     import accelerate
@@ -310,7 +311,7 @@ def _save(state: Path, step: int, parameters: Mapping[str, Any], average: Mappin
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"{key}/{name}"] = moment.contiguous()
     temporary = state.with_suffix(".partial")
-    tensor_file.save_file(tensors, temporary, {"state": json.dumps({"step": step})})
+    save_tensors(tensor_file.save_file, tensors, temporary, {"state": json.dumps({"step": step})})
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, state)

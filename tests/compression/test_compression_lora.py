@@ -16,7 +16,7 @@ from diffship.cli.main import main
 from diffship.compress import compress
 from diffship.compression.lora import LoraPass
 from diffship.compression.lora_names import Names, Place, original_names
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import ConfigError, SourceError
 from diffship.models import arch_configs as configs
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -241,17 +241,31 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
 def test_a_wrong_file_is_refused_before_work(base: Pipeline, case: str, tmp_path: Path) -> None:
     tensors, message = _wrong(base)[case]
     save_file(tensors, tmp_path / "lora.safetensors")
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(SourceError, match=message):
         compress(base, [LoraPass((str(tmp_path / "lora.safetensors"),))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_no_file_and_pickles_are_refused(base: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is not a file"):
-        compress(base, [LoraPass((str(tmp_path / "none.safetensors"),))])
+    for place in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(ConfigError, match="is not a file"):
+            compress(base, [LoraPass((str(place),))])
     (tmp_path / "lora.safetensors").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(UnsupportedError, match="pickle"):
+    with pytest.raises(SourceError, match="pickle"):
         compress(base, [LoraPass((str(tmp_path / "lora.safetensors"),))])
+
+
+def test_a_refusal_shortens_its_list_and_ends_its_sentence(base: Pipeline, tmp_path: Path) -> None:
+    down, up = pair(base, "unet", ATTENTION)
+    layer = f"lora_unet_{KOHYA(ATTENTION)}"
+    file = tmp_path / "lora.safetensors"
+    marks = {f"{layer}.{'x' * 80}{number}": up.clone() for number in range(9)}
+    save_file({**STYLES["kohya"]("unet", ATTENTION, down, up), **marks}, file)
+    with pytest.raises(SourceError, match=r"9 keys \(.* and [678] more\) change .* biases and norms cannot be fused\Z"):
+        compress(base, [LoraPass((str(file),))])
+    save_file({f"{'y' * 400}.lora_up.weight": up.clone()}, file)
+    with pytest.raises(SourceError, match=r"1 keys \(y+\.\.\.y+\.lora_up\.weight\) belong to no layer of this model\Z"):
+        compress(base, [LoraPass((str(file),))])
 
 
 @pytest.mark.parametrize(

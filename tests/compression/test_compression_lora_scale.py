@@ -17,7 +17,7 @@ from diffship.compress import compress
 from diffship.compression.lora import LoraPass
 from diffship.compression.lora_scale import ADAPTER, METADATA, read_notes
 from diffship.compression.stored import options_key
-from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.errors import SourceError
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 
@@ -112,7 +112,7 @@ def tensors(prefix: str = "unet.") -> dict[str, torch.Tensor]:
 
 def test_peft_s_file_without_its_config_is_refused(base: Pipeline, tmp_path: Path) -> None:
     save_file(tensors("base_model.model."), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"keeps alpha in adapter_config\.json; put that file beside it"):
+    with pytest.raises(SourceError, match=r"keeps alpha in adapter_config\.json; put that file beside it"):
         compress(base, [LoraPass((str(tmp_path / "adapter_model.safetensors"),))], tmp_path / "out")
 
 

@@ -181,8 +181,32 @@ def test_wrong_settings_are_one_line(
 def test_a_list_is_given_with_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = recipe_file(tmp_path, 'type = "lora"\nfiles = ["a.safetensors"]')
     words = ["--recipe", str(file), "--set", "lora.files=b.safetensors,c.safetensors", "--set", "lora.weights=1,0.5"]
-    assert main(["compress", *words, "-o", str(tmp_path / "out"), "--quiet"]) == 3
+    assert main(["compress", *words, "-o", str(tmp_path / "out"), "--quiet"]) == 2
     assert "b.safetensors is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora", "--set", "files=nix.safetensors"], "nix.safetensors is not a file; a LoRA is one .safetensors file"),
+        (["lora", "--set", "files=folder"], "folder is not a file"),
+        (["lora", "--set", "files=x.bin"], "pickle and numpy files can run code"),
+        (["significance", "--set", "parameters=0.9", "--set", "scores=nix.json"], "nix.json cannot be read"),
+        (["distill", "--set", "data=nix"], "data: nix is not a folder of pictures with captions"),
+        (["prune", "--set", "keep=0.5", "--set", "criterion=taylor", "--set", "data=nix"], "data: nix is not a folder"),
+    ],
+)
+def test_a_file_that_is_not_there_or_of_a_wrong_kind_is_usage(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if words[0] == "prune":
+        pytest.importorskip("torch_pruning")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.bin").write_bytes(b"x")
+    assert main(["compress", "arch:tiny-sd", "--pass", *words, "-o", "out", "--quiet"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_paths_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

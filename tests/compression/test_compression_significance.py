@@ -21,7 +21,7 @@ from diffship.compression.measure import Drawing, measure, model_calls
 from diffship.compression.narrow import by_norm, interiors, narrow_unet
 from diffship.compression.scores import LayerScores, ScoreTable, Settings, Shift, read_scores
 from diffship.compression.significance import SignificancePass
-from diffship.core.errors import Cancelled, ConfigError, SourceError, UnsupportedError
+from diffship.core.errors import Cancelled, ConfigError, SourceError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights
 from diffship.models.cost import cost
@@ -300,17 +300,17 @@ def test_options_that_contradict_are_refused(options: dict[str, Any], text: str)
     ],
 )
 def test_it_is_refused_before_work_starts(base: Pipeline, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"unet: significance: .*{text}"):
+    with pytest.raises((ConfigError, SourceError), match=f"unet: significance: .*{text}"):
         compress(base, [SignificancePass(**options)], job=Job(cancel=lambda: pytest.fail("work has started")))
 
 
 def test_a_model_that_fills_masks_is_not_scored_by_prompts() -> None:
-    with pytest.raises(UnsupportedError, match="fills masks"):
+    with pytest.raises(ConfigError, match="fills masks"):
         compress("arch:tiny-inpaint", [SignificancePass(parameters=0.9)])
 
 
 def test_scores_of_another_model_are_refused(base: Pipeline, scores: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"have no .* narrowed to"):
+    with pytest.raises(ConfigError, match=r"have no .* narrowed to"):
         compress(base, [SignificancePass(parameters=0.9, keeps=(0.1, 0.9), feedforward=True, scores=scores)])
     other = compress("arch:tiny-sd", [LayoutPass("bk-tiny")])
     weights = other.components["unet"].weights
@@ -320,6 +320,14 @@ def test_scores_of_another_model_are_refused(base: Pipeline, scores: str) -> Non
     other = replace(other, components={**other.components, "unet": part})
     with pytest.raises(ConfigError, match="of another U-Net"):
         compress(other, [SignificancePass(parameters=0.9, scores=scores)])
+
+
+def test_scores_of_another_shape_are_told_as_such_and_not_by_a_width_that_they_lack(scores: str) -> None:
+    asked = SignificancePass(parameters=0.9, scores=scores)
+    with pytest.raises(ConfigError, match=r"unet: significance: scores: .* is of another U-Net: .* scores_out=FILE"):
+        compress("emoji", [asked])
+    with pytest.raises(ConfigError, match="is of another U-Net"):
+        asked.outline(open_source("emoji"))
 
 
 def test_prompts_come_one_a_line(tmp_path: Path) -> None:
