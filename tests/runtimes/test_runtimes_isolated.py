@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError, PeerError, RunnerError
-from diffship.runtimes.isolated import frames
+from diffship.runtimes.isolated import engine, frames
 from diffship.runtimes.isolated.child import Sessions
 from diffship.runtimes.isolated.engine import IsolatedEngine
 from diffship.runtimes.model import BundleModel
@@ -138,6 +139,70 @@ def test_a_call_that_never_ends_is_ended(tiny_bundle: Path) -> None:
         unet.run({spec.name: np.zeros(spec.resolve(SIZES), np.float32) for spec in unet.inputs})
     assert time.monotonic() - begun < 5 and gone(pid)
     model.close()
+
+
+def hung(model: BundleModel) -> Thread:
+    """A call of the U-Net that will not end by itself, in a thread whose fault is PeerError."""
+    unet, pid = model.use("unet"), process(model).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+
+    def call() -> None:
+        with pytest.raises(PeerError, match="process was ended"):
+            unet.run({spec.name: np.zeros(spec.resolve(SIZES), np.float32) for spec in unet.inputs})
+
+    thread = Thread(target=call, daemon=True)
+    thread.start()
+    end = time.monotonic() + 10
+    while process(model)._process._call is None and time.monotonic() < end:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    return thread
+
+
+def test_closing_does_not_wait_behind_a_call_that_hangs(model: BundleModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_END_SECONDS", 0.3)
+    model.use("text_encoder")
+    thread, pid, begun = hung(model), process(model).pid, time.monotonic()
+    assert pid is not None
+    model.close()
+    thread.join(5)
+    assert time.monotonic() - begun < 5 and not thread.is_alive() and gone(pid)
+
+
+def test_closing_does_not_wait_for_a_process_that_stands_still(
+    model: BundleModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_END_SECONDS", 0.3)
+    model.use("text_encoder")
+    model.use("unet")
+    pid, begun = process(model).pid, time.monotonic()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    model.close()
+    assert time.monotonic() - begun < 5 and gone(pid)
+
+
+def test_a_process_that_is_ended_in_a_call_does_not_wait_for_it(
+    model: BundleModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_END_SECONDS", 0.3)
+    thread, begun = hung(model), time.monotonic()
+    process(model)._process.end()  # type: ignore[union-attr]
+    thread.join(5)
+    assert time.monotonic() - begun < 5 and not thread.is_alive()
+
+
+def test_a_killed_engine_ends_its_call_and_starts_no_more(model: BundleModel) -> None:
+    thread, pid, begun = hung(model), process(model).pid, time.monotonic()
+    assert pid is not None
+    process(model).kill()
+    thread.join(5)
+    assert time.monotonic() - begun < 5 and not thread.is_alive() and gone(pid)
+    with pytest.raises(PeerError, match="was ended"):
+        process(model).restart()
+    model.close()
+    with pytest.raises(PeerError, match="was ended"):
+        model.use("unet")
 
 
 @pytest.mark.slow

@@ -14,10 +14,13 @@ import numpy as np
 from sampling_toy import ToyModel
 
 from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.forms import GenerateForm
+from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
+from diffship.runtimes.serve.order import Order, generate_order
 from diffship.runtimes.serve.server import HttpServer, bind
 from diffship.runtimes.serve.service import Service
-from diffship.runtimes.serve.worker import Served
+from diffship.runtimes.serve.worker import Served, Worker
 from diffship.sampling.generate import Request, generate
 
 POISON = "poison"  # a prompt whose rows come out of the text encoder as NaN-makers
@@ -54,6 +57,43 @@ class HeldModel(ToyModel):
             return made
 
         unet.function, text.function = held, encode
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A loaded worker without a thread, and a clock."""
+
+    def __init__(self, model: ToyModel | None = None, **options: Any) -> None:
+        self.clock = Clock()
+        self.model = model or ToyModel()
+        self.worker = Worker(Served("toy", self.model), ServeOptions(**options), clock=self.clock)
+        self.worker.load()
+        self.model.runners["unet"].calls.clear()
+
+    def put(self, prompt: str = "cat", deadline: float = 60.0, **words: Any) -> Generation:
+        form = GenerateForm(prompt=prompt, response="json", **words)
+        return self.submit(generate_order(form, self.model), deadline)
+
+    def submit(self, order: Order, deadline: float = 60.0) -> Generation:
+        generation = Generation("toy", order, self.clock.now + deadline, self.clock)
+        self.worker.submit(generation)
+        return generation
+
+    def finish(self) -> int:
+        turns = 0
+        while self.worker.turn():
+            turns += 1
+        return turns
+
+    def rows(self) -> list[int]:
+        return [call["sample"][0] for call in self.model.runners["unet"].calls]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from sampling_toy import ToyModel
 from serve_toy import POISON, HeldModel, ask, drawn_alone, toy_service, until
 
 from diffship.runtimes.handoff.pair import ModelFacts, check_pair
-from diffship.runtimes.serve.answers import headers_of
+from diffship.runtimes.serve.answers import event, headers_of, json_bytes
 from diffship.runtimes.serve.app import Follower, application, events
 from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
@@ -217,6 +217,30 @@ def test_models_say_what_is_legal() -> None:
     facts = ModelFacts.from_json(entry["facts"])
     assert facts.family == ToyModel().family and facts.scheduler["_class_name"] == "DDIMScheduler"
     assert check_pair([facts, ToyModel()]) == ()
+
+
+def strict(text: str | bytes) -> Any:
+    """Raises ValueError where it holds what JSON has no word for."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_what_json_cannot_hold_is_left_out_of_the_facts() -> None:
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf")}
+    model = ToyModel(**scheduler, odd={"a": [1.0, float("nan")]})
+    with toy_service(model) as service:
+        answer = ask(service, "GET", "/v1/models")
+    assert answer.status_code == 200
+    facts = ModelFacts.from_json(strict(answer.content)["data"][0]["facts"])
+    assert "lambda_min_clipped" not in facts.scheduler and facts.scheduler["odd"] == {"a": [1.0, None]}
+    assert check_pair([facts, model]) == () == check_pair([model, facts])
+
+
+def test_events_and_errors_are_strict_json() -> None:
+    strict(event("result", {"settings": {"guidance": float("inf")}}).split(b"data: ")[1])
+    assert (
+        json_bytes({"a": float("inf"), "b": [float("nan"), (1.5, "x")], "c": None})
+        == b'{"b": [null, [1.5, "x"]], "c": null}'
+    )
 
 
 def test_several_models_by_name() -> None:

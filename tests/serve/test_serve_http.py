@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
@@ -154,6 +154,23 @@ def test_case_29_other_clients_go_on_beside_slow_ones() -> None:
         assert time.monotonic() - begin < 4
         for other in slow:
             other.close()
+
+
+def test_case_29_idle_connections_do_not_keep_the_others_out() -> None:
+    model = HeldModel()
+    with toy_server(model, connections=8) as (url, _), ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        model.gate.clear()
+        job = pool.submit(httpx.post, f"{url}/v1/generate", json={"prompt": "cat", "steps": 1}, timeout=30)
+        assert model.in_call.wait(10)
+        idle = [stack.enter_context(connect(url)) for _ in range(20)]
+        idle[-1].sendall(b"GET /live HTTP/1.1\r\nHost: lo")
+        answer = httpx.get(f"{url}/live")
+        assert answer.status_code == 200 and answer.headers["x-request-id"]
+        assert answer_of(idle[0]) == b"", "whoever has been idle for longest had to go"
+        idle[-1].sendall(b"calhost\r\n\r\n")
+        assert b" 200 " in idle[-1].recv(65536)
+        model.gate.set()
+        assert job.result().status_code == 200, "and not who is being answered"
 
 
 def test_a_token_over_the_wire() -> None:

@@ -173,6 +173,21 @@ def test_case_34_a_killed_engine_is_a_503_and_the_server_goes_on(tiny_bundle: Pa
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the child in /proc")
+def test_case_33_an_engine_that_hangs_does_not_keep_a_stopped_server(tiny_bundle: Path) -> None:
+    words = ["-m", "diffship", "serve", f"toy={tiny_bundle}", "--port", "0", "--grace", "0.5", "--option", "threads=1"]
+    with child(*words) as (process, url), ThreadPoolExecutor(1) as pool:
+        engine = engine_of(process.pid)
+        job = pool.submit(post, url, steps=150)
+        until(lambda: under_way(url, 1, 0))
+        os.kill(engine, signal.SIGSTOP)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 4 and time.monotonic() - begun < 15
+        assert job.result() == 503 and not Path(f"/proc/{engine}").exists()
+
+
 def test_case_34_a_model_that_breaks_ends_the_process_with_its_reason() -> None:
     before = signal.getsignal(signal.SIGTERM)
     said: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sampling_toy import ToyModel
-from serve_toy import POISON, HeldModel, drawn_alone, until
+from serve_toy import POISON, Bench, Clock, HeldModel, drawn_alone, until
 
 from diffship.core.errors import (
     BusyError,
@@ -21,48 +21,15 @@ from diffship.core.errors import (
     RunnerError,
     UnsupportedError,
 )
+from diffship.runtimes.serve.admission import Busy
 from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ResumeForm
 from diffship.runtimes.serve.jobs import ConflictError, Generation, Kept, Progress
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Drawn, generate_order, handoff_order, resume_order
 from diffship.runtimes.serve.restarts import Restarts
-from diffship.runtimes.serve.worker import Busy, Served, Worker
+from diffship.runtimes.serve.worker import Served, Worker
 from diffship.sampling.generate import Request, start
 from diffship.sampling.wire import pack
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Bench:
-    """A loaded worker without a thread, and a clock."""
-
-    def __init__(self, model: ToyModel | None = None, **options: Any) -> None:
-        self.clock = Clock()
-        self.model = model or ToyModel()
-        self.worker = Worker(Served("toy", self.model), ServeOptions(**options), clock=self.clock)
-        self.worker.load()
-        self.model.runners["unet"].calls.clear()
-
-    def put(self, prompt: str = "cat", deadline: float = 60.0, **words: Any) -> Generation:
-        order = generate_order(GenerateForm(prompt=prompt, response="json", **words), self.model)
-        generation = Generation("toy", order, self.clock.now + deadline, self.clock)
-        self.worker.submit(generation)
-        return generation
-
-    def finish(self) -> int:
-        turns = 0
-        while self.worker.turn():
-            turns += 1
-        return turns
-
-    def rows(self) -> list[int]:
-        return [call["sample"][0] for call in self.model.runners["unet"].calls]
 
 
 def test_requests_share_calls_and_give_the_pictures_of_generate() -> None:

@@ -21,6 +21,7 @@ from diffship.runtimes.isolated.frames import receive, send
 CALL_SECONDS = 600.0  # also for opening a file: the longest deadline that a request may have
 _END_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+_ENDED = "the engine's process was ended"
 
 
 class IsolatedEngine:
@@ -39,16 +40,17 @@ class IsolatedEngine:
         self._call_seconds = call_seconds
         self._lock = threading.RLock()
         self._process: _Process | None = None
+        self._killed = False
         self._sessions: dict[int, _Session] = {}
         self._count = 0
 
     def open(self, files: Sequence[Path]) -> Session:
         """As `Opener.open`; further raises PeerError where the process dies of it."""
         with self._lock:
-            self._process = self._process or _Process(self._command, self._call_seconds)
+            process = self._process or self._start()
             self._count += 1
             session = _Session(self, self._count, [str(Path(file).absolute()) for file in files])
-            session.open(self._process)
+            session.open(process)
             self._sessions[self._count] = session
             return session
 
@@ -71,25 +73,36 @@ class IsolatedEngine:
         with self._lock:
             if self._process is not None:
                 self._process.end()
-            self._process = _Process(self._command, self._call_seconds)
+            process = self._start()
             try:
                 for session in self._sessions.values():
-                    session.open(self._process)
+                    session.open(process)
             except BaseException:
-                self._process.end()  # half opened it would count as alive, and as ready
+                process.end()  # half opened it would count as alive, and as ready
                 raise
 
+    def kill(self) -> None:
+        """End the process at once and for good: a call that is under way in another thread raises PeerError."""
+        self._killed = True  # before the look at the process: one that starts meanwhile sees it
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self, session: _Session) -> None:
-        """Forget a session; the process ends with the last one."""
+        """Forget a session; the process ends with the last one, and by force where it is long in a call."""
+        busy = self._process
+        if busy is not None:
+            busy.settle()  # whoever is in a call may hold our lock too
         with self._lock:
-            if self._sessions.pop(session.number, None) is None or self._process is None:
+            process = self._process
+            if self._sessions.pop(session.number, None) is None or process is None:
                 return
             if not self._sessions:
-                self._process.end()
+                process.end()
                 self._process = None
                 return
         with suppress(PeerError):
-            self.ask({"do": "close", "session": session.number})
+            process.ask({"do": "close", "session": session.number}, seconds=_END_SECONDS)
 
     def ask(self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
         """The arrays of an answer. Raises PeerError, and what the engine raises."""
@@ -97,6 +110,15 @@ class IsolatedEngine:
         if process is None:
             raise RunnerError("the model is closed; open it again")
         return process.ask(header, arrays)[1]
+
+    def _start(self) -> _Process:
+        """A process in place of the one there was. Raises PeerError: it was ended for good."""
+        if self._killed:
+            raise PeerError(_ENDED)
+        process = self._process = _Process(self._command, self._call_seconds)
+        if self._killed:  # since we looked
+            process.kill()
+        return process
 
 
 class _Session:
@@ -132,7 +154,7 @@ class _Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child.environment()
         )
         self._seconds = seconds
-        self._since: float | None = None  # when the call that is under way began
+        self._call: tuple[float, float] | None = None  # the one under way: when it began, what it may take
         self._lock = threading.Lock()
         self._reason = ""
         # one thread for all calls: to start one for each takes longer than a small call does
@@ -146,26 +168,40 @@ class _Process:
         return not self._reason and self._process.poll() is None
 
     def ask(
-        self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()
+        self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = (), seconds: float | None = None
     ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The answer; it is waited for `seconds` at most, by default what every call may take."""
         with self._lock:
             if self._reason:
                 raise PeerError(self._reason)
-            self._since = time.monotonic()
+            self._call = time.monotonic(), self._seconds if seconds is None else seconds
             try:
                 send(self._stream("stdin"), header, arrays)
                 answer, made = receive(self._stream("stdout"))
             except (OSError, EOFError, ValueError) as fault:
                 raise PeerError(self._gone(fault)) from None
             finally:
-                self._since = None
+                self._call = None
         if "error" in answer:
             raise child.restored(answer["error"], str(answer["message"]), RunnerError)
         return answer, made
 
+    def settle(self) -> None:
+        """Let the call that is under way end, if any, and end the process where that takes long."""
+        if self._lock.acquire(timeout=_END_SECONDS):
+            self._lock.release()
+        else:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once; a call that is under way raises PeerError."""
+        self._reason = self._reason or _ENDED
+        self._process.kill()
+
     def end(self) -> None:
         """Close it, by force if it does not end by itself."""
-        self._reason = self._reason or "the engine's process was ended"
+        self._reason = self._reason or _ENDED  # no call begins any more
+        self.settle()  # a stream that is read cannot be closed
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with suppress(OSError):
@@ -180,9 +216,9 @@ class _Process:
         """End the process when a call takes too long."""
         while self.alive():
             time.sleep(min(_LOOK_SECONDS, self._seconds / 4))
-            since = self._since
-            if since is not None and time.monotonic() - since > self._seconds:
-                self._reason = f"the engine's process was ended: a call took more than {self._seconds:g} s"
+            call = self._call
+            if call is not None and time.monotonic() - call[0] > call[1]:
+                self._reason = f"the engine's process was ended: a call took more than {call[1]:g} s"
                 self._process.kill()
 
     def _gone(self, fault: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,11 +56,32 @@ def refusal_of(fault: Exception) -> Refusal:
     return Refusal(500, "failed", "the model failed on this request; the server's log has the reason under its id")
 
 
+def json_bytes(content: object) -> bytes:
+    """Strict JSON, whatever a model's files say: a field whose number is infinite or none is left out."""
+    try:
+        return json.dumps(content, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False).encode()
+
+
+def _finite(value: object) -> object:
+    """Without such fields; within a list, where places count, null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(field) for key, field in value.items() if not _unwritable(field)}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if _unwritable(value) else value
+
+
+def _unwritable(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def error_body(refusal: Refusal, name: str) -> bytes:
     """`name` is the request's id."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     error = {"code": refusal.code, "type": kind, "message": refusal.message, "request_id": name}
-    return json.dumps({"error": error}).encode()
+    return json_bytes({"error": error})
 
 
 def result_document(generation: Generation, drawn: Drawn) -> dict[str, Any]:
@@ -111,7 +133,7 @@ def seconds_of(generation: Generation) -> dict[str, float]:
 
 def event(name: str, content: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(content)}\n\n".encode()
+    return f"event: {name}\ndata: {json_bytes(content).decode()}\n\n".encode()
 
 
 def progress_event(made: Progress) -> bytes:

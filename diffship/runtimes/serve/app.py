@@ -19,6 +19,7 @@ from diffship.runtimes.serve.answers import (
     error_body,
     event,
     headers_of,
+    json_bytes,
     openai_document,
     progress_event,
     refusal_of,
@@ -327,7 +328,7 @@ async def _document(generation: Generation, drawn: Drawn) -> Response:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return fastapi.Response(json.dumps(content), status, headers, "application/json")
+    return fastapi.Response(json_bytes(content), status, headers, "application/json")
 
 
 def _error(request: Request, refusal: Refusal) -> Response:

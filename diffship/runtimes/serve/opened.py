@@ -63,6 +63,7 @@ def _served(stack: ExitStack, name: str, source: str, engine: str | None, option
         engine=model.engine,
         alive=process.alive,
         restart=process.restart,
+        kill=process.kill,
     )
 
 

@@ -34,7 +34,8 @@ class Order:
     """`calls` are those that each of `images` still needs, `shape` is that of its latents (channels, height, width).
 
     `until` is the call to stop before (None: the end). `deadline` in seconds, None for the server's.
-    `previews`: one every so many calls, 0 for none. `warnings` are for the client.
+    `previews`: one every so many calls, 0 for none. `warnings` are for the client. `encodes`, `decodes`: whether it
+    begins with text to encode and ends with pictures to decode, which is what takes time there.
     """
 
     begin: Callable[[Model], list[Trajectory]]
@@ -46,6 +47,8 @@ class Order:
     deadline: float | None = None
     previews: int = 0
     warnings: tuple[str, ...] = ()
+    encodes: bool = True
+    decodes: bool = True
 
     def goal(self, trajectory: Trajectory) -> int:
         return trajectory.calls if self.until is None else min(self.until, trajectory.calls)
@@ -84,6 +87,7 @@ def handoff_order(form: HandoffForm, model: Model) -> Order:
         shape=settled.latent_shape,
         until=form.split,
         deadline=form.deadline_seconds,
+        decodes=False,
     )
 
 
@@ -110,6 +114,8 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
         deadline=form.deadline_seconds,
         previews=form.previews,
         warnings=warnings,
+        encodes=trajectory.positive is None and not trajectory.done,
+        decodes=form.until is None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from diffship.runtimes.serve.order import Order
 
 _BLEND = 0.2  # weight of the newest measurement
+_MOST = 2.0  # times the known pace that one measurement counts for: a stall is no pace
 
 
 @dataclass
@@ -19,10 +20,9 @@ class Pace:
 
     def learn(self, name: str, seconds: float) -> None:
         known = getattr(self, name)
-        setattr(self, name, known + _BLEND * (seconds - known) if known else seconds)
-
-    def seconds(self, images: int, calls: int) -> float:
-        return images * (self.begin + calls * self.call + self.end)
+        if known:
+            seconds = known + _BLEND * (min(seconds, _MOST * known) - known)
+        setattr(self, name, seconds)
 
 
 class Paces:
@@ -36,10 +36,16 @@ class Paces:
 
     def seconds(self, order: Order) -> float:
         """What the whole of it takes."""
-        return self.of(order).seconds(order.images, order.calls)
+        begin = order.images * self.of(order).begin if order.encodes else 0.0
+        return begin + self.seconds_left(order, order.images, order.images * order.calls)
+
+    def seconds_left(self, order: Order, images: int, calls: int) -> float:
+        """What is left once it is encoded: `calls` of all `images` together."""
+        pace = self.of(order)
+        return calls * pace.call + (images * pace.end if order.decodes else 0.0)
 
     def listed(self, factor: int) -> list[dict[str, float]]:
-        """What has been measured, by size in pixels (`factor` a latent): ms an image to encode, of a call, to end."""
+        """What has been measured, by size in pixels (`factor` a latent): ms an image to encode, a call, to decode."""
         return [
             {
                 "width": shape[-1] * factor,
@@ -49,5 +55,5 @@ class Paces:
                 "end_ms": round(1000 * pace.end, 3),
             }
             for shape, pace in list(self._known.items())
-            if pace.begin
+            if pace.begin or pace.call or pace.end
         ]

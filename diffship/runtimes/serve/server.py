@@ -78,7 +78,7 @@ class HttpServer:
         self._listener = listener
         config = uvicorn.Config(
             app,
-            http=_protocol(options.header_seconds),
+            http=_protocol(options.header_seconds, options.connections),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -172,8 +172,8 @@ def _loopback(host: str) -> bool:
 
 
 @cache
-def _protocol(header_seconds: float) -> Any:
-    """uvicorn's HTTP over h11, and a clock for headers that come byte by byte, which it lacks."""
+def _protocol(header_seconds: float, connections: int) -> Any:
+    """uvicorn's HTTP over h11, and what it lacks: a clock for headers that come byte by byte, a place beside idlers."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -181,17 +181,31 @@ def _protocol(header_seconds: float) -> Any:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._late = self.loop.call_later(header_seconds, self._hang_up)
+            self._asked = self.loop.time()  # or, before the first request, when it came
+            self._make_place()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
                 self._late.cancel()
+                self._asked = self.loop.time()
             elif self._late.cancelled():  # the first bytes of the connection's next request
                 self._late = self.loop.call_later(header_seconds, self._hang_up)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._late.cancel()
             super().connection_lost(exc)
+
+        def _make_place(self) -> None:
+            """Hang up on whoever has asked for nothing for longest: idle clients must not keep the others out."""
+            others: list[Any] = [other for other in self.connections if not other.transport.is_closing()]
+            idle = [other for other in others if other is not self and other.unused()]
+            if idle and len(others) >= connections:
+                min(idle, key=lambda other: other._asked)._hang_up()
+
+        def unused(self) -> bool:
+            """No request of it is being read or answered."""
+            return self.cycle is None or self.cycle.response_complete
 
         def _hang_up(self) -> None:
             if not self.transport.is_closing():

@@ -13,7 +13,7 @@ from diffship.runtimes.serve.jobs import Clock, Generation, Kept, Listener
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Order
-from diffship.runtimes.serve.worker import BROKEN, READY, Served, Worker
+from diffship.runtimes.serve.worker import BROKEN, READY, STOP_SECONDS, Served, Worker
 
 
 class Service:
@@ -123,8 +123,12 @@ class Service:
         return True
 
     def close(self) -> None:
+        """Stop every worker; all of them together have the time that one would."""
+        end = time.monotonic() + STOP_SECONDS
         for worker in self.workers.values():
-            worker.stop()
+            worker.cut_off()
+        for worker in self.workers.values():
+            worker.stop(max(end - time.monotonic(), 0.0))
 
     def _accept(self, worker: Worker, order: Order, listener: Listener | None) -> Generation:
         name = worker.served.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
+from diffship.runtimes.serve.admission import Busy, Crowd
 from diffship.runtimes.serve.batcher import Batcher, Strand
 from diffship.runtimes.serve.jobs import Clock, Generation, Progress
 from diffship.runtimes.serve.metrics import Metrics
@@ -26,6 +26,8 @@ from diffship.sampling.request import Request
 LOADING, READY, RESTARTING, BROKEN = "loading", "ready", "restarting", "broken"
 DRAINING, STOPPED = "draining", "stopped"
 LOG = logging.getLogger("diffship.serve")
+STOP_SECONDS = 5.0  # what a stopping worker's call may still take
+_KILLED_SECONDS = 2.0  # until a thread notices that its engine was ended
 _LOAD_SECONDS = 5.0  # what a client waits before it asks again while the model loads
 _LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 
@@ -34,7 +36,8 @@ _LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 class Served:
     """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap.
 
-    `alive()`: its engine's process has not died, where it has one of its own; `restart()` makes another.
+    Where its engine has a process of its own: `alive()`: that has not died; `restart()` makes another; `kill()` ends it
+    for good, also in the middle of a call.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Served:
     engine: str = ""
     alive: Callable[[], bool] = lambda: True
     restart: Callable[[], None] = lambda: None
+    kill: Callable[[], None] = lambda: None
 
 
 class Worker:
@@ -99,7 +103,7 @@ class Worker:
     def backlog(self) -> float:
         """Seconds until all that is here is done, by the pace so far; 0 while nothing is known."""
         with self._wake:
-            return self._backlog()
+            return self._crowd().seconds(self._paces)
 
     def paces(self) -> list[dict[str, float]]:
         """What has been measured, by size."""
@@ -120,16 +124,25 @@ class Worker:
         for generation in refused:
             generation.fail(BusyError("the server is stopping; ask another, or later"))
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """Fail what runs, end the thread after the call it is in, and free the model."""
+    def cut_off(self) -> None:
+        """Fail what runs, and end the thread after the call it is in."""
         self.drain()
         with self._wake:
             self.state = STOPPED
             self._wake.notify_all()
         for generation in list(self._running):
             generation.fail(BusyError("the server stopped before it was done"))
-        if self._thread is not None:
-            self._thread.join(timeout)
+
+    def stop(self, timeout: float = STOP_SECONDS) -> None:
+        """Cut off what runs and free the model; a call that goes on for longer than `timeout` ends with its engine."""
+        self.cut_off()
+        if self._thread is None:
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            LOG.error("%s: its engine does not answer; it is ended", self.served.name)
+            self.served.kill()
+            self._thread.join(_KILLED_SECONDS)
 
     # what the worker's thread does
 
@@ -169,8 +182,9 @@ class Worker:
             while self._wait():
                 self.turn()
         except Exception as fault:
-            self._break(fault)
-            heard(self)
+            if self.state != STOPPED:  # else it is what being stopped did to it
+                self._break(fault)
+                heard(self)
         self.served.model.close()
 
     def _revive(self) -> None:
@@ -192,13 +206,12 @@ class Worker:
 
     def _until_due(self) -> bool:
         """Wait for the next start, while deadlines pass; False when there will be none."""
-        while (left := self._restarts.wait()) > 0:
+        while self.state != STOPPED and (left := self._restarts.wait()) > 0:
             self._drop()
             with self._wake:
-                if self.state == STOPPED:
-                    return False
-                self._wake.wait(min(left, _LATE_SECONDS))
-        return True
+                if self.state != STOPPED:
+                    self._wake.wait(min(left, _LATE_SECONDS))
+        return self.state != STOPPED
 
     def _become(self, state: str, before: str) -> None:
         with self._wake:
@@ -224,36 +237,10 @@ class Worker:
         """Raises BusyError with what the client should know; holds the lock."""
         if self.state != READY:
             raise Busy(f"the model is {self.state}; ask again later", _LOAD_SECONDS)
-        wait, own = self._backlog(), self._paces.seconds(generation.order)
-        if self._without_room(generation) > self._options.queue:
-            raise Busy(f"the queue is full: {self._options.queue} requests wait", wait)
-        if wait + own > generation.seconds_left():
-            raise Busy(
-                f"the queue needs {wait:.1f} s and this request {own:.1f} s; its deadline is in "
-                f"{generation.seconds_left():.1f} s",
-                wait,
-            )
+        self._crowd().require_room(generation, self._paces, self._options)
 
-    def _backlog(self) -> float:
-        seconds = sum(self._paces.seconds(generation.order) for generation in self._waiting if not generation.ended)
-        for generation, strands in list(self._running.items()):
-            pace = self._paces.of(generation.order)
-            seconds += sum(max(s.goal - s.trajectory.step, 0) * pace.call + pace.end for s in strands)
-        return seconds
-
-    def _without_room(self, last: Generation) -> int:
-        """How many wait, with `last`, once every one that a batch has room for is taken; holds the lock.
-
-        As a batch holds images of one size, all sizes together get the room of one: what runs is bounded too.
-        """
-        room = self._options.batch
-        room -= sum(generation.order.images for generation in list(self._running) if not generation.ended)
-        queued = 0
-        for generation in (*self._waiting, last):
-            if not generation.ended:
-                room -= min(generation.order.images, self._options.batch)
-                queued += room < 0
-        return queued
+    def _crowd(self) -> Crowd:
+        return Crowd.of(self._waiting, self._running)
 
     def _drop(self) -> None:
         """Forget what was cancelled, and what is late."""
@@ -300,7 +287,8 @@ class Worker:
         except Exception as fault:
             self._fail(generation, fault)
             return []
-        self._paces.of(order).learn("begin", (self._clock() - since) / len(trajectories))
+        if order.encodes:
+            self._paces.of(order).learn("begin", (self._clock() - since) / len(trajectories))
         strands = [Strand(made, order.goal(made), generation, place) for place, made in enumerate(trajectories)]
         self._running[generation] = strands
         self._opened().add(strand for strand in strands if not strand.arrived)
@@ -313,7 +301,8 @@ class Worker:
         self._calling = None
         if moved:
             seconds = self._clock() - since
-            self._paces.of(moved[0].owner.order).learn("call", seconds / len(moved))
+            if self.served.alive() and all(strand.fault is None for strand in moved):  # else it is no pace
+                self._paces.of(moved[0].owner.order).learn("call", seconds / len(moved))
             self._metrics.observe("diffship_model_call_images", len(moved), model=self.served.name)
             self._metrics.observe("diffship_model_call_seconds", seconds, model=self.served.name)
         return moved
@@ -341,7 +330,8 @@ class Worker:
             if not generation.ended:
                 drawn = generation.order.end(self.served.model, [strand.trajectory for strand in strands])
                 generation.finish(drawn)
-                self._paces.of(generation.order).learn("end", (self._clock() - since) / len(strands))
+                if generation.order.decodes:
+                    self._paces.of(generation.order).learn("end", (self._clock() - since) / len(strands))
         except Exception as fault:
             self._fail(generation, fault)
         else:
@@ -369,14 +359,6 @@ class Worker:
         if self._batcher is None:
             raise RunnerError(f"{self.served.name} is not loaded")
         return self._batcher
-
-
-class Busy(BusyError):
-    """No capacity; `after` is when to ask again, in whole seconds."""
-
-    def __init__(self, message: str, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.after = max(1, min(math.ceil(wait), 60))
 
 
 def _progress(strands: Iterable[Strand], previews: tuple[bytes, ...] = ()) -> Progress:
