@@ -34,8 +34,8 @@ def compress(
     one writes.
 
     Raises:
-        ConfigError: no pass is given, the place is taken, or the job's folder lies in it.
-        SourceError: the source cannot be read.
+        ConfigError: no pass is given, the place is taken, the job's folder lies in it, or an option is not legal here.
+        SourceError: the source, or a file that a pass names, cannot be read.
         UnsupportedError: a pass does not fit what the passes before it make, or the disk is too small.
     """
     from diffship.compression.outline import outlines, settled

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from diffship import __version__
 from diffship.cli.main import parse
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,18 @@ def test_unmarked_blocks_hold_only_commands_that_are_run(page: Path) -> None:
         if block["kind"] in ("sh", "powershell") and not block["why"]:
             lines = [line for line in block["body"].splitlines() if line.strip() and not line.startswith("#")]
             assert all(line.startswith("diffship ") for line in lines), lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_wheels_that_pages_name_are_of_this_version(page: Path) -> None:
+    for version in re.findall(r"diffship-([^-\s]+)-py3-none-any\.whl", page.read_text(encoding="utf-8")):
+        assert version == __version__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_module_commands_name_modules_that_are_there(page: Path) -> None:
+    for module in re.findall(r"python -m (diffship\.[\w.]+)", page.read_text(encoding="utf-8")):
+        assert importlib.util.find_spec(module) is not None, module
 
 
 @pytest.mark.slow

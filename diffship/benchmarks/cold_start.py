@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
 from diffship.core.row import Row
@@ -60,7 +61,7 @@ def run(python: str, bundle: Path, steps: int, runs: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", required=True)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

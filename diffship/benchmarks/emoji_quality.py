@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.judging import RANKS, Bench, Judging, ask, figure_rows
 from diffship.benchmarks.quality import hits, nearest
 from diffship.benchmarks.record import write_result
@@ -137,4 +138,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

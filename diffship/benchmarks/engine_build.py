@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.record import write_result
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
@@ -100,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

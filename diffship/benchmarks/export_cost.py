@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
 from diffship.core.row import Row
@@ -116,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

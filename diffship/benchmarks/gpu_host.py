@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.case import label
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.record import read_result, write_result
 from diffship.core import child
@@ -198,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    enter(main)

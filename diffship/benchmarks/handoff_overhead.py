@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.record import write_result
 from diffship.benchmarks.serving import server
 from diffship.core.errors import RunnerError
@@ -138,7 +139,7 @@ def _row(plan: Plan, metric: str, values: Sequence[float], unit: str, embeddings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--split", type=int, nargs=2, default=(10, 15), metavar=("CLOUD", "HERE"))
     parser.add_argument("--size", type=int, help="pixels (default: the model's)")
     parser.add_argument("--rounds", type=int, default=20)
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.benchmarks.bootstrap import interval
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
 from diffship.core.atomic import write_file
@@ -248,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
 from diffship.core.bundle import Bundle
@@ -83,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
 from diffship.core.bundle import Bundle
@@ -50,7 +51,7 @@ def _measured(subject: str, words: Sequence[str]) -> Measured:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -66,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

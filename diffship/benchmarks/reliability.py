@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.fault_proxy import fault_proxy
 from diffship.benchmarks.record import write_result
 from diffship.benchmarks.serving import server
@@ -237,7 +238,7 @@ def _counts(subject: str, metric: str, good: int, tried: int, reason: str) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--out", type=Path)
     words = parser.parse_args(argv)
     rows = run(words.bundle, lambda text: print(text, file=sys.stderr, flush=True))
@@ -250,4 +251,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    enter(main)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffship.benchmarks.entry import enter
 from diffship.benchmarks.record import Results, read_result, save
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
@@ -73,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.process import family, resident_bytes
 from diffship.benchmarks.record import write_result
 from diffship.core.errors import RunnerError
@@ -316,7 +317,7 @@ def _require_ok(answers: Sequence[Answer]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=30.0, help="of every phase and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -335,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

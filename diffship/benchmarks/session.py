@@ -152,7 +152,8 @@ class Session:
         )
         self._progress(f"prepare {target}", 0, 1)
         text = json.dumps(asdict(order))
-        done = measure([sys.executable, "-m", "diffship.benchmarks.materials", text], self._settings.timeout, told())
+        command = [sys.executable, "-m", "diffship.benchmarks.materials", text]
+        done = measure(command, self._settings.timeout, told(offline=False))  # a hub id is fetched here, if ever
         try:
             document = done.document()
         except ValueError:

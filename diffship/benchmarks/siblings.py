@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.benchmarks.emoji_quality import draw
+from diffship.benchmarks.entry import enter, named_experiment
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
 from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show, spread_of
 from diffship.benchmarks.record import write_result
@@ -224,7 +225,7 @@ def _digest(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path)
+    parser.add_argument("experiment", type=named_experiment)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--judge", type=Path, default=Path(__file__).parents[1] / "models" / "emoji" / "judge")
@@ -250,4 +251,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

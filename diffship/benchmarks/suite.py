@@ -60,10 +60,15 @@ def read_suite(name: str, folder: Path = FOLDER) -> Suite:
     """
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not name.endswith(".toml") and (not _NAME.match(name) or not path.is_file()):
-        raise ConfigError(
-            f"{unknown('suite', name, sorted(file.stem for file in folder.glob('*.toml')))} (in {folder})"
-        )
+        raise ConfigError(_no_suite(name, folder))
     return parse_suite(read_toml(path, LIMITS.recipe_bytes), path.stem, str(path))
+
+
+def _no_suite(name: str, folder: Path) -> str:
+    if not folder.is_dir():
+        where = f"suite {name[:64]!r} is looked for in {folder.absolute()}, and there is no such folder"
+        return f"{where}: run it in a clone of diffship, or name a .toml file"
+    return f"{unknown('suite', name, sorted(file.stem for file in folder.glob('*.toml')))} (in {folder.absolute()})"
 
 
 def parse_suite(table: Mapping[str, Any], name: str, where: str = "suite") -> Suite:

@@ -20,6 +20,7 @@ from typing import Any
 
 from diffship.benchmarks.case import Case
 from diffship.benchmarks.clock import told
+from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.export_cost import save_source
 from diffship.benchmarks.materials import RANDOM, TRAINED
 from diffship.benchmarks.peers.environments import isolated_path
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace, work: Path) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", default="arch:sd15")
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=named_bundle, required=True)
     parser.add_argument("--subjects", nargs="*", default=OURS)
     parser.add_argument("--optimum-python")
     parser.add_argument("--optimum-bundle", type=Path)
@@ -121,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -6,18 +6,22 @@ import argparse
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.cli.flags import names, numbers
 from diffship.cli.output import Result
-from diffship.cli.progress import Stages
-from diffship.core.errors import ConfigError
+from diffship.cli.places import require_file_place
+from diffship.cli.progress import Stages, say
+from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.lazy import need
 from diffship.core.registry import RUNNERS
 from diffship.core.strict import load, unknown
 
 if TYPE_CHECKING:
+    from diffship.benchmarks.case import Bench
     from diffship.benchmarks.record import Results
     from diffship.benchmarks.suite import Suite
     from diffship.benchmarks.tables import Table
@@ -78,16 +82,17 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.benchmarks.record import read_result, save
 
     file = _output(options)
+    _check_places(options, file)
     if options.merge:
         return _merge(options, [read_result(path) for path in options.merge])
     suite = _suite(options)
     results = _measured(options, suite)
+    writers = _side_files(options, [results], _tables(results))
     if file:
-        save(file, results)
-    _side_files(options, [results], _tables(results))
+        writers.insert(0, partial(save, file, results))
     text = "\n\n".join(table.text() for table in _tables(results) if table.rows)
-    failed = [row for row in results.rows if row.status == "failed"]
-    return Result({"results": results.to_json()}, text, 1 if failed else 0)
+    failed = any(row.status == "failed" for row in results.rows)
+    return Result({"results": results.to_json()}, text, _written(writers) or int(failed))
 
 
 def byte_count(text: str) -> int:
@@ -120,8 +125,25 @@ def _output(options: argparse.Namespace) -> Path | None:
     return named[0] if named else None
 
 
+def _check_places(options: argparse.Namespace, file: Path | None) -> None:
+    """Raises what would keep the results from being written, before anything is measured."""
+    plots, work = (folder and folder / "name" for folder in (options.plots, options.work))
+    places = {
+        "-o" if options.output else "--json": file,
+        "--csv": options.csv,
+        "--markdown": options.markdown,
+        "--plots": plots,
+        "--work": work,
+    }
+    for flag, place in places.items():
+        if place is not None:
+            require_file_place(place, flag)
+    if options.plots is not None:
+        need("matplotlib")
+
+
 def _suite(options: argparse.Namespace) -> Suite:
-    from diffship.benchmarks.case import Bench, engine_of
+    from diffship.benchmarks.case import engine_of
     from diffship.benchmarks.suite import Suite, read_suite
 
     given = {name: value for name in BENCH_FIELDS if (value := getattr(options, name)) is not None}
@@ -135,8 +157,16 @@ def _suite(options: argparse.Namespace) -> Suite:
         for name in found:
             if name not in legal:
                 raise ConfigError(unknown(kind, name, legal))
-    bench = load(Bench, {"targets": tuple(options.targets), **given}, "bench")
-    return Suite("bench", "diffship bench", 3, (bench,), ())
+    return Suite("bench", "diffship bench", 3, (_bench({"targets": tuple(options.targets), **given}),), ())
+
+
+def _bench(given: dict[str, Any]) -> Bench:
+    from diffship.benchmarks.case import Bench
+
+    try:
+        return load(Bench, given, "bench")
+    except ConfigError as fault:  # the verb says whose message it is
+        raise ConfigError(re.sub(r"\Abench(: |\.)", "", str(fault))) from None
 
 
 def _measured(options: argparse.Namespace, suite: Suite) -> Results:
@@ -186,25 +216,43 @@ def _merge(options: argparse.Namespace, files: list[Results]) -> Result:
     if options.targets or options.suite:
         raise ConfigError("--merge reads results; leave targets and --suite out")
     tables = merged(files)
-    _side_files(options, files, list(tables.values()))
+    code = _written(_side_files(options, files, list(tables.values())))
     text = "\n\n".join(f"In {name}:\n{table.text()}" for name, table in tables.items())
     shapes: dict[str, Any] = {
         name: {"head": list(table.head), "rows": [list(row) for row in table.rows], "notes": list(table.notes)}
         for name, table in zip(("koala", "lcm_lora"), tables.values(), strict=True)
     }
-    return Result({"merged": shapes}, text)
+    return Result({"merged": shapes}, text, code)
 
 
-def _side_files(options: argparse.Namespace, files: list[Results], tables: list[Table]) -> None:
+def _side_files(options: argparse.Namespace, files: list[Results], tables: list[Table]) -> list[Callable[[], object]]:
+    """What writes each of them."""
+    from diffship.benchmarks.plots import draw_all
     from diffship.benchmarks.tables import csv_text
+
+    markdown = "\n\n".join(table.markdown() for table in tables if table.rows) + "\n"
+    texts = ((options.csv, csv_text(files)), (options.markdown, markdown))
+    writers: list[Callable[[], object]] = [partial(_write, path, text) for path, text in texts if path]
+    return [*writers, *(partial(draw_all, results, options.plots) for results in files if options.plots)]
+
+
+def _write(path: Path, text: str) -> None:
     from diffship.core.atomic import write_file
 
-    if options.csv:
-        write_file(options.csv, csv_text(files))
-    if options.markdown:
-        write_file(options.markdown, "\n\n".join(table.markdown() for table in tables if table.rows) + "\n")
-    if options.plots:
-        from diffship.benchmarks.plots import draw_all
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text)
 
-        for results in files:
-            draw_all(results, options.plots)
+
+def _written(writers: list[Callable[[], object]]) -> int:
+    """Exit code of writing all that can be written: what was measured is printed, whatever becomes of the files."""
+    code = 0
+    for write in writers:
+        try:
+            write()
+        except DiffshipError as fault:
+            say(f"diffship bench: {fault}")
+            code = code or fault.exit_code
+        except OSError as fault:
+            say(f"diffship bench: {fault.strerror or fault}: {fault.filename}")
+            code = code or 3
+    return code

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffship.cli.output import Result
 from diffship.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from diffship.training.options import TrainOptions
+
 STAGES = ("emoji-data", "emoji-vae", "emoji-unet", "emoji-decoder", "judge", "emoji-pack", "emoji-unpack")
+STEPPED = ("emoji-vae", "emoji-unet", "emoji-decoder", "judge")  # they train, on what emoji-data wrote
+DATA = (
+    "what emoji-data wrote; for emoji-data itself the npm archives, for emoji-pack the runs (-o of the other stages), "
+    "for emoji-unpack a packed family"
+)
 EXAMPLES = """examples:
   diffship train emoji-data --data archives/ --out data/emoji
   diffship train emoji-vae --data data/emoji --out runs/emoji --minutes 60 --threads 1
@@ -30,8 +38,10 @@ STOPPED = "the same command goes on from its last checkpoint"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", choices=STAGES, help=f"one of {', '.join(STAGES)}")
-    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder with metadata.jsonl")
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help=DATA)
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", type=Path, required=True, help="folder of the runs, or the result"
+    )
     for name, (kind, meaning) in NUMBERS.items():
         parser.add_argument(f"--{name}", metavar="N", type=kind, help=meaning)
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="mixed precision (default: no)")
@@ -45,14 +55,37 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.training import commands
     from diffship.training.options import TrainOptions
 
-    if not options.data.is_dir():
-        raise ConfigError(f"--data {str(options.data)!r} is not a folder")
+    _check_data(options.name, options.data)
     chosen = {name: getattr(options, name) for name in ("precision", *NUMBERS)}
     positive("--", chosen)
     given = {name: value for name, value in chosen.items() if value is not None}
-    reached: dict[str, Any] = commands.run(options.name, TrainOptions(data=options.data, out=options.out, **given))
-    text = "\n".join(f"{key}: {value}" for key, value in reached.items())
+    asked = TrainOptions(data=options.data, out=options.out, **given)
+    reached: dict[str, Any] = commands.run(options.name, asked)
+    text = told(reached, _goal(options.name, asked))
     return Result({"stage": options.name, "out": str(options.out), "reached": reached}, text)
+
+
+def _check_data(stage: str, data: Path) -> None:
+    if not data.is_dir():
+        raise ConfigError(f"--data {str(data)!r} is not a folder")
+    if stage in STEPPED and not (data / "metadata.jsonl").is_file():
+        command = f"diffship train emoji-data --data ARCHIVES -o {data}"
+        raise ConfigError(f"--data {str(data)!r} has no metadata.jsonl. Run first: {command}")
+
+
+def _goal(stage: str, options: TrainOptions) -> int:
+    """The steps that a stage is to reach; 0 for one without."""
+    from diffship.training.emoji_stages import schedule
+
+    return schedule(stage.removeprefix("emoji-"), options).steps if stage in STEPPED else 0
+
+
+def told(reached: Mapping[str, Any], goal: int) -> str:
+    """A line for each figure; a stage that stopped before its last step says so."""
+    lines = {key: str(value) for key, value in reached.items()}
+    if goal and int(reached["step"]) < goal:
+        lines["step"] += f" of {goal}; time is up, the same command goes on"
+    return "\n".join(f"{key}: {value}" for key, value in lines.items())
 
 
 def positive(prefix: str, values: dict[str, Any]) -> None:

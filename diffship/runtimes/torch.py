@@ -36,12 +36,13 @@ class TorchRunner:
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
+        from diffship.models.sources import open_source, require_source
+
+        require_source(source)
         for package in ("torch", "diffusers", "transformers"):
             if not installed(package):
                 raise MissingExtra(package, "torch")
         import torch
-
-        from diffship.models.sources import open_source
 
         if self.device not in _devices(torch):
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")

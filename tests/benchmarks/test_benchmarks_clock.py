@@ -46,6 +46,7 @@ def test_the_child_hears_when_it_was_started_and_stays_offline() -> None:
     before = time.time()
     found = told()
     assert before <= float(found[SPAWNED]) <= time.time() and found["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in told(offline=False)  # the process that prepares: only the user's own setting counts
 
 
 def test_a_report_is_one_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

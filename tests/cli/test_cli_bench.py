@@ -68,7 +68,7 @@ def test_json_goes_to_a_file_or_to_stdout(words: list[str], stdout: bool) -> Non
         (["emoji", "--memory-limit", "lots"], "not a number of bytes"),
         (["emoji", "--suite", "gpu"], "leave emoji out"),
         (["--suite", "gpu", "--calls", "3"], "leave --calls out"),
-        (["--suite", "no-such-suite"], "unknown suite"),
+        (["--suite", "no-such-suite"], "there is no such folder: run it in a clone of diffship"),
         (["--merge", "a.json", "-o", "b.json"], "--merge measures nothing"),
         (["emoji", "--json", "a.json", "-o", "b.json"], "give one of them"),
         (["no/such/model", "--rounds", "1", "--no-install"], "does not exist"),
@@ -83,6 +83,50 @@ def test_refusals_are_one_line(
     assert main(["bench", *words]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in err and err.startswith("diffship bench: ")
+
+
+def test_a_refusal_has_the_name_of_the_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffship.cli.main import main
+
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err == "diffship bench: nothing to measure: name a bundle or a source\n"
+    assert main(["bench", "emoji", "--steps", "0"]) == 2
+    assert capsys.readouterr().err.startswith("diffship bench: steps[0] is 0; legal is from 1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "taken"], "-o taken is a folder"),
+        (["--json", "file/r.json"], "--json file/r.json: "),
+        (["--csv", "taken"], "--csv taken is a folder"),
+        (["--markdown", "file/t.md"], "is a file, not a folder"),
+        (["--plots", "file"], "is a file, not a folder"),
+        (["--work", "file"], "is a file, not a folder"),
+    ],
+)
+def test_places_are_checked_before_anything_is_measured(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffship.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setattr("diffship.cli.bench._measured", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "emoji", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plots_need_matplotlib_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffship.cli.main import main
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("diffship.cli.bench._measured", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "emoji", "--plots", str(tmp_path / "plots")]) == 3
+    assert "pip install 'diffship[plots]'" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -103,6 +147,27 @@ def test_merge_joins_files_into_both_forms(files: list[Path], command: Any, tmp_
     assert "2.00 s" in cells and "12.5 s" in cells and "published" in cells
     assert "random weights" in (tmp_path / "t.md").read_text(encoding="utf-8")
     assert len((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_tables_are_printed_and_other_files_written_where_one_cannot_be(
+    files: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffship.cli.main import main
+    from diffship.core import atomic
+
+    def write(path: Path, text: str) -> None:
+        if path.suffix == ".csv":
+            raise OSError(28, "No space left on device", str(path))
+        path.write_text(text, encoding="utf-8")
+
+    monkeypatch.setattr(atomic, "write_file", write)
+    words = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "new" / "t.md")]
+    monkeypatch.setattr("diffship.cli.bench._measured", lambda *_: read_result(files[0]))
+    for start in (["emoji"], ["--merge", *map(str, files)]):
+        assert main(["bench", *start, *words]) == 3
+        said = capsys.readouterr()
+        assert said.err == f"diffship bench: No space left on device: {tmp_path / 't.csv'}\n"
+        assert "2.00 s" in said.out and "| " in (tmp_path / "new" / "t.md").read_text(encoding="utf-8")
 
 
 def test_merge_refuses_older_and_edited_files(files: list[Path], command: Any) -> None:

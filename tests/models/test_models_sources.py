@@ -329,7 +329,8 @@ def test_hub_cache_of_links_is_read_offline_and_its_commit_recorded(
     pipeline = open_source("someone/tiny")
     assert pipeline.source == {"id": "someone/tiny", "revision": commit, "kind": "hub"}
     assert digests(pipeline) == digests(arch("tiny-sd"))
-    with pytest.raises(SourceError, match="no path here, and not in the local hub cache; HF_HUB_OFFLINE"):
+    offline = r"no path here, and not in the local hub cache; HF_HUB_OFFLINE .* a bundle too"
+    with pytest.raises(SourceError, match=offline):
         open_source("someone/absent")
     with pytest.raises(SourceError, match="at v2"):
         open_source("someone/tiny", revision="v2")
@@ -346,6 +347,26 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     with pytest.raises(SourceError, match="does not give it: Unreachable: Name or service not known"):
         open_source("someone/tiny")
+
+
+def test_what_can_be_no_source_is_refused_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffship.models.sources.hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    for text in ("a/b/c", "./nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(SourceError, match=r"does not exist; legal: .*; where a model is run, a bundle too"):
+            open_source(text)
+    (tmp_path / "diffship.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SourceError, match="is a bundle already; export and compress take a source; legal: "):
+        open_source(str(tmp_path))
+
+
+def test_a_mistyped_path_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom diffship.core.errors import SourceError\nfrom diffship.runtimes.torch import TorchRunner\n"
+        "try:\n    TorchRunner().open_model('./out/nix')\nexcept SourceError as fault:\n"
+        "    sys.exit('torch was loaded' if 'torch' in sys.modules else str(fault))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "'./out/nix' does not exist; legal: " in done.stderr and "a bundle too" in done.stderr, done.stderr
 
 
 def test_only_files_that_are_read_are_fetched() -> None:

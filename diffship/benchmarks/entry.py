@@ -1,0 +1,42 @@
+"""What the commands `python -m diffship.benchmarks.NAME` share: how they end, and where they look for what is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from diffship.core.errors import DiffshipError
+
+BUNDLES = Path("out")  # where README and `make demo` put them
+EXPERIMENTS = Path("benchmarks") / "experiments"
+
+
+def enter(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and leave with its exit code; an expected error is one line on stderr, as of the verbs."""
+    name = Path(sys.argv[0]).stem
+    try:
+        code = main() or 0
+    except DiffshipError as fault:
+        print(f"{name}: {str(fault).strip()}", file=sys.stderr)
+        code = fault.exit_code
+    except OSError as fault:
+        print(f"{name}: {fault.strerror or fault}{f': {fault.filename}' if fault.filename else ''}", file=sys.stderr)
+        code = 3
+    raise SystemExit(code)
+
+
+def named_bundle(text: str) -> Path:
+    """A bundle's folder; results record its name alone, which is also found in `out`."""
+    return _nearby(Path(text), BUNDLES)
+
+
+def named_experiment(text: str) -> Path:
+    """An experiment's file; results record its name alone, which is also found in `benchmarks/experiments`."""
+    return _nearby(Path(text), EXPERIMENTS)
+
+
+def _nearby(path: Path, folder: Path) -> Path:
+    bare = path == Path(path.name)
+    return folder / path if bare and not path.exists() and (folder / path).exists() else path
