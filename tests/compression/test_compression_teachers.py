@@ -64,6 +64,7 @@ def test_levels_of_other_widths_are_refused_and_named(name: str, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_scores_hang_on_everything_that_they_are_drawn_with(tmp_path: Path) -> None:
     folder = open_source("arch:tiny-sd").save(tmp_path / "m")
     score = SignificancePass(parameters=0.9, count=2, steps=2, keeps=(0.5,), scores_out=str(tmp_path / "scores.json"))
@@ -124,6 +125,7 @@ def test_hours_of_distillation_grow_with_the_size_of_its_pictures() -> None:
     assert [b / a for a, b in zip(*counts, strict=True)] == [4.0, 4.0]
 
 
+@pytest.mark.slow
 def test_files_that_were_asked_for_are_written_although_a_later_pass_is_done(tmp_path: Path) -> None:
     data = str(pictures_in(tmp_path / "data"))
 
