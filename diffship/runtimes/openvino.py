@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class OpenVinoRunner:
 
     def open(self, files: Sequence[Path]) -> Session:
         """Open `files[0]`, an ONNX file in a bundle (or a stage cut from one) with its data beside it."""
-        core = need("openvino").Core()
+        core = _core()
         try:
             model = core.read_model(str(files[0]))
             # from the file: compiling merges tensors, and then a port may answer to an inner name
@@ -70,11 +71,9 @@ class OpenVinoRunner:
         if not installed("openvino"):
             return Probe(cls.name, False, reason="openvino is not installed", install=install)
         try:
-            module = need("openvino")
-            devices = tuple(device.lower() for device in module.Core().available_devices if device == "CPU")
-            return Probe(
-                cls.name, bool(devices), module.__version__, devices, "" if devices else "no CPU device", install
-            )
+            version = need("openvino").__version__
+            devices = tuple(device.lower() for device in _core().available_devices if device == "CPU")
+            return Probe(cls.name, bool(devices), version, devices, "" if devices else "no CPU device", install)
         except Exception as fault:
             reason = f"openvino does not start: {first_line(fault)}"
             return Probe(cls.name, False, package_version("openvino"), (), reason, install)
@@ -91,6 +90,17 @@ class OpenVinoRunner:
         if self.cache:
             properties["CACHE_DIR"] = self.cache
         return properties
+
+
+@cache
+def _core() -> Any:
+    """One for the process, never given back.
+
+    OpenVINO sets an alternate signal stack for the thread that first asks a core for its devices, and unmaps it with
+    the core. Where another thread lets go of that, the first one keeps a stack that is gone, and the next Ctrl-C is a
+    segmentation fault, for Python's handlers run on it (measured with OpenVINO 2026).
+    """
+    return need("openvino").Core()
 
 
 class _CompiledSession:

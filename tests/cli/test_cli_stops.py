@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +36,7 @@ def usual_handlers() -> Iterator[None]:
 def library_that_fails_of(number: int) -> None:
     """What torch does where a signal falls between two lines of a context manager's exit."""
     try:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     except KeyboardInterrupt:
         raise RuntimeError("trying to pop from empty mode stack") from None
 
@@ -61,7 +63,7 @@ def test_an_error_that_a_signal_caused_is_told_as_the_signal(
 def test_verbs_with_checkpoints_say_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compress, "run", lambda options: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(compress, "run", lambda options: signal.raise_signal(signal.SIGINT))
     assert main(["compress", "emoji"]) == 130
     message = capsys.readouterr().err
     assert message == "diffship compress: interrupted; the same command goes on from its last checkpoint\n"
@@ -93,7 +95,7 @@ def test_a_forked_child_ends_by_the_signal_itself(monkeypatch: pytest.MonkeyPatc
     def run(options: object) -> None:
         child = os.fork()
         if not child:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         raise SystemExit(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 99)
@@ -107,7 +109,7 @@ def test_a_signal_whose_exception_was_lost_is_raised_again_by_the_next_progress(
 ) -> None:
     def run(options: object) -> Result:
         with suppress(KeyboardInterrupt):  # what a native module's start does with it
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         Stages(quiet=True)("step", 1, 2)
         return Result({}, "went on regardless")
 
@@ -118,14 +120,14 @@ def test_a_signal_whose_exception_was_lost_is_raised_again_by_the_next_progress(
 
 
 def test_an_engine_that_was_stopped_while_it_started_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start() -> None:
+    def start(name: str) -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt as stop:
             raise ImportError("initialization failed") from stop
 
-    monkeypatch.setattr("diffship.runtimes.onnxruntime._import", start)
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("diffship.core.lazy.importlib", SimpleNamespace(import_module=start, util=importlib.util))
     with pytest.raises(KeyboardInterrupt):
         OnnxRuntimeRunner.probe()
     monkeypatch.setattr("diffship.runtimes.onnxruntime._import", lambda: exec("raise ImportError('broken')"))
@@ -136,10 +138,10 @@ def test_a_second_signal_while_the_first_is_told_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def say(line: str) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         print(line, file=sys.stderr)
 
-    monkeypatch.setattr(doctor, "run", lambda options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(doctor, "run", lambda options: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr("diffship.cli.main.say", say)
     assert main(["doctor"]) == 143
     assert "terminated" in capsys.readouterr().err
