@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffship.core.bundle import Bundle, FileRecord, write_bundle
+from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
 from diffship.core.errors import ConfigError, MissingExtra, ParityError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.limits import LIMITS, check_range
@@ -79,6 +79,7 @@ def export(
     exporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
+    require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
         plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()

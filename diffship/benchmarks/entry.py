@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffship.core.errors import DiffshipError
+from diffship.core.outcome import outcome
 
 BUNDLES = Path("out")  # where README and `make demo` put them
 EXPERIMENTS = Path("benchmarks") / "experiments"
@@ -18,12 +19,9 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
     name = Path(sys.argv[0]).stem
     try:
         code = main() or 0
-    except DiffshipError as fault:
-        print(f"{name}: {str(fault).strip()}", file=sys.stderr)
-        code = fault.exit_code
-    except OSError as fault:
-        print(f"{name}: {fault.strerror or fault}{f': {fault.filename}' if fault.filename else ''}", file=sys.stderr)
-        code = 3
+    except (DiffshipError, OSError) as fault:
+        _, message, code = outcome(fault)
+        print(f"{name}: {message.strip()}", file=sys.stderr)
     raise SystemExit(code)
 
 

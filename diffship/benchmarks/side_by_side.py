@@ -95,8 +95,9 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
     The floor is `floor_db`, or that of the lower precision where both come from the same weights.
 
     Raises:
-        ConfigError: one takes other inputs than the other.
+        ConfigError: one takes other inputs than the other, or has another vocabulary.
     """
+    _require_same_ids(first, second, part)
     sides = (first, second)
     outputs, taken = [], list[Sequence[TensorSpec]]()
     feeds: dict[str, Array] = {}
@@ -105,7 +106,6 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
         taken.append(runner.inputs)
         if _differ(taken[0], taken[-1]):
             raise ConfigError(f"{part}: {first.name} takes {_told(taken[0])}, {second.name} {_told(taken[1])}")
-        _require_same_ids(first, second, part)
         feeds = feeds or make_feeds(first.model, part, runner.inputs, seed)
         outputs.append({name: as_numpy(value) for name, value in runner.run(feeds).items()})
         entry.model.release(part)

@@ -17,6 +17,7 @@ from diffship.cli.places import require_file_place
 from diffship.cli.progress import Stages, say
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.lazy import need
+from diffship.core.outcome import outcome
 from diffship.core.registry import RUNNERS
 from diffship.core.strict import load, unknown
 
@@ -249,10 +250,8 @@ def _written(writers: list[Callable[[], object]]) -> int:
     for write in writers:
         try:
             write()
-        except DiffshipError as fault:
-            say(f"diffship bench: {fault}")
-            code = code or fault.exit_code
-        except OSError as fault:
-            say(f"diffship bench: {fault.strerror or fault}: {fault.filename}")
-            code = code or 3
+        except (DiffshipError, OSError) as fault:
+            _, message, failed = outcome(fault)
+            say(f"diffship bench: {message}")
+            code = code or failed
     return code

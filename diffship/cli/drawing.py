@@ -25,7 +25,7 @@ from diffship.runtimes.handoff.router import begin as begin_request
 from diffship.runtimes.handoff.router import draw as draw_batch
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
-from diffship.sampling.trajectory import Trajectory
+from diffship.sampling.trajectory import Trajectory, warnings_in
 from diffship.sampling.wire import pack, unpack
 
 MAX_PROMPTS = 256
@@ -101,11 +101,6 @@ def _seed(facts: Mapping[str, Any]) -> int:
     """Facts only label a picture: whatever a trajectory's sender wrote there, it is drawn."""
     seed = facts.get("seed")
     return seed if isinstance(seed, int) and 0 <= seed < 1 << 64 else 0
-
-
-def _warnings(facts: Mapping[str, Any]) -> list[str]:
-    found = facts.get("warnings")
-    return [str(text) for text in found] if isinstance(found, list) else []
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def result(
         height, width = entry.pixels.shape[:2]
         facts = {"file": str(entry.file), "prompt": entry.prompt, "seed": _seed(entry.settings)}
         pictures.append({**facts, "width": width, "height": height, "settings": entry.settings})
-    warnings = list(dict.fromkeys(text for entry in drawn for text in _warnings(entry.settings)))
+    warnings = list(dict.fromkeys(text for entry in drawn for text in warnings_in(entry.settings)))
     for warning in warnings:
         note(f"warning: {warning}")
     document = {

@@ -53,14 +53,11 @@ def _target(words: Sequence[str]) -> str:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from diffship.core.bundle import require_place
-
-    if options.parts is not None and not options.parts:
-        raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
-    require_place(options.output, options.overwrite)  # before torch is imported, which takes seconds
     from diffship.core.job import Job
     from diffship.export import export
 
+    if options.parts is not None and not options.parts:
+        raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
     chosen = given_fields(options, load(EXPORTERS, options.to, "target"))
     with made_parents(options.output), Stages(options.quiet) as stages:
         bundle = export(

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
-from diffship.core.strict import key_value
+from diffship.core.strict import key_text, plain_value
 
 SAMPLERS = "ddim, dpmpp-2m, dpmpp-2m-karras, euler, euler-a, lcm, pndm"  # a test keeps it equal to the table
 
@@ -57,18 +57,16 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def setting(text: str) -> tuple[str, Any]:
     """`key=value`; whole numbers, numbers, true and false become such, everything else stays text."""
-    found = key_value(text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
-    return found
+    key, value = worded(text)
+    return key, plain_value(value)
 
 
 def worded(text: str) -> tuple[str, str]:
     """`key=value` with the value as it was written, for whoever knows what the key takes."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
+    found = key_text(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
-    return key.replace("-", "_"), value
+    return found
 
 
 REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from diffship import __version__
@@ -13,8 +13,8 @@ from diffship.cli import bench, compare, compress, doctor, export, inspect, run,
 from diffship.cli.output import Result, error_document, print_json
 from diffship.cli.progress import say, silence
 from diffship.cli.stops import Stops
-from diffship.core.errors import ConfigError, DiffshipError, MissingExtra
-from diffship.core.lazy import EXTRAS
+from diffship.core.errors import ConfigError
+from diffship.core.outcome import outcome
 from diffship.core.strict import unknown
 
 VERBS = {
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{unknown('verb', arguments[0], parsers)} (diffship --help)")
     if arguments and arguments[0] in parsers:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
-    words, behind = _behind_dashes(arguments)
+    words, behind = _split_at_dashes(arguments, parsers)
     options, rest = parser.parse_known_args(words)
     if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
         # argparse takes positionals in one piece; prompts may also stand behind flags
@@ -103,10 +103,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _behind_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, and the prompts behind it, which may begin with a dash."""
+def _split_at_dashes(arguments: Sequence[str], parsers: Mapping[str, Parser]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and the prompts behind it, which may begin with a dash; without prompts all of it."""
     words = list(arguments)
-    if words[:1] not in (["run"], ["compare"]) or "--" not in words:
+    parser = parsers.get(words[0]) if words else None
+    if "--" not in words or parser is None or "prompts" not in (action.dest for action in parser._actions):
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
@@ -131,21 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if debug and not isinstance(fault, KeyboardInterrupt):
                 traceback.print_exc()
             left = getattr(VERBS.get(verb), "STOPPED", "what was not finished was not kept")
-            told = ("Cancelled", f"{stops.word}; {left}", stops.code) if stopped else _told(fault)
+            told = ("Cancelled", f"{stops.word}; {left}", stops.code) if stopped else outcome(fault)
             return _fail(verb, *told, as_json)
-
-
-def _told(fault: BaseException) -> tuple[str, str, int]:
-    """(kind, one line, exit code) of an error."""
-    if isinstance(fault, DiffshipError):
-        return type(fault).__name__, str(fault), fault.exit_code
-    known = EXTRAS.get((fault.name or "").partition(".")[0]) if isinstance(fault, ModuleNotFoundError) else None
-    if known:
-        return "MissingExtra", str(MissingExtra(*known)), 3
-    if isinstance(fault, (OSError, MemoryError)):
-        return type(fault).__name__, _system_message(fault), 3
-    # a fault of ours: still one line, and how to see the rest
-    return "InternalError", f"internal error: {type(fault).__name__}: {_one_line(fault)}. Run again with --debug", 1
 
 
 def _print(result: Result, verb: str, as_json: bool) -> int:
@@ -169,15 +157,3 @@ def _out(printed: Callable[[], None]) -> None:
         printed()
     except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
         silence(sys.stdout)
-
-
-def _system_message(fault: OSError | MemoryError) -> str:
-    if isinstance(fault, MemoryError):
-        return "out of memory; a smaller --size, fewer --images or --memory low needs less"
-    name = f": {fault.filename}" if fault.filename else ""
-    return f"{fault.strerror or _one_line(fault)}{name}"
-
-
-def _one_line(fault: BaseException) -> str:
-    text = " ".join(str(fault).split())
-    return text if len(text) <= 300 else text[:297] + "..."

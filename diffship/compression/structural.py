@@ -235,7 +235,7 @@ class PrunePass:
         if family.unet_channels != family.latent_channels:
             problems.append(Problem("unet", "gradients of a model that fills masks are not built; use magnitude"))
         try:
-            noise_schedule(pipeline.scheduler)  # has the noise schedule
+            noise_schedule(pipeline.scheduler)
             pictures = self._pictures(pipeline)
             if len(pictures) < self.batch:
                 problems.append(Problem("data", f"batch is {self.batch}; {self.data} has {len(pictures)} pictures"))

@@ -53,14 +53,16 @@ def need(name: str) -> ModuleType:
 
     Raises:
         MissingExtra: it, or an optional package that it stands on, is not installed.
+        KeyboardInterrupt: it was stopped while it started, whatever it made of that.
     """
     try:
         if name.partition(".")[0] in _NEED_TORCH:
             importlib.import_module("torch")
         return importlib.import_module(name)
-    except ModuleNotFoundError as fault:
-        package = (fault.name or "").partition(".")[0]
-        if package not in EXTRAS:
+    except (ImportError, OSError, AttributeError) as fault:
+        _reraise_interrupt(fault)
+        package = (getattr(fault, "name", None) or "").partition(".")[0]
+        if not isinstance(fault, ModuleNotFoundError) or package not in EXTRAS:
             raise
         raise MissingExtra(*EXTRAS[package]) from fault
 
@@ -105,7 +107,7 @@ def _joined(cls: type, real: type) -> type:
     return type(real)(cls.__name__, (cls, real), place)
 
 
-def reraise_interrupt(fault: BaseException) -> None:
+def _reraise_interrupt(fault: BaseException) -> None:
     """Raises KeyboardInterrupt where `fault` came of one: a native module that is stopped while it starts says
     ImportError, which is no sign that it cannot start."""
     seen: BaseException | None = fault

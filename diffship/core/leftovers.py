@@ -113,9 +113,7 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
             return descriptor
-    except BlockingIOError:
-        pass
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     except OSError:  # some network file systems have none
         os.close(descriptor)

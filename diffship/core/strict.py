@@ -21,10 +21,16 @@ def bounds(low: float, high: float) -> dict[str, Any]:
     return {"low": low, "high": high}
 
 
+def key_text(text: str) -> tuple[str, str] | None:
+    """`key-name=1` as ("key_name", "1"); None for anything else."""
+    key, equals, value = text.partition("=")
+    return (key.replace("-", "_"), value) if equals and key else None
+
+
 def key_value(text: str) -> tuple[str, Any] | None:
     """`key-name=1` as ("key_name", 1); None for anything else."""
-    key, equals, value = text.partition("=")
-    return (key.replace("-", "_"), plain_value(value)) if equals and key else None
+    found = key_text(text)
+    return found and (found[0], plain_value(found[1]))
 
 
 def plain_value(text: str) -> Any:

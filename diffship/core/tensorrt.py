@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from diffship.core.errors import ConfigError, DiffshipError, MissingExtra, UnsupportedError
-from diffship.core.lazy import installed, need, reraise_interrupt
+from diffship.core.lazy import installed, need
 
 RTX, TRT = FLAVOURS = ("rtx", "trt")
 # flavour -> modules (the RTX bindings come without the meta package too), the package, its extra
@@ -67,7 +67,6 @@ def library(flavour: str) -> Any:
         except DiffshipError:
             raise
         except (ImportError, OSError) as fault:
-            reraise_interrupt(fault)
             reason = " ".join(str(fault).split())[:240]
             raise UnsupportedError(f"{PACKAGES[flavour]} does not start: {reason}") from None
     raise MissingExtra(PACKAGES[flavour], PACKAGES[flavour])

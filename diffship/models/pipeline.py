@@ -243,9 +243,8 @@ def missing_parts(material: Material) -> list[str]:
 def complete_index(material: Material, family: Family) -> dict[str, Any]:
     """The model_index of what is there; entries and options of the source are kept."""
     index = {key: value for key, value in material.index.items() if not isinstance(value, list)}
-    index.setdefault("_class_name", _pipeline_class(family))
-    if set(material.source.get("left_out", ())) - _OPTIONAL:
-        index["_class_name"] = _pipeline_class(family)  # its own class would miss them
+    if "_class_name" not in index or set(material.source.get("left_out", ())) - _OPTIONAL:
+        index["_class_name"] = _pipeline_class(family)  # its own class would miss what is left out
     for name in TEXT_PARTS if family.name != "sd" else TEXT_PARTS[:1]:
         index[name] = _entry(material, name, "transformers")
         tokenizer = name.replace("text_encoder", "tokenizer")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffship.core.errors import ConfigError, MissingExtra, RunnerError, UnsupportedError
-from diffship.core.lazy import need, reraise_interrupt
+from diffship.core.lazy import need
 from diffship.core.strict import bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.runtimes.onnx_tune import tuned
@@ -115,7 +115,6 @@ class OnnxRuntimeRunner:
             )
             return Probe(cls.name, True, runtime.__version__, devices, conflict=conflict)
         except (ImportError, OSError, AttributeError, MissingExtra) as fault:
-            reraise_interrupt(fault)
             reason = f"onnxruntime does not start: {first_line(fault)}"
             return Probe(cls.name, False, package_version("onnxruntime"), (), reason, install, conflict)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from diffship.core.errors import MissingExtra, UnsupportedError
-from diffship.core.lazy import reraise_interrupt
+from diffship.core.lazy import need
 from diffship.core.strict import bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.sampling.model import Model
@@ -60,9 +60,8 @@ class TorchRunner:
         if missing:
             return Probe(cls.name, False, reason=f"{', '.join(missing)} is not installed", install=install)
         try:
-            import torch
+            torch = need("torch")
         except (ImportError, OSError) as fault:
-            reraise_interrupt(fault)
             return Probe(
                 cls.name, False, package_version("torch"), (), f"torch does not start: {first_line(fault)}", install
             )

@@ -34,6 +34,12 @@ class Origin:
     digests: Mapping[str, str] = field(default_factory=dict)  # of SHARED_PARTS; empty where weights still change
 
 
+def warnings_in(facts: Mapping[str, Any]) -> list[str]:
+    """Of a trajectory's facts, which are the sender's own: what is no list of warnings is none."""
+    found = facts.get("warnings")
+    return [str(text) for text in found] if isinstance(found, list) else []
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One image after `step` of `sampler.calls(steps)` model calls; latents are (channels, height, width) float32.

@@ -21,6 +21,7 @@ from diffship.training.diffusion import (
 from diffship.training.loop import Schedule, leave, load_average, train
 from diffship.training.pictures import Pictures
 from diffship.training.preview import draw, save_grid
+from diffship.training.saving import save_tensors
 from diffship.training.vae import VAE_CONFIG, VaeTask, psnr
 from diffship.training.vocabulary import CONTEXT, train_vocabulary
 
@@ -199,7 +200,7 @@ def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latent
                 stds.append(posterior.std)
         folder.mkdir(parents=True, exist_ok=True)
         made = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
-        tensor_file.save_file(made, cache, {"of": digest})
+        save_tensors(tensor_file.save_file, made, cache, {"of": digest})
     held = tensor_file.load_file(cache)
     factor = scaling_factor(held["mean"])
     names = {name: i for i, name in enumerate(sorted({record["concept"] for record in pictures.records}))}

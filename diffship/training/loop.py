@@ -305,7 +305,7 @@ def save_start(state: Path, modules: Mapping[str, nn.Module]) -> None:
     parameters = {name: value.detach() for name, value in _parameters(modules).items()}
     state.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{name}": value.clone() for kind in ("live", "average") for name, value in parameters.items()}
-    tensor_file.save_file(tensors, state, {"state": json.dumps({"step": 0})})
+    save_tensors(tensor_file.save_file, tensors, state, {"state": json.dumps({"step": 0})})
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -21,6 +21,7 @@ from diffship.core.errors import (
 )
 from diffship.runtimes.serve.jobs import ConflictError, Generation, Progress
 from diffship.runtimes.serve.order import Drawn
+from diffship.sampling.trajectory import warnings_in
 
 TRAJECTORY = "application/octet-stream"
 _HEADER_CHARS = 4096  # of all warnings together; what does not fit stands in the body's settings alone
@@ -109,13 +110,8 @@ def headers_of(generation: Generation, drawn: Drawn) -> dict[str, str]:
 
 def warnings_of(generation: Generation, drawn: Drawn) -> list[str]:
     """Each once: of the models that share a picture, and of prompts that were cut."""
-    cut = [str(text) for _, about in drawn.pictures for text in _listed(about.get("warnings"))]
+    cut = [text for _, about in drawn.pictures for text in warnings_in(about)]
     return list(dict.fromkeys([*generation.order.warnings, *cut]))
-
-
-def _listed(value: object) -> list[object]:
-    """A trajectory's facts are the sender's own; what is no list of warnings is none."""
-    return value if isinstance(value, list) else []
 
 
 def openai_document(drawn: Drawn) -> dict[str, Any]:
