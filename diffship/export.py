@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +16,18 @@ from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
 from diffship.core.errors import ConfigError, MissingExtra, ParityError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.limits import LIMITS, check_range
-from diffship.core.manifest import GoldenTrajectory, Manifest, Part
+from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
 
 if TYPE_CHECKING:
+    from diffship.exporters.golden_feeds import GoldenFeeds
     from diffship.models.component import Component
     from diffship.models.pipeline import Pipeline
 
+BATCH = 2  # samples of a golden call, at different timesteps: one value for all would not show one that is ignored
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
@@ -43,6 +44,8 @@ class _Work:
     job: Job
     gate_bytes: int
     sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
+    against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
+    feeds: GoldenFeeds
 
 
 def export(
@@ -57,6 +60,7 @@ def export(
     revision: str | None = None,
     overwrite: bool = False,
     job: Job | None = None,
+    against: Pipeline | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -64,6 +68,9 @@ def export(
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
     with `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for
     `verify` to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
+
+    `against` is a pipeline of the same parts that torch computes the references of, in place of `source`: a graph made
+    of another implementation is proved so.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -75,6 +82,7 @@ def export(
         ParityError: a part does not compute the same; the message has the figures.
     """
     from diffship.exporters.card import write_card
+    from diffship.exporters.golden_feeds import GoldenFeeds
 
     exporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -89,13 +97,15 @@ def export(
     _check(exporter, pipeline, Path(out), verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory)
-    started = time.perf_counter()
+    started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes(), sizes)
+        truth = against or whole
+        feeds = GoldenFeeds(truth, gate // 2)
+        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, truth.components, feeds)
         make = _through_graph if hasattr(exporter, "through") else _part
         made = [make(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
-        drawn = _drawn(work, whole, made, steps) if steps else None
+        drawn = _drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
         manifest = replace(manifest, trajectory=drawn)
         write_card(manifest, draft.folder, pipeline.licence)
@@ -171,8 +181,6 @@ def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify:
 
 
 def _golden_sizes(exporter: Any, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    from diffship.exporters.golden import BATCH
-
     parts = pipeline.components.items()
     return {name: exporter.golden_sizes(component, pipeline.family, BATCH) for name, component in parts}
 
@@ -196,45 +204,60 @@ def _part(work: _Work, component: Component, verify: bool) -> Part:
 def _through_graph(work: _Work, component: Component, verify: bool) -> Part:
     """A part of a target that is built from an ONNX graph and runs on another machine.
 
-    The graph is proved here; what was built of it is not, and says so until `verify` runs where it can.
+    The graph is proved here, block by block, at sizes of its own; what was built of it is not, and says so until
+    `verify` runs where it can, on golden vectors at sizes that the engine takes.
     """
+    from diffship.exporters.golden import write_golden
+
     with tempfile.TemporaryDirectory(dir=work.folder.parent, prefix=".graph-") as folder:
-        inner = replace(work, exporter=work.exporter.through(component), folder=Path(folder))
+        exporter = work.exporter.through(component)
+        sizes = {component.name: exporter.golden_sizes(component, work.pipeline.family, BATCH)}
+        inner = replace(work, exporter=exporter, folder=Path(folder), sizes=sizes)
         graph = _part(inner, component, verify)
         started = time.perf_counter()
         part: Part = work.exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
         seconds = round(time.perf_counter() - started, 2)
         proof = {"status": "unproven", "export_seconds": seconds, "graph": graph.proof}
         proof["reason"] = "built, not run: `diffship verify` proves it on a machine with the GPU"
-        if graph.golden is not None:
-            (work.folder / "golden").mkdir(exist_ok=True)
-            shutil.move(inner.folder / graph.golden.file, work.folder / graph.golden.file)
-        return replace(part, golden=graph.golden, proof=proof)
+        if not verify:
+            return replace(part, proof=proof)
+        truth, own = work.against[component.name], work.sizes[component.name]
+        calls = work.feeds.calls(truth, own)
+        golden = write_golden(truth, calls, own, work.folder, graph.precision, work.gate_bytes // 2)
+        return replace(part, golden=golden, proof=proof)
 
 
 def _proved(work: _Work, component: Component, part: Part) -> Part:
     """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
-    from diffship.exporters.golden import write_golden
     from diffship.runtimes.engine import choose_engine, make_engine
     from diffship.runtimes.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
-    golden = write_golden(component, work.sizes[part.name], work.folder, part.precision, work.gate_bytes // 2)
-    part = replace(part, golden=golden)
+    part = replace(part, golden=_golden(work, part))
     work.job.progress(f"prove {part.name}", 1, 2)
     engine = make_engine(choose_engine(work.exporter.name))
-    shown = work.exporter.runnable(part, work.folder)
-    found = check_part(_unfinished(work, shown), shown, engine, work.gate_bytes)
+    found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
     work.job.progress(f"prove {part.name}", 2, 2)
-    if found.report is None:
-        raise ParityError(f"part {part.name} could not be proved: {found.reason}")
-    found.report.require(f"part {part.name} ({part.precision})")
+    found.require(f"part {part.name} ({part.precision})")
+    assert found.report is not None
     worst = found.report.worst.to_json()
     figures = {name: worst[name] for name in ("max_abs", "mean_abs", "max_rel", "psnr_db", "cosine")}
     probe = engine.probe()
     proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
-    proof |= {} if shown is part else {"computed_in": shown.precision}
+    proof["blocks"] = [block.to_json() for block in found.blocks]
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
+
+
+def _golden(work: _Work, part: Part) -> Golden:
+    """References of the whole part and of its blocks."""
+    from diffship.exporters.golden import rounded_feeds, write_golden
+    from diffship.exporters.golden_blocks import write_blocks
+
+    truth, sizes, most = work.against[part.name], work.sizes[part.name], work.gate_bytes // 2
+    calls = work.feeds.calls(truth, sizes)
+    golden = write_golden(truth, calls, sizes, work.folder, part.precision, most)
+    feeds = rounded_feeds(calls[0], part.precision)
+    return replace(golden, blocks=write_blocks(truth, feeds, work.folder, part.precision, most))
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:

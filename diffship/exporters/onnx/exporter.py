@@ -22,16 +22,16 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import Translation
-from diffship.exporters.onnx.widen import widen
 from diffship.models.component import INNER, Component, torch_dtype
 from diffship.models.pipeline import Pipeline
+from diffship.models.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
 else:
     onnx = lazy("onnx")
 
-REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
+REVISION = 2  # of what this code makes of equal inputs; part of the key of cached graphs
 _BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
@@ -80,8 +80,12 @@ class Onnx:
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
-        """A graph takes every legal size: the smallest."""
-        return {**component.smallest_sizes(), "batch_size": batch}
+        """Twice the least height by three times the least width: height is not width, no attention has one token."""
+        factors = {"height": 2, "width": 3}
+        sizes = {
+            axis: least * factors.get(axis.rpartition("_")[2], 1) for axis, least in component.smallest_sizes().items()
+        }
+        return {**sizes, "batch_size": batch}
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
@@ -140,16 +144,6 @@ class Onnx:
             extra=extra,
         )
 
-    def runnable(self, part: Part, folder: Path) -> Part:
-        """`part`, below `folder`, as engines on this machine compute it: bf16, which none of them does, as float32."""
-        if self.precision != "bf16":
-            return part
-        inner = folder / part.name / "float32"
-        inner.mkdir()
-        widen(folder / part.files[0], inner)
-        files = tuple(f"{part.name}/float32/{name}" for name in (MODEL_FILE, DATA_FILE))
-        return replace(part, files=files, precision="fp32")
-
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
         write_pipeline_files(pipeline, out)
@@ -158,10 +152,12 @@ class Onnx:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
         dtype = torch_dtype(PRECISIONS[self.precision])
-        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
+        module = component.meta
+        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), dtype)
         need("onnx")  # teaches numpy bfloat16
         translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
-        model = translation.run(specs, component.outputs, "diffship")
+        points = point_paths(component, module.get_submodule("inner"))
+        model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
     def graph_digest(self, component: Component) -> str:
