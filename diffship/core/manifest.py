@@ -176,6 +176,11 @@ class Manifest:
         data: dict[str, Any] = plain(self)
         if self.trajectory is None:
             data.pop("trajectory")
+        for part in data["parts"]:
+            golden = part["golden"] or {}
+            for key in ("calls", "outputs", "method", "blocks"):  # not in schema 1
+                if golden.get(key) in (1, {}, None):
+                    golden.pop(key, None)
         return {"schema": data.pop("schema"), **data}
 
     def to_bytes(self) -> bytes:

@@ -40,8 +40,9 @@ _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1
 class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
-    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). "bf16" is for graphs
-    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
+    precision: type of weights and of float inputs and outputs (`timestep` is float32 in all). "bf16" is for graphs
+    that GPU engines are built from: no CPU engine runs it, so it is proved in float32 arithmetic with the weights as
+    they were rounded; its inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
     says that float16 is too narrow for it (`force_upcast`) stays in fp32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
@@ -51,7 +52,11 @@ class Onnx:
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
     precision: str = field(
-        default="fp32", metadata={**choices("fp32", "fp16"), "help": "of weights and of float inputs and outputs"}
+        default="fp32",
+        metadata={
+            **choices(*PRECISIONS),
+            "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take",
+        },
     )
     opset: int = field(
         default=23,
