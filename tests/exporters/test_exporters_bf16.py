@@ -19,7 +19,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.exporters.golden import TOLERANCES
-from diffship.exporters.onnx import Onnx
+from diffship.exporters.onnx import EngineGraph
 from diffship.exporters.tensorrt import TensorRt
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
@@ -36,7 +36,7 @@ Made = Callable[[str], tuple[Path, Part, Path]]
 @pytest.fixture(scope="module")
 def made(tiny_sd: Pipeline, graphs: Job, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A part of `arch:tiny-sd` in bfloat16: its file, its entry, and the file of its twin in float32."""
-    folder, exporter = tmp_path_factory.mktemp("bf16"), Onnx(precision="bf16")
+    folder, exporter = tmp_path_factory.mktemp("bf16"), EngineGraph(precision="bf16")
 
     @cache
     def make(name: str) -> tuple[Path, Part, Path]:
@@ -100,7 +100,7 @@ def test_torch_in_bfloat16_is_within_the_tolerance(name: str) -> None:
 
 def test_what_has_no_bfloat16_is_refused() -> None:
     with pytest.raises(ConfigError, match="opset 21 has no bfloat16 convolution; bf16 needs 22 or more"):
-        Onnx(precision="bf16", opset=21)
+        EngineGraph(precision="bf16", opset=21)
     with pytest.raises(ConfigError, match="GPUs below SM 80 have no bfloat16: take --precision fp16"):
         TensorRt(precision="bf16", sm=(75, 89))
     assert TensorRt(precision="bf16").through(open_source("arch:sdxl").components["vae_decoder"]).precision == "bf16"

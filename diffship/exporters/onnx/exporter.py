@@ -15,7 +15,7 @@ from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
 from diffship.core.spec import PRECISIONS, TensorSpec
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
@@ -37,17 +37,18 @@ _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1
 
 
 @dataclass(frozen=True)
+@bounded
 class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
-    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). "bf16" is for graphs
-    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
-    says that float16 is too narrow for it (`force_upcast`) stays in fp32.
+    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). A VAE whose config says
+    that float16 is too narrow for it (`force_upcast`) stays in fp32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
     name: ClassVar[str] = "onnx"
     extra: ClassVar[str] = "onnx"
+    proved_here: ClassVar[bool] = True
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
     precision: str = field(
@@ -59,10 +60,6 @@ class Onnx:
     )
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r} is not possible with ONNX; legal: {', '.join(PRECISIONS)}")
-        if self.opset not in IR_VERSION:
-            raise ConfigError(f"opset {self.opset!r} is not legal; legal: {min(IR_VERSION)} to {max(IR_VERSION)}")
         if self.precision == "bf16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
 
@@ -141,7 +138,7 @@ class Onnx:
         )
 
     def runnable(self, part: Part, folder: Path) -> Part:
-        """`part`, below `folder`, as engines on this machine compute it: bf16, which none of them does, as float32."""
+        """The form of `part` that engines of this machine can run: bf16, which none of them computes, as float32."""
         if self.precision != "bf16":
             return part
         inner = folder / part.name / "float32"
@@ -180,6 +177,14 @@ class Onnx:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
         return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
+
+
+@dataclass(frozen=True)
+class EngineGraph(Onnx):
+    """Graphs that TensorRT builds engines from. They may be bfloat16, which no engine computes that reads ONNX here;
+    their inputs and outputs are float32 then, since numpy has no bfloat16."""
+
+    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
 
 
 def _check_weights(component: Component) -> list[Problem]:
