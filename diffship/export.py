@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
-from diffship.core.errors import ConfigError, MissingExtra, ParityError
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityError, SourceError, UnsupportedError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.limits import LIMITS, check_range
-from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part
+from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
@@ -24,6 +24,7 @@ from diffship.core.strict import unknown
 
 if TYPE_CHECKING:
     from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.exporters.protocol import BuiltFromGraph, Exporter
     from diffship.models.component import Component
     from diffship.models.pipeline import Pipeline
 
@@ -38,12 +39,13 @@ _PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxrunt
 class _Work:
     """What stays the same for all parts of one export."""
 
-    exporter: Any
+    exporter: Exporter | BuiltFromGraph
     pipeline: Pipeline
     folder: Path
     job: Job
     gate_bytes: int
     sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
+    runs_here: bool  # whether an engine of this machine reads the target
     against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
     feeds: GoldenFeeds
 
@@ -84,7 +86,7 @@ def export(
     from diffship.exporters.card import write_card
     from diffship.exporters.golden_feeds import GoldenFeeds
 
-    exporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
+    exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     require_place(out, overwrite)  # before torch is imported, which takes seconds
@@ -95,15 +97,15 @@ def export(
     whole = _opened(source, base, revision)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
+    runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
         truth = against or whole
         feeds = GoldenFeeds(truth, gate // 2)
-        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, truth.components, feeds)
-        make = _through_graph if hasattr(exporter, "through") else _part
-        made = [make(work, component, verify) for component in pipeline.components.values()]
+        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
+        made = [_made(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
         drawn = _drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
@@ -150,9 +152,10 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
 
 
-def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
+def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
     refuse(exporter.check(pipeline))
+    _rehearse(exporter, pipeline)
     components = pipeline.components.values()
     require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")
     if verify:
@@ -162,7 +165,47 @@ def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
-def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None) -> int:
+def _rehearse(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> None:
+    """Write and read a manifest with everything that the source says of itself.
+
+    Raises:
+        SourceError: it says something that no manifest can hold.
+    """
+    parts = [
+        Part(part.name, ("file",), part.inputs, part.outputs, "fp32", "0" * 64) for part in pipeline.components.values()
+    ]
+    try:
+        parse_manifest(_manifest(exporter, pipeline, parts, 0.0).to_bytes())
+    except BundleError as fault:
+        raise SourceError(
+            f"{pipeline.source.get('id')}: no bundle could be opened with what it says: {fault}"
+        ) from None
+
+
+def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
+    """Whether an engine of this machine reads what the exporter writes.
+
+    Raises:
+        UnsupportedError: there is none, and the proof needs one; MissingExtra where it can be installed.
+    """
+    from diffship.exporters.protocol import BuiltFromGraph
+    from diffship.runtimes.engine import choose_engine
+
+    if not verify:
+        return False
+    built = isinstance(exporter, BuiltFromGraph)
+    try:
+        choose_engine("onnx" if built else exporter.name)
+    except UnsupportedError:
+        if isinstance(exporter, BuiltFromGraph) or exporter.proved_here:
+            raise
+        return False
+    return not built
+
+
+def _steps(
+    exporter: Exporter | BuiltFromGraph, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None
+) -> int:
     """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
 
     sizes: of the U-Net, where it is exported.
@@ -180,7 +223,7 @@ def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify:
     return asked
 
 
-def _golden_sizes(exporter: Any, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+def _golden_sizes(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> dict[str, dict[str, int]]:
     parts = pipeline.components.items()
     return {name: exporter.golden_sizes(component, pipeline.family, BATCH) for name, component in parts}
 
@@ -190,44 +233,54 @@ def _gate_bytes() -> int:
     return GATE_BYTES if free is None else max(min(GATE_BYTES, free // 2), _MIN_GATE)
 
 
-def _part(work: _Work, component: Component, verify: bool) -> Part:
+def _made(work: _Work, component: Component, verify: bool) -> Part:
+    from diffship.exporters.protocol import BuiltFromGraph
+
+    if isinstance(work.exporter, BuiltFromGraph):
+        return _through_graph(work, work.exporter, component, verify)
+    return _part(work, work.exporter, component, verify)
+
+
+def _part(work: _Work, exporter: Exporter, component: Component, verify: bool) -> Part:
     started = time.perf_counter()
-    part: Part = work.exporter.export(component, work.folder, work.job)
+    part = exporter.export(component, work.folder, work.job)
     seconds = round(time.perf_counter() - started, 2)
     if not verify:
-        proof = {"status": "unproven", "reason": "exported with --no-verify", "export_seconds": seconds}
-        return replace(part, proof=proof)
-    proved = _proved(work, component, part)
-    return replace(proved, proof={**proved.proof, "export_seconds": seconds})
+        part = replace(part, proof={"status": "unproven", "reason": "exported with --no-verify"})
+    elif work.runs_here:
+        part = _proved(work, exporter, component, part)
+    else:
+        part = _unproven(work, component, part)
+    return replace(part, proof={**part.proof, "export_seconds": seconds})
 
 
-def _through_graph(work: _Work, component: Component, verify: bool) -> Part:
+def _unproven(work: _Work, component: Component, part: Part) -> Part:
+    """`part` with golden vectors, for a machine that has an engine for it."""
+    reason = "no engine of this machine runs it: `diffship verify` proves it on one that has an engine"
+    return replace(part, golden=_whole(work, part), proof={"status": "unproven", "reason": reason})
+
+
+def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, verify: bool) -> Part:
     """A part of a target that is built from an ONNX graph and runs on another machine.
 
     The graph is proved here, block by block, at sizes of its own; what was built of it is not, and says so until
     `verify` runs where it can, on golden vectors at sizes that the engine takes.
     """
-    from diffship.exporters.golden import write_golden
-
-    with tempfile.TemporaryDirectory(dir=work.folder.parent, prefix=".graph-") as folder:
-        exporter = work.exporter.through(component)
-        sizes = {component.name: exporter.golden_sizes(component, work.pipeline.family, BATCH)}
-        inner = replace(work, exporter=exporter, folder=Path(folder), sizes=sizes)
-        graph = _part(inner, component, verify)
+    # inside the draft, which the next export sweeps up if this process is killed
+    with tempfile.TemporaryDirectory(dir=work.folder, prefix=".graph-") as folder:
+        graphs = exporter.through(component)
+        sizes = {component.name: graphs.golden_sizes(component, work.pipeline.family, BATCH)}
+        inner = replace(work, exporter=graphs, folder=Path(folder), runs_here=True, sizes=sizes)
+        graph = _part(inner, graphs, component, verify)
         started = time.perf_counter()
-        part: Part = work.exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
+        part = exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
         seconds = round(time.perf_counter() - started, 2)
         proof = {"status": "unproven", "export_seconds": seconds, "graph": graph.proof}
         proof["reason"] = "built, not run: `diffship verify` proves it on a machine with the GPU"
-        if not verify:
-            return replace(part, proof=proof)
-        truth, own = work.against[component.name], work.sizes[component.name]
-        calls = work.feeds.calls(truth, own)
-        golden = write_golden(truth, calls, own, work.folder, graph.precision, work.gate_bytes // 2)
-        return replace(part, golden=golden, proof=proof)
+        return replace(part, golden=_whole(work, part) if verify else None, proof=proof)
 
 
-def _proved(work: _Work, component: Component, part: Part) -> Part:
+def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -> Part:
     """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
     from diffship.runtimes.engine import choose_engine, make_engine
     from diffship.runtimes.verify import check_part
@@ -235,7 +288,7 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
     work.job.progress(f"prove {part.name}", 0, 2)
     part = replace(part, golden=_golden(work, part))
     work.job.progress(f"prove {part.name}", 1, 2)
-    engine = make_engine(choose_engine(work.exporter.name))
+    engine = make_engine(choose_engine(exporter.name))
     found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
     work.job.progress(f"prove {part.name}", 2, 2)
     found.require(f"part {part.name} ({part.precision})")
@@ -250,14 +303,22 @@ def _proved(work: _Work, component: Component, part: Part) -> Part:
 
 def _golden(work: _Work, part: Part) -> Golden:
     """References of the whole part and of its blocks."""
-    from diffship.exporters.golden import rounded_feeds, write_golden
+    from diffship.exporters.golden import rounded_feeds
     from diffship.exporters.golden_blocks import write_blocks
 
-    truth, sizes, most = work.against[part.name], work.sizes[part.name], work.gate_bytes // 2
+    truth = work.against[part.name]
+    feeds = rounded_feeds(work.feeds.calls(truth, work.sizes[part.name])[0], part.precision)
+    blocks = write_blocks(truth, feeds, work.folder, part.precision, work.gate_bytes // 2)
+    return replace(_whole(work, part), blocks=blocks)
+
+
+def _whole(work: _Work, part: Part) -> Golden:
+    """References of the whole part alone."""
+    from diffship.exporters.golden import write_golden
+
+    truth, sizes = work.against[part.name], work.sizes[part.name]
     calls = work.feeds.calls(truth, sizes)
-    golden = write_golden(truth, calls, sizes, work.folder, part.precision, most)
-    feeds = rounded_feeds(calls[0], part.precision)
-    return replace(golden, blocks=write_blocks(truth, feeds, work.folder, part.precision, most))
+    return write_golden(truth, calls, sizes, work.folder, part.precision, work.gate_bytes // 2)
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
@@ -280,7 +341,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     unet = next(part for part in made if part.name == "unet")
     work.job.progress("draw trajectory", 0, 1)
     golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.precision, work.gate_bytes // 2)
-    if not hasattr(work.exporter, "through"):
+    if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))
         found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)
         if found.status == "failed":
@@ -289,7 +350,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     return golden
 
 
-def _manifest(exporter: Any, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
+def _manifest(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
     recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **asdict(exporter)}]}
     return Manifest(
         target=exporter.name,

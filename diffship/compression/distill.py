@@ -24,7 +24,7 @@ from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights, renamed
 from diffship.models.pipeline import TEXT_PARTS, Pipeline, converted, with_unet
 from diffship.models.sources import open_source
@@ -48,6 +48,7 @@ _CADENCE = ("save_seconds", "validate_every", "prompts")
 
 
 @dataclass(frozen=True)
+@bounded
 class DistillPass:
     """Train the U-Net on captioned pictures against a frozen teacher; text encoders and auto-encoder stay as they are.
 

@@ -17,13 +17,14 @@ from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.families import OWN, own_facts
 from diffship.models.pipeline import Pipeline, recorded
 
 
 @dataclass(frozen=True)
+@bounded
 class LoraPass:
     """Fuse LoRA files (safetensors; kohya's, diffusers' or peft's names) into the U-Net and the text encoders.
 

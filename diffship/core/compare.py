@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from diffship.core.errors import ConfigError, ParityError
-from diffship.core.strict import bounds
+from diffship.core.strict import bounded, bounds
 
 _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 
 
 @dataclass(frozen=True)
+@bounded
 class Tolerance:
     """Each element must meet |candidate - reference| <= atol + rtol * |reference|; the whole, `psnr_db` where given.
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
+@bounded
 class Family:
     """Shapes and conventions of one model kind; sizes in pixels, scaling as in diffusers' VAE config.
 

@@ -16,7 +16,7 @@ from diffship.core.errors import BundleError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS
 from diffship.core.spec import TensorSpec
-from diffship.core.strict import bounds, load, plain
+from diffship.core.strict import bounded, bounds, load, plain
 
 MANIFEST_NAME = "diffship.json"
 SCHEMA = 2  # 2: golden vectors of several calls, tolerances by output and by block
@@ -52,6 +52,7 @@ class GoldenBlocks:
 
 
 @dataclass(frozen=True)
+@bounded
 class Golden:
     """Inputs and fp32 reference outputs of `calls` calls at `sizes`, in a bundle-relative file.
 
@@ -116,6 +117,7 @@ class Part:
 
 
 @dataclass(frozen=True)
+@bounded
 class FileRecord:
     """Size in bytes and sha256 (hex) of one file."""
 
@@ -213,6 +215,23 @@ def parse_manifest(data: bytes) -> Manifest:
     _bounded(table, "files", LIMITS.bundle_files)
     _bounded(table, "parts", LIMITS.bundle_parts)
     return load(Manifest, table, MANIFEST_NAME, BundleError)
+
+
+def listed_files(data: bytes) -> frozenset[str]:
+    """The files that a manifest lists. It may be one that this version cannot open: a value out of bounds, a newer
+    schema; it is ours if it has the head of every manifest and the size and hash of each file.
+
+    Raises:
+        BundleError: it is no manifest of diffship, or lists a path outside its folder.
+    """
+    table = _parse_json(data)
+    files = table.get("files") if isinstance(table, dict) else None
+    if not isinstance(files, dict) or not {"schema", "target", "family", "parts"} <= set(table):
+        raise BundleError(f"{MANIFEST_NAME} was not written by diffship")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= set(entry):
+            raise BundleError(f"{MANIFEST_NAME} was not written by diffship: {name[:80]!a} has no size or hash")
+    return frozenset(map(check_path, files))
 
 
 def check_path(name: str) -> str:

@@ -72,11 +72,11 @@ def _outside_exact(module: nn.Module, mode: _Constants | _Rounding) -> Iterator[
             hook.remove()
 
 
-class _Constants(TorchDispatchMode):
+class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Rounds Python floats among the operands of elementwise arithmetic; attributes such as epsilon stay exact."""
 
     def __init__(self, kind: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = kind
         self.paused = 0
 
@@ -95,11 +95,11 @@ class _Constants(TorchDispatchMode):
         return None
 
 
-class _Rounding(TorchDispatchMode):
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Rounds results in place where the operator wrote in place, passes views on, and else replaces them."""
 
     def __init__(self, kind: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = kind
         self.paused = 0
 

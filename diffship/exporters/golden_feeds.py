@@ -98,7 +98,8 @@ class GoldenFeeds:
         if family.fills_masks:
             mixed[:, family.latent_channels] = clean[:, family.latent_channels] > 0
             mixed[:, family.latent_channels + 1 :] = clean[:, family.latent_channels + 1 :]
-        return mixed.astype(np.float32)
+        latents: NDArray[np.float32] = mixed.astype(np.float32)
+        return latents
 
     def _conditions(self, size: tuple[int, int]) -> Sequence[Conditioning]:
         """Of each prompt; without a text encoder, conditions of none."""
@@ -121,4 +122,5 @@ def _smooth(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     for _ in range(6):
         down, across, phase = (rng.uniform(low, 4, shape[:2])[..., None, None] for low in (0.5, -4, 0))
         total += np.sin(2 * math.pi * (down * rows[:, None] + across * columns[None, :]) + phase * math.pi)
-    return (total / np.sqrt(3)).astype(np.float32)
+    waves: NDArray[np.float32] = (total / np.sqrt(3)).astype(np.float32)
+    return waves

@@ -9,6 +9,7 @@ from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.models.autoencoder import KL, vae_factor
 from diffship.models.component import reading
+from diffship.models.facts import check_facts
 from diffship.models.unet import check_config, text_time_widths
 
 Config = Mapping[str, Any]
@@ -28,6 +29,7 @@ def family_of(
     with reading("unet", "UNet2DConditionModel"):
         check_config(unet)
     with reading("U-Net, VAE and text encoders", "pipeline"):
+        check_facts(unet, vae, scheduler, own_facts(index), vae_factor(vae_class, vae))
         return _family(unet, vae_class, vae, scheduler, index, text)
 
 

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffship.core import bundle_check
-from diffship.core.bundle import Bundle, Manifest, Part, write_bundle
+from diffship.core.bundle import Bundle, Manifest, Part, require_place, write_bundle
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import BundleError, ConfigError
 from diffship.core.limits import LIMITS
@@ -275,7 +276,36 @@ def test_overwrite_of_a_damaged_bundle(bundle: Bundle, manifest: Manifest, fill:
     Bundle.open(bundle.path).verify()
 
 
-@pytest.mark.parametrize("case", ["notes", "extra", "file", "link", "foreign"])
+@pytest.mark.parametrize(
+    "change",
+    [{"schema": 99}, {"family": {"name": "sd", "steps_default": 200}}, {"parts": [{"name": "unet", "files": []}]}],
+)
+def test_overwrite_of_a_bundle_that_no_longer_opens(
+    change: dict[str, Any], bundle: Bundle, manifest: Manifest, fill: Fill
+) -> None:
+    path = bundle.path / "diffship.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError):
+        Bundle.open(bundle.path)
+    (bundle.path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"never replaced: .*does not list: 'notes.txt'"):
+        require_place(bundle.path, overwrite=True)
+    (bundle.path / "notes.txt").unlink()
+    with write_bundle(bundle.path, overwrite=True) as draft:
+        fill(draft.folder, 2)
+        draft.finish(manifest)
+    assert Bundle.open(bundle.path).file("unet/config.json").read_text() == '{"value": 2}'
+
+
+def test_a_manifest_that_cannot_be_read_back_never_appears(tmp_path: Path, manifest: Manifest, fill: Fill) -> None:
+    with pytest.raises(BundleError, match="history is 'none'; it must be a list"):
+        with write_bundle(tmp_path / "place") as draft:
+            fill(draft.folder, 1)
+            draft.finish(replace(manifest, history="none"))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["notes", "extra", "file", "link", "foreign", "other"])
 def test_overwrite_never_touches_anything_else(case: str, bundle: Bundle, tmp_path: Path) -> None:
     place = tmp_path / "place"
     if case == "notes":
@@ -290,7 +320,9 @@ def test_overwrite_never_touches_anything_else(case: str, bundle: Bundle, tmp_pa
         place.symlink_to(bundle.path)
     else:
         place.mkdir()
-        (place / "diffship.json").write_text("{}")
+        other = json.dumps({"schema": 1, "target": "onnx", "family": {}, "parts": [], "files": {"notes.txt": {}}})
+        (place / "diffship.json").write_text("{}" if case == "foreign" else other)
+        (place / "notes.txt").write_text("mine")
     before = listing(tmp_path)
     with pytest.raises(ConfigError, match="never replaced"), write_bundle(place, overwrite=True):
         pass
@@ -334,6 +366,7 @@ def test_paths_are_refused_before_any_open(bundle: Bundle) -> None:
     code = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
 root = Path(sys.argv[1])

@@ -216,7 +216,7 @@ def test_row_is_read_back_and_refuses_nonsense() -> None:
     assert Row("a", "b", "c", None, status="skipped").value is None
     with pytest.raises(ConfigError, match="not finite"):
         Row("a", "b", "c", float("nan"))
-    with pytest.raises(ConfigError, match="status 'good'"):
+    with pytest.raises(ConfigError, match=r"Row\.status: unknown value 'good'"):
         Row("a", "b", "c", 1.0, status="good")
 
 

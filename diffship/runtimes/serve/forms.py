@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 from diffship.runtimes.serve.options import DEADLINE_SECONDS
 from diffship.sampling.rng import NOISES
 from diffship.sampling.samplers import SAMPLERS
@@ -24,6 +24,7 @@ _SIDE = bounds(*LIMITS.size_px)
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class Drawing:
     """What is drawn; what is not given is the model's own choice. `width` and `height` come together."""
 
@@ -71,6 +72,7 @@ class HandoffForm(Drawing):
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ResumeForm:
     """Query of `/v1/resume`: with `until` the trajectory comes back before that call, without it the picture.
 
@@ -96,6 +98,7 @@ class ResumeForm:
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ImagesForm:
     """Body of `/v1/images/generations`, the part of OpenAI's form that means something here."""
 

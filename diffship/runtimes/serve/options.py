@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffship.core.limits import KIB, MIB
-from diffship.core.strict import bounds
+from diffship.core.strict import bounded, bounds
 
 DEADLINE_SECONDS = (1.0, 600.0)  # what a request may ask for
 
@@ -16,6 +16,7 @@ def _setting(low: float, high: float, text: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+@bounded
 class ServeOptions:
     """Bounds of one server; sizes in bytes, times in seconds.
 
