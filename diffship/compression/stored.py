@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship import __version__
+from diffship.core.distributed import first_process
 from diffship.core.job import Job, digest_of, require_disk
 from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
@@ -34,11 +35,6 @@ def _owes(step: Any) -> bool:
     """Whether a pass was asked for a file beside its result that is not there."""
     asked = [getattr(step, field.name) for field in fields(step) if field.metadata.get("output")]
     return any(path and not Path(path).expanduser().exists() for path in asked)
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes; `torchrun` numbers them."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Results:
