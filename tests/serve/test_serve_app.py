@@ -31,6 +31,7 @@ from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import denoise, plain
+from diffship.sampling.picture import Picture
 from diffship.sampling.wire import pack, unpack
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -71,7 +72,8 @@ def test_generate_gives_the_bytes_of_generate() -> None:
 
 
 def test_warnings_that_no_header_holds_are_whole_json_still() -> None:
-    drawn = Drawn(pictures=((b"", {"warnings": [f"{i}: " + "\xe9" * 100 for i in range(20)]}),))
+    settings = {"warnings": [f"{i}: " + "\xe9" * 100 for i in range(20)]}
+    drawn = Drawn([Picture(np.zeros((8, 8, 3), np.uint8), settings)])
     made = SimpleNamespace(
         name="toy", created=0.0, started=0.0, ended_at=1.0, order=SimpleNamespace(warnings=("first",))
     )
@@ -482,3 +484,65 @@ def test_the_document_is_served() -> None:
     with toy_service() as service:
         document = ask(service, "GET", "/openapi.json").json()
     assert document["openapi"].startswith("3.1") and "/v1/generate" in document["paths"]
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"_class_name": "UniPCMultistepScheduler"}, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}]
+)
+def test_a_model_whose_scheduler_takes_no_single_step_is_served(scheduler: dict[str, Any]) -> None:
+    """One that is not built, and one that needs four steps: whoever names another sampler is drawn for."""
+    with toy_service(ToyModel(**scheduler)) as service:
+        answer = ask(service, "POST", "/v1/generate", json={"prompt": "cat", "steps": 2, "sampler": "euler"})
+        assert answer.status_code == 200 and answer.content == drawn_alone("cat", steps=2, sampler="euler")[0]
+        assert (
+            ask(service, "GET", "/v1/models").json()["data"][0]["facts"]["scheduler"]
+            == service.workers["toy"].served.model.scheduler
+        )
+        error_of(ask(service, "POST", "/v1/generate", json={"prompt": "cat", "steps": 2}), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("lacks", ["vae_decoder", "text_encoder"])
+def test_half_a_model_serves_what_it_can(lacks: str) -> None:
+    """Without a decoder it hands over, without a text encoder it goes on from what others encoded."""
+    whole, half = ToyModel(), ToyModel()
+    half.runners.pop(lacks)
+    half.parts = frozenset(half.runners)
+    begun = pack(start(whole, Request("cat", steps=3))[0])
+    expected = denoise([unpack(begun)], plain(whole.use("unet")))[0].latents
+    with toy_service(half) as service:
+        given = ask(service, "POST", "/v1/resume?until=3", content=begun, headers=BYTES)
+        np.testing.assert_array_equal(unpack(given.content).latents, expected)
+        message = error_of(ask(service, "POST", "/v1/generate", json={"prompt": "cat"}), 422, "invalid_request")
+        assert lacks.replace("_", " ") in message.replace("_", " ")
+        handed = ask(service, "POST", "/v1/handoff", json={"prompt": "cat", "steps": 3, "split": 3})
+        resumed = ask(service, "POST", "/v1/resume", content=begun, headers=BYTES)
+        assert (handed.status_code, resumed.status_code) == ((200, 422) if lacks == "vae_decoder" else (422, 200))
+
+
+def test_png_files_are_made_by_no_thread_that_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the one that drives the engine nor by the one that answers connections."""
+    made: list[str] = []
+    plain_png = Picture.png
+
+    def noted(picture: Picture) -> bytes:
+        made.append(threading.current_thread().name)
+        return plain_png(picture)
+
+    monkeypatch.setattr(Picture, "png", noted)
+    body = {"prompt": "cat", "steps": 2, "seed": 1}
+    with toy_service(previews=True) as service:
+        here = threading.current_thread().name
+        for more in ({}, {"response": "json"}, {"response": "events", "previews": 1}):
+            assert ask(service, "POST", "/v1/generate", json={**body, **more}).status_code == 200
+        asked = {"prompt": "cat", "size": "64x64", "n": 2}
+        assert ask(service, "POST", "/v1/images/generations", json=asked).status_code == 200
+    assert len(made) == 6 and not [name for name in made if name == here or name.startswith("worker-")]
+
+
+def test_a_result_is_encoded_once_and_its_pixels_are_let_go() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    drawn = Drawn([Picture(pixels, {"seed": 1})])
+    assert drawn.size_bytes == pixels.nbytes
+    (file, settings), again = drawn.pictures[0], drawn.pictures
+    assert again[0][0] is file and settings == {"seed": 1} and drawn.size_bytes == len(file)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), pixels)

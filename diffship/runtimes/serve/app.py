@@ -142,7 +142,7 @@ class Routes:
         drawn = await ended(request, generation, follower)
         if drawn.trajectory:
             return _trajectory(generation, drawn)
-        return _png(generation, drawn) if response == "png" else await _document(generation, drawn)
+        return await (_png if response == "png" else _document)(generation, drawn)
 
     def _submit(self, request: Request, worker: Worker, order: Order, body: bytes) -> tuple[Generation, Follower]:
         key = request.headers.get("idempotency-key")
@@ -209,7 +209,7 @@ async def events(generation: Generation, follower: Follower, name: str) -> Async
             yield b": still here\n\n"
             continue
         if made is not None:
-            yield progress_event(made)
+            yield await asyncio.to_thread(progress_event, made) if made.previews else progress_event(made)
     try:
         drawn = generation.result(0)
     except Exception as fault:
@@ -314,8 +314,9 @@ async def _disconnect(request: Request) -> None:
         continue
 
 
-def _png(generation: Generation, drawn: Drawn) -> Response:
-    return fastapi.Response(drawn.pictures[0][0], 200, headers_of(generation, drawn), "image/png")
+async def _png(generation: Generation, drawn: Drawn) -> Response:
+    pictures = await asyncio.to_thread(lambda: drawn.pictures)
+    return fastapi.Response(pictures[0][0], 200, headers_of(generation, drawn), "image/png")
 
 
 def _trajectory(generation: Generation, drawn: Drawn) -> Response:

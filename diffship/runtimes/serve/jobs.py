@@ -10,10 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diffship.core.errors import Cancelled, ConfigError, DeadlineError, DiffshipError, RunnerError
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Drawn, Order
 
+Pixels = NDArray[np.uint8]  # (height, width, 3)
 Clock = Callable[[], float]
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 CANCELLED, EXPIRED = "cancelled", "expired"
@@ -25,11 +29,11 @@ class ConflictError(ConfigError):
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `calls` model calls are made; `previews` are PNG files, one an image, where they were asked for."""
+    """`step` of `calls` model calls are made; `previews` are pixels, one an image, where they were asked for."""
 
     step: int
     calls: int
-    previews: tuple[bytes, ...] = ()
+    previews: tuple[Pixels, ...] = ()
 
 
 Listener = Callable[[Progress | None], None]  # None: it has ended

@@ -59,7 +59,7 @@ def _served(stack: ExitStack, name: str, source: str, engine: str | None, option
         name,
         model,
         present=lambda: _present(bundle),
-        previews=_decoder_bytes(bundle) <= _TINY_BYTES,
+        previews=0 < _decoder_bytes(bundle) <= _TINY_BYTES,
         engine=model.engine,
         alive=process.alive,
         restart=process.restart,

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
 from diffship.runtimes.serve.admission import Busy, Crowd
 from diffship.runtimes.serve.batcher import Batcher, Strand
-from diffship.runtimes.serve.jobs import Clock, Generation, Progress
+from diffship.runtimes.serve.jobs import Clock, Generation, Pixels, Progress
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
-from diffship.runtimes.serve.pace import Paces
+from diffship.runtimes.serve.pace import Paces, blended
 from diffship.runtimes.serve.preview import preview
 from diffship.runtimes.serve.restarts import Restarts
-from diffship.sampling.generate import checked, generate
+from diffship.runtimes.serve.warm_up import warm_up
+from diffship.sampling.generate import checked
+from diffship.sampling.guidance import guided
 from diffship.sampling.loop import plain
 from diffship.sampling.model import Model
-from diffship.sampling.request import Request
 
 LOADING, READY, RESTARTING, BROKEN = "loading", "ready", "restarting", "broken"
 DRAINING, STOPPED = "draining", "stopped"
@@ -103,7 +104,7 @@ class Worker:
     def backlog(self) -> float:
         """Seconds until all that is here is done, by the pace so far; 0 while nothing is known."""
         with self._wake:
-            return self._crowd().seconds(self._paces)
+            return self._crowd().seconds(self._paces, self._options.batch)
 
     def paces(self) -> list[dict[str, float]]:
         """What has been measured, by size."""
@@ -147,7 +148,7 @@ class Worker:
     # what the worker's thread does
 
     def load(self) -> None:
-        """Open every part and draw one small step, which also fills the engine's caches.
+        """Open every part and call it once, which also fills the engine's caches.
 
         Raises:
             UnsupportedError: a model that fills masks.
@@ -156,8 +157,9 @@ class Worker:
         model = self.served.model
         if model.family.unet_channels != model.family.latent_channels:
             raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
-        generate(model, Request("warm-up", steps=1))
-        self._batcher = Batcher(checked(plain(model.use("unet"))), self._options.batch)
+        denoiser = checked(plain(model.use("unet")))
+        warm_up(model, denoiser)
+        self._batcher = Batcher(denoiser, self._options.batch)
         self._become(READY, LOADING)
 
     def turn(self) -> bool:
@@ -288,7 +290,8 @@ class Worker:
             self._fail(generation, fault)
             return []
         if order.encodes:
-            self._paces.of(order).learn("begin", (self._clock() - since) / len(trajectories))
+            pace = self._paces.of(order)
+            pace.begin = blended(pace.begin, (self._clock() - since) / len(trajectories))
         strands = [Strand(made, order.goal(made), generation, place) for place, made in enumerate(trajectories)]
         self._running[generation] = strands
         self._opened().add(strand for strand in strands if not strand.arrived)
@@ -302,7 +305,8 @@ class Worker:
         if moved:
             seconds = self._clock() - since
             if self.served.alive() and all(strand.fault is None for strand in moved):  # else it is no pace
-                self._paces.of(moved[0].owner.order).learn("call", seconds / len(moved))
+                rows = sum(1 + guided(strand.trajectory) for strand in moved)
+                self._paces.of(moved[0].owner.order).learn_call(rows, seconds)
             self._metrics.observe("diffship_model_call_images", len(moved), model=self.served.name)
             self._metrics.observe("diffship_model_call_seconds", seconds, model=self.served.name)
         return moved
@@ -331,7 +335,8 @@ class Worker:
                 drawn = generation.order.end(self.served.model, [strand.trajectory for strand in strands])
                 generation.finish(drawn)
                 if generation.order.decodes:
-                    self._paces.of(generation.order).learn("end", (self._clock() - since) / len(strands))
+                    pace = self._paces.of(generation.order)
+                    pace.end = blended(pace.end, (self._clock() - since) / len(strands))
         except Exception as fault:
             self._fail(generation, fault)
         else:
@@ -348,12 +353,13 @@ class Worker:
         self._running.pop(generation, None)
         generation.release()
 
-    def _previews(self, generation: Generation, strands: Iterable[Strand]) -> tuple[bytes, ...]:
+    def _previews(self, generation: Generation, strands: Iterable[Strand]) -> tuple[Pixels, ...]:
         every = generation.order.previews
         if not every:
             return ()
         due = [s.trajectory for s in strands if s.trajectory.step % every == 0 and not s.arrived]
-        return tuple(png for trajectory in due if (png := preview(self.served.model, trajectory)))
+        shown = [preview(self.served.model, trajectory) for trajectory in due]
+        return tuple(pixels for pixels in shown if pixels is not None)
 
     def _opened(self) -> Batcher:
         if self._batcher is None:
@@ -361,7 +367,7 @@ class Worker:
         return self._batcher
 
 
-def _progress(strands: Iterable[Strand], previews: tuple[bytes, ...] = ()) -> Progress:
+def _progress(strands: Iterable[Strand], previews: tuple[Pixels, ...] = ()) -> Progress:
     """The slowest image's; all of a request's images share their calls unless the batch is smaller than they are."""
     last = min(strands, key=lambda strand: strand.trajectory.step)
     return Progress(last.trajectory.step, last.trajectory.calls, previews)
