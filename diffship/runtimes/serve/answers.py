@@ -115,10 +115,10 @@ def warnings_of(generation: Generation, drawn: Drawn) -> list[str]:
     return list(dict.fromkeys([*generation.order.warnings, *cut]))
 
 
-def openai_document(drawn: Drawn) -> dict[str, Any]:
-    """What OpenAI's clients read."""
-    data = [{"b64_json": base64.b64encode(png).decode()} for png, _ in drawn.pictures]
-    return {"created": int(time.time()), "data": data}
+def openai_document(generation: Generation, drawn: Drawn) -> dict[str, Any]:
+    """What OpenAI's clients read; and, where they look for it, the settings of each picture and the warnings."""
+    data = [{"b64_json": base64.b64encode(png).decode(), "settings": about} for png, about in drawn.pictures]
+    return {"created": int(time.time()), "data": data, "warnings": warnings_of(generation, drawn)}
 
 
 def seconds_of(generation: Generation) -> dict[str, float]:

@@ -138,9 +138,11 @@ class Generation:
                 return False
             self.state, self.drawn, self.fault, self.ended_at = state, drawn, fault, self._clock()
             self._over.set()
-            listeners = list(self._listeners)
+            listeners, begun = list(self._listeners), self.started is not None
         if self._on_end is not None:
             self._on_end(self)
+        if not begun:  # else the worker that draws it lets go
+            self.release()
         for listener in listeners:
             listener(None)
         return True

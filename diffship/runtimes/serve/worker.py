@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
 from diffship.runtimes.serve.admission import Busy, Crowd
 from diffship.runtimes.serve.batcher import Batcher, Strand
+from diffship.runtimes.serve.files import MISSING, ReplacedError
 from diffship.runtimes.serve.jobs import Clock, Generation, Pixels, Progress
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
@@ -35,7 +36,9 @@ _LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 
 @dataclass(frozen=True)
 class Served:
-    """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap.
+    """A model under the name that requests use. `lost()`: what its files are (missing, replaced), empty while they are
+    those that it was opened with; `loaded()` is called once all of them were read, and raises ReplacedError where one
+    was replaced meanwhile. `previews`: decoding is cheap.
 
     Where its engine has a process of its own: `alive()`: that has not died; `restart()` makes another; `kill()` ends it
     for good, also in the middle of a call.
@@ -43,7 +46,8 @@ class Served:
 
     name: str
     model: Model
-    present: Callable[[], bool] = lambda: True
+    lost: Callable[[], str] = lambda: ""
+    loaded: Callable[[], None] = lambda: None
     previews: bool = False
     engine: str = ""
     alive: Callable[[], bool] = lambda: True
@@ -111,10 +115,13 @@ class Worker:
         return self._paces.listed(self.served.model.family.vae_factor)
 
     def ready(self) -> bool:
-        """Loaded, its files still there, and no call that takes longer than any deadline."""
+        """Loaded, its files still there, and no call that takes longer than any deadline.
+
+        Files that were replaced change nothing while the engine lives: it has read those that it was started with.
+        """
         since = self._calling
         hangs = since is not None and self._clock() - since > DEADLINE_SECONDS[1]
-        return self.state == READY and not hangs and self.served.alive() and self.served.present()
+        return self.state == READY and not hangs and self.served.alive() and self.served.lost() != MISSING
 
     def drain(self) -> None:
         """Take nothing new, refuse what waits; what runs goes on."""
@@ -159,6 +166,7 @@ class Worker:
             raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
         denoiser = checked(plain(model.use("unet")))
         warm_up(model, denoiser)
+        self.served.loaded()
         self._batcher = Batcher(denoiser, self._options.batch)
         self._become(READY, LOADING)
 
@@ -201,6 +209,9 @@ class Worker:
             self._metrics.count("diffship_restarts_total", model=self.served.name)
             try:
                 self.served.restart()
+            except ReplacedError:  # what is under way was begun with other weights
+                self.served.kill()
+                raise
             except (DiffshipError, OSError, MemoryError) as fault:  # no process, no memory: there may be later
                 LOG.error("%s does not start again: %s", self.served.name, fault)
         if self.served.alive():
@@ -284,6 +295,9 @@ class Worker:
         """Encode; none where that fails."""
         since, order = self._clock(), generation.order
         generation.begin()
+        if generation.ended:  # since it was taken; of such an order nothing is left
+            self._forget(generation)
+            return []
         try:
             trajectories = order.begin(self.served.model)
         except Exception as fault:
