@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.no_timing:
         raise ConfigError("--no-timing goes with --dry-run")
     from diffship.compress import compress
-    from diffship.compression.stored import first_process
+    from diffship.core.distributed import first_process
     from diffship.core.job import Job
     from diffship.training.loop import leave
 

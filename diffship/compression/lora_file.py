@@ -49,8 +49,9 @@ class LoraFile:
 
     Raises:
         ConfigError: it is not there, or a folder.
-        SourceError: not safetensors; keys that no layer of the model has, or that change one in another way (all are
-            counted, the first ones named); peft's file without the config that says alpha.
+        SourceError: not safetensors; no tensors, or some of no elements; keys that no layer of the model has, or that
+            change one in another way (all are counted, the first ones named); peft's file without the config that says
+            alpha.
     """
 
     def __init__(self, path: Path, names: Names) -> None:
@@ -58,6 +59,7 @@ class LoraFile:
             raise ConfigError(f"{path} is not a file; a LoRA is one .safetensors file")
         self.path = path
         self.weights = SafetensorsWeights(path)
+        self._require_values()
         self._layers: dict[tuple[str, str], dict[str, str]] = {}
         places = {key: names.find(key) for key in self.weights.names()}
         unknown = [key for key, place in places.items() if place is None]
@@ -73,6 +75,16 @@ class LoraFile:
             if place is not None:
                 self._add(place, key)
         self._notes = read_notes(path, self.weights.names(), self.weights.metadata)
+
+    def _require_values(self) -> None:
+        empty = [name for name in self.weights.names() if not np.prod(self.weights.meta(name).shape)]
+        if self.weights.names() and not empty:
+            return
+        found = f"{_some('tensor', empty)} of no elements" if empty else "no tensors"
+        raise SourceError(
+            f"{self.path.name} has {found}: its rank is 0, or its parameters lay on several GPUs when it was saved. "
+            "Gather them (DeepSpeed: stage3_gather_16bit_weights_on_model_save) and save it again"
+        )
 
     def _add(self, place: Place, key: str) -> None:
         roles = self._layers.setdefault((place.part, place.layer), {})

@@ -133,7 +133,10 @@ def _tokenizers(bundle: Bundle) -> dict[str, Tokenizer]:
     found: dict[str, Tokenizer] = {}
     for folder in TOKENIZER_FOLDERS:
         names = [name for name in bundle.manifest.files if name.startswith(f"{folder}/")]
-        files = {name.removeprefix(f"{folder}/"): read_small(bundle.file(name), TOKENIZER_BYTES) for name in names}
+        files = {
+            name.removeprefix(f"{folder}/"): read_small(bundle.file(name), TOKENIZER_BYTES, bundle.hard_links)
+            for name in names
+        }
         if files:
             found[folder] = ClipTokenizer.from_files(files, folder)
     return found

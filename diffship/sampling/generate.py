@@ -43,6 +43,7 @@ def generate(
         RunnerError: a part's output is not finite, or a picture is black; the part is named.
         Cancelled: `cancel()` was true between two calls.
     """
+    require_parts(model, "vae_decoder")
     return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
 
 
@@ -53,6 +54,7 @@ def generate_many(
 
     Raises as `generate`.
     """
+    require_parts(model, "vae_decoder")
     batch = [trajectory for request in requests for trajectory in start(model, request)]
     return draw(model, batch, any(request.memory == "low" for request in requests), None, on_step, cancel)
 
@@ -69,6 +71,7 @@ def draw(
 
     With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
     """
+    require_parts(model, "vae_decoder")
     _stop_if(cancel)
     done = [conditioned(model, trajectory) for trajectory in batch]
     if low:
@@ -204,7 +207,12 @@ def _require(model: Model, image: object, mask: object) -> None:
         raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
     if not inpaint and (image is not None or mask is not None):
         raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
-    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(model.parts)
+    require_parts(model, "unet", *(("vae_encoder",) if inpaint else ()))
+
+
+def require_parts(model: Model, *names: str) -> None:
+    """Raises UnsupportedError for parts that the model lacks."""
+    missing = set(names) - set(model.parts)
     if missing:
         raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")
 

@@ -272,6 +272,18 @@ def test_a_folder_counts_by_what_is_in_it(tmp_path: Path) -> None:
     assert options_key(LoraPass((str(tmp_path / "data" / "a"),)))["files"] != [str(tmp_path / "data" / "a")]
 
 
+def test_what_is_text_is_no_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt `cat`, a layout `bk-tiny`: what lies under such names in the current folder has no say."""
+    monkeypatch.chdir(tmp_path)
+    steps = [DistillPass("data", prompts=("cat",)), LayoutPass("bk-tiny")]
+    before = [options_key(step) for step in steps]
+    for name in ("cat", "bk-tiny", "blocks", "none"):
+        (tmp_path / name).mkdir()
+    assert [options_key(step) for step in steps] == before
+    (tmp_path / "data").mkdir()
+    assert options_key(steps[0]) != before[0]
+
+
 def test_a_key_is_of_every_tensor() -> None:
     pipeline = open_source("arch:tiny-sd")
     changed = Scale(1.5).run(pipeline, Job())
