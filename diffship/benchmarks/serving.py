@@ -81,16 +81,17 @@ def engine_curve(plan: Plan, batches: Sequence[int] = (1, 2, 4, 8)) -> list[Row]
     return rows
 
 
-def batching(plan: Plan) -> tuple[list[Row], float]:
+PHASES = ("one", "many", "unbatched")
+
+
+def batching(plan: Plan, phases: Sequence[str] = PHASES) -> tuple[list[Row], float]:
     """One client, eight, and eight without batching; the rows, and the capacity in images a second."""
-    found: dict[str, list[list[Answer]]] = {"one": [], "many": [], "unbatched": []}
-    rates: dict[str, list[float]] = {name: [] for name in found}
+    found: dict[str, list[list[Answer]]] = {name: [] for name in phases}
+    rates: dict[str, list[float]] = {name: [] for name in phases}
+    shapes = {"one": (BATCH, 1), "many": (BATCH, plan.clients), "unbatched": (1, plan.clients)}
     for _ in range(plan.rounds):
-        for name, batch, clients in (
-            ("one", BATCH, 1),
-            ("many", BATCH, plan.clients),
-            ("unbatched", 1, plan.clients),
-        ):
+        for name in phases:
+            batch, clients = shapes[name]
             with server(plan.bundle, batch, plan.clients) as served:
                 served.ask(plan.steps, 600)
                 answers, seconds = closed_loop(served, clients, plan.steps, plan.seconds)
@@ -98,11 +99,14 @@ def batching(plan: Plan) -> tuple[list[Row], float]:
             found[name].append(answers)
             rates[name].append(len(answers) / seconds)
     rows = []
-    for name, clients in (("one", 1), ("many", plan.clients), ("unbatched", plan.clients)):
-        where = {"clients": clients, "batch": 1 if name == "unbatched" else BATCH}
+    for name in phases:
+        batch, clients = shapes[name]
+        where = {"clients": clients, "batch": batch}
         rows.append(_row(plan, "throughput", rates[name], "images/s", **where))
         rows += _percentiles(plan, [[answer.seconds for answer in turn] for turn in found[name]], where)
     for other, against in (("one", "one client"), ("unbatched", "batch 1")):
+        if other not in phases:
+            continue
         gain = ratio(rates["many"], rates[other])
         row = _row(plan, "throughput_ratio", [gain.mean], "", clients=plan.clients, against=against)
         facts = {**row.conditions, "interval": gain.how}
