@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from diffship.core.distributed import note_left
 from diffship.core.errors import Cancelled, DiffshipError, SourceError
 from diffship.core.lazy import lazy
+from diffship.core.quiet import training
 from diffship.training.saving import reading, replace_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -111,13 +112,18 @@ def train(
     of the batch and the gradients are averaged once a step; the first process writes.
 
     Raises:
+        BusyError: something is timed on this machine, and is not over after ten minutes.
         DivergedError: the loss or its gradient became NaN or infinite; the checkpoint before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, schedule, folder / "state.safetensors", precision)
     started = saved = time.monotonic()
     checkpoints = 0
-    with run.saved_if_cancelled(), (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
+    with (
+        training(lambda text: print(text, file=sys.stderr)),  # nothing is timed on this machine meanwhile
+        run.saved_if_cancelled(),
+        (folder / "curve.jsonl").open("a", encoding="utf-8") as curve,
+    ):
         while run.step < schedule.steps and not run.agree(time.monotonic() - started > stop_after_seconds):
             figures = run.advance()
             if not run.accelerator.is_main_process:
