@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from diffship.cli.export import made_parents
 from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
-from diffship.cli.progress import Stages
+from diffship.cli.progress import Stages, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.spec import PRECISIONS
@@ -109,6 +109,7 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
     leave()
+    warn_of(pipeline.source)
     return _described(pipeline, options.output)
 
 

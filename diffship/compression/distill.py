@@ -125,13 +125,19 @@ class DistillPass:
         return found
 
     def outline(self, pipeline: Pipeline) -> Outline:
-        """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher."""
+        """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher.
+
+        Raises:
+            ConfigError: the teacher would undo what the passes before this one did.
+        """
+        teacher = self.teacher_of(pipeline)
+        _require_kin(pipeline, teacher, self.teacher is None)
         size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
         samples = self.steps * self.batch * self.accumulate * size
         passes = 4 if self.checkpointing else 3
         calls = [Calls(pipeline.components["unet"], passes * samples)]
         if self.w_out or (self.w_feat and self.features != "none"):
-            calls.append(Calls(self.teacher_of(pipeline).components["unet"], samples))
+            calls.append(Calls(teacher.components["unet"], samples))
         return Outline(converted(pipeline, "float32", ("unet",)), tuple(calls))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
@@ -145,6 +151,7 @@ class DistillPass:
             SourceError: a picture is damaged.
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
+        job.progress(pictures.told, 1, 1)
         digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
         folder = job.folder / f"distill-{self._digest(pipeline, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
@@ -214,6 +221,7 @@ class DistillPass:
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
         teacher = self.teacher_of(pipeline)
+        _require_kin(pipeline, teacher, self.teacher is None)
         for what, of in _MUST_AGREE.items():
             mine, theirs = of(pipeline), of(teacher)
             if not np.array_equal(mine, theirs):
@@ -234,10 +242,28 @@ class DistillPass:
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
+def _require_kin(student: Pipeline, teacher: Pipeline, default: bool) -> None:
+    """Raises ConfigError where learning from `teacher` takes back a LoRA that is fused into the student."""
+    fused = [entry for entry in student.history[len(teacher.history) :] if entry.get("pass") == "lora"]
+    if default and fused:
+        raise ConfigError(
+            f"a LoRA ({', '.join(map(str, fused[0].get('files', ())))[:200]}) was fused before, and the teacher, "
+            "the source without it, would train it away. Distill first and fuse afterwards; or save the source with "
+            "the LoRA (--pass lora -o DIR) and name it: teacher=DIR"
+        )
+    ours, theirs = (str(one.scheduler.get("_class_name")) for one in (student, teacher))
+    if ours == _FEW_STEPS != theirs:
+        raise ConfigError(
+            f"the model draws in few steps ({ours}), and its teacher {teacher.source.get('id')} does not ({theirs}): "
+            "what learns from it needs all steps again. Distill first and make it an LCM afterwards"
+        )
+
+
 def _schedule(pipeline: Pipeline) -> Schedule:
     return noise_schedule({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
 
 
+_FEW_STEPS = "LCMScheduler"
 _MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
     "prediction type": lambda pipeline: pipeline.family.prediction_type,
     "latent channels": lambda pipeline: pipeline.family.latent_channels,

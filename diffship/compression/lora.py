@@ -84,9 +84,9 @@ class LoraPass:
         weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
         names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
         found: dict[str, dict[str, list[Delta]]] = {}
-        files = [LoraFile(path, names) for path in self._paths]
+        files = [LoraFile(path, names, weights) for path in self._paths]
         for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):
-            for (part, layer), delta in file.deltas(weights, scale).items():
+            for (part, layer), delta in file.deltas(scale).items():
                 found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)
         ordered = {part: found[part] for part in pipeline.components if part in found}
         return ordered, [file.scaled_by for file in files]

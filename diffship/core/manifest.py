@@ -175,7 +175,7 @@ class Manifest:
         raise BundleError(f"the bundle has no part {name!r}; it has {known}")
 
     def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
+        data: dict[str, Any] = plain(self) | {"family": self.family.to_json()}
         if self.trajectory is None:
             data.pop("trajectory")
         for part in data["parts"]:

@@ -43,7 +43,10 @@ def write_trajectory(
     model = GatedModel(pipeline, max_bytes)
     try:
         guidance = None if sizes["batch_size"] > 1 or pipeline.family.time_cond_dim is not None else 1.0
-        request = Request(PROMPT, NEGATIVE, steps=steps, size=size, seed=SEED, rng="philox", guidance=guidance)
+        strength = 1.0 if pipeline.family.fills_masks else None  # every step counts
+        request = Request(
+            PROMPT, NEGATIVE, steps=steps, size=size, seed=SEED, rng="philox", guidance=guidance, strength=strength
+        )
         (trajectory,) = start(model, request, *_picture(pipeline, size))
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)

@@ -86,6 +86,32 @@ def test_many_requests_share_calls_and_keep_their_order() -> None:
         assert np.array_equal(picture.pixels, generate(ToyModel(), request)[0].pixels)
 
 
+def test_a_picture_of_tiles_says_so_and_one_of_one_tile_does_not() -> None:
+    """Decoding in tiles is close to decoding at once and not equal: whoever draws it again must know."""
+    for side, tiled in ((256, False), (320, True)):
+        (picture,) = generate(ToyModel(), Request(**{**ASKED, "size": (64, side)}, memory="low"))
+        told = [text for text in picture.settings.get("warnings", ()) if "tiles of 32 latent pixels" in text]
+        assert bool(told) == tiled == ("decoded" in picture.settings)
+        (whole,) = generate(ToyModel(), Request(**{**ASKED, "size": (64, side)}))
+        assert "decoded" not in whole.settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        ("sd", {"strength": 0.5}, "strength is 0.5; it is for models that fill masks"),
+        ("inpaint", {"strength": 0.1, "steps": 4}, "strength 0.1 of 4 steps leaves no step to draw"),
+        ("inpaint", {"strength": 0.5, "steps": 4, "sampler": "pndm"}, "pndm cannot begin at strength 0.5"),
+        ("inpaint", {"strength": 1.5}, "strength"),
+    ],
+)
+def test_a_strength_that_cannot_be_is_refused(kind: str, asked: dict[str, Any], message: str) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    given = {"image": pixels, "mask": pixels[..., 0]} if kind == "inpaint" else {}
+    with pytest.raises(ConfigError, match=message):
+        generate(ToyModel(kind), Request("x", size=(64, 64), **asked), **given)
+
+
 def test_low_memory_releases_each_part_when_its_work_is_done() -> None:
     model = ToyModel()
     generate(model, Request(**ASKED, memory="low"))
