@@ -142,7 +142,7 @@ class LcmPass:
         """
         size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
         samples = self.steps * self.batch * self.accumulate * size
-        made = self._student(converted(pipeline, "float32", ("unet",)))
+        made = self.student(converted(pipeline, "float32", ("unet",)))
         own = (5 if self.checkpointing else 4) * samples
         calls = (Calls(made.components["unet"], own), Calls(self.teacher_of(pipeline).components["unet"], 2 * samples))
         return Outline(self._finished(made, pipeline), calls)
@@ -159,7 +159,7 @@ class LcmPass:
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
         digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
-        student = self._student(pipeline)
+        student = self.student(pipeline)
         folder = job.folder / f"lcm-{self._key(student, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
             train_consistency(self, self._finished(student, pipeline), teacher, pictures, folder, job)
@@ -209,7 +209,8 @@ class LcmPass:
         """How many timesteps one step of DDIM passes over."""
         return trained_schedule(pipeline).num_train_timesteps // self.original_steps
 
-    def _student(self, pipeline: Pipeline) -> Pipeline:
+    def student(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline with the U-Net that is trained: of the full form one that takes guidance, too."""
         return embedded(pipeline) if self.form == FULL else pipeline
 
     def _finished(self, made: Pipeline, pipeline: Pipeline) -> Pipeline:
