@@ -32,7 +32,7 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounds, choices
-from diffship.core.weights import SafetensorsWeights
+from diffship.core.weights import SafetensorsWeights, cast
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
 from diffship.models.sources import open_source
@@ -228,7 +228,7 @@ class LcmPass:
         if self.lora_out is not None and first_process():
             dtype = PRECISIONS[self.lora_precision]
             write_lora(lora, Path(self.lora_out).expanduser(), dtype, str(student.source.get("id")))
-        changed = replace(unet, weights=with_deltas(unet.weights, lora.deltas()))
+        changed = replace(unet, weights=cast(with_deltas(unet.weights, lora.deltas()), "float32"))
         made = replace(student, components={**student.components, "unet": changed})
         return recorded(made, {**entry, "layers": len(lora.layers)})
 
@@ -237,7 +237,8 @@ class LcmPass:
         last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         teacher = self.teacher_of(pipeline)
         low, high = self.guidances(teacher)
-        said = {name: value for name, value in asdict(self).items() if name != "lora_out"}
+        unsaid = ("lora_out", "lora_precision", *(("rank", "alpha") if self.form == FULL else ()))
+        said = {name: value for name, value in asdict(self).items() if name not in unsaid}
         said |= {"data": Path(self.data).name, "prompts": list(self.prompts), "rate": self.learning_rate}
         said |= {"w_min": low, "w_max": high, "teacher": str(teacher.source.get("id"))}
         return {"pass": self.kind, **said, "losses": {"loss": last["loss"]} if "loss" in last else {}}
