@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_tiles
 from diffship.sampling.encode import encode, text_parts
+from diffship.sampling.guidance import unheeded
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
 from diffship.sampling.model import Model
@@ -95,6 +96,7 @@ def start(
     settled = settle(request, model.family, model.scheduler)
     pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
+    ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
     made = []
     for i in range(request.images):
         latents, noise = _initial(model, settled, i, image)
@@ -110,7 +112,7 @@ def start(
             negative=encoded.negative,
             prompt=check_prompt(request.prompt),  # as it is encoded, so that files can hold it
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
-            facts=_facts(model, settled, i, encoded.warnings),
+            facts=_facts(model, settled, i, encoded.warnings + ignored),
             origin=_origin(model),
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))

@@ -104,12 +104,14 @@ def train(
     precision: str = "no",
     stop_after_seconds: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
+    follow: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
     `validate` sees the averaged weights. `progress(step, steps)` is called after every step (without it, logged steps
-    are printed); if it raises Cancelled, what is done is saved first. Under `torchrun` every process computes its share
-    of the batch and the gradients are averaged once a step; the first process writes.
+    are printed); if it raises Cancelled, what is done is saved first. `follow` is given the averaged weights before the
+    first step, by name; they change in place, so that a task can look at them. Under `torchrun` every process computes
+    its share of the batch and the gradients are averaged once a step; the first process writes.
 
     Raises:
         BusyError: something is timed on this machine, and is not over after ten minutes.
@@ -117,6 +119,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, schedule, folder / "state.safetensors", precision)
+    if follow is not None:
+        follow(run.average)
     started = saved = time.monotonic()
     checkpoints = 0
     with (

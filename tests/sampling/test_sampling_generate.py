@@ -145,6 +145,40 @@ def test_time_condition_takes_guidance_instead_of_rows() -> None:
     assert not np.array_equal(weak.trajectory.latents, strong.trajectory.latents)
 
 
+LCM = {"_class_name": "LCMScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "asked", "told"),
+    [
+        ("sd", {}, {"negative": "pear", "guidance": 7.5}, None),
+        ("sd", {}, {"negative": "pear", "guidance": 1.0}, "negative prompt is not used: guidance is 1"),
+        ("sd", {}, {"negative": "", "guidance": 1.0}, None),
+        ("sd", {}, {"guidance": 7.5, "sampler": "lcm"}, None),  # of a model that was not made for few steps
+        ("sd", LCM, {"guidance": 2.0, "negative": "pear"}, None),
+        ("sd", LCM, {"guidance": 2.5}, "guidance is 2.5: this model has its guidance in its weights"),
+        ("sd", LCM, {"guidance": 2.5, "sampler": "euler-a"}, "from 1 to 2 is good"),
+        ("lcm", LCM, {"guidance": 9.0}, None),
+        ("lcm", LCM, {"guidance": 9.0, "negative": "pear"}, "negative prompt is not used: this model takes guidance"),
+    ],
+)
+def test_what_nothing_reads_and_guidance_that_is_too_strong_are_told(
+    kind: str, scheduler: dict[str, Any], asked: dict[str, Any], told: str | None
+) -> None:
+    picture = generate(ToyModel(kind, **scheduler), Request("x", steps=2, **asked))[0]
+    warnings = picture.settings.get("warnings", [])
+    assert len(warnings) == (told is not None), warnings
+    assert told is None or told in warnings[0]
+
+
+def test_guidance_up_to_two_draws_away_from_the_negative_prompt_in_a_few_steps() -> None:
+    model = ToyModel("sd", **LCM)
+    drawn = [generate(model, Request("x", steps=4, guidance=2.0, negative=text))[0] for text in ("pear", "plum")]
+    assert drawn[0].settings["sampler"] == "lcm"
+    assert not np.array_equal(drawn[0].trajectory.latents, drawn[1].trajectory.latents)
+    assert model.use("unet").calls[0]["sample"][0] == 2
+
+
 def test_sdxl_conditioning() -> None:
     model = ToyModel("sdxl")
     picture = generate(model, Request("a red apple", size=(128, 64)))[0]
