@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, meta_of, stored, to_float32
+from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, meta_of, stored, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.safetensors_file import Header, read_header, read_tensor
 from diffship.core.seeded import SeededWeights
@@ -103,7 +103,7 @@ class SafetensorsWeights:
 
 
 class MemoryWeights:
-    """Tensors that are arrays already; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
+    """Tensors that are arrays already, read-only; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
 
     def __init__(self, arrays: Mapping[str, Array], dtypes: Mapping[str, str] | None = None) -> None:
         self._metas: dict[str, TensorMeta] = {}
@@ -112,7 +112,8 @@ class MemoryWeights:
             dtype = (dtypes or {}).get(name)
             meta = TensorMeta(dtype, tuple(array.shape)) if dtype else meta_of(array)
             self._metas[name] = meta
-            self._arrays[name] = stored(array, meta)
+            self._arrays[name] = stored(array, meta).view()
+            self._arrays[name].flags.writeable = False
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +178,7 @@ class _Cast(Derived):
         if meta.dtype not in FLOATS or meta.dtype == self._dtype:
             return array
         try:
-            return from_float32(to_float32(array, meta.dtype), self._dtype)
+            return convert(array, meta.dtype, self._dtype)
         except ConfigError as fault:
             raise ConfigError(f"tensor {name}: {fault}") from None
 

@@ -10,7 +10,7 @@ from diffship.core.family import Family
 from diffship.models.autoencoder import KL, vae_factor
 from diffship.models.component import reading
 from diffship.models.facts import check_facts
-from diffship.models.unet import check_config, text_time_widths
+from diffship.models.unet import check_config, text_time_widths, text_width
 
 Config = Mapping[str, Any]
 OWN = "_diffship"
@@ -52,7 +52,7 @@ def _family(
         scaling_factor=float(vae.get("scaling_factor") or (0.18215 if vae_class == KL else 1.0)),
         shift_factor=float(vae.get("shift_factor") or 0.0),
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        text_width=_text_width(unet),
+        text_width=text_width(unet),
         pooled_width=pooled,
         time_ids=ids,
         time_cond_dim=int(lcm) if lcm else None,
@@ -87,16 +87,11 @@ def _default_size(unet: Config, factor: int, step: int) -> int:
     return max(side // step, 1) * step
 
 
-def _text_width(unet: Config) -> int:
-    width = unet.get("cross_attention_dim", 1280)
-    return int(width if isinstance(width, int) else width[0])
-
-
 def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: int | None) -> None:
     given = sum(int(config.get("hidden_size", 512)) for config in text.values())
-    if given != _text_width(unet):
+    if given != text_width(unet):
         raise SourceError(
-            f"the U-Net takes text {_text_width(unet)} wide, the text encoders give {given}: not one family"
+            f"the U-Net takes text {text_width(unet)} wide, the text encoders give {given}: not one family"
         )
     second = text.get("text_encoder_2")
     if pooled and second and int(second.get("projection_dim", 512)) != pooled:
