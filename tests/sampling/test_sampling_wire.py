@@ -346,3 +346,11 @@ def assert_taken_or_refused(data: bytes) -> bool:
         trajectory.require_fit(trajectory.origin.family)
     assert unpack(pack(trajectory)).prompt == trajectory.prompt
     return True
+
+
+def test_facts_that_no_reader_takes_are_not_packed() -> None:
+    begun = start(ToyModel(), Request("an apple", steps=2))[0]
+    room = 16 * 1024 - len(json.dumps({"note": ""}))
+    assert unpack(pack(replace(begun, facts={"note": "x" * room}))).facts == {"note": "x" * room}
+    with pytest.raises(HandoffError, match="facts are not a table of at most 16384 bytes"):
+        pack(replace(begun, facts={"note": "x" * (room + 1)}))
