@@ -81,11 +81,11 @@ def read_tensor(header: Header, name: str) -> NDArray[np.generic]:
     array = np.empty(entry.meta.shape, entry.meta.storage)
     try:
         with _open_regular(header.path) as file:
-            if _identity(os.fstat(file.fileno())) != header.identity:
+            if _changed(file, header):
                 raise SourceError(f"{header.path}: was changed since it was opened; start again")
             file.seek(entry.offset)
             _fill(file, array, header.path)
-            if _identity(os.fstat(file.fileno())) != header.identity:
+            if _changed(file, header):
                 raise SourceError(f"{header.path}: was changed while it was read; start again")
     except OSError as fault:
         raise SourceError(f"{header.path}: cannot be read: {fault.strerror or fault}") from None
@@ -116,6 +116,12 @@ def write_safetensors(
             file.write(as_bytes(array))
             if on_tensor is not None:
                 on_tensor(name)
+
+
+def _changed(file: IO[bytes], header: Header) -> bool:
+    """Whether size or time of change are others than when the header was read. Inodes have no say here: some network
+    file systems give a file another one each time it is opened."""
+    return _identity(os.fstat(file.fileno()))[2:] != header.identity[2:]
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
