@@ -14,7 +14,7 @@ from pathlib import Path
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
 from diffship.core.errors import BundleError, ConfigError
-from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
+from diffship.core.leftovers import claim_folder, held, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
     MANIFEST_NAME,
@@ -124,12 +124,13 @@ class Draft:
     def _replace_in_two_steps(self) -> None:
         # the old bundle keeps a name from which `write_bundle` brings it back, should this process die in between
         aside = self.folder.with_name(self.folder.name.replace(".partial-", ".old-"))
-        os.replace(self.path, aside)
-        try:
-            os.replace(self.folder, self.path)
-        except BaseException:
-            os.replace(aside, self.path)
-            raise
+        with held(self.path):
+            os.replace(self.path, aside)
+            try:
+                os.replace(self.folder, self.path)
+            except BaseException:
+                os.replace(aside, self.path)
+                raise
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -69,11 +69,7 @@ class Widths:
 def widths_of(config: Mapping[str, Any]) -> Widths:
     """What a U-Net's config says under `diffship`; raises SourceError for anything that this version does not know."""
     found = config.get(KEY)
-    widths = Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
-    for name, value in (*widths.inner.items(), *widths.heads.items(), *widths.feedforward.items()):
-        if value < 1:
-            raise SourceError(f"unet config: {name} is {value} wide")
-    return widths
+    return Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
 
 
 def with_widths(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:

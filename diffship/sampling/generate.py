@@ -53,11 +53,20 @@ def generate_many(
 ) -> list[Picture]:
     """Pictures of several requests, in order; those of one size share model calls, whatever their steps or samplers.
 
+    Requests with another `batch` or `memory` are drawn by themselves, as they ask.
+
     Raises as `generate`.
     """
     require_parts(model, "vae_decoder")
-    batch = [trajectory for request in requests for trajectory in start(model, request)]
-    return draw(model, batch, any(request.memory == "low" for request in requests), None, on_step, cancel)
+    groups: dict[tuple[bool, int | None], list[tuple[int, Request]]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault((request.memory == "low", request.batch), []).append((place, request))
+    drawn: dict[int, list[Picture]] = {}
+    for (low, at_once), members in groups.items():
+        batch = [trajectory for _, request in members for trajectory in start(model, request)]
+        pictures = iter(draw(model, batch, low, at_once, on_step, cancel))
+        drawn |= {place: [next(pictures) for _ in range(request.images)] for place, request in members}
+    return [picture for place in range(len(requests)) for picture in drawn[place]]
 
 
 def draw(
@@ -78,8 +87,11 @@ def draw(
     if low:
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
-    denoiser = checked(plain(model.use("unet")))
+    denoiser: Denoiser | None = None
     for places in _chunks(batch, at_once or (1 if low else len(batch))):
+        if all(done[place].done for place in places):
+            continue  # a U-Net is not opened for what is drawn already
+        denoiser = denoiser or checked(plain(model.use("unet")))
         active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory

@@ -114,9 +114,12 @@ class FeedMaker:
 def guidance_embedding(w: float, width: int = 256) -> NDArray[np.float32]:
     """LCM's embedding of w = guidance - 1, float32 (width,): sin then cos of 1000 w times falling frequencies.
 
+    `width` is at least 4: one frequency alone has no step to the next.
     Rounded to float32 where diffusers' `get_guidance_scale_embedding` is: the arguments reach thousands of radians.
     """
     half = width // 2
+    if half < 2:
+        raise ConfigError(f"a guidance embedding {width} wide has no frequencies; legal is 4 or more")
     step = np.float32(np.float32(math.log(_COND_FREQUENCY)) / np.float32(half - 1))
     exponent = np.arange(half, dtype=np.float32) * -step
     angle = np.float32(np.float32(w) * np.float32(1000.0)) * np.exp(exponent.astype(np.float64)).astype(np.float32)

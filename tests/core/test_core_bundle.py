@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from diffship.core import bundle_check
+from diffship.core.atomic import partial_prefix
 from diffship.core.bundle import Bundle, Manifest, Part, require_place, write_bundle
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import BundleError, ConfigError
+from diffship.core.leftovers import claim_folder, remove_leftovers
 from diffship.core.limits import LIMITS
 from diffship.core.safetensors_file import write_safetensors
 
@@ -505,3 +507,36 @@ def test_the_current_folder_is_refused(inside: bool, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "here" / ("below" if inside else ""))
     with pytest.raises(ConfigError, match="current folder"), write_bundle(tmp_path / "here"):
         pass
+
+
+def test_long_names_that_begin_alike_do_not_share_leftovers(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / ("m" * 90 + "-fp16"), tmp_path / ("m" * 90 + "-fp32")
+    aside = tmp_path / (partial_prefix(theirs).replace(".partial-", ".old-") + "deadbeef")
+    aside.mkdir()
+    (aside / "owner").write_text("theirs")
+    assert remove_leftovers(ours) == [] and not ours.exists()
+    assert remove_leftovers(theirs) == [aside] and (theirs / "owner").read_text() == "theirs"
+    longest = tmp_path / ("m" * 255)
+    with claim_folder(longest) as folder:
+        assert folder.is_dir()
+
+
+def test_another_writer_does_not_bring_back_what_is_moved_aside(
+    bundle: Bundle, manifest: Manifest, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fcntl")
+    replace_path, came = os.replace, []
+
+    def between(source: Path, target: Path) -> None:
+        replace_path(source, target)
+        if ".old-" in str(target):  # the old bundle is aside, the new one not there yet
+            came.extend(remove_leftovers(bundle.path))
+
+    monkeypatch.setattr("diffship.core.bundle.exchange", lambda *_: False)
+    monkeypatch.setattr("diffship.core.bundle.os.replace", between)
+    with write_bundle(bundle.path, overwrite=True) as draft:
+        fill(draft.folder, 2)
+        draft.finish(manifest)
+    assert came == []
+    assert Bundle.open(bundle.path).file("unet/config.json").read_text() == '{"value": 2}'
+    assert [path.name for path in bundle.path.parent.iterdir()] == ["bundle"]

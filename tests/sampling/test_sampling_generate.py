@@ -15,7 +15,8 @@ from sampling_toy import WIDTH, ToyModel, text
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import decode_tiled
 from diffship.sampling.encode import time_ids
-from diffship.sampling.generate import Request, generate, generate_many, start
+from diffship.sampling.generate import Request, draw, generate, generate_many, start
+from diffship.sampling.loop import denoise, plain
 from diffship.sampling.rng import torch_randn
 
 ASKED: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "seed": 11, "sampler": "euler-a"}
@@ -372,3 +373,38 @@ def test_a_decomposed_prompt_is_the_composed_one() -> None:
     typed = Request("cafe\N{COMBINING ACUTE ACCENT}", negative="e\N{COMBINING ACUTE ACCENT}")
     assert (typed.prompt, typed.negative) == ("caf\xe9", "\xe9")
     assert start(ToyModel(), typed)[0].prompt == typed.prompt
+
+
+def test_trajectories_that_are_done_open_no_unet() -> None:
+    model = ToyModel()
+    done = denoise(start(model, Request(**ASKED)), plain(model.use("unet")))
+    whole = generate(ToyModel(), Request(**ASKED))
+
+    class Decoder(ToyModel):
+        def use(self, part: str) -> Any:
+            assert part == "vae_decoder", part
+            return super().use(part)
+
+    (picture,) = draw(Decoder(), done)
+    assert np.array_equal(picture.pixels, whole[0].pixels)
+
+
+def test_many_requests_keep_their_own_batch_and_memory() -> None:
+    model = ToyModel()
+    requests = [
+        Request(**{**ASKED, "images": 2, "batch": 1}),
+        Request(**{**ASKED, "seed": 5, "images": 3}),
+        Request(**{**ASKED, "seed": 7, "memory": "low"}),
+        Request(**{**ASKED, "seed": 9}),
+    ]
+    pictures = generate_many(model, requests)
+    assert [picture.settings["seed"] for picture in pictures] == [11, 12, 5, 6, 7, 7, 9]
+    rows = {call["sample"][0] for call in model.runners["unet"].calls}
+    # two rows an image: one alone (batch 1, and low memory), and the four images of the others together
+    assert rows == {2, 8}
+    alone = [picture for request in requests for picture in generate(ToyModel(), request)]
+    for ours, theirs in zip(pictures, alone, strict=True):
+        assert np.array_equal(ours.trajectory.latents, theirs.trajectory.latents)
+    calm = ToyModel()
+    generate_many(calm, [requests[1], requests[3]])
+    assert calm.released == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from diffship import models
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
@@ -17,12 +20,12 @@ from diffship.core.problem import Problem
 from diffship.core.spec import PRECISIONS, TensorSpec
 from diffship.core.strict import bounded, bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
-from diffship.exporters.onnx.capture import capture, trace_sizes
+from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
-from diffship.exporters.onnx.translate import Translation
-from diffship.models.component import INNER, Component, torch_dtype
+from diffship.exporters.onnx.translate import OPERATORS, Translation
+from diffship.models.component import INNER, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
 from diffship.models.points import point_paths
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 else:
     onnx = lazy("onnx")
 
-REVISION = 2  # of what this code makes of equal inputs; part of the key of cached graphs
+_NAMED = 8  # unused tensors that are named
 _BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
@@ -136,6 +139,7 @@ class Onnx:
             "nodes": len(model.graph.node),
             "data_bytes": data_bytes(model),
             "parameters": count,
+            **_left_out(component),
         }
         return Part(
             name=component.name,
@@ -158,7 +162,7 @@ class Onnx:
         module = component.meta
         programs = capture(module, specs, trace_sizes(component.smallest_sizes()), dtype)
         need("onnx")  # teaches numpy bfloat16
-        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
+        translation = Translation(decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER))
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -166,7 +170,7 @@ class Onnx:
     def graph_digest(self, component: Component) -> str:
         """Names everything that `graph` depends on."""
         facts = {
-            "revision": REVISION,
+            "code": _code_digest(),
             "options": asdict(self),
             "part": [component.name, component.class_name],
             "config": component.config,
@@ -179,6 +183,12 @@ class Onnx:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
         return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
+
+
+def _left_out(component: Component) -> dict[str, object]:
+    """What the manifest says of weights that the part does not take."""
+    names = unexpected(component.meta, component.weights)
+    return {"unused_tensors": {"count": len(names), "first": names[:_NAMED]}} if names else {}
 
 
 def _check_weights(component: Component) -> list[Problem]:
@@ -194,6 +204,15 @@ def _check_weights(component: Component) -> list[Problem]:
                 Problem(component.name, f"{source} has shape {found}, its config asks for {tuple(tensor.shape)}")
             )
     return problems
+
+
+@cache
+def _code_digest() -> str:
+    """sha256 over the source of everything that makes a graph: this room and `models`."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.glob("*.py")]):
+        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> Mapping[str, str]:

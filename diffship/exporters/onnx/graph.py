@@ -34,7 +34,8 @@ TYPES: dict[str, int] = {
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
-Dim = int | tuple[int, int]  # a free size is what it was in the first and in the second trace
+Dim = int | tuple[int, ...]  # a free size is what it was in each trace
+FREE: Dim = (-1, -2, -3)  # a size that nothing asks for
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Size:
-    """A number that depends on the input's size, as it was in the first and in the second trace."""
+    """A number that depends on the input's size, as it was in each trace."""
 
-    pair: tuple[int, int]
+    values: tuple[int, ...]
 
 
 @dataclass

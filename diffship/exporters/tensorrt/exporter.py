@@ -23,7 +23,7 @@ from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, journal, library
 from diffship.exporters.onnx import Onnx
-from diffship.exporters.onnx.graph import NAMES
+from diffship.exporters.onnx.graph import IR_VERSION, NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
@@ -70,7 +70,7 @@ class TensorRt:
     max_shapes: tuple[str, ...] = _option("largest sizes", ())
     refit: bool = _option("weights can be replaced in the engine", False)
     strip: bool = _option("leave the weights out until the first run; with --refit", False)
-    opset: int = _option("of the graph that is built from", 23)
+    opset: int = _option("of the graph that is built from", 23, bounds(min(IR_VERSION), max(IR_VERSION)))
 
     def __post_init__(self) -> None:
         capabilities = self._capabilities
