@@ -304,10 +304,11 @@ def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -
 def _golden(work: _Work, part: Part) -> Golden:
     """References of the whole part and of its blocks."""
     from diffship.exporters.golden import rounded_feeds
-    from diffship.exporters.golden_blocks import write_blocks
+    from diffship.exporters.golden_blocks import block_sizes, write_blocks
 
     truth = work.against[part.name]
-    feeds = rounded_feeds(work.feeds.calls(truth, work.sizes[part.name])[0], part.precision)
+    sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
+    feeds = rounded_feeds(work.feeds.calls(truth, sizes)[0], part.precision)
     blocks = write_blocks(truth, feeds, work.folder, part.precision, work.gate_bytes // 2)
     return replace(_whole(work, part), blocks=blocks)
 

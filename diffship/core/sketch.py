@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE = 4096
+SIZE = 2048
 
 
 def sketch(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:

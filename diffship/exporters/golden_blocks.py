@@ -46,6 +46,21 @@ class _Found:
     loose: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def block_sizes(sizes: Mapping[str, int], factor: int) -> dict[str, int]:
+    """Sizes at which the blocks of a part are proved, given those of its golden calls.
+
+    An auto-encoder is a network of local layers and one attention, so four by six latents show all of it (`factor`
+    pixels each). What is fed to every layer lies in the bundle: at the size of a picture that would outweigh the part.
+    """
+    small = {"height": 4, "width": 6}
+    found = dict(sizes)
+    for axis in sizes:
+        kind, _, side = axis.partition("_")
+        if kind in ("latent", "sample") and side in small:
+            found[axis] = small[side] * (factor if kind == "sample" else 1)
+    return found
+
+
 def write_blocks(
     component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: str, max_bytes: int
 ) -> GoldenBlocks | None:
