@@ -16,7 +16,7 @@ import numpy as np
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.exporters.onnx.capture import NO_EFFECT, Programs
+from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ class Translation:
         keywords = {
             key: self._resolved(*(twin.kwargs[key] for twin in twins)) for key in node.kwargs if key not in _IDLE
         }
+        if target in LIFTED:
+            return arguments[0]
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         if _foldable(arguments) and _foldable(keywords):
