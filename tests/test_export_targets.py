@@ -99,7 +99,7 @@ def test_a_part_whose_engine_is_elsewhere_is_unproven_and_has_golden_vectors(
     assert part.proof["status"] == "unproven" and "no engine of this machine" in part.proof["reason"]
     assert part.golden is not None
     names = read_header(tmp_path / "b" / part.golden.file).entries
-    assert {"in.input_ids", "out.last_hidden_state"} <= set(names)
+    assert {"0.in.input_ids", "0.out.last_hidden_state"} <= set(names)
 
 
 def test_a_missing_engine_of_a_target_that_is_proved_here_is_said_before_work(

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffship.cli.flags import add_fields, given_fields, names
 from diffship.cli.output import Result, figure, size_text, table
-from diffship.cli.progress import Stages, note
+from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.registry import EXPORTERS, load
 
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache, progress=stages),
             **chosen,
         )
+    warn_of(bundle.manifest.source)
     _warn_of_sampler(bundle.manifest.sampler)
     _warn_of_unused(bundle.manifest.parts)
     return describe(bundle.path, bundle.manifest)

@@ -179,6 +179,7 @@ class PrunePass:
     ) -> tuple[Table, dict[str, Any]]:
         """Scores, and what the history says of the timesteps; kept by the job under all that they depend on."""
         pictures, model = self._pictures(pipeline), pipeline.model().digest
+        job.progress(pictures.told, 1, 1)
         told = {
             key: value for key, value in self._entry().items() if key not in ("keep", "parameters_share", "ranking")
         }

@@ -55,10 +55,6 @@ class Exporter(Target, Protocol):
         """Write the files of a part below `out`; its manifest entry, not proved yet."""
         ...
 
-    def runnable(self, part: Part, folder: Path) -> Part:
-        """The form of `part`, whose files are below `folder`, that engines of this machine can run."""
-        ...
-
 
 @runtime_checkable
 class BuiltFromGraph(Target, Protocol):

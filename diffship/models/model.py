@@ -24,6 +24,7 @@ class PipelineModel:
         self.device = device
         self.dtype = dtype
         self.name: str = str(pipeline.source.get("id", "pipeline"))
+        self.notes: tuple[str, ...] = tuple(pipeline.source.get("notes", ()))  # what of the source is left out
         self.family: Family = pipeline.family
         self.scheduler: Mapping[str, Any] = dict(pipeline.scheduler)
         self.parts: frozenset[str] = frozenset(pipeline.components)

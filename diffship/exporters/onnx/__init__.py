@@ -1,4 +1,3 @@
 """ONNX: the layout and names of optimum's ONNX Runtime pipelines, from graphs that were made without any weight."""
 
-from diffship.exporters.onnx.exporter import EngineGraph as EngineGraph
 from diffship.exporters.onnx.exporter import Onnx as Onnx

@@ -25,9 +25,9 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.exporters.onnx.widen import widen
 from diffship.models.component import INNER, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
+from diffship.models.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
@@ -44,8 +44,10 @@ _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1
 class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
-    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). A VAE whose config says
-    that float16 is too narrow for it (`force_upcast`) stays in fp32.
+    precision: type of weights and of float inputs and outputs (`timestep` is float32 in all). "bf16" is for graphs
+    that GPU engines are built from: no CPU engine runs it, so it is proved in float32 arithmetic with the weights as
+    they were rounded; its inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
+    says that float16 is too narrow for it (`force_upcast`) stays in fp32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -55,7 +57,11 @@ class Onnx:
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
     precision: str = field(
-        default="fp32", metadata={**choices("fp32", "fp16"), "help": "of weights and of float inputs and outputs"}
+        default="fp32",
+        metadata={
+            **choices(*PRECISIONS),
+            "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take",
+        },
     )
     opset: int = field(
         default=23,
@@ -80,8 +86,12 @@ class Onnx:
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
-        """A graph takes every legal size: the smallest."""
-        return {**component.smallest_sizes(), "batch_size": batch}
+        """Twice the least height by three times the least width: height is not width, no attention has one token."""
+        factors = {"height": 2, "width": 3}
+        sizes = {
+            axis: least * factors.get(axis.rpartition("_")[2], 1) for axis, least in component.smallest_sizes().items()
+        }
+        return {**sizes, "batch_size": batch}
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
@@ -141,16 +151,6 @@ class Onnx:
             extra=extra,
         )
 
-    def runnable(self, part: Part, folder: Path) -> Part:
-        """The form of `part` that engines of this machine can run: bf16, which none of them computes, as float32."""
-        if self.precision != "bf16":
-            return part
-        inner = folder / part.name / "float32"
-        inner.mkdir()
-        widen(folder / part.files[0], inner)
-        files = tuple(f"{part.name}/float32/{name}" for name in (MODEL_FILE, DATA_FILE))
-        return replace(part, files=files, precision="fp32")
-
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
         write_pipeline_files(pipeline, out)
@@ -159,10 +159,12 @@ class Onnx:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
         dtype = torch_dtype(PRECISIONS[self.precision])
-        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
+        module = component.meta
+        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), dtype)
         need("onnx")  # teaches numpy bfloat16
         translation = Translation(decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER))
-        model = translation.run(specs, component.outputs, "diffship")
+        points = point_paths(component, module.get_submodule("inner"))
+        model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
     def graph_digest(self, component: Component) -> str:
@@ -181,14 +183,6 @@ class Onnx:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
         return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
-
-
-@dataclass(frozen=True)
-class EngineGraph(Onnx):
-    """Graphs that TensorRT builds engines from. They may be bfloat16, which no engine computes that reads ONNX here;
-    their inputs and outputs are float32 then, since numpy has no bfloat16."""
-
-    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
 
 
 def _left_out(component: Component) -> dict[str, object]:

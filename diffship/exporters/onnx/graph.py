@@ -131,15 +131,16 @@ class Graph:
         model.ir_version = IR_VERSION[self.opset]
         return model
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a node's output the name of a graph output."""
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors that nodes make new names (old -> new)."""
         for node in self.nodes:
             for side in (node.input, node.output):
                 for i, name in enumerate(side):
-                    if name == old:
-                        side[i] = new
-        if old in self.values:
-            self.values[new] = self.values.pop(old)
+                    if name in names:
+                        side[i] = names[name]
+        for old, new in names.items():
+            if old in self.values:
+                self.values[new] = self.values.pop(old)
 
     def _drop_unused(self, outputs: Sequence[str]) -> None:
         needed, kept = set(outputs), []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
+from diffship.exporters.onnx.points import module_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -54,6 +56,7 @@ class Translation:
         self._weight_name = weight_name
         self._known: dict[torch.fx.Node, Any] = {}
         self._lengths: dict[tuple[int, ...], str] = {}
+        self._points: dict[str, str] = {}
         self.node: torch.fx.Node
 
     # what operators use
@@ -118,8 +121,17 @@ class Translation:
 
     # the walk
 
-    def run(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
-        """The model with the names, dtypes and axis names of the specs."""
+    def run(
+        self,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        producer: str,
+        modules: Collection[str] = (),
+    ) -> onnx.ModelProto:
+        """The model with the names, dtypes and axis names of the specs.
+
+        What a module in `modules` (paths) gives is called `<path>.out`, so that others can find it in the graph.
+        """
         ports = self._take_inputs(inputs)
         results: Sequence[Any] = ()
         for node in self._program.graph.nodes:
@@ -130,8 +142,20 @@ class Translation:
                 self._measure(self._known[node])
             elif node.op == "output":
                 results = node.args[0]
+        self._points = self._name_modules(modules)
         named = self._name_outputs(outputs, results)
         return _legal(self.graph.model(ports, named, producer))
+
+    def _name_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """Old name -> new name of the tensors that modules give; the innermost module names a tensor of several."""
+        names: dict[str, str] = {}
+        made = {name for node in self.graph.nodes for name in node.output}
+        for path, node in module_outputs(self._program).items() if modules else ():
+            value = self._known.get(node)
+            if path in modules and isinstance(value, Value) and value.name in made and value.name not in names:
+                names[value.name] = f"{path}.out"
+        self.graph.rename(names)
+        return names
 
     def _take_inputs(self, specs: Sequence[TensorSpec]) -> list[onnx.ValueInfoProto]:
         ports: list[onnx.ValueInfoProto] = []
@@ -232,19 +256,20 @@ class Translation:
         ports, names = [], dict[str, str]()
         for spec, node in zip(specs, wanted, strict=True):
             value = self.value(self._known[node])
+            value = replace(value, name=self._points.get(value.name, value.name))
             self._name_output(value, spec.name, names)
             ports.append(port(spec.name, value.dtype, spec.shape))
         return ports
 
     def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
-        """Rename the tensor itself; an Identity only where it is an input, or an output already."""
+        """Rename the tensor itself; an Identity only where it has a name of its own: inputs, outputs, modules."""
         made = any(value.name in node.output for node in self.graph.nodes)
-        if made and value.name not in names:
-            self.graph.rename(value.name, name)
+        if made and value.name not in names and value.name not in self._points.values():
+            self.graph.rename({value.name: name})
             names[value.name] = name
         else:
             now = names.get(value.name, value.name)
-            self.graph.rename(self.graph.emit("Identity", [now], value.dtype, value.shape).name, name)
+            self.graph.rename({self.graph.emit("Identity", [now], value.dtype, value.shape).name: name})
 
 
 # arguments, as ATen names them, that change no value, or whose meaning lies in the result's type

@@ -22,7 +22,7 @@ from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, journal, library
-from diffship.exporters.onnx import EngineGraph, Onnx
+from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.graph import IR_VERSION, NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
@@ -128,7 +128,7 @@ class TensorRt:
         return check_sm(self.flavour, self.sm)
 
     def _graphs(self) -> Onnx:
-        return EngineGraph(precision=self.precision, opset=self.opset)
+        return Onnx(precision=self.precision, opset=self.opset)
 
     def through(self, component: Component) -> Onnx:
         """The exporter of the graph that a part's engine is built from: in float32 where float16 would overflow."""
