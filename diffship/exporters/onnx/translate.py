@@ -263,6 +263,8 @@ class Translation:
 
     def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
         """Rename the tensor itself; an Identity only where it has a name of its own: inputs, outputs, modules."""
+        if value.name == name:
+            return  # the output of a stage is that of its last module
         made = any(value.name in node.output for node in self.graph.nodes)
         if made and value.name not in names and value.name not in self._points.values():
             self.graph.rename({value.name: name})
