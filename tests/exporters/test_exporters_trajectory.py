@@ -21,7 +21,8 @@ from diffship.core.job import Job
 from diffship.core.manifest import parse_manifest
 from diffship.core.safetensors_file import write_safetensors
 from diffship.export import export
-from diffship.exporters.golden_trajectory import _GatedModel, why_not, write_trajectory
+from diffship.exporters.gated import GatedModel
+from diffship.exporters.golden_trajectory import why_not, write_trajectory
 from diffship.exporters.tensorrt import TensorRt
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -70,7 +71,7 @@ def test_it_is_what_torch_draws_whole(bundle: Bundle, tiny: Pipeline) -> None:
 
 
 def test_a_large_model_is_drawn_in_stages(tiny: Pipeline) -> None:
-    with tiny.model() as model, _GatedModel(tiny, 400_000) as staged:
+    with tiny.model() as model, GatedModel(tiny, 400_000) as staged:
         assert type(staged.use("unet")) is not type(model.use("unet")), "the U-Net is too large to be loaded whole"
         request = Request("a pear", None, steps=2, size=(64, 64), seed=1)
         drawn = [denoise(start(each, request), plain(each.use("unet")))[0].latents for each in (model, staged)]

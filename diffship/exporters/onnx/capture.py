@@ -28,7 +28,8 @@ else:
     Module = lazy_base("torch.nn", "Module")
 
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
-NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard", "aten.lift_fresh")  # nodes that no graph needs
+NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard")  # nodes that no graph needs
+LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a constant becomes a tensor of the program
 # multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. Small: a
 # VAE's tensors must stay below 2**31 elements, from where on diffusers takes another way
 _RATIOS = ((3, 17, 2), (5, 11, 31), (7, 13, 37), (23, 29, 41), (19, 43, 47))
@@ -66,7 +67,8 @@ def decomposed(programs: Programs, known: Collection[str]) -> Programs:
 
 def _is_unknown(node: torch.fx.Node, known: Collection[str]) -> bool:
     name = str(node.target)
-    return isinstance(node.target, torch._ops.OpOverload) and name not in known and not name.startswith(NO_EFFECT)
+    meant = name in known or name in LIFTED or name.startswith(NO_EFFECT)
+    return isinstance(node.target, torch._ops.OpOverload) and not meant
 
 
 def trace_sizes(smallest: Mapping[str, int]) -> tuple[dict[str, int], ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.exporters.onnx.capture import NO_EFFECT, Programs
+from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
 from diffship.exporters.onnx.points import module_outputs
 
@@ -197,6 +197,8 @@ class Translation:
         keywords = {
             key: self._resolved(*(twin.kwargs[key] for twin in twins)) for key in node.kwargs if key not in _IDLE
         }
+        if target in LIFTED:
+            return arguments[0]
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         if _foldable(arguments) and _foldable(keywords):
@@ -261,6 +263,8 @@ class Translation:
 
     def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
         """Rename the tensor itself; an Identity only where it has a name of its own: inputs, outputs, modules."""
+        if value.name == name:
+            return  # the output of a stage is that of its last module
         made = any(value.name in node.output for node in self.graph.nodes)
         if made and value.name not in names and value.name not in self._points.values():
             self.graph.rename({value.name: name})
