@@ -46,7 +46,7 @@ class Stages(AbstractContextManager["Stages"]):
             return
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total or None, desc=label, file=sys.stderr, leave=True, dynamic_ncols=True)
+        self._bar = tqdm(total=total or None, desc=printable(label), file=sys.stderr, leave=True, dynamic_ncols=True)
 
     def _end(self) -> None:
         if self._bar is not None:

@@ -13,12 +13,14 @@ from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diffship.core.bundle import Bundle
     from diffship.runtimes.suspects import Look
 
 EXAMPLES = """examples:
   diffship verify out/emoji
   diffship verify out/emoji --engine openvino --json
   diffship verify out/emoji-rtx --reduce --graphs out/emoji-fp16
+  diffship verify out/emoji --polygraphy out/emoji-polygraphy
 """
 
 
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graphs", metavar="DIR", type=Path, help="with --reduce: the --to onnx bundle that an engine was built from"
     )
+    parser.add_argument(
+        "--polygraphy", metavar="OUT", type=Path, help="write the golden vectors for Polygraphy; needs no engine"
+    )
     parser.add_argument("--hashes-only", action="store_true", help="leave the golden vectors out; needs no engine")
 
 
@@ -40,6 +45,8 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.hashes_only:
         return _hashes(options)
+    if options.polygraphy:
+        return _polygraphy(options)
     from diffship.runtimes.verify import verify
 
     with Stages(options.quiet) as stages:
@@ -71,15 +78,37 @@ def _look(options: argparse.Namespace) -> Look | None:
 def _hashes(options: argparse.Namespace) -> Result:
     from diffship.core.bundle import Bundle
 
-    if options.parts is not None or options.engine or options.reduce or options.graphs:
-        raise ConfigError("--hashes-only opens no engine; leave --parts, --engine, --reduce and --graphs out")
+    if options.parts is not None or options.engine or options.reduce or options.graphs or options.polygraphy:
+        raise ConfigError(
+            "--hashes-only opens no engine; leave --parts, --engine, --reduce, --graphs and --polygraphy out"
+        )
     bundle = Bundle.open(options.bundle)
     bundle.verify()
+    document, text = _intact(bundle)
+    return Result(document, f"{text}; nothing was computed")
+
+
+def _polygraphy(options: argparse.Namespace) -> Result:
+    """Golden vectors in Polygraphy's form, and its commands; the hashes are checked, and nothing is computed."""
+    from diffship.core.bundle import Bundle
+    from diffship.runtimes.polygraphy_files import write_polygraphy
+
+    if options.engine or options.reduce or options.graphs:
+        raise ConfigError("--polygraphy opens no engine; leave --engine, --reduce and --graphs out")
+    bundle = Bundle.open(options.bundle)
+    bundle.verify()
+    written = write_polygraphy(bundle, options.polygraphy, options.parts)
+    document, text = _intact(bundle)
+    lines = [f"{entry.part}: {entry.reason}" if entry.reason else entry.command for entry in written]
+    return Result({**document, "polygraphy": [entry.to_json() for entry in written]}, "\n".join([text, *lines]))
+
+
+def _intact(bundle: Bundle) -> tuple[dict[str, object], str]:
     files = bundle.manifest.files
     size = sum(record.size for record in files.values())
-    document = {
+    document: dict[str, object] = {
         "passed": True,
-        "bundle": str(options.bundle),
+        "bundle": str(bundle.path),
         "engine": None,
         "version": None,
         "files": len(files),
@@ -88,4 +117,4 @@ def _hashes(options: argparse.Namespace) -> Result:
         "parts": [],
         "trajectory": None,
     }
-    return Result(document, f"{len(files)} files, {size_text(size)}: hashes match; nothing was computed")
+    return document, f"{len(files)} files, {size_text(size)}: hashes match"

@@ -76,24 +76,18 @@ class DeviceSession(CpuSession):
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         session = self._live()
         try:
-            return self._plain(session, feeds, outputs)
+            binding = session.io_binding()
+            for name, feed in feeds.items():
+                if isinstance(feed, np.ndarray):
+                    binding.bind_cpu_input(name, feed)
+                else:
+                    binding.bind_ortvalue_input(name, feed)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
+            session.run_with_iobinding(binding)
+            return list(binding.copy_outputs_to_cpu())
         except Exception as fault:
             raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
-
-    def _plain(
-        self, session: Any, feeds: Mapping[str, Any], outputs: Sequence[str], options: Any = None
-    ) -> list[np.ndarray]:
-        """One run from and to host memory, without buffers that stay."""
-        binding = session.io_binding()
-        for name, feed in feeds.items():
-            if isinstance(feed, np.ndarray):
-                binding.bind_cpu_input(name, feed)
-            else:
-                binding.bind_ortvalue_input(name, feed)
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding, options)
-        return list(binding.copy_outputs_to_cpu())
 
     def keep(self, array: np.ndarray) -> Any:
         return self._runtime.OrtValue.ortvalue_from_numpy(array, *self._device)
@@ -146,8 +140,8 @@ class GraphSession(DeviceSession):
             try:
                 slot = self._slot(session, key, feeds)
                 if slot is None:
-                    arrays = {name: _array(feed) for name, feed in feeds.items()}
-                    return self._plain(session, arrays, outputs, self._options(_NO_GRAPH))
+                    _, made = self._once(session, feeds)
+                    return [np.array(made[name].numpy()) for name in outputs]
                 slot.fill(feeds)
                 session.run_with_iobinding(slot.binding, slot.options)
                 # in host memory `numpy` shows the buffer itself, which the next call fills anew
@@ -185,23 +179,27 @@ class GraphSession(DeviceSession):
 
     def _made(self, session: Any, key: tuple[Any, ...], feeds: Mapping[str, Any]) -> _Captured:
         """Buffers for these shapes. A first run without a graph tells the shapes of the outputs, and keeps them."""
-        inputs = {}
-        for name, feed in feeds.items():
-            array = _array(feed)
-            value = self._runtime.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *self._device)
-            value.update_inplace(array)
-            inputs[name] = value
-        probe = _bound(session, inputs)
-        for name in self.outputs:
-            probe.bind_output(name, *self._device)
-        session.run_with_iobinding(probe, self._options(_NO_GRAPH))
-        outputs = dict(zip(self.outputs, probe.get_outputs(), strict=True))
+        inputs, outputs = self._once(session, feeds)
         fixed = _bound(session, inputs)
         for name, value in outputs.items():
             fixed.bind_ortvalue_output(name, value)
         self._graphs += 1
         made = self._captured[key] = _Captured(fixed, self._options(str(self._graphs)), inputs, outputs)
         return made
+
+    def _once(self, session: Any, feeds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One run without a graph: its inputs and all outputs, on the device."""
+        inputs = {}
+        for name, feed in feeds.items():
+            array = _array(feed)
+            value = self._runtime.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *self._device)
+            value.update_inplace(array)
+            inputs[name] = value
+        binding = _bound(session, inputs)
+        for name in self.outputs:
+            binding.bind_output(name, *self._device)
+        session.run_with_iobinding(binding, self._options(_NO_GRAPH))
+        return inputs, dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
     def _options(self, graph: str) -> Any:
         options = self._runtime.RunOptions()

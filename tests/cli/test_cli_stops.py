@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -117,6 +118,21 @@ def test_a_signal_whose_exception_was_lost_is_raised_again_by_the_next_progress(
     assert main(["doctor"]) == 143
     assert "went on" not in capsys.readouterr().out
     Stages(quiet=True)("step", 1, 2)  # nothing of it is left behind
+
+
+def test_a_label_with_control_codes_does_nothing_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label holds the prompt of whoever made a trajectory."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Stages(quiet=False) as stages:
+        stages("1/1 \x1b]0;owned\x07\x1b[2Jred apple", 1, 2)
+    told = stream.getvalue()
+    assert r"\x1b]0;owned\x07\x1b[2Jred apple" in told and "\x1b]0" not in told and "\x1b[2J" not in told
 
 
 def test_an_engine_that_was_stopped_while_it_started_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
