@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from diffship.cli.stops import raise_if_heard
+from diffship.core.printable import printable
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,7 +69,7 @@ def warn_of(source: Mapping[str, Any]) -> None:
 def say(line: str) -> None:
     """On stderr, whose reader may be gone: the work goes on unheard."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
 

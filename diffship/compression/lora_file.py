@@ -49,8 +49,9 @@ class LoraFile:
 
     Raises:
         ConfigError: it is not there, or a folder.
-        SourceError: not safetensors; keys that no layer of the model has, or that change one in another way (all are
-            counted, the first ones named); peft's file without the config that says alpha.
+        SourceError: not safetensors; no tensors, or some of no elements; keys that no layer of the model has, or that
+            change one in another way (all are counted, the first ones named); peft's file without the config that says
+            alpha.
     """
 
     def __init__(self, path: Path, names: Names, model: Mapping[str, Weights]) -> None:
@@ -79,14 +80,14 @@ class LoraFile:
         self._notes = read_notes(path, self.weights.names(), self.weights.metadata)
 
     def _require_values(self) -> None:
-        names = self.weights.names()
-        empty = [name for name in names if 0 in self.weights.meta(name).shape]
-        if empty or not names:
-            what = f"{_some('tensor', empty)} have no elements" if names else "has no tensors"
-            raise SourceError(
-                f"{self.path.name}: {what}: its parameters were sharded when it was saved (ZeRO-3), or its rank is 0. "
-                "Save the gathered weights"
-            )
+        empty = [name for name in self.weights.names() if not np.prod(self.weights.meta(name).shape)]
+        if self.weights.names() and not empty:
+            return
+        found = f"{_some('tensor', empty)} of no elements" if empty else "no tensors"
+        raise SourceError(
+            f"{self.path.name} has {found}: its rank is 0, or its parameters lay on several GPUs when it was saved. "
+            "Gather them (DeepSpeed: stage3_gather_16bit_weights_on_model_save) and save it again"
+        )
 
     def _told_by_shape(self, owners: Mapping[str, Mapping[str, Place]]) -> dict[str, Place]:
         """Places of keys that several parts have and that name none: the one part whose shapes fit all of them, or the

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
+@bounded
 class Family:
     """Shapes and conventions of one model kind; sizes in pixels, scaling as in diffusers' VAE config.
 
@@ -33,7 +34,7 @@ class Family:
     text_width: int = field(default=768, metadata=bounds(1, 65536))
     pooled_width: int | None = field(default=None, metadata=bounds(1, 65536))
     time_ids: int | None = field(default=None, metadata=bounds(1, 64))
-    time_cond_dim: int | None = field(default=None, metadata=bounds(1, 65536))
+    time_cond_dim: int | None = field(default=None, metadata=bounds(4, 65536))
     unet_channels: int = field(default=4, metadata=bounds(1, 256))
     force_zeros_for_empty_prompt: bool = False
     guidance_default: float = field(default=7.5, metadata=bounds(0.0, 35.0))

@@ -9,8 +9,9 @@ from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import PREDICTIONS, Family
 from diffship.models.autoencoder import KL, vae_factor
 from diffship.models.component import reading
+from diffship.models.facts import check_facts
 from diffship.models.stock import CLASSES, default_steps, stock_class
-from diffship.models.unet import check_config, text_time_widths
+from diffship.models.unet import check_config, text_time_widths, text_width
 
 Config = Mapping[str, Any]
 OWN = "_diffship"
@@ -29,6 +30,7 @@ def family_of(
     with reading("unet", "UNet2DConditionModel"):
         check_config(unet)
     with reading("U-Net, VAE and text encoders", "pipeline"):
+        check_facts(unet, vae, scheduler, own_facts(index), vae_factor(vae_class, vae))
         return _family(unet, vae_class, vae, scheduler, index, text)
 
 
@@ -52,7 +54,7 @@ def _family(
         default_height=None if height == width else height,
         scaling_factor=float(vae.get("scaling_factor") or (0.18215 if vae_class == KL else 1.0)),
         prediction_type=_prediction(scheduler),
-        text_width=_text_width(unet),
+        text_width=text_width(unet),
         pooled_width=pooled,
         time_ids=ids,
         time_cond_dim=int(lcm) if lcm else None,
@@ -104,16 +106,11 @@ def _default_sides(unet: Config, factor: int, step: int) -> tuple[int, int]:
     return int(width) * factor, int(height) * factor
 
 
-def _text_width(unet: Config) -> int:
-    width = unet.get("cross_attention_dim", 1280)
-    return int(width if isinstance(width, int) else width[0])
-
-
 def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: int | None) -> None:
     given = sum(int(config.get("hidden_size", 512)) for config in text.values())
-    if given != _text_width(unet):
+    if given != text_width(unet):
         raise SourceError(
-            f"the U-Net takes text {_text_width(unet)} wide, the text encoders give {given}: not one family"
+            f"the U-Net takes text {text_width(unet)} wide, the text encoders give {given}: not one family"
         )
     second = text.get("text_encoder_2")
     if pooled and second and int(second.get("projection_dim", 512)) != pooled:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_tiles
 from diffship.sampling.encode import encode, text_parts
+from diffship.sampling.guidance import unheeded
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
 from diffship.sampling.model import Model
@@ -43,6 +44,7 @@ def generate(
         RunnerError: a part's output is not finite, or a picture is black; the part is named.
         Cancelled: `cancel()` was true between two calls.
     """
+    require_parts(model, "vae_decoder")
     return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
 
 
@@ -51,10 +53,20 @@ def generate_many(
 ) -> list[Picture]:
     """Pictures of several requests, in order; those of one size share model calls, whatever their steps or samplers.
 
+    Requests with another `batch` or `memory` are drawn by themselves, as they ask.
+
     Raises as `generate`.
     """
-    batch = [trajectory for request in requests for trajectory in start(model, request)]
-    return draw(model, batch, any(request.memory == "low" for request in requests), None, on_step, cancel)
+    require_parts(model, "vae_decoder")
+    groups: dict[tuple[bool, int | None], list[tuple[int, Request]]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault((request.memory == "low", request.batch), []).append((place, request))
+    drawn: dict[int, list[Picture]] = {}
+    for (low, at_once), members in groups.items():
+        batch = [trajectory for _, request in members for trajectory in start(model, request)]
+        pictures = iter(draw(model, batch, low, at_once, on_step, cancel))
+        drawn |= {place: [next(pictures) for _ in range(request.images)] for place, request in members}
+    return [picture for place in range(len(requests)) for picture in drawn[place]]
 
 
 def draw(
@@ -69,13 +81,17 @@ def draw(
 
     With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
     """
+    require_parts(model, "vae_decoder")
     _stop_if(cancel)
     done = [conditioned(model, trajectory) for trajectory in batch]
     if low:
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
-    denoiser = checked(plain(model.use("unet")))
+    denoiser: Denoiser | None = None
     for places in _chunks(batch, at_once or (1 if low else len(batch))):
+        if all(done[place].done for place in places):
+            continue  # a U-Net is not opened for what is drawn already
+        denoiser = denoiser or checked(plain(model.use("unet")))
         active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory
@@ -92,6 +108,7 @@ def start(
     settled = settle(request, model.family, model.scheduler)
     pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
+    ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
     made = []
     for i in range(request.images):
         latents, noise = _initial(model, settled, i, image)
@@ -107,7 +124,7 @@ def start(
             negative=encoded.negative,
             prompt=check_prompt(request.prompt),  # as it is encoded, so that files can hold it
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
-            facts=_facts(model, settled, i, encoded.warnings),
+            facts=_facts(model, settled, i, encoded.warnings + ignored),
             origin=_origin(model),
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
@@ -222,7 +239,12 @@ def _require(model: Model, image: object, mask: object) -> None:
         raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
     if not inpaint and (image is not None or mask is not None):
         raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
-    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(model.parts)
+    require_parts(model, "unet", *(("vae_encoder",) if inpaint else ()))
+
+
+def require_parts(model: Model, *names: str) -> None:
+    """Raises UnsupportedError for parts that the model lacks."""
+    missing = set(names) - set(model.parts)
     if missing:
         raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")
 

@@ -21,7 +21,7 @@ from diffship.core.limits import LIMITS, check_range
 from diffship.core.registry import load as load_class
 from diffship.core.strict import load as load_fields
 from diffship.core.strict import plain
-from diffship.sampling.schedule import F64, Schedule, known
+from diffship.sampling.schedule import F64, Schedule, known, remembered
 
 CONFIG = "scheduler/scheduler_config.json"  # of a model's folder, and of a bundle
 X, OUTPUT, NOISE, HISTORY = 0, 1, 2, 3  # columns of the matrix
@@ -68,7 +68,7 @@ class Sampler(Schedule):
 
     def calls(self, steps: int) -> int:
         """Number of model calls for `steps` steps."""
-        return len(_timesteps(self, steps))
+        return len(times_of(self, steps))
 
     def init_noise_sigma(self, steps: int) -> float:
         """Standard deviation of the latents before the first call."""
@@ -98,7 +98,7 @@ class Sampler(Schedule):
         Raises:
             ConfigError: there is no such call or history, or the schedule has no such number of steps.
         """
-        return _coefficients(self, step, steps, age)
+        return remembered(_coefficients, self, step, steps, age)
 
     def to_config(self) -> dict[str, Any]:
         """A diffusers scheduler config that `make_sampler` reads back to an equal sampler."""
@@ -162,7 +162,7 @@ def _coefficients(sampler: Sampler, step: int, steps: int, age: int) -> Coeffici
 
 def times_of(sampler: Sampler, steps: int) -> F64:
     """`sampler.timesteps(steps)`, checked and cached; read-only."""
-    return _timesteps(sampler, steps)
+    return remembered(_timesteps, sampler, steps)
 
 
 def unit(column: int, age: int) -> F64:

@@ -252,11 +252,11 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
         "no tensors": ({}, "has no tensors: .*ZeRO-3"),
         "sharded": (
             {f"{key}.lora_down.weight": torch.zeros(0), f"{key}.lora_up.weight": torch.zeros(0)},
-            r"2 tensors \(.*\) have no elements",
+            r"2 tensors \(.*\) of no elements",
         ),
         "rank 0": (
             STYLES["kohya"]("unet", ATTENTION, down[:0].contiguous(), up[:, :0].contiguous()),
-            r"2 tensors \(.*\) have no elements.*rank is 0",
+            r"2 tensors \(.*\) of no elements.*rank is 0",
         ),
         "alpha": ({**kohya, f"{key}.alpha": torch.tensor([float("nan")])}, "is not one number"),
     }
@@ -340,3 +340,18 @@ def test_layout_and_lora_chain_in_a_recipe(base: Pipeline, tmp_path: Path, capsy
     assert main(["compress", "--recipe", str(recipe), "-o", str(tmp_path / "out"), "--quiet"]) == 0
     capsys.readouterr()
     assert [entry["pass"] for entry in open_source(str(tmp_path / "out")).history] == ["layout", "lora"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_files_without_values_are_refused_by_name(base: Pipeline, style: str, tmp_path: Path) -> None:
+    """What a rank of 0 gives, and parameters that lay on several GPUs when they were saved."""
+    down, up = torch.zeros(0, 16), torch.zeros(16, 0)
+    flat = (torch.zeros(0), torch.zeros(0))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 3}')
+    for matrices in ((down, up), flat):
+        save_file(STYLES[style]("unet", ATTENTION, *matrices), tmp_path / "empty.safetensors")
+        with pytest.raises(SourceError, match=r"empty\.safetensors has 2 tensors \(.*\) of no elements: its rank is 0"):
+            compress(base, [LoraPass((str(tmp_path / "empty.safetensors"),))])
+    save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(SourceError, match=r"none\.safetensors has no tensors: .* save it again"):
+        compress(base, [LoraPass((str(tmp_path / "none.safetensors"),))])
