@@ -158,6 +158,7 @@ class LcmPass:
             SourceError: a picture is damaged.
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
+        job.progress(pictures.told, 1, 1)
         digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
         student = self.student(pipeline)
         folder = job.folder / f"lcm-{self._key(student, teacher, digests)}"

@@ -25,6 +25,7 @@ FILES = (
     *("tokenizer_config.json", "special_tokens_map.json"),
 )
 _FILE_BYTES = 32 << 20
+_EXPANDED = 64  # times the characters of a prompt
 _NO_LENGTH = 1_000_000  # transformers writes 10**30 where a tokenizer has no limit of its own
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -118,12 +119,20 @@ class ClipTokenizer:
 
     def expanded(self, prompt: str) -> str:
         """`prompt` with each word of a textual inversion followed by the words of its further vectors, as diffusers'
-        `maybe_convert_prompt` replaces them: wherever the word's letters stand, in those further words too."""
+        `maybe_convert_prompt` replaces them: wherever the word's letters stand, in those further words too.
+
+        Raises:
+            ConfigError: it gets longer than any prompt can be, for words that lie in each other.
+        """
         if not self._added:
             return prompt
         for token in dict.fromkeys(self._backend.encode(prompt, add_special_tokens=False).tokens):
             if token in self._added:
                 prompt = prompt.replace(token, " ".join([token, *self._further(token)]))
+            if len(prompt) > _EXPANDED * LIMITS.prompt_chars:
+                raise ConfigError(
+                    f"the prompt gets {len(prompt)} characters from the words of textual inversions in it"
+                )
         return prompt
 
     def _further(self, token: str) -> list[str]:

@@ -27,7 +27,8 @@ STEPS = 4
 class Case:
     """One folder. `scheduler`: (class, keys beside BETAS). `files`: changed keys by file. `ask`: flags of `run`.
     `sampler`: --sampler, and stock's class of it. `refused`: the file and the key that the refusal names; None: the
-    picture is equal to stock's. `steps` None: both take their default. `quick` ones are drawn in every test run."""
+    picture is equal to stock's. `steps` None: both take their default. `said`: what a warning says. `quick` ones are
+    drawn in every test run."""
 
     name: str
     base: str
@@ -36,6 +37,7 @@ class Case:
     ask: Mapping[str, Any] = field(default_factory=dict)
     prompt: str = "a red apple"
     refused: tuple[str, str] | None = None
+    said: str = ""
     quick: bool = False
     stock_class: str = "DiffusionPipeline"
     sampler: tuple[str, str] | None = None
@@ -67,7 +69,7 @@ CASES = (
     Case("PNDM, steps_offset absent", "sd", _pndm(steps_offset=GONE), quick=True),
     Case("PNDM, steps_offset 0", "sd", _pndm(steps_offset=0)),
     Case("PNDM, skip_prk_steps absent", "sd", _pndm(skip_prk_steps=GONE), steps=5),
-    Case("PNDM, a safety checker", "sd", _pndm(), {**_CHECKER}),
+    Case("PNDM, a safety checker, which is left out", "sd", _pndm(), {**_CHECKER}, said="left out: safety_checker"),
     Case("DDIM, clip_sample absent", "sd", _ddim(clip_sample=GONE), quick=True),
     Case("DDIM, clip_sample true, steps_offset 0", "sd", _ddim(clip_sample=True, steps_offset=0)),
     Case("DDIM, thresholding", "sd", _ddim(thresholding=True), refused=(SCHEDULER, "thresholding")),
@@ -109,7 +111,7 @@ CASES = (
     Case("a textual inversion written out", "toy", _pndm(), prompt="a <toy> <toy>_1 here"),
     Case("ControlNet folder, from text alone", "sd", _pndm(), {
         INDEX: {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
-    }, stock_class="StableDiffusionPipeline"),
+    }, stock_class="StableDiffusionPipeline", said="takes an image or a control: drawn as StableDiffusionPipeline"),
     Case("a pipeline that does more in its loop", "sd", _pndm(), {
         INDEX: {"_class_name": "StableDiffusionPipelineSafe"},
     }, refused=(INDEX, "_class_name")),
