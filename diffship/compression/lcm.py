@@ -60,8 +60,10 @@ class LcmPass:
     diffusers', peft's and kohya's. lora_precision: of these files.
     w_min, w_max: the range of guidance, less one, that the teacher is guided with (w = guidance scale - 1). By default
     three quarters, and one and a half times, of the teacher's own guidance less one.
-    original_steps: the teacher's steps of DDIM whose neighbours are made equal. loss: `huber` (pseudo-Huber, c = 0.001)
-    or `l2`.
+    original_steps: the number of timesteps that are trained, evenly spaced; the LCM sampler chooses among them. skip:
+    how many timesteps one DDIM step of the teacher passes over, by default those from one of them to the next. More of
+    them (40, say) need less training, and follow the teacher less exactly. loss: `huber` (pseudo-Huber, c = 0.001) or
+    `l2`.
     steps, batch, accumulate: each step's gradient is the mean over `accumulate` batches of `batch` samples, of all
     processes together. rate, warmup, decay: learning rate of AdamW, by default 1e-6 (full) or 1e-4 (lora); it rises
     over `warmup` steps and falls to zero over the last `decay`. weight_decay, clip: AdamW's decay, and the greatest
@@ -89,6 +91,7 @@ class LcmPass:
     w_min: float | None = field(default=None, metadata=bounds(0, 34))
     w_max: float | None = field(default=None, metadata=bounds(0, 34))
     original_steps: int = field(default=50, metadata=bounds(8, 1000))
+    skip: int | None = field(default=None, metadata=bounds(1, 250))
     loss: str = field(default="huber", metadata=choices(*LOSSES))
     steps: int = field(default=1000, metadata=bounds(1, 100_000_000))
     batch: int = field(default=12, metadata=bounds(1, 65_536))
@@ -207,8 +210,8 @@ class LcmPass:
         return [int(time) for time in make_sampler(config).timesteps(self.original_steps)]
 
     def span(self, pipeline: Pipeline) -> int:
-        """How many timesteps one step of DDIM passes over."""
-        return trained_schedule(pipeline).num_train_timesteps // self.original_steps
+        """How many timesteps one step of the teacher passes over."""
+        return self.skip or trained_schedule(pipeline).num_train_timesteps // self.original_steps
 
     def student(self, pipeline: Pipeline) -> Pipeline:
         """The pipeline with the U-Net that is trained: of the full form one that takes guidance, too."""

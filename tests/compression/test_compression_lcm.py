@@ -45,7 +45,7 @@ def stirred(task: ConsistencyTask, seed: int = 5) -> None:
             value.data.add_(0.02 * torch.randn(value.shape, generator=draw))
 
 
-def published_loss(task: ConsistencyTask, source: Pipeline, target: Any) -> float:
+def published_loss(task: ConsistencyTask, source: Pipeline, target: Any, skip: int = 20) -> float:
     """One loss as diffusers' training scripts compute it, with diffusers' own U-Nets and schedulers.
 
     Draws, latents and captions are the task's, which are tested by themselves.
@@ -57,7 +57,7 @@ def published_loss(task: ConsistencyTask, source: Pipeline, target: Any) -> floa
     kind = source.family.prediction_type
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": kind}
     ddim = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
-    ddim.set_timesteps(50)
+    ddim.set_timesteps(1000 // skip)  # the previous timestep of its step is then `skip` earlier
     lcm = diffusers.LCMScheduler(**betas)
     given, dropped = task.captions([s.caption for s in samples]), task.captions([None] * len(samples))
     pipe = diffusers.LatentConsistencyModelPipeline
@@ -68,10 +68,10 @@ def published_loss(task: ConsistencyTask, source: Pipeline, target: Any) -> floa
     noisy = ddim.add_noise(clean, noise, times)
     losses = []
     with torch.no_grad():
-        said, guided = called(student, noisy, times, given, cond), []
+        said, guided = called(student, noisy, times, given, cond), []  # the timesteps are those of 50 steps
         for conditions in (given, dropped):
             guided.append(called(teacher, noisy, times, conditions, None))
-        earlier, before = (times - 20).clamp(min=0), []
+        earlier, before = (times - skip).clamp(min=0), []
         for i, (time, w) in enumerate(zip(times.tolist(), guidances, strict=True)):
             output = guided[0][i] + w * (guided[0][i] - guided[1][i])
             before.append(ddim.step(output, time, noisy[i]).prev_sample)
@@ -117,6 +117,17 @@ def test_the_loss_is_that_of_the_published_scripts(form: str, source: str, tmp_p
     names = {name for name, value in network.named_parameters() if value.requires_grad}
     assert trained == names and len(names) > 100
     assert all(".lora_" in name for name in names) == (form == "lora")
+
+
+def test_the_teachers_step_may_be_longer(tmp_path: Path) -> None:
+    """Of all 50 timesteps, also those that are nearer to 0 than one step is long."""
+    pipeline = open_source("arch:tiny-sd")
+    task = task_of(options_for(tmp_path, skip=100), pipeline, tmp_path)
+    stirred(task)
+    wanted = published_loss(task, pipeline, task.student.inner, skip=100)
+    assert wanted != pytest.approx(published_loss(task, pipeline, task.student.inner), rel=1e-2)
+    assert task.loss(6, step_generator(3, 1))[0].item() == pytest.approx(wanted, rel=2e-4)
+    assert {s.step for s in task.draws(500, step_generator(3, 1))[0]} == set(range(19, 1000, 20))
 
 
 @pytest.mark.slow
