@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffship.core.errors import Cancelled
+from diffship.core import quiet
+from diffship.core.errors import BusyError, Cancelled
+from diffship.training import loop
 from diffship.training.loop import DivergedError, Schedule, load_average, reached, step_generator, train
 
 
@@ -156,3 +160,21 @@ def test_without_an_average_a_checkpoint_holds_the_live_weights(tmp_path: Path) 
     held = load_file(tmp_path / "state.safetensors")
     for name, value in task.net.named_parameters():
         assert torch.equal(held[f"average/net/{name}"], value)
+
+
+def test_no_step_is_made_while_something_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(quiet.PLACE, str(tmp_path / "lock"))
+    monkeypatch.setattr(loop, "training", partial(quiet.training, wait=0.1))
+    task = Line()
+    with (tmp_path / "lock").open("w", encoding="utf-8") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("serving, process 1")
+        other.flush()
+        with pytest.raises(BusyError, match=r"no training starts while something is timed \(serving, process 1\)"):
+            train(task, Schedule(3, 4, 1e-2), tmp_path / "run")
+    assert task.calls == 0 and "the training waits for its end" in capsys.readouterr().err
+    assert train(task, Schedule(3, 4, 1e-2), tmp_path / "run") == 3
+    with (tmp_path / "lock").open("w", encoding="utf-8") as other:  # and lets go of it in the end
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
