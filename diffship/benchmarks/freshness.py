@@ -94,17 +94,19 @@ def _named_now(file: Path, changed: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_names(_tree(file, changed))))
 
 
-def _names(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-        return
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names if alias.name.startswith("diffship."))
-    elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffship":
-        yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _MODULE.match(node.value)):
-        yield match[1]
-    for child in ast.iter_child_nodes(node):
-        yield from _names(child)
+def _names(tree: ast.AST) -> Iterator[str]:
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("diffship."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffship":
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _MODULE.match(node.value)):
+            yield match[1]
 
 
 def meaning(file: Path) -> str:
@@ -114,25 +116,29 @@ def meaning(file: Path) -> str:
 
 @cache
 def _meaning(file: Path, changed: int) -> str:
-    return hashlib.sha256("".join(_spelt(_tree(file, changed))).encode()).hexdigest()
+    parts: list[str] = []
+    _spell(_tree(file, changed), parts)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _spelt(value: object) -> Iterator[str]:
+def _spell(value: object, parts: list[str]) -> None:
+    """Append the parts of a text that is the same for the same syntax tree alone."""
     if isinstance(value, ast.AST):
-        yield f"({type(value).__name__}"
-        for name, field in ast.iter_fields(value):
-            if name not in _NO_MEANING and field not in (None, []):
-                yield f" {name}="
-                yield from _spelt(_without_docstring(value, name, field))
-        yield ")"
+        parts.append(f"({type(value).__name__}")
+        for name in value._fields:
+            field = getattr(value, name, None)
+            if field is not None and field != [] and name not in _NO_MEANING:
+                parts.append(f" {name}=")
+                _spell(_without_docstring(value, name, field), parts)
+        parts.append(")")
     elif isinstance(value, list):
-        yield "["
+        parts.append("[")
         for entry in value:
-            yield from _spelt(entry)
-            yield ","
-        yield "]"
+            _spell(entry, parts)
+            parts.append(",")
+        parts.append("]")
     else:
-        yield repr(value)
+        parts.append(repr(value))
 
 
 def _without_docstring(node: ast.AST, name: str, field: object) -> object:

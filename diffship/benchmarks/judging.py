@@ -174,7 +174,10 @@ def difference_row(
 def _interval_row(
     suite: str, subject: str, metric: str, found: Interval, unit: str, conditions: Mapping[str, Any]
 ) -> Row:
-    span = {"low": found.low, "high": found.high, "n": found.n}
+    low, high = found.low, found.high
+    if unit == "share":  # the interval is symmetric, and no share lies outside 0 to 1
+        low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (low, high))
+    span = {"low": low, "high": high, "n": found.n}
     return quality_row(suite, subject, metric, found.mean, unit, {**conditions, "interval": found.how}, span)
 
 

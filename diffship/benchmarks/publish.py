@@ -7,7 +7,9 @@ A page holds markers, and what stands between them is written here:
     <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences of results/cpu-edge.json,
                                        or koala | lcm of all files
     <!-- end table -->
-    <!-- figure: cold-start / emoji, 4 steps / cold_start_seconds_median -->2.1 s<!-- end figure -->
+    <!-- figure: cold-start / emoji, 4 steps* / cold_start_seconds_median -->2.1 s<!-- end figure -->
+
+`*` in a figure stands for any text of a subject; only one row may fit.
 
 `--check` writes nothing and says which page is not what the files give; `--fresh` names results whose code has
 changed, each with the command that measures it again.
@@ -22,6 +24,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +159,9 @@ def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
     if name not in results:
         raise ConfigError(f"{where}: the figure {words!r} has no JSON; there is no {(RESULTS / name).as_posix()}.json")
     rows = {(row.subject, row.metric): row for row in results[name].rows}
+    if "*" in subject:
+        fitting = [key for key in rows if key[1] == metric and fnmatchcase(key[0], subject)]
+        subject = fitting[0][0] if len(fitting) == 1 else subject
     if (subject, metric) not in rows:
         near = difflib.get_close_matches(f"{subject} / {metric}", [" / ".join(key) for key in rows], 1, 0.5)
         hint = f"; the nearest is {near[0]!r}" if near else ""

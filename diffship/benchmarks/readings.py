@@ -28,7 +28,7 @@ from diffship.benchmarks.process import measure
 from diffship.benchmarks.session import Session, Settings
 from diffship.benchmarks.workbench import JUDGE, bundle, edge_python, emoji_data
 from diffship.core.child import command
-from diffship.core.errors import RunnerError
+from diffship.core.errors import PeerError, RunnerError
 
 Readings = dict[str, Interval]
 SMALL = "arch:hybrid-224m"  # Stable Diffusion's blocks, a quarter of its weights
@@ -56,7 +56,7 @@ class Kit:
     def has(self, peer: str) -> bool:
         try:
             return bool(peer_python(peer, self.peers, install=False))
-        except Exception:
+        except PeerError:
             return False
 
 

@@ -266,9 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         claim.bound(figures)  # a claim whose figure is gone is told before anything is measured
     given.work.mkdir(parents=True, exist_ok=True)
     kit = Kit(given.work, given.peers, given.edge, given.data)
-    readings = run(kit, names, lambda text: print(text, file=sys.stderr, flush=True))
-    lines = judged(readings, figures)
-    for line in lines:
-        print(f"{line.status:12}  {line.text}")
+    lines: list[Verdict] = []
+    for name in names:
+        made = judged(run(kit, [name], lambda text: print(text, file=sys.stderr, flush=True)), figures)
+        for line in made:
+            print(f"{line.status:12}  {line.text}", flush=True)
+        lines += made
     bad = {"contradicted", "not checked"} if given.all else {"contradicted"}
     return int(any(line.status in bad for line in lines))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffship.benchmarks.intervals import ratio_verdict, supports
+from diffship.benchmarks.intervals import ROUNDS, ratio_verdict, supports
 from diffship.benchmarks.record import Results
 from diffship.core.row import Row
 
@@ -93,8 +93,8 @@ def _said(row: Row) -> tuple[str, str, str]:
     rounds = row.n or 0
     if row.low is None or row.high is None:
         return DASH, str(rounds), f"{rounds} round{'s' * (rounds != 1)}: no interval"
-    said = OLD if _old(row) else ratio_verdict(row.low, row.high, rounds)
-    return f"{row.low:.3f} to {row.high:.3f}", str(rounds), said
+    said = f"{rounds} rounds: too few" if rounds < ROUNDS else ratio_verdict(row.low, row.high, rounds)
+    return f"{row.low:.3f} to {row.high:.3f}", str(rounds), OLD if _old(row) else said
 
 
 def best(results: Results) -> list[str]:

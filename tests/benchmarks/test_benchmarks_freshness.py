@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,29 +20,25 @@ ROOT = Path(__file__).parents[2]
 SUITES = ("serving", "cpu-edge", "compression", "cold-start", "cpu-edge-repeats")
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, without weights."""
-    copy = tmp_path_factory.mktemp("copy") / "diffship"
-    shutil.copytree(PACKAGE, copy, ignore=lambda folder, names: [name for name in names if "." in name[:-3]])
-    return copy
-
-
 @pytest.fixture
-def edited(package: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], set[str]]:
-    """`edited(module, old, new)`: which suites become stale by it."""
+def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], set[str]]:
+    """`edited(module, old, new)`: which suites become stale if that module's text is changed so."""
+    changed: dict[Path, Path] = {}
+    find = freshness._file
     monkeypatch.setattr(freshness, "_content", lambda folder: "")
-    before = {suite: suite_digest(suite, (), package) for suite in SUITES}
+    monkeypatch.setattr(freshness, "_file", lambda name, package: changed.get(file := find(name, package), file))
+    before = {suite: suite_digest(suite) for suite in SUITES}
 
     def edit(module: str, old: str, new: str) -> set[str]:
-        file = package / module
-        text = file.read_text(encoding="utf-8")
+        text = (PACKAGE / module).read_text(encoding="utf-8")
         assert old in text, f"{module} has no {old!r} any more"
+        copy = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        copy.write_text(text.replace(old, new), encoding="utf-8")
+        changed[PACKAGE / module] = copy
         try:
-            file.write_text(text.replace(old, new), encoding="utf-8")
-            return {suite for suite in SUITES if suite_digest(suite, (), package) != before[suite]}
+            return {suite for suite in SUITES if suite_digest(suite) != before[suite]}
         finally:
-            file.write_text(text, encoding="utf-8")
+            changed.clear()
 
     return edit
 

@@ -101,6 +101,11 @@ def test_rows_and_the_curve_are_the_means_and_claims_need_enough_prompts() -> No
     assert claimed == {"split 0,4 against split 4,0": "worse"}, "the same pair once"
     (said,) = {row.conditions["interval"] for row in rows_of(many, 4) if row.metric == "top1_difference"}
     assert said == "Student t over 500 prompts, 3 sampling seeds averaged in each"
+    shares = [row for row in rows_of(many, 4) if row.unit == "share"]
+    assert all(0 <= (row.low or 0) <= (row.value or 0) <= (row.high or 0) <= 1 for row in shares)
+    rare = {0: figures([[0.0] * 49 + [1.0]] * 3, 0.5), 4: figures([[1.0] * 49 + [0.0]] * 3, 0.0)}
+    ends = {(row.low, row.high) for row in rows_of(rare, 4) if row.metric == "top1"}
+    assert {0.0, 1.0} <= {end for both in ends for end in both}, "shares end at 0 and at 1"
     large, small = pair()
     curve = curve_of(found, large, small, 4, "top5")
     assert [(point.cloud_calls, point.value) for point in curve.points] == [(0, 0.5), (4, 1.0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,21 @@ def test_markers_that_are_wrong_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as fault:
         rendered(text, {}, "page.md")
     assert message in str(fault.value) and str(fault.value).startswith("page.md: ")
+
+
+def test_a_figure_may_leave_out_what_a_subject_counts(root: Path) -> None:
+    results = {"some": read_result(root / "benchmarks" / "results" / "some.json")}
+
+    def shown(subject: str) -> str:
+        return rendered(f"<!-- figure: some / {subject} / cold_start_seconds --><!-- end figure -->", results, "p.md")
+
+    assert "-->1.23 s<!--" in shown("emoji*")
+    with pytest.raises(ConfigError, match=r"has no 'cold_start_seconds' of 'sdxl\*'; the nearest is"):
+        shown("sdxl*")
+    twice = replace(results["some"], rows=(*results["some"].rows, Row("some", "emoji / x", "cold_start_seconds", 2.0)))
+    results["some"] = twice
+    with pytest.raises(ConfigError, match="has no"):
+        shown("emoji*")
 
 
 def test_results_of_other_code_are_named(

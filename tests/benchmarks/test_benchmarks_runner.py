@@ -114,6 +114,7 @@ def test_a_bundle_is_made_once_for_this_code_and_is_named_after_its_source(
     assert bundle("arch:tiny-sd", tmp_path) != first and len(made) == 2
 
 
+@pytest.mark.slow
 def test_the_untrained_model_has_the_shape_and_the_rest_of_the_trained_one(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from diffship.models.sources import open_source

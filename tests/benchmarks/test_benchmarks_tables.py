@@ -107,7 +107,7 @@ def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
         (0.4, 0.6, 3, "faster"),
         (1.1, 1.6, 3, "slower"),
         (0.9, 1.1, 3, "no difference shown"),
-        (0.4, 0.6, 2, "no difference shown"),
+        (0.4, 0.6, 2, "2 rounds: too few"),
         (None, None, 1, "1 round: no interval"),
     ],
 )
