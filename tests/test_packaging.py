@@ -73,7 +73,6 @@ from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.models.sources import open_source
 from diffship.models.unet import unet as make_unet
 from diffship.runtimes.engine import choose_engine
-from diffship.runtimes.onnx_split import split
 from diffship.training import commands, loop
 from diffship.training.options import TrainOptions
 
@@ -96,7 +95,6 @@ USES = {
     "onnx": (
         lambda: exporter.check(None),
         lambda: Graph(23).emit("Add", [], "float32", ()),
-        lambda: split(home / "onnx" / "unet" / "model.onnx", 1 << 20, Path("nowhere")),
     ),
     "onnxruntime": (
         lambda: choose_engine("onnx"),
