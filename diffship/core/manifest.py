@@ -40,13 +40,14 @@ class Binding:
 class GoldenBlocks:
     """References inside a part, in a bundle-relative file: `in.NAME` is fed, `graph.NAME` and `out.NAME` are sketches.
 
-    cut: graph tensors whose readers get `in.NAME` instead, so that no block sees what the one before it got wrong.
+    cut: graph tensors whose readers get `in.NAME` instead, so that no block sees what the one before it got wrong; by
+    name, the power of two that the file's float8 values are multiplied with.
     graph: tolerance by point of the graph in float32 arithmetic, against `graph.NAME`.
     engine: tolerance by point of an engine in the part's precision, against `out.NAME`; empty for fp32.
     """
 
     file: str
-    cut: tuple[str, ...]
+    cut: dict[str, int] = field(metadata=bounds(-64, 64))
     graph: dict[str, Tolerance]
     engine: dict[str, Tolerance] = field(default_factory=dict)
 

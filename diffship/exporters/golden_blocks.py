@@ -1,12 +1,13 @@
 """Golden blocks: what torch gives at every point of a part, each layer fed with the reference's own input.
 
 A fault in one block of a large network may not show at its output; at the output of its own block it does. Inputs of
-layers are rounded to eight bits of mantissa, so that engines in float32, float16 and bfloat16 take the very same ones;
-what comes out is kept as a sketch (core.sketch).
+layers are rounded to float8 (E4M3) times a power of two, so that they take little room, and engines in float32, float16
+and bfloat16 get the very same ones; what comes out is kept as a sketch (core.sketch).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.compare import Tolerance
-from diffship.core.dtype import TensorMeta, from_float32, meta_of, to_float32
+from diffship.core.dtype import TensorMeta, meta_of, to_float32
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.manifest import GoldenBlocks
@@ -36,6 +37,7 @@ else:
     torch = lazy("torch")
 
 Arrays = dict[str, NDArray[np.generic]]
+FED = "float8_e4m3fn"
 
 
 @dataclass
@@ -66,8 +68,9 @@ def write_blocks(
 ) -> GoldenBlocks | None:
     """`golden/<part>.blocks.safetensors` below `out`; None for a part whose layers are not known (a stage).
 
-    The file holds `in.NAME` (float32 or bfloat16, what is fed), `graph.NAME` (sketches of torch in float32 on weights
-    rounded to `precision`) and, unless that is fp32, `out.NAME` (sketches on the true weights).
+    The file holds `in.NAME` (what is fed: feeds of the part as they are, others as float8), `graph.NAME` (sketches of
+    torch in float32 on weights rounded to `precision`) and, unless that is fp32, `out.NAME` (sketches on the true
+    weights).
 
     Raises:
         UnsupportedError: the part overflows in `precision`.
@@ -81,7 +84,7 @@ def write_blocks(
     tensors, metas = walk.tensors()
     (out / "golden").mkdir(exist_ok=True)
     write_safetensors(out / file, metas, tensors.__getitem__)
-    return GoldenBlocks(file, tuple(walk.cut), *limits)
+    return GoldenBlocks(file, walk.scales, *limits)
 
 
 class _Walk:
@@ -100,7 +103,8 @@ class _Walk:
             return
         self.possible = True
         self.feeds = dict(feeds)
-        self.cut: dict[str, NDArray[np.generic]] = {}  # bfloat16 bits
+        self.cut: dict[str, NDArray[np.generic]] = {}  # float8 bits
+        self.scales: dict[str, int] = {}  # by power of two
         self.ways = {"true": _Found()} if precision == "fp32" else {k: _Found() for k in ("true", "rounded", "format")}
         self._forced: dict[str, torch.Tensor] = {name: torch.from_numpy(np.array(a)) for name, a in feeds.items()}
         self._between = layer_points(self.program, self.paths)
@@ -156,9 +160,9 @@ class _Walk:
         """
         for name, tensor in written.items():
             if called.get(name) is tensor and name.endswith(OUT):
-                bits = from_float32(tensor.numpy(), "bfloat16")
-                self.cut[name] = bits
-                self._forced[name] = torch.from_numpy(to_float32(bits, "bfloat16"))
+                self.cut[name], self.scales[name] = _narrow(tensor)
+                wide = to_float32(self.cut[name], FED) * np.float32(2.0) ** self.scales[name]
+                self._forced[name] = torch.from_numpy(wide)
 
     def _below(self, inner: nn.Module, layer: Layer) -> list[str]:
         roots = [path for path in layer.modules if _has(inner, path)]
@@ -182,7 +186,7 @@ class _Walk:
         arrays: Arrays = {f"in.{name}": array for name, array in self.feeds.items()}
         metas = {name: meta_of(array) for name, array in arrays.items()}
         for name, bits in self.cut.items():
-            arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta("bfloat16", bits.shape)
+            arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta(FED, bits.shape)
         sides = {"graph": "true"} if self.precision == "fp32" else {"graph": "rounded", "out": "true"}
         for side, way in sides.items():
             for name, array in self.ways[way].sketches.items():
@@ -210,6 +214,14 @@ class _Walk:
                     "export it with --precision fp32"
                 )
         return {name: measured(array, formatted[name]) for name, array in true.items()}
+
+
+def _narrow(tensor: torch.Tensor) -> tuple[NDArray[np.generic], int]:
+    """(float8 bits, power of two) nearest to a tensor, whose largest value lies between 128 and 256 then."""
+    peak = float(tensor.abs().max())
+    power = max(-64, min(64, math.frexp(peak)[1] - 8)) if peak > 0 else 0
+    bits = (tensor * 2.0**-power).to(torch.float8_e4m3fn).view(torch.uint8)
+    return bits.contiguous().numpy(), power
 
 
 def _has(inner: nn.Module, path: str) -> bool:

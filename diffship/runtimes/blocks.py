@@ -100,20 +100,20 @@ def read_blocks(bundle: Bundle, blocks: GoldenBlocks) -> tuple[Arrays, dict[str,
         BundleError: the file does not hold what the manifest says.
     """
     weights = SafetensorsWeights(bundle.file(blocks.file))
-    names, cut = set(weights.names()), set(blocks.cut)
+    names, cut = set(weights.names()), blocks.cut
     sides = {GRAPH: ("graph", blocks.graph), ENGINE: ("out", blocks.engine)}
     wanted = {f"in.{name}" for name in cut} | {f"{side}.{name}" for side, points in sides.values() for name in points}
     feeds = {name for name in names if name.startswith("in.")}
     if not wanted <= names or names - wanted - feeds:
         odd = sorted((wanted - names) or (names - wanted - feeds))
         raise BundleError(f"{blocks.file}: {odd[0][:80]!a} is missing or not listed in the manifest")
-    values = {}
+    values: Arrays = {}
     for name in feeds:
-        own = name.removeprefix("in.")
-        array = np.asarray(weights.read(name))
-        values[FORCED + own if own in cut else own] = (
-            to_float32(array, "bfloat16") if weights.meta(name).dtype == "bfloat16" else array
-        )
+        own, array = name.removeprefix("in."), np.asarray(weights.read(name))
+        if own in cut:
+            values[FORCED + own] = to_float32(array, weights.meta(name).dtype) * np.float32(2.0) ** cut[own]
+        else:
+            values[own] = array
     return values, {
         kind: {name: np.asarray(weights.read(f"{side}.{name}")) for name in points}
         for kind, (side, points) in sides.items()
