@@ -31,7 +31,7 @@ from diffship.core.errors import ConfigError, DiffshipError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.spec import PRECISIONS
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights, cast
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
@@ -49,6 +49,7 @@ _STEPS_DEFAULT = 4
 
 
 @dataclass(frozen=True)
+@bounded
 class LcmPass:
     """Train the U-Net on captioned pictures to draw in 1 to 8 steps; text encoders and auto-encoder stay as they are.
 
