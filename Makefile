@@ -37,7 +37,7 @@ test-all: $(VENV)/.tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 prove: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "proof" $(PYTEST_ARGS)
+	DIFFSHIP_PROVE=1 $(BIN)/python -m pytest -m "proof" $(PYTEST_ARGS)
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import pytest
 from filelock import FileLock
 
 from diffship.cli.main import main
+
+# What is timed in a test must not wait for the machine's own measurements, nor they for the test: each worker, a lock.
+LOCKS = tempfile.TemporaryDirectory(prefix="diffship-lock-")
+os.environ["DIFFSHIP_LOCK"] = str(Path(LOCKS.name) / "lock")
 
 Command = Callable[..., dict[str, Any]]
 ASKED_FOR = ("gpu", "mac", "soak", "proof")  # need another machine, or hours; proofs rewrite committed figures
@@ -36,6 +41,12 @@ def pytest_collection_finish() -> None:
     """What collecting made stays: it is not looked through again by every later search for garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered between runs lies with the other files of the tests."""
+    os.environ["DIFFSHIP_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import Any
 from diffship.benchmarks import export_cost
 from diffship.benchmarks.case import Bench, label
 from diffship.benchmarks.figures import rows_of
-from diffship.benchmarks.machine import code_digest, environment, suite_digest
+from diffship.benchmarks.freshness import suite_digest
+from diffship.benchmarks.machine import code_digest, environment
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.peers.environments import peer_python, versions
 from diffship.benchmarks.peers.table import PEERS
@@ -20,6 +21,7 @@ from diffship.benchmarks.record import Results, runners
 from diffship.benchmarks.session import Journal, Outcome, Progress, Session, Settings
 from diffship.benchmarks.suite import ExportBench, Suite
 from diffship.core.errors import PeerError
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import plain
 
@@ -28,22 +30,27 @@ def run_suite(suite: Suite, command: str, settings: Settings, progress: Progress
     """Every bench and export of a suite.
 
     Raises:
+        BusyError: a training runs here, or something else is timed.
         DiffshipError: a target cannot be prepared. What cannot run, is not installed or runs out of memory is a row.
     """
     rows: list[Row] = []
-    if suite.benches:
-        rows += rows_of(Session(settings, progress).measure(suite.benches), suite.name)
-    for export in suite.exports:
-        rows += _export_rows(export, settings, progress or (lambda label, done, total: None))
-    facts: dict[str, Any] = {
+    with timing(suite.name):
+        if suite.benches:
+            rows += rows_of(Session(settings, progress).measure(suite.benches), suite.name)
+        for export in suite.exports:
+            rows += _export_rows(export, settings, progress or (lambda label, done, total: None))
+    facts = {"rounds": settings.rounds, "memory_limit": settings.memory_limit, **asked(suite)}
+    env = environment() | {"peers": _peer_versions(suite.benches, settings.root)}
+    return Results(suite.name, command, suite_digest(suite.name, runners(rows)), env, facts, tuple(rows))
+
+
+def asked(suite: Suite) -> dict[str, Any]:
+    """What a suite asks for, as its results file keeps it: another question makes the answers stale."""
+    return {
         "title": suite.title,
-        "rounds": settings.rounds,
-        "memory_limit": settings.memory_limit,
         "bench": [{**plain(bench), "targets": [label(name) for name in bench.targets]} for bench in suite.benches],
         "export": [plain(export) for export in suite.exports],
     }
-    env = environment() | {"peers": _peer_versions(suite.benches, settings.root)}
-    return Results(suite.name, command, suite_digest(suite.name, runners(rows)), env, facts, tuple(rows))
 
 
 def _export_rows(export: ExportBench, settings: Settings, progress: Progress) -> list[Row]:

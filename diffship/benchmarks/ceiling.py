@@ -16,19 +16,38 @@ Product = Callable[[], object]
 
 
 def ceilings(device: str = "cpu", repeats: int = 5) -> dict[str, float]:
-    """Best rates of this machine: a float32 matrix product (FLOP/s) and a copy in memory (bytes/s, read and written).
+    """Best rates of a device: a float32 matrix product (FLOP/s) and a copy in its memory (bytes/s, read and written).
 
-    The product is that of the fastest library which is installed: numpy's, torch's, ONNX Runtime's or OpenVINO's, as
-    they differ by more than twice on one processor. On a GPU it is torch's, in float16 as well.
+    On a CPU the product is that of the fastest library which is installed: numpy's, torch's, ONNX Runtime's or
+    OpenVINO's, as they differ by more than twice on one processor. On a GPU both are torch's, the product in float16
+    as well: a roofline needs the two ceilings of one device.
     """
     makers = [_torch(device, "float32")] if device != "cpu" else [make() for make in (_numpy, *_installed())]
     found = {"matrix_product_flops": max(2 * SIDE**3 / _best(product, repeats) for product in makers)}
     if device != "cpu":
         found["matrix_product_flops_fp16"] = 2 * SIDE**3 / _best(_torch(device, "float16"), repeats)
+    copy = _numpy_copy() if device == "cpu" else _torch_copy(device)
+    found["copy_bytes_per_second"] = 2 * _COPY_BYTES / _best(copy, repeats)
+    return found
+
+
+def _numpy_copy() -> Product:
     source = np.ones(_COPY_BYTES // 8)
     target = np.empty_like(source)
-    found["copy_bytes_per_second"] = 2 * source.nbytes / _best(lambda: np.copyto(target, source), repeats)
-    return found
+    return lambda: np.copyto(target, source)
+
+
+def _torch_copy(device: str) -> Product:
+    import torch
+
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def once() -> object:
+        target.copy_(source)
+        return int(target[-1])  # reading an element waits for the device
+
+    return once
 
 
 def _installed() -> list[Callable[[], Product]]:

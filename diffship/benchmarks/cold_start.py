@@ -1,6 +1,8 @@
 """From the command line to the first picture, in an environment without torch: seconds, memory, installed bytes.
 
-python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE --out FILE
+python -m diffship.benchmarks cold-start [--python ENV/bin/python] [--bundle BUNDLE]
+
+By default the environment is made now, and `emoji` exported.
 """
 
 from __future__ import annotations
@@ -10,12 +12,17 @@ import json
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.entry import enter, named_bundle
+from diffship.benchmarks.intervals import spread
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import add_work, bundle, edge_python
+from diffship.core.errors import RunnerError
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 
 PROBE = """
@@ -40,36 +47,36 @@ def run(python: str, bundle: Path, steps: int, runs: int) -> list[Row]:
     """Median over `runs` of whole processes, after one that warms the file cache."""
     facts = installed(python)
     seconds, peak = [], 0
-    with tempfile.TemporaryDirectory() as folder:
+    with timing("cold-start"), tempfile.TemporaryDirectory() as folder:
         for turn in range(runs + 1):
             command = [python, "-m", "diffship", "run", str(bundle), "a red apple", "--steps", str(steps)]
             measured = measure([*command, "-o", f"{folder}/{turn}"], timeout=120)
             if measured.code:
-                raise SystemExit(f"run failed with {measured.code}: {measured.output[-1500:]}")
+                raise RunnerError(f"run failed: {measured.reason}")
             if turn:
                 seconds.append(measured.seconds)
                 peak = max(peak, measured.peak_bytes)
     subject = f"emoji, {steps} steps, {'with' if facts['torch'] else 'without'} torch"
-    span: dict[str, Any] = {"low": min(seconds), "high": max(seconds), "n": len(seconds)}
     return [
-        Row("cold-start", subject, "cold_start_seconds_median", statistics.median(seconds), "s", **span),
+        Row("cold-start", subject, "cold_start_seconds_median", statistics.median(seconds), "s", **spread(seconds)),
         Row("cold-start", subject, "peak_resident_bytes", peak, "bytes", kind="memory"),
         Row("cold-start", subject, "installed_bytes", facts["bytes"], "bytes", kind="size"),
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", required=True)
-    parser.add_argument("--bundle", type=named_bundle, required=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", help="of an environment without torch (made)")
+    parser.add_argument("--bundle", type=named_bundle, help="of emoji (made)")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    rows = run(arguments.python, arguments.bundle, arguments.steps, arguments.runs)
+    add_work(parser)
+    arguments = parser.parse_args(argv)
+    python = arguments.python or str(edge_python(arguments.work))
+    rows = run(python, arguments.bundle or bundle("emoji", arguments.work), arguments.steps, arguments.runs)
     if arguments.out:
-        command = "python -m diffship.benchmarks.cold_start --python ENV/bin/python --bundle BUNDLE"
-        write_result(arguments.out, "cold-start", command, rows, {"steps": arguments.steps})
+        settings = {"steps": arguments.steps, "runs": arguments.runs}
+        write_result(arguments.out, "cold-start", "python -m diffship.benchmarks cold-start", rows, settings)
     for row in rows:
         print(f"{row.subject:40} {row.metric:28} {row.value} {row.unit}")
 

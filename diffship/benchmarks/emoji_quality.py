@@ -1,10 +1,10 @@
 """Judge figures of an `emoji` model: does it draw what the caption says?
 
-    python -m diffship.benchmarks.emoji_quality MODEL --data DATA --out benchmarks/results/emoji-quality.json
+    python -m diffship.benchmarks emoji-quality [--model MODEL] [--data DATA]
 
-MODEL is a bundle or a source; DATA is the folder that `diffship train emoji-data` wrote. Training prompts and
-held-out skin-tone combinations are drawn apart; real pictures of the same captions are the ceiling, an untrained U-Net
-the floor.
+MODEL is a bundle or a source (emoji); DATA is the folder that `diffship train emoji-data` wrote (data/emoji, or made
+of npm's archives now). Training prompts and held-out skin-tone combinations are drawn apart; real pictures of the
+same captions are the ceiling, an untrained U-Net the floor.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.benchmarks.case import label
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.judging import RANKS, Bench, Judging, ask, figure_rows
 from diffship.benchmarks.quality import hits, nearest
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data, untrained
 from diffship.core.row import Row
 
 SUITE = "emoji-quality"
@@ -78,15 +80,16 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             drawn = draw(model, group.texts, arguments.seeds, arguments.steps, arguments.guidance)
             judging = Judging.of(bench, group)
             by_seed = [judging.look(pixels, {}) for pixels in np.split(drawn, arguments.seeds)]
-            rows += figure_rows(SUITE, f"model, {name}", by_seed, {})
-            rows += figure_rows(SUITE, f"real pictures, {name}", [judging.look(group.real, {})], {})
+            rows += figure_rows(SUITE, f"model, {name}", by_seed, {}, trained=False)
+            rows += figure_rows(SUITE, f"real pictures, {name}", [judging.look(group.real, {})], {}, trained=False)
             if name == "training prompts":
                 rows += nearest_rows(bench, "model", drawn)
-    if arguments.untrained:
-        with open_model(arguments.untrained) as model:
+    if not arguments.no_untrained:
+        with open_model(str(untrained(arguments.work))) as model:
             floor = ask(bench, bench.training, min(100, arguments.prompts), seed=1)
             drawn = draw(model, floor.texts, 1, arguments.steps, arguments.guidance)
-            rows += figure_rows(SUITE, "untrained model", [Judging.of(bench, floor).look(drawn, {})], {})
+            judged = [Judging.of(bench, floor).look(drawn, {})]
+            rows += figure_rows(SUITE, "untrained model", judged, {}, trained=False)
     return rows + judge_checks(bench, arguments.data)
 
 
@@ -112,20 +115,21 @@ def judge_checks(bench: Bench, data: Path) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="bundle or source")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parents[1] / "models" / "emoji" / "judge")
-    parser.add_argument("--untrained", help="bundle or source of the same model with an untrained U-Net")
+    parser.add_argument("--model", default="emoji", help="bundle or source (emoji)")
+    parser.add_argument("--data", type=Path, help="pictures with captions (made)")
+    parser.add_argument("--judge", type=Path, default=JUDGE)
+    parser.add_argument("--no-untrained", action="store_true", help="without the floor: emoji with an untrained U-Net")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--held-out-times", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
+    arguments.data = arguments.data or emoji_data(arguments.work)
     rows = run(arguments)
     if arguments.out:
-        command = "python -m diffship.benchmarks.emoji_quality emoji --data DATA --untrained UNTRAINED"
+        command = f"python -m diffship.benchmarks emoji-quality --model {label(arguments.model)}"
         command += f" --prompts {arguments.prompts} --seeds {arguments.seeds} --steps {arguments.steps}"
         notes = {
             "guidance": arguments.guidance,

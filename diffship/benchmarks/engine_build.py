@@ -1,6 +1,6 @@
 """What it takes to build TensorRT engines without a GPU: seconds, memory and bytes of each part.
 
-    python -m diffship.benchmarks.engine_build --work DIR --out benchmarks/results/engine-build.json [--only arch:sd15]
+    python -m diffship.benchmarks engine-build [--only arch:sd15]
 
 Random weights are as good as any here: what a build costs depends on shapes. DIR takes up to 20 GB and is kept empty.
 """
@@ -16,9 +16,11 @@ from typing import Any
 
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import add_work
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import unknown
 from diffship.export import export
@@ -83,20 +85,20 @@ def chosen(names: Sequence[str]) -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", action="append", default=[], metavar="SOURCE")
     parser.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default="fp16")
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for case in chosen(arguments.only):
-        found = rows_of(case, arguments.work, SM, arguments.precision)
+        with timing(SUITE):
+            found = rows_of(case, arguments.work, SM, arguments.precision)
         for row in found:
             print(f"{row.subject:44} {row.metric:18} {row.value:.6g} {row.unit}", flush=True)
         rows += found
     if arguments.out:
-        command = f"python -m diffship.benchmarks.engine_build --work DIR --precision {arguments.precision}"
+        command = f"python -m diffship.benchmarks engine-build --precision {arguments.precision}"
         write_result(arguments.out, SUITE, command, rows, {"title": "RTX engines built without a GPU", "sm": list(SM)})
 
 

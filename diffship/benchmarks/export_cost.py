@@ -1,7 +1,7 @@
 """Time and peak memory of whole exports, gate included, against `optimum-cli export onnx` on the same weights.
 
-    python -m diffship.benchmarks.export_cost --source arch:sd15 --work FOLDER --out FILE \
-        [--optimum-cli PATH]
+python -m diffship.benchmarks export-sd15
+python -m diffship.benchmarks export-sdxl-fp16
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import add_work, optimum_cli
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 
 OURS = "diffship"
@@ -86,9 +88,10 @@ def export_rows(run: ExportRun, model: str, precision: str, timeout: float, keep
 def run(arguments: argparse.Namespace, say: Callable[[str], object] = lambda text: None) -> list[Row]:
     folder = arguments.work / arguments.source.replace(":", "-")
     save_source(arguments.source, folder)
+    peer = None if arguments.no_optimum else arguments.optimum_cli or str(optimum_cli())
     rows = []
-    for entry in runs_of(folder, arguments.work, arguments.precision, arguments.optimum_cli):
-        if not arguments.subjects or entry.subject in arguments.subjects:
+    with timing(SUITE):
+        for entry in runs_of(folder, arguments.work, arguments.precision, peer):
             found = export_rows(entry, arguments.source, arguments.precision, arguments.timeout, arguments.keep)
             say(f"{entry.subject}: " + ", ".join(f"{row.value} {row.unit} {row.reason}".strip() for row in found))
             rows += found
@@ -96,21 +99,19 @@ def run(arguments: argparse.Namespace, say: Callable[[str], object] = lambda tex
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="arch:sd15")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--subjects", nargs="*")
-    parser.add_argument("--optimum-cli")
+    parser.add_argument("--optimum-cli", metavar="PATH", help="of .venv-optimum, which is made if need be")
+    parser.add_argument("--no-optimum", action="store_true", help="ours alone")
     parser.add_argument("--keep", action="store_true", help="leave the exports in the work folder")
     parser.add_argument("--timeout", type=float, default=3000)
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = run(arguments, lambda text: print(text, file=sys.stderr))
     if arguments.out:
-        command = "python -m diffship.benchmarks.export_cost"
-        command += f" --source {arguments.source} --precision {arguments.precision}"
+        command = f"python -m diffship.benchmarks {arguments.out.stem}"
         write_result(arguments.out, SUITE, command, rows, {"source": arguments.source})
     for row in rows:
         print(f"{row.subject:22} {row.metric:28} {row.value} {row.unit} {row.status}")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffship.benchmarks import bootstrap
 from diffship.benchmarks.case import IMAGE, Case, engine_of
+from diffship.benchmarks.intervals import ratio, spread, supports
 from diffship.benchmarks.materials import Materials
 from diffship.benchmarks.peers.table import PEERS
 from diffship.benchmarks.session import Measurement, Outcome
@@ -49,13 +49,17 @@ def _metric(case: Case) -> str:
 
 
 def _times(metric: str, case: Case, good: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Percentiles over the calls of all rounds, their spread over the rounds; medians of what happens once a round."""
+    """Percentiles over the calls of all rounds, their spread over the rounds; medians of what happens once a round.
+
+    A percentile that so few calls do not have is left out.
+    """
     every = [value for outcome in good for value in outcome.figures["seconds"]]
     found = []
     for name, share in QUANTILES.items():
-        by_round = [float(np.quantile(outcome.figures["seconds"], share)) for outcome in good]
-        value = float(np.quantile(every, share))
-        found.append(_entry(f"{metric}_{name}", value, "s", by_round, n=len(every)))
+        if supports(len(every), share):
+            by_round = [float(np.quantile(outcome.figures["seconds"], share)) for outcome in good]
+            value = float(np.quantile(every, share))
+            found.append(_entry(f"{metric}_{name}", value, "s", by_round, n=len(every)))
     throughput = [case.batch / statistics.median(outcome.figures["seconds"]) for outcome in good]
     unit = "images/s" if case.part == IMAGE else "calls/s"
     found.append(_entry("throughput", statistics.median(throughput), unit, throughput))
@@ -122,29 +126,31 @@ def _sum(values: Any) -> float | None:
 
 
 def _ratios(suite: str, measurement: Measurement) -> list[Row]:
-    """Every one of our engines against every other runner of the same case: time ratio over paired rounds."""
+    """Every one of our engines against every other runner of the same case, each pair once: time ratio over rounds."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in measurement.outcomes:
         groups.setdefault(case.group, []).append(case)
     rows = []
     for cases in groups.values():
-        for ours in (case for case in cases if case.runner not in PEERS):
-            rows += [
-                row
-                for theirs in cases
-                if theirs is not ours and (row := _ratio(suite, ours, theirs, measurement)) is not None
-            ]
+        own = [case for case in cases if case.runner not in PEERS]
+        others = [case for case in cases if case.runner in PEERS]
+        pairs = [(ours, theirs) for place, ours in enumerate(own) for theirs in (*own[place + 1 :], *others)]
+        rows += [row for pair in pairs if (row := _ratio(suite, *pair, measurement)) is not None]
     return rows
 
 
 def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Row | None:
-    """Over neighbouring calls where both took turns; over medians of rounds where all ran one after the other."""
+    """Medians of a round's neighbouring calls if both took turns, else of the round; then over the rounds.
+
+    `by_round` keeps each round's ratio, from which the interval can be computed again.
+    """
     rounds = _side_by_side(measurement.outcomes[ours], measurement.outcomes[theirs])
     turns = min((len(outcome.figures.get("turns", ())) for pair in rounds for outcome in pair), default=0)
     if not rounds:
         return None
     a, b = ([_paired_values(pair[side], turns) for pair in rounds] for side in (0, 1))
-    found = bootstrap.ratio(a, b)
+    found = ratio(a, b)
+    by_round = [round(ratio([x], [y]).mean, 6) for x, y in zip(a, b, strict=True)]
     materials = measurement.materials[ours]
     paired = "calls" if turns else "rounds"
     conditions = {**ours.conditions(materials.weights), "size": materials.size}
@@ -155,8 +161,15 @@ def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Ro
         found.mean,
         low=found.low,
         high=found.high,
-        n=found.seeds,
-        conditions={**conditions, "against": theirs.runner, "paired": paired, "pairs": found.seeds * found.units},
+        n=found.n,
+        conditions={
+            **conditions,
+            "against": theirs.runner,
+            "paired": paired,
+            "pairs": sum(map(len, a)),
+            "interval": found.how,
+            "by_round": by_round,
+        },
     )
 
 
@@ -174,9 +187,9 @@ def _paired_values(outcome: Outcome, turns: int) -> list[float]:
 
 
 def _entry(
-    metric: str, value: float, unit: str, spread: Sequence[float], n: int | None = None, kind: str = "latency"
+    metric: str, value: float, unit: str, by_round: Sequence[float], n: int | None = None, kind: str = "latency"
 ) -> dict[str, Any]:
-    span = {"low": min(spread), "high": max(spread), "n": n or len(spread)}
+    span = {**spread(by_round), "n": n or len(by_round)}
     return {"metric": metric, "value": value, "unit": unit, "kind": kind, **span}
 
 

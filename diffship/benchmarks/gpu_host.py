@@ -188,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = given.pop("out")
     plan = Plan(**given)
     rows = prove(plan, lambda text: print(text, file=sys.stderr, flush=True))
-    command = f"python -m diffship.benchmarks.gpu_host --sources {','.join(map(label, plan.sources))} --out FILE.json"
+    command = (
+        f"python -m diffship.benchmarks.gpu_host --sources {','.join(map(label, plan.sources))} --out gpu-host.json"
+    )
     settings = {"title": "What this GPU proves", "device": plan.device, "rounds": plan.rounds}
     write_result(out, SUITE, command, rows, settings)
     failed = [row for row in rows if row.status == "failed"]

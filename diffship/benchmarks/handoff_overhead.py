@@ -1,6 +1,6 @@
 """What a handoff adds to a picture: writing the trajectory, HTTP over loopback, reading it.
 
-python -m diffship.benchmarks.handoff_overhead --bundle out/emoji --out benchmarks/results/handoff-overhead.json
+python -m diffship.benchmarks handoff-overhead [--bundle out/emoji]
 
 The server is a process of its own, with the same bundle as this one. HTTP is the time that the client waits, less what
 the server says it queued and drew (`Server-Timing`), so that it holds parsing, waking threads and the network.
@@ -19,9 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffship.benchmarks.entry import enter, named_bundle
+from diffship.benchmarks.intervals import spread
+from diffship.benchmarks.load import server
 from diffship.benchmarks.record import write_result
-from diffship.benchmarks.serving import server
+from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.errors import RunnerError
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.transport import Answer
@@ -130,27 +133,27 @@ def _row(plan: Plan, metric: str, values: Sequence[float], unit: str, embeddings
         metric,
         statistics.median(values),
         unit,
-        low=min(values),
-        high=max(values),
-        n=len(values),
         conditions=conditions,
+        **spread(values),
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=named_bundle, required=True)
+    parser.add_argument("--bundle", type=named_bundle, help="on both sides (emoji, made)")
     parser.add_argument("--split", type=int, nargs=2, default=(10, 15), metavar=("CLOUD", "HERE"))
     parser.add_argument("--size", type=int, help="pixels (default: the model's)")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    words = parser.parse_args()
-    plan = Plan(words.bundle, tuple(words.split), words.rounds, words.size)
-    with server(plan.bundle, 1, 8) as served, HybridClient(plan.bundle, f"http://{served.place}") as client:
-        made = rows(plan, *measure(client, plan))
+    add_work(parser)
+    words = parser.parse_args(argv)
+    plan = Plan(words.bundle or bundle("emoji", words.work), tuple(words.split), words.rounds, words.size)
+    with timing(SUITE), server(plan.bundle, 1, 8) as served:
+        with HybridClient(plan.bundle, f"http://{served.place}") as client:
+            made = rows(plan, *measure(client, plan))
     if words.out:
         settings = {"split": list(plan.split), "rounds": plan.rounds, "size": plan.size}
-        command = f"python -m diffship.benchmarks.handoff_overhead --bundle {plan.bundle.name}"
+        command = "python -m diffship.benchmarks handoff-overhead"
+        command += f" --bundle {words.bundle.name}" if words.bundle else ""
         write_result(words.out, SUITE, command, made, settings)
     for row in made:
         print(f"{row.subject:50} {row.metric:20} {row.value:.4g} {row.unit} ({row.low:.4g} to {row.high:.4g})")

@@ -1,12 +1,12 @@
 """What a split of the steps does to pictures: judge figures, seconds of each side and bytes, for a pair of models.
 
-    python -m diffship.benchmarks.handoff_quality LARGE SMALL --data DATA --out benchmarks/results/handoff-quality.json
-        [--curve benchmarks/curves/emoji-top5.json] [--grid docs/images/handoff.png] [--work DIR]
+    python -m diffship.benchmarks handoff-quality [--large LARGE --small SMALL] [--data DATA]
+        [--curve benchmarks/curves/emoji-top5.json] [--grid docs/images/handoff.png]
 
-LARGE and SMALL are bundles or sources of one pair; DATA is the folder that `diffship train emoji-data` wrote. The large
-model draws every picture once, and the small one goes on from each place of the splits: no call is made twice. What a
-seed drew is kept in `--work`, so that a run that was interrupted goes on. CURVE is for `diffship run --split auto
---quality-curve`.
+LARGE and SMALL are bundles or sources of one pair (emoji and emoji-small); DATA is the folder that `diffship train
+emoji-data` wrote (data/emoji, or made of npm's archives now). The large model draws every picture once, and the
+small one goes on from each place of the splits: no call is made twice. What a seed drew is kept in `--work`, so that
+a run that was interrupted goes on. CURVE is for `diffship run --split auto --quality-curve`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.bootstrap import interval
+from diffship.benchmarks.case import label
 from diffship.benchmarks.entry import enter
+from diffship.benchmarks.intervals import quality, spread
 from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import plain as jsonable
 from diffship.runtimes.handoff.choose import QualityCurve, QualityPoint
@@ -153,9 +155,9 @@ def rows_of(found: Mapping[int, Figures], steps: int) -> list[Row]:
     for end, figures in found.items():
         subject = _subject(end, steps)
         conditions = {"cloud_calls": end, "edge_calls": steps - end, "seeds": len(figures.judged)}
-        rows += figure_rows(SUITE, subject, figures.judged, conditions)
+        rows += figure_rows(SUITE, subject, figures.judged, conditions, trained=False)
         rows += [
-            Row(SUITE, subject, metric, statistics.median(values), "s", conditions=conditions, **_range(values))
+            Row(SUITE, subject, metric, statistics.median(values), "s", conditions=conditions, **spread(values))
             for metric, values in (("cloud_seconds", figures.cloud), ("edge_seconds", figures.edge))
         ]
         rows += [
@@ -166,27 +168,29 @@ def rows_of(found: Mapping[int, Figures], steps: int) -> list[Row]:
 
 
 def _differences(found: Mapping[int, Figures], steps: int) -> Iterator[Row]:
-    for other in (max(found), min(found)):
-        for end, figures in found.items():
-            for metric in (f"top{rank}" for rank in RANKS if end != other):
-                names = (_subject(end, steps), _subject(other, steps))
-                yield difference_row(SUITE, names, (figures.judged, found[other].judged), metric, "higher", {})
+    """Every split against the large model alone, and every other one against the small model alone."""
+    largest, smallest = max(found), min(found)
+    pairs = [(end, largest) for end in found if end != largest]
+    pairs += [(end, smallest) for end in found if end not in (largest, smallest)]
+    for end, other in pairs:
+        for metric in (f"top{rank}" for rank in RANKS):
+            names = (_subject(end, steps), _subject(other, steps))
+            sides = (found[end].judged, found[other].judged)
+            yield difference_row(SUITE, names, sides, metric, "higher", {}, trained=False)
 
 
 def _subject(end: int, steps: int) -> str:
     return f"split {end},{steps - end}"
 
 
-def _range(values: Sequence[float]) -> dict[str, Any]:
-    return {"low": min(values), "high": max(values), "n": len(values)}
-
-
 def curve_of(found: Mapping[int, Figures], large: Model, small: Model, steps: int, metric: str) -> QualityCurve:
     """The measured points, for `--split auto`."""
     points = []
     for end, figures in sorted(found.items()):
-        values = interval(np.array([judged.by_prompt[metric] for judged in figures.judged]))
-        points.append(QualityPoint(end, round(values.mean, 4), round(values.low, 4), round(values.high, 4)))
+        judged = figures.judged
+        values = quality([entry.by_prompt[metric] for entry in judged], judged[0].prompts, trained=False)
+        low, high = (None if value is None else round(value, 4) for value in (values.low, values.high))
+        points.append(QualityPoint(end, round(values.mean, 4), low, high))
     return QualityCurve(large.digest, small.digest, steps, metric, BETTER[metric], tuple(points))
 
 
@@ -214,7 +218,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             if arguments.grid and not seed:
                 ends = sorted(pictures, reverse=True)
                 show(arguments.grid, {f"{end},{asked.steps - end}": pictures[end] for end in ends}, texts[:SHOWN])
-        timed(large, small, texts[:TIMED], asked, found)
+        with timing(SUITE):
+            timed(large, small, texts[:TIMED], asked, found)
         if arguments.curve:
             curve = curve_of(found, large, small, asked.steps, arguments.metric)
             arguments.curve.parent.mkdir(parents=True, exist_ok=True)
@@ -224,10 +229,10 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("large", help="bundle or source")
-    parser.add_argument("small", help="bundle or source")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parents[1] / "models" / "emoji" / "judge")
+    parser.add_argument("--large", default="emoji", help="bundle or source (emoji)")
+    parser.add_argument("--small", default="emoji-small", help="bundle or source (emoji-small)")
+    parser.add_argument("--data", type=Path, help="pictures with captions (made)")
+    parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), metavar="A,B")
     parser.add_argument("--engine")
     parser.add_argument("--prompts", type=int, default=500)
@@ -235,13 +240,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", choices=list(BETTER), default="top5", help="of the curve")
     parser.add_argument("--curve", type=Path, help="write the pair's quality curve")
     parser.add_argument("--grid", type=Path, help="picture grid of the splits, as PNG")
-    parser.add_argument("--work", type=Path, help="folder of what was drawn")
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
+    arguments.data = arguments.data or emoji_data(arguments.work)
     rows = run(arguments)
     if arguments.out:
-        names = " ".join(Path(text).name for text in (arguments.large, arguments.small))
-        command = f"python -m diffship.benchmarks.handoff_quality {names} --data DATA"
+        command = "python -m diffship.benchmarks handoff-quality"
+        command += f" --large {label(arguments.large)} --small {label(arguments.small)}"
         command += f" --prompts {arguments.prompts} --seeds {arguments.seeds} --splits {' '.join(arguments.splits)}"
         write_result(arguments.out, SUITE, command, rows, {"guidance": 4.0, "sampler": "ddim"})
     for row in rows:

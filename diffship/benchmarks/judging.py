@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks.bootstrap import interval, paired, verdict
+from diffship.benchmarks.intervals import Interval, quality, quality_verdict, spread
 from diffship.benchmarks.quality import frechet_distance, hits
+from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 
 if TYPE_CHECKING:
@@ -90,10 +91,14 @@ def ask(bench: Bench, pictures: Pictures, count: int, seed: int) -> Asked:
 
 @dataclass(frozen=True)
 class Judged:
-    """One set of pictures: figures of every prompt by metric (`top1`, `top5`, distances), and of the whole."""
+    """One set of pictures: figures of every prompt by metric (`top1`, `top5`, distances), and of the whole.
+
+    `prompts` are the texts; a text that was asked several times stands there as often.
+    """
 
     by_prompt: dict[str, list[float]]
     frechet: float
+    prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -125,21 +130,25 @@ class Judging:
             difference = (pixels.astype(np.float64) - others) / 127.5
             found[metric] = np.sqrt(np.square(difference).mean((1, 2, 3)))
         by_prompt = {metric: values.tolist() for metric, values in found.items()}
-        return Judged(by_prompt, frechet_distance(features, self.real))
+        return Judged(by_prompt, frechet_distance(features, self.real), self.asked.texts)
 
 
-def figure_rows(suite: str, subject: str, judged: Sequence[Judged], conditions: Mapping[str, Any]) -> list[Row]:
-    """Means over seeds and prompts with their 95 % intervals, and the Fréchet distance with its range over seeds."""
+def figure_rows(
+    suite: str, subject: str, judged: Sequence[Judged], conditions: Mapping[str, Any], trained: bool
+) -> list[Row]:
+    """Means over seeds and prompts with their 95 % intervals, and the Fréchet distance with its range over seeds.
+
+    One Judged a seed; `trained`: of training (another model each), not of sampling (the same model again).
+    """
     rows = []
     for metric in judged[0].by_prompt:
-        values = interval(np.array([entry.by_prompt[metric] for entry in judged]))
+        found = quality([entry.by_prompt[metric] for entry in judged], judged[0].prompts, trained)
         unit = "share" if metric.startswith("top") else "rms of [-1, 1]"
-        spread = spread_of(values.low, values.high, values.seeds * values.units)
-        rows.append(quality_row(suite, subject, metric, values.mean, unit, conditions, spread))
+        rows.append(_interval_row(suite, subject, metric, found, unit, conditions))
     distances = [entry.frechet for entry in judged]
-    spread, unit = spread_of(min(distances), max(distances), len(distances)), "judge features"
     value = statistics.mean(distances)
-    return [*rows, quality_row(suite, subject, "frechet_distance", value, unit, conditions, spread)]
+    last = quality_row(suite, subject, "frechet_distance", value, "judge features", conditions, spread(distances))
+    return [*rows, last]
 
 
 def difference_row(
@@ -149,15 +158,27 @@ def difference_row(
     metric: str,
     better: str,
     conditions: Mapping[str, Any],
+    trained: bool,
 ) -> Row:
     """Ours minus theirs over the same seeds and prompts, its interval, and what may be said of it."""
     ours, theirs = (np.array([entry.by_prompt[metric] for entry in side]) for side in sides)
-    difference = paired(ours, theirs)
-    said = verdict(difference, better, quality=True)
-    facts = {**conditions, "against": names[1], "verdict": said, "seeds": difference.seeds}
-    spread = spread_of(difference.low, difference.high, difference.seeds * difference.units)
-    subject = f"{names[0]} against {names[1]}"
-    return quality_row(suite, subject, f"{metric}_difference", difference.mean, "", facts, spread)
+    if ours.shape != theirs.shape or sides[0][0].prompts != sides[1][0].prompts:
+        raise ConfigError(f"{names[0]} and {names[1]} were not judged on the same seeds and prompts")
+    found = quality(ours - theirs, sides[0][0].prompts, trained)
+    seeds, count = len(ours), len(sides[0][0].prompts)
+    said = quality_verdict(found, better, seeds, count, trained)
+    facts = {**conditions, "against": names[1], "verdict": said, "seeds": seeds}
+    return _interval_row(suite, f"{names[0]} against {names[1]}", f"{metric}_difference", found, "", facts)
+
+
+def _interval_row(
+    suite: str, subject: str, metric: str, found: Interval, unit: str, conditions: Mapping[str, Any]
+) -> Row:
+    low, high = found.low, found.high
+    if unit == "share":  # the interval is symmetric, and no share lies outside 0 to 1
+        low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (low, high))
+    span = {"low": low, "high": high, "n": found.n}
+    return quality_row(suite, subject, metric, found.mean, unit, {**conditions, "interval": found.how}, span)
 
 
 def quality_row(
@@ -167,14 +188,17 @@ def quality_row(
     value: float,
     unit: str,
     conditions: Mapping[str, Any],
-    spread: Mapping[str, Any],
+    span: Mapping[str, Any],
 ) -> Row:
-    rounded = round(float(value), _DIGITS)
-    return Row(suite, subject, metric, rounded, unit, kind="quality", conditions=dict(conditions), **spread)
+    """A row of quality in five digits; `span` has `low`, `high` (None: there is no spread) and `n`."""
+    low, high = (None if end is None else _rounded(end) for end in (span["low"], span["high"]))
+    facts = dict(conditions)
+    shape: dict[str, Any] = {"kind": "quality", "low": low, "high": high, "n": span["n"], "conditions": facts}
+    return Row(suite, subject, metric, _rounded(value), unit, **shape)
 
 
-def spread_of(low: float, high: float, count: int) -> dict[str, Any]:
-    return {"low": round(float(low), _DIGITS), "high": round(float(high), _DIGITS), "n": count}
+def _rounded(value: float) -> float:
+    return round(float(value), _DIGITS) + 0.0  # what rounds to -0.0 is 0.0
 
 
 def show(file: Path, sets: Mapping[str, Uint8], texts: Sequence[str]) -> None:

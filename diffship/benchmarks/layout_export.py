@@ -1,6 +1,6 @@
 """The U-Net of every published layout at full size, exported to ONNX and proved: seconds, memory, worst difference.
 
-    python -m diffship.benchmarks.layout_export --work DIR --out FILE [--only arch:vega]
+    python -m diffship.benchmarks layout-export [--only arch:vega]
 
 Weights are drawn from a seed, which proves the graph and says nothing of pictures. DIR takes up to 11 GB, and is
 emptied.
@@ -17,8 +17,10 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import add_work
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import unknown
 
@@ -68,18 +70,18 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", action="append", default=[], metavar="SOURCE")
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for source in chosen(arguments.only):
-        found = rows_of(source, arguments.work)
+        with timing(SUITE):
+            found = rows_of(source, arguments.work)
         print(source, *(f"{row.metric} {row.value}" for row in found), flush=True)
         rows += found
     if arguments.out:
-        command = "python -m diffship.benchmarks.layout_export --work DIR"
+        command = "python -m diffship.benchmarks layout-export"
         write_result(arguments.out, SUITE, command, rows, {"title": "Published layouts at full size, to ONNX"})
 
 

@@ -1,6 +1,6 @@
 """A whole picture in a fresh process, as it is and with `--memory low`: seconds and peak memory.
 
-python -m diffship.benchmarks.low_memory --bundle BUNDLE --size 1024 --out FILE
+python -m diffship.benchmarks low-memory [--source SOURCE | --bundle BUNDLE] [--size 1024]
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 
 SUITE = "low-memory"
+SOURCE = "arch:koala-700m+taesd"
 MODES = {"as it is": (), "--memory low": ("--memory", "low")}
 _SECONDS = 3600
 
@@ -51,15 +54,18 @@ def _measured(subject: str, words: Sequence[str]) -> Measured:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=named_bundle, required=True)
+    parser.add_argument("--source", default=SOURCE, help=f"what is exported first ({SOURCE})")
+    parser.add_argument("--bundle", type=named_bundle, help="one that is there already")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     arguments = parser.parse_args(argv)
-    name = Bundle.open(arguments.bundle).manifest.source["id"]
-    rows = list(rows_of(arguments.bundle, name, arguments.size, arguments.steps))
+    folder = arguments.bundle or bundle(arguments.source, arguments.work)
+    name = Bundle.open(folder).manifest.source["id"]
+    with timing(SUITE):
+        rows = list(rows_of(folder, name, arguments.size, arguments.steps))
     if arguments.out:
-        command = f"python -m diffship.benchmarks.low_memory --bundle BUNDLE --size {arguments.size}"
+        command = f"python -m diffship.benchmarks low-memory --source {name} --size {arguments.size}"
         command += f" --steps {arguments.steps}"
         write_result(arguments.out, SUITE, command, rows, {"source": name})
     for row in rows:

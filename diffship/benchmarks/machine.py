@@ -7,32 +7,21 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
-# What a figure depends on: everything that computes or measures. Not the command line, tables or training.
+# What is made once and kept depends on: everything that computes or measures. (Of figures, see freshness.)
 ROOMS = ("core", "sampling", "models", "exporters", "runtimes", "export.py")
 _MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers", "turns")
 MEASURING = tuple(f"benchmarks/{name}" for name in _MODULES)
-_SMALL_MODELS = ("compression", "criteria", "features")
-_SERVED = ("serving", "reliability", "handoff-overhead")
-# What only some suites depend on; an engine's folder counts wherever a row is of that engine, too.
-OWN = {
-    "compression": _SMALL_MODELS,
-    "training": _SMALL_MODELS,
-    "exporters/tensorrt": ("engine-build", "gpu-host"),
-    "runtimes/tensorrt": ("gpu-host",),
-    "runtimes/handoff": ("handoff-quality", "handoff-overhead", "reliability"),
-    "runtimes/isolated": _SERVED,
-    "runtimes/serve": _SERVED,
-}
 
 
 def environment() -> dict[str, object]:
-    """Processor, GPU, memory, threads, system, versions and commit of this machine; no host name, no path."""
+    """Processor, GPU, memory, threads, system, versions, commit and date of this machine; no host name, no path."""
     gpu = gpus()
     return {
         "cpu": _cpu(),
@@ -46,6 +35,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
@@ -75,20 +65,10 @@ def gpus() -> tuple[dict[str, Any], ...]:
     )
 
 
-def suite_digest(suite: str, runners: Iterable[str] = (), package: Path | None = None) -> str:
-    """sha256 over the sources that the figures of a suite depend on; `runners` are those of its rows."""
-    engines = {runner.partition(":")[0] for runner in runners}
-    own = [name for name, suites in OWN.items() if suite in suites or name.rpartition("/")[2] in engines]
-    return code_digest(package, (*ROOMS, *MEASURING, *own), [name for name in OWN if name not in own])
-
-
-def code_digest(
-    package: Path | None = None, names: Sequence[str] = (*ROOMS, *MEASURING), without: Sequence[str] = ()
-) -> str:
-    """sha256 over the sources of these rooms and modules, `without` some folders in them."""
+def code_digest(package: Path | None = None, names: Sequence[str] = (*ROOMS, *MEASURING)) -> str:
+    """sha256 over the sources of these rooms and modules: the key of what is kept from one run to the next."""
     root = package or Path(__file__).parents[1]
-    left_out = {file for name in without for file in _sources(root / name)}
-    files = {file for name in names for file in _sources(root / name)} - left_out
+    files = {file for name in names for file in _sources(root / name)}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")

@@ -15,10 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffship.core.row import Row
-
 POLL_SECONDS = 0.05
 TIMEOUT_CODE = 124
+RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 OVER_LIMIT_CODE = -1000  # no signal and no exit status has this number
 # Sets the limit and becomes the subject: no moment in which it could allocate without one.
 _LIMITED = """
@@ -36,7 +35,11 @@ _NO_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds, peak resident bytes of the process and its children, exit code and the end of the output."""
+    """Wall seconds, peak memory, exit code and the end of the output.
+
+    `peak_bytes` are the kernel's own high-water marks (VmHWM, ru_maxrss), not samples. Of a family of processes it is
+    the sum of each one's mark: they need not have peaked together, so it is an upper bound.
+    """
 
     seconds: float
     peak_bytes: int
@@ -106,35 +109,90 @@ def measure(
     return Measured(time.monotonic() - started, peak, code, output)
 
 
-def failed_row(suite: str, subject: str, metric: str, unit: str, measured: Measured, kind: str = "latency") -> Row:
-    """The row of a subject that did not finish."""
-    return Row(suite, subject, metric, None, unit, measured.status, kind=kind, reason=measured.reason)
-
-
 def _waited(process: subprocess.Popen[str], timeout: float, limit: int | None) -> tuple[int, int, str]:
-    peak = [0]
-    watch = threading.Thread(target=_watch, args=(process, peak, limit), daemon=True)
-    watch.start()
-    try:
-        output, _ = process.communicate(timeout=timeout)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        output, _ = process.communicate(timeout=30)
-        code = TIMEOUT_CODE
-    watch.join(timeout=5)
-    over = limit is not None and peak[0] > limit and code != TIMEOUT_CODE
-    return peak[0], OVER_LIMIT_CODE if over else code, output
-
-
-def _watch(process: subprocess.Popen[str], peak: list[int], limit: int | None) -> None:
+    """(peak bytes, exit code, output) of a process that is watched until it has ended, or is killed."""
+    watch, output = _Watch(process.pid, limit), _Output(process)
     started = time.monotonic()
-    while process.poll() is None:
-        peak[0] = max(peak[0], sum(resident_bytes(pid) for pid in family(process.pid)))
-        if limit is not None and peak[0] > limit:
+    late = over = False
+    while not _ended(process, watch):
+        watch.look()
+        over = over or watch.over
+        late = late or time.monotonic() - started > timeout
+        if over or late:
             _kill(process)
-        # a short process is looked at often, a long one seldom
-        time.sleep(min(POLL_SECONDS, 0.002 + (time.monotonic() - started) / 20))
+        # a short process is looked at often, a long one seldom; the end of its output wakes us at once
+        output.ended.wait(min(POLL_SECONDS, 0.002 + (time.monotonic() - started) / 20))
+    if not output.complete(max(timeout - (time.monotonic() - started), 1.0)):  # a child holds it open
+        late = True
+        _kill(process)
+    code = TIMEOUT_CODE if late else OVER_LIMIT_CODE if over else process.returncode
+    return watch.peak, code, output.text()
+
+
+def _ended(process: subprocess.Popen[str], watch: _Watch) -> bool:
+    """Whether it has ended; reaped by `wait4`, which knows the largest process of its family that ever was."""
+    if process.returncode is None:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if not pid:
+            return False
+        process.returncode = os.waitstatus_to_exitcode(status)
+        watch.reaped(usage.ru_maxrss * RUSAGE_UNIT)
+    return True
+
+
+class _Output:
+    """Reads what a process says, in a thread, so that its pipe never fills."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None  # it is a pipe
+        self._stream, self._parts = process.stdout, list[str]()
+        self.ended = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for line in self._stream:
+                self._parts.append(line)
+        finally:
+            self.ended.set()
+
+    def complete(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def text(self) -> str:
+        self._thread.join(30)
+        return "".join(self._parts)
+
+
+class _Watch:
+    """The high-water marks of a process and its descendants, and whether they are above a limit just now."""
+
+    def __init__(self, pid: int, limit: int | None) -> None:
+        self._pid, self._limit = pid, limit
+        self._floor = memory_of("self").peak  # what ru_maxrss of a child starts from: it was once a part of us
+        self._marks: dict[int, int] = {}
+        self._largest = 0
+        self.over = False
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self._marks.values()), self._largest)
+
+    def look(self) -> None:
+        now = 0
+        for pid in family(self._pid):
+            found = memory_of(pid)
+            now += found.resident
+            if found.peak:  # the last reading, not the largest: between fork and exec a child shows its parent's mark
+                self._marks[pid] = found.peak
+        self.over = self._limit is not None and now > self._limit
+
+    def reaped(self, largest: int) -> None:
+        """`largest`: ru_maxrss of the whole family. It counts if it is larger than this process ever was."""
+        if largest > self._floor:
+            self._largest = largest
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -156,14 +214,28 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def resident_bytes(pid: int | str = "self") -> int:
-    """Resident memory of one process, mapped file pages included: what `time -v` calls the resident set."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process, mapped file pages included: resident now, and the most that ever were (VmHWM)."""
+
+    resident: int
+    peak: int
+
+
+def memory_of(pid: int | str = "self") -> Memory:
+    """What Linux says of a process; nothing of one that is gone, and on systems without /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return 1024 * sum(int(fields.get(key, 0)) for key in ("RssAnon", "RssShmem", "RssFile"))
+        return Memory(0, 0)
+    fields = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    resident = fields.get("VmRSS", 0)
+    return Memory(resident, max(resident, fields.get("VmHWM", 0)))
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """Resident memory of one process now: what `time -v` calls the resident set."""
+    return memory_of(pid).resident
 
 
 def _without_paths(line: str) -> str:

@@ -7,24 +7,36 @@ A page holds markers, and what stands between them is written here:
     <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences of results/cpu-edge.json,
                                        or koala | lcm of all files
     <!-- end table -->
-    <!-- figure: cold-start / emoji, 4 steps / cold_start_seconds_median -->2.1 s<!-- end figure -->
+    <!-- figure: cold-start / emoji, 4 steps* / cold_start_seconds_median -->2.1 s<!-- end figure -->
 
-`--check` writes nothing and says which page is not what the files give; `--fresh` names results whose code has changed.
+`*` in a figure stands for any text of a subject; only one row may fit.
+
+`--check` writes nothing and says which page is not what the files give; `--fresh` names results whose code has
+changed, each with the command that measures it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from diffship.benchmarks.bench import asked
+from diffship.benchmarks.catalogue import BENCH, FILES, of_suite
+from diffship.benchmarks.entry import EXPERIMENTS
+from diffship.benchmarks.experiment import read_experiment
+from diffship.benchmarks.freshness import digest
 from diffship.benchmarks.hardware import koala_form, lcm_form
-from diffship.benchmarks.machine import suite_digest
 from diffship.benchmarks.plots import draw_all
 from diffship.benchmarks.record import Results, read_result, runners
+from diffship.benchmarks.suite import FOLDER, read_suite
 from diffship.benchmarks.tables import (
     Table,
     differences_table,
@@ -36,7 +48,7 @@ from diffship.benchmarks.tables import (
 )
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.strict import unknown
+from diffship.core.strict import plain, unknown
 
 RESULTS = Path("benchmarks") / "results"
 IMAGES = Path("docs") / "images"
@@ -91,10 +103,40 @@ def pages(root: Path) -> list[Path]:
     return sorted({page for pattern in PAGES for page in root.glob(pattern)})
 
 
-def stale(root: Path) -> list[str]:
-    """Results that were measured with other code than this: true then, to be measured again before a release."""
-    found = read_all(root).items()
-    return [name for name, results in found if results.code != suite_digest(results.suite, runners(results.rows))]
+def stale(root: Path) -> dict[str, str]:
+    """Files whose figures are not of this code, with the reason: true then, to be measured again before a release."""
+    found = {name: _aged(name, results, root) for name, results in read_all(root).items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def states(root: Path) -> dict[str, str]:
+    """Every file of the catalogue: not measured, fresh, or why it is stale; with commit and date."""
+    results, old = read_all(root), stale(root)
+    return {name: _state(results[name], old.get(name)) if name in results else "not measured" for name in FILES}
+
+
+def _state(results: Results, reason: str | None) -> str:
+    env = results.environment
+    return f"{reason or 'fresh'} (commit {env.get('commit')}, {env.get('date') or 'date not recorded'})"
+
+
+def _aged(name: str, results: Results, root: Path) -> str:
+    """Why figures are stale; empty if they are not."""
+    entry = FILES.get(name) or of_suite(results.suite)
+    if results.code != digest(entry, runners(results.rows)):
+        return "measured with other code than this"
+    wanted = _asked(entry.words, entry.module, root)
+    known = {key: value for key, value in results.settings.items() if key in wanted}
+    return "" if known == wanted else "its suite or experiment asks for something else now"
+
+
+def _asked(words: Sequence[str], module: str, root: Path) -> dict[str, Any]:
+    """What the suite's or experiment's file asks for today, as results keep it; nothing for commands without one."""
+    if module == BENCH and words:
+        return asked(read_suite(words[-1], root / FOLDER))
+    if module == "siblings":
+        return dict(plain(read_experiment(root / EXPERIMENTS / words[0])))
+    return {}
 
 
 def _table(words: str, results: Mapping[str, Results], where: str) -> str:
@@ -104,8 +146,11 @@ def _table(words: str, results: Mapping[str, Results], where: str) -> str:
     if form not in FORMS:
         raise ConfigError(f"{where}: {unknown('form of a table', form, (*FORMS, *MERGED))}")
     if name not in results:
-        return f"Not measured yet: `diffship bench --suite {name} -o {(RESULTS / name).as_posix()}.json`"
-    return FORMS[form](results[name]).markdown()
+        return f"Not measured yet: `{FILES[name].command if name in FILES else f'diffship bench --suite {name}'}`"
+    found = results[name]
+    if name in FILES:  # the command of today, not the one of the day when it was measured
+        found = replace(found, command=FILES[name].command)
+    return FORMS[form](found).markdown()
 
 
 def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
@@ -114,8 +159,13 @@ def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
     if name not in results:
         raise ConfigError(f"{where}: the figure {words!r} has no JSON; there is no {(RESULTS / name).as_posix()}.json")
     rows = {(row.subject, row.metric): row for row in results[name].rows}
+    if "*" in subject:
+        fitting = [key for key in rows if key[1] == metric and fnmatchcase(key[0], subject)]
+        subject = fitting[0][0] if len(fitting) == 1 else subject
     if (subject, metric) not in rows:
-        raise ConfigError(f"{where}: {name}.json has no {metric!r} of {subject!r}")
+        near = difflib.get_close_matches(f"{subject} / {metric}", [" / ".join(key) for key in rows], 1, 0.5)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ConfigError(f"{where}: {name}.json has no {metric!r} of {subject!r}{hint}")
     return value(rows[subject, metric])
 
 
@@ -123,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("."))
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
-    parser.add_argument("--fresh", action="store_true", help="exit 1 where results were measured with other code")
+    parser.add_argument("--fresh", action="store_true", help="exit 1 if results were measured with other code")
     parser.add_argument("--plots", action="store_true", help="draw the plots too (pip install 'diffship[plots]')")
     arguments = parser.parse_args(argv)
     try:
@@ -141,9 +191,10 @@ def _main(arguments: argparse.Namespace) -> int:
         for results in read_all(arguments.root).values():
             with suppress(ConfigError):  # there is nothing in it to plot
                 print(*draw_all(results, arguments.root / IMAGES), sep="\n")
-    old = stale(arguments.root) if arguments.fresh else []
-    for name in old:
-        print(f"{name}.json: measured with other code than this; measure it again before a release")
+    old = stale(arguments.root) if arguments.fresh else {}
+    for name, reason in old.items():
+        command = FILES[name].command if name in FILES else read_all(arguments.root)[name].command
+        print(f"{name}.json: {reason}; measure it again: {command}")
     return 1 if old or (changed and arguments.check) else 0
 
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.machine import environment, hardware, suite_digest
+from diffship.benchmarks.freshness import suite_digest
+from diffship.benchmarks.machine import environment, hardware
 from diffship.core.atomic import write_file
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
@@ -26,7 +27,7 @@ _SIGNED = ("suite", "command", "code", "environment", "settings", "rows")
 
 @dataclass(frozen=True)
 class Results:
-    """One results file. `code` digests the sources that the figures depend on, `settings` say how to repeat them."""
+    """One results file. `code` digests what the figures depend on (freshness), `settings` say how to repeat them."""
 
     suite: str
     command: str

@@ -1,6 +1,6 @@
 """What goes wrong, on purpose: requests and files that must be refused, and faults of a cloud that must be survived.
 
-    python -m diffship.benchmarks.reliability --bundle out/emoji --out benchmarks/results/reliability.json
+    python -m diffship.benchmarks reliability [--bundle out/emoji]
 
 The server is a process of its own; bad requests come over a socket. A refusal counts where the answer is a client's
 error (4xx) and the server still answers a good request afterwards; a fault counts as survived where the picture is
@@ -27,8 +27,9 @@ import numpy as np
 
 from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.fault_proxy import fault_proxy
+from diffship.benchmarks.load import server
 from diffship.benchmarks.record import write_result
-from diffship.benchmarks.serving import server
+from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
 from diffship.core.row import Row
@@ -238,12 +239,13 @@ def _counts(subject: str, metric: str, good: int, tried: int, reason: str) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=named_bundle, required=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--bundle", type=named_bundle, help="what is served (emoji, made)")
+    add_work(parser)
     words = parser.parse_args(argv)
-    rows = run(words.bundle, lambda text: print(text, file=sys.stderr, flush=True))
+    rows = run(words.bundle or bundle("emoji", words.work), lambda text: print(text, file=sys.stderr, flush=True))
     if words.out:
-        command = f"python -m diffship.benchmarks.reliability --bundle {words.bundle.name}"
+        command = "python -m diffship.benchmarks reliability"
+        command += f" --bundle {words.bundle.name}" if words.bundle else ""
         write_result(words.out, SUITE, command, rows, {"title": "What goes wrong, on purpose", "faults": list(FAULTS)})
     for row in rows:
         print(f"{row.subject:32} {row.metric:16} {row.value:g} {row.unit} {row.reason}")

@@ -1,22 +1,28 @@
 """Do the ratios of a suite repeat? Several runs of one suite, same code and machine, become one results file.
 
-    python -m diffship.benchmarks.repeats RUN.json RUN.json RUN.json --out benchmarks/results/cpu-edge-repeats.json
+    python -m diffship.benchmarks cpu-edge-repeats
+    python -m diffship.benchmarks.repeats RUN.json RUN.json RUN.json --out FILE.json
 
-A row per ratio: the most that a run lies away from the median of the runs, as a share of it; low and high are the
-least and the largest ratio.
+The first measures the suite three times. A row per ratio: the most that a run lies away from the median of the runs,
+as a share of it; low and high are the least and the largest ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffship.benchmarks.catalogue import of_suite
 from diffship.benchmarks.entry import enter
-from diffship.benchmarks.record import Results, read_result, save
+from diffship.benchmarks.freshness import derived
+from diffship.benchmarks.record import Results, read_result, runners, save
+from diffship.benchmarks.workbench import add_work
+from diffship.core import child
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 
@@ -40,7 +46,8 @@ def repeats(runs: Sequence[Results]) -> Results:
     common = [key for key in found[0] if all(key in other for other in found)]
     rows = [_row(name, found[0][key], [float(other[key].value or 0) for other in found]) for key in common]
     rows.sort(key=lambda row: -(row.value or 0))
-    return replace(first, suite=name, command=_command(first.suite, len(runs)), rows=tuple(rows))
+    code = derived(of_suite(name), first.code, runners(first.rows))
+    return replace(first, suite=name, command=f"python -m diffship.benchmarks {name}", code=code, rows=tuple(rows))
 
 
 def _ratios(run: Results) -> dict[tuple[Any, ...], Row]:
@@ -56,19 +63,32 @@ def _row(suite: str, row: Row, values: Sequence[float]) -> Row:
     return Row(suite, row.subject, METRIC, deviation, "", conditions=conditions, **spread)
 
 
-def _command(suite: str, count: int) -> str:
-    runs = [f"{suite}-{number}.json" for number in range(1, count + 1)]
-    each = f"diffship bench --suite {suite} -o RUN.json ({count} times); "
-    return f"{each}python -m diffship.benchmarks.repeats {' '.join(runs)} --out {suite}-repeats.json"
+def measure(suite: str, times: int, work: Path) -> list[Path]:
+    """Run the verb `bench` so many times; the files that it wrote.
+
+    Raises:
+        ConfigError: one of the runs failed.
+    """
+    files = [work / f"{suite}-{number}.json" for number in range(1, times + 1)]
+    for file in files:
+        words = ["bench", "--suite", suite, "-o", str(file), "--work", str(work / "bench")]
+        if subprocess.run(child.command("diffship", *words), env=child.environment()).returncode or not file.is_file():
+            raise ConfigError(f"a run of {suite} failed: diffship {' '.join(words)}")
+    return files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("runs", nargs="*", type=Path, help="runs that are there already")
+    parser.add_argument("--suite", default="cpu-edge", help="what is measured if no runs are named (cpu-edge)")
+    parser.add_argument("--times", type=int, default=3)
+    add_work(parser)
     arguments = parser.parse_args(argv)
-    made = repeats([read_result(file) for file in arguments.runs])
-    save(arguments.out, made)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    files = arguments.runs or measure(arguments.suite, arguments.times, arguments.work)
+    made = repeats([read_result(file) for file in files])
+    if arguments.out:
+        save(arguments.out, made)
     for row in made.rows:
         print(f"{row.subject:70} {row.value or 0:6.1%}   {row.low:.3f} to {row.high:.3f}")
 

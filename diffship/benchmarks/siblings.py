@@ -1,10 +1,10 @@
 """Make, draw and judge the small models of an experiment, and say which differ.
 
-    python -m diffship.benchmarks.siblings EXPERIMENT.toml --data DATA --work DIR --out benchmarks/results/NAME.json
+    python -m diffship.benchmarks NAME [--data DATA] [--make MODEL]
 
-Everything that was made or drawn is kept in `--work` by what it depends on, so that a run can be interrupted and gone
-on with, and several processes can each make a few models first (`--make NAME`). DATA is the folder that
-`diffship train emoji-data` wrote.
+NAME is an experiment of `benchmarks/experiments`. Everything that was made or drawn is kept in `--work` by what it
+depends on, so that a run can be interrupted and gone on with, and several processes can each make a few models first
+(`--make MODEL`). DATA is the folder that `diffship train emoji-data` wrote (data/emoji, or made of npm's archives now).
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from numpy.typing import NDArray
 from diffship.benchmarks.emoji_quality import draw
 from diffship.benchmarks.entry import enter, named_experiment
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
-from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show, spread_of
+from diffship.benchmarks.intervals import spread
+from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
 from diffship.benchmarks.turns import REST_SECONDS
+from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
+from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import plain, unknown
 
@@ -146,7 +149,7 @@ class Siblings:
         conditions = {"model": model.name, "seeds": len(mine)}
         count = float(_parameters(self.drawn(model, model.seeds[0]).folder))
         size = Row(self.name, model.name, "parameters", count, kind="size", conditions=conditions)
-        return [size, *figure_rows(self.name, model.name, mine, conditions)]
+        return [size, *figure_rows(self.name, model.name, mine, conditions, trained=True)]
 
     def _comparisons(self, found: Found) -> list[Row]:
         seeds = {model.name: model.seeds for model in self.experiment.models}
@@ -156,19 +159,20 @@ class Siblings:
                 ours, others = ([found[name, seed] for seed in seeds[name]] for name in (wish.ours, theirs))
                 names, conditions = (wish.ours, theirs), {"model": wish.ours}
                 better = BETTER[wish.metric]
-                rows.append(difference_row(self.name, names, (ours, others), wish.metric, better, conditions))
+                sides = (ours, others)
+                rows.append(difference_row(self.name, names, sides, wish.metric, better, conditions, trained=True))
         return rows
 
     def _latencies(self) -> list[Row]:
         """One U-Net call with guidance (two rows) of every model, in rounds, so that drift meets all alike."""
         bundles = {model.name: self.drawn(model, model.seeds[0]).bundle for model in self.experiment.models}
-        seconds = unet_seconds(bundles, ROUNDS)
+        with timing(self.name):
+            seconds = unet_seconds(bundles, ROUNDS)
         rows = []
         for name, values in seconds.items():
-            spread = spread_of(min(values), max(values), len(values))
             conditions = {"model": name, "runner": "onnxruntime", "part": "unet", "batch": 2}
             value = statistics.median(values)
-            rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread))
+            rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread(values)))
         return rows
 
     def grid(self, file: Path) -> None:
@@ -226,17 +230,17 @@ def _digest(value: object) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=named_experiment)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, default=Path(__file__).parents[1] / "models" / "emoji" / "judge")
+    parser.add_argument("--data", type=Path, help="pictures with captions (made)")
+    parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--engine", choices=("onnxruntime", "torch"), default="onnxruntime", help="torch: on a GPU")
     parser.add_argument("--make", metavar="NAME", action="append", help="make and draw this model, and no more")
-    parser.add_argument("--out", type=Path)
+    add_work(parser)
     parser.add_argument("--grid", type=Path, help="picture grid of the shown models, as PNG")
     arguments = parser.parse_args(argv)
-    experiment = read_experiment(arguments.experiment, arguments.data)
-    name = arguments.experiment.stem
-    siblings = Siblings(experiment, name, arguments.data, arguments.judge, arguments.work, arguments.engine)
+    read_experiment(arguments.experiment)  # a wrong file is told before anything is fetched
+    data, name = arguments.data or emoji_data(arguments.work), arguments.experiment.stem
+    experiment = read_experiment(arguments.experiment, data)
+    siblings = Siblings(experiment, name, data, arguments.judge, arguments.work / name, arguments.engine)
     if arguments.make:
         siblings.make(arguments.make)
         return
@@ -244,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.grid:
         siblings.grid(arguments.grid)
     if arguments.out:
-        command = f"python -m diffship.benchmarks.siblings {arguments.experiment.name} --data DATA --work DIR"
+        command = f"python -m diffship.benchmarks {name}"
         write_result(arguments.out, name, command, rows, plain(experiment))
     for row in rows:
         print(f"{row.subject:60} {row.metric:24} {row.value} {row.unit} {row.conditions.get('verdict', '')}")

@@ -9,12 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffship.benchmarks import bootstrap
+from diffship.benchmarks.intervals import ROUNDS, ratio_verdict, supports
 from diffship.benchmarks.record import Results
 from diffship.core.row import Row
 
 KEYS = ("model", "runner", "part", "batch", "steps", "size", "precision", "device")
 DASH = "-"
+OLD = "to be measured again"  # what is said of an interval of the earlier method
+OLD_NOTE = (
+    "These intervals are of an earlier method (a bootstrap over rounds or seeds), which was wrong up to one time in "
+    "four: no verdict is drawn from them until the file is measured again."
+)
 COLUMNS = ("p50", "rounds", "p90", "p99", "throughput", "load", "warm-up", "cold start", "peak memory", "file")
 HEAD = ("model", "part", "runner", *COLUMNS, "GFLOP/s", "of ceiling")
 
@@ -70,18 +75,45 @@ def parts_table(results: Results) -> Table:
 
 
 def ratios_table(results: Results) -> Table:
-    """Our engines against everything else of the same case, with the interval and what may be said."""
-    rows = []
+    """Our engines against everything else of the same case, each pair once, with the interval and what may be said."""
+    rows, seen = [], set[tuple[str, ...]]()
     for row in results.rows:
-        if "against" in row.conditions and row.value is not None and row.low is not None and row.high is not None:
-            interval = bootstrap.Interval(row.value, row.low, row.high, row.n or 0, 1)
-            said = {"better": "faster", "worse": "slower"}.get(bootstrap.ratio_verdict(interval))
-            span = f"{row.low:.3f} to {row.high:.3f}"
-            part = _part(row.conditions)
-            names = (str(row.conditions["model"]), part, str(row.conditions["runner"]), str(row.conditions["against"]))
-            rows.append((*names, f"{row.value:.3f}", span, str(row.n), said or bootstrap.NO_DIFFERENCE))
+        if "against" in row.conditions and row.value is not None and row.metric.endswith("_ratio"):
+            ours, theirs = str(row.conditions["runner"]), str(row.conditions["against"])
+            names = (str(row.conditions["model"]), _part(row.conditions))
+            if (*names, theirs, ours) not in seen:
+                seen.add((*names, ours, theirs))
+                rows.append((*names, ours, theirs, f"{row.value:.3f}", *_said(row)))
     head = ("model", "part", "ours", "against", "time ratio", "95 % interval", "rounds", "verdict")
-    return Table(head, tuple(rows), (f"Measured on {results.hardware}.",))
+    return Table(head, tuple(rows), _short_notes(results))
+
+
+def _said(row: Row) -> tuple[str, str, str]:
+    """Interval, rounds and verdict of a ratio."""
+    rounds = row.n or 0
+    if row.low is None or row.high is None:
+        return DASH, str(rounds), f"{rounds} round{'s' * (rounds != 1)}: no interval"
+    said = f"{rounds} rounds: too few" if rounds < ROUNDS else ratio_verdict(row.low, row.high, rounds)
+    return f"{row.low:.3f} to {row.high:.3f}", str(rounds), OLD if _old(row) else said
+
+
+def best(results: Results) -> list[str]:
+    """A line per case that several runners ran: the fastest of them, and who needed the least memory."""
+    groups: dict[tuple[Any, ...], list[dict[str, Row]]] = {}
+    for key, metrics in cases(results.rows).items():
+        groups.setdefault((key[0], *key[2:]), []).append(metrics)
+    return [line for group in groups.values() if (line := _best(group))]
+
+
+def _best(group: Sequence[Mapping[str, Row]]) -> str:
+    words = []
+    for word, names in (("fastest", ("image_seconds_p50", "call_seconds_p50")), ("smallest", ("peak_host_bytes",))):
+        rows = [metrics[name] for metrics in group for name in names if name in metrics]
+        known = sorted((row for row in rows if row.value is not None), key=lambda row: row.value or 0)
+        if len(known) > 1:
+            words.append(f"{word} {known[0].conditions['runner']} ({value(known[0])})")
+    conditions = next(iter(group[0].values())).conditions
+    return f"{conditions['model']}, {_part(conditions)}: {', '.join(words)}" if words else ""
 
 
 def figures_table(results: Results) -> Table:
@@ -109,9 +141,33 @@ def differences_table(results: Results) -> Table:
     head = ("ours against", "figure", "difference", "95 % interval", "seeds", "pictures", "verdict")
     lines = []
     for metric, row, (mean, low, high) in comparisons(results):
-        facts = (str(row.conditions["seeds"]), f"{row.n or 0:,}", str(row.conditions["verdict"]))
+        said = OLD if _old(row) else str(row.conditions["verdict"])
+        facts = (str(row.conditions["seeds"]), f"{row.n or 0:,}", said)
         lines.append((row.subject, metric, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", *facts))
-    return Table(head, tuple(lines), (f"Measured on {results.hardware}.",))
+    return Table(head, tuple(lines), _short_notes(results))
+
+
+def _old(row: Row) -> bool:
+    """Whether its interval was made before `interval` said how."""
+    return "interval" not in row.conditions
+
+
+def _short_notes(results: Results) -> tuple[str, ...]:
+    old = any(_old(row) for row in results.rows if _has_interval(row))
+    return (f"Measured on {results.hardware}{_when(results)}.", *([OLD_NOTE] if old else []))
+
+
+def _has_interval(row: Row) -> bool:
+    """Whether `low` and `high` are a 95 % interval; of other rows they are the least and the largest value."""
+    timed = row.kind == "latency" and "against" in row.conditions and row.metric.endswith("_ratio")
+    judged = row.kind == "quality" and row.metric != "frechet_distance"
+    return (timed or judged) and row.low is not None
+
+
+def _when(results: Results) -> str:
+    """Commit and date of a file; files from before dates were recorded have none."""
+    env = results.environment
+    return f"; commit {env.get('commit')}, {env.get('date') or 'date not recorded'}"
 
 
 def comparisons(results: Results) -> Iterator[tuple[str, Row, tuple[float, float, float]]]:
@@ -187,13 +243,19 @@ def _case_line(key: tuple[Any, ...], metrics: Mapping[str, Row]) -> tuple[str, .
     if median is None or median.value is None:
         said = value(median) if median else DASH
         return (*names, said, *[DASH] * (len(HEAD) - 4))
-    wanted = (f"{stem}_p90", f"{stem}_p99", "throughput", "load_seconds", "warm_up_seconds", "cold_start_seconds")
-    cells = [value(metrics.get(name)) for name in wanted]
+    wanted = ("throughput", "load_seconds", "warm_up_seconds", "cold_start_seconds")
+    tails = [_tail(metrics.get(f"{stem}_{name}"), share) for name, share in (("p90", 0.9), ("p99", 0.99))]
+    cells = [*tails, *(value(metrics.get(name)) for name in wanted)]
     memory = metrics.get("peak_device_bytes") or metrics.get("peak_host_bytes")
     flops, share = metrics.get("flops"), metrics.get("share_of_ceiling")
     rate = DASH if flops is None or flops.value is None else digits(flops.value / 1e9)
     of = DASH if share is None or share.value is None else f"{share.value:.0%}"
     return (*names, value(median), _span(median), *cells, value(memory), value(metrics.get("file_bytes")), rate, of)
+
+
+def _tail(row: Row | None, share: float) -> str:
+    """A high percentile, if so many samples have one."""
+    return value(row) if row is not None and supports(row.n or 0, share) else DASH
 
 
 def _part(conditions: Mapping[str, Any]) -> str:
@@ -208,7 +270,7 @@ def _part(conditions: Mapping[str, Any]) -> str:
 
 
 def _span(row: Row) -> str:
-    if row.low is None or row.high is None:
+    if row.low is None or row.high is None or row.low == row.high:  # earlier files have one value as its own spread
         return DASH
     return f"{figure(row.low, row.unit)} to {figure(row.high, row.unit)}"
 
@@ -216,7 +278,8 @@ def _span(row: Row) -> str:
 def _notes(results: Results) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.environment.get("packages", {}).items())
     ceilings = [row for row in results.rows if row.subject == "this machine" and row.metric.startswith("matrix")]
-    notes = [f"Measured on {results.hardware}; {versions}; commit {results.environment.get('commit')}."]
+    notes = [f"Measured on {results.hardware}; {versions}{_when(results)}."]
+    notes += _short_notes(results)[1:]
     notes += [f"Ceiling: {value(row)}, the best float32 matrix product of this machine." for row in ceilings[:1]]
     whys = {f"{row.subject}: {row.status}, {row.reason}" for row in results.rows if row.value is None and row.reason}
     return [*notes, *sorted(whys), f"Command: `{results.command}`"]

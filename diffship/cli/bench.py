@@ -81,6 +81,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     from diffship.benchmarks.record import read_result, save
+    from diffship.benchmarks.tables import best
 
     file = _output(options)
     _check_places(options, file)
@@ -91,7 +92,8 @@ def run(options: argparse.Namespace) -> Result:
     writers = _side_files(options, [results], _tables(results))
     if file:
         writers.insert(0, partial(save, file, results))
-    text = "\n\n".join(table.text() for table in _tables(results) if table.rows)
+    blocks = [table.text() for table in _tables(results) if table.rows]
+    text = "\n\n".join([*blocks, "\n".join(best(results))]).strip()
     failed = any(row.status == "failed" for row in results.rows)
     return Result({"results": results.to_json()}, text, _written(writers) or int(failed))
 

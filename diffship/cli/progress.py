@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
@@ -58,6 +58,12 @@ def note(message: str, quiet: bool = False) -> None:
     """One line for the reader of the log."""
     if not quiet:
         say(message)
+
+
+def warn_of(source: Mapping[str, Any]) -> None:
+    """Tell what of a source is left out, a line each."""
+    for text in source.get("notes", ()):
+        note(f"warning: {text}")
 
 
 def say(line: str) -> None:

@@ -35,7 +35,11 @@ def is_kept(step: Any) -> bool:
 def _owes(step: Any) -> bool:
     """Whether a pass was asked for a file beside its result that is not there."""
     asked = [getattr(step, field.name) for field in fields(step) if field.metadata.get("output")]
-    return any(path and not Path(path).expanduser().exists() for path in asked)
+    return any(path and not _filled(Path(path).expanduser()) for path in asked)
+
+
+def _filled(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 class Results:

@@ -15,7 +15,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
 from diffship.core.errors import BundleError, UnsupportedError
 from diffship.core.family import Family
-from diffship.core.manifest import MANIFEST_NAME
+from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.core.runner import Runner
 from diffship.runtimes.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
@@ -50,6 +50,8 @@ class BundleModel:
         self.bundle = bundle
         self.engine = choose_engine(manifest.target, engine)
         self.opener: Opener = make(self.engine, options)
+        if options.get("device", "cpu") == "cpu":
+            _refuse_bfloat16(manifest)
         self.name: str = str(manifest.source.get("id") or bundle.path.name)
         self.family: Family = manifest.family
         self.scheduler: Mapping[str, Any] = dict(manifest.sampler)
@@ -115,6 +117,15 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
             f"engine {engine} runs bundles, and {source} is none. Run: diffship export {source} --to onnx -o DIR"
         )
     return cast(TorchRunner, make_engine("torch", options)).open_model(source)
+
+
+def _refuse_bfloat16(manifest: Manifest) -> None:
+    narrow = [part.name for part in manifest.parts if part.precision == "bf16"]
+    if narrow and manifest.target == "onnx":
+        raise UnsupportedError(
+            f"{', '.join(narrow)} of this bundle compute in bfloat16, which no engine does on a CPU. "
+            "Export with --precision fp32, or run it on a GPU (--device cuda); `diffship verify` works here"
+        )
 
 
 def _tokenizers(bundle: Bundle) -> dict[str, Tokenizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -113,7 +114,12 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {str(fault)[:120]}") from None
+        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {decoder_fault(fault)}") from None
+
+
+def decoder_fault(fault: Exception) -> str:
+    """What a decoder of Pillow says, without the address of the bytes that it read."""
+    return re.sub(r" ?<_io\.\w+ object at 0x[0-9a-f]+>", "", str(fault))[:120]
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

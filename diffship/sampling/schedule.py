@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -23,6 +23,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+@bounded
 class Schedule:
     """What every scheduler_config.json says of training and of the timestep grid; keys and defaults are diffusers'."""
 

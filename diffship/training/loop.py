@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from diffship.core.distributed import note_left
 from diffship.core.errors import Cancelled, DiffshipError, SourceError
 from diffship.core.lazy import lazy
+from diffship.core.quiet import training
 from diffship.training.saving import reading, replace_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -103,21 +104,30 @@ def train(
     precision: str = "no",
     stop_after_seconds: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
+    follow: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
     `validate` sees the averaged weights. `progress(step, steps)` is called after every step (without it, logged steps
-    are printed); if it raises Cancelled, what is done is saved first. Under `torchrun` every process computes its share
-    of the batch and the gradients are averaged once a step; the first process writes.
+    are printed); if it raises Cancelled, what is done is saved first. `follow` is given the averaged weights before the
+    first step, by name; they change in place, so that a task can look at them. Under `torchrun` every process computes
+    its share of the batch and the gradients are averaged once a step; the first process writes.
 
     Raises:
+        BusyError: something is timed on this machine, and is not over after ten minutes.
         DivergedError: the loss or its gradient became NaN or infinite; the checkpoint before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, schedule, folder / "state.safetensors", precision)
+    if follow is not None:
+        follow(run.average)
     started = saved = time.monotonic()
     checkpoints = 0
-    with run.saved_if_cancelled(), (folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
+    with (
+        training(lambda text: print(text, file=sys.stderr)),  # nothing is timed on this machine meanwhile
+        run.saved_if_cancelled(),
+        (folder / "curve.jsonl").open("a", encoding="utf-8") as curve,
+    ):
         while run.step < schedule.steps and not run.agree(time.monotonic() - started > stop_after_seconds):
             figures = run.advance()
             if not run.accelerator.is_main_process:

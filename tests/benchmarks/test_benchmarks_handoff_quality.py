@@ -82,7 +82,8 @@ def test_seconds_and_bytes_of_each_side() -> None:
 
 
 def figures(right: list[list[float]], rms: float) -> Figures:
-    judged = [Judged({"top1": row, "top5": row, "large_rms": [rms] * len(row)}, 1.0) for row in right]
+    texts = tuple(f"prompt {place}" for place in range(len(right[0])))
+    judged = [Judged({"top1": row, "top5": row, "large_rms": [rms] * len(row)}, 1.0, texts) for row in right]
     return Figures(judged, [0.2], [0.1], {"handoff_bytes": 7})
 
 
@@ -97,10 +98,14 @@ def test_rows_and_the_curve_are_the_means_and_claims_need_enough_prompts() -> No
     claimed = {
         row.subject: row.conditions.get("verdict") for row in rows_of(many, 4) if row.metric == "top1_difference"
     }
-    assert claimed == {
-        "split 0,4 against split 4,0": "worse",
-        "split 4,0 against split 0,4": "better",
-    }
+    assert claimed == {"split 0,4 against split 4,0": "worse"}, "the same pair once"
+    (said,) = {row.conditions["interval"] for row in rows_of(many, 4) if row.metric == "top1_difference"}
+    assert said == "Student t over 500 prompts, 3 sampling seeds averaged in each"
+    shares = [row for row in rows_of(many, 4) if row.unit == "share"]
+    assert all(0 <= (row.low or 0) <= (row.value or 0) <= (row.high or 0) <= 1 for row in shares)
+    rare = {0: figures([[0.0] * 49 + [1.0]] * 3, 0.5), 4: figures([[1.0] * 49 + [0.0]] * 3, 0.0)}
+    ends = {(row.low, row.high) for row in rows_of(rare, 4) if row.metric == "top1"}
+    assert {0.0, 1.0} <= {end for both in ends for end in both}, "shares end at 0 and at 1"
     large, small = pair()
     curve = curve_of(found, large, small, 4, "top5")
     assert [(point.cloud_calls, point.value) for point in curve.points] == [(0, 0.5), (4, 1.0)]
@@ -138,7 +143,22 @@ def test_a_model_handed_to_itself_loses_nothing(data: Path, tmp_path: Path) -> N
     """The same weights on both sides: every split is the same pictures, in torch, with the trained model."""
     pytest.importorskip("torch")
     out, curve = tmp_path / "r.json", tmp_path / "c.json"
-    words = ["emoji", "emoji", "--engine", "torch", "--data", str(data), "--prompts", "3", "--seeds", "2"]
+    words = [
+        "--large",
+        "emoji",
+        "--small",
+        "emoji",
+        "--work",
+        str(tmp_path / "work"),
+        "--engine",
+        "torch",
+        "--data",
+        str(data),
+        "--prompts",
+        "3",
+        "--seeds",
+        "2",
+    ]
     words += [
         "--splits",
         "2,0",

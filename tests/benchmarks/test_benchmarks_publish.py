@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks.publish import main, publish, rendered, stale
-from diffship.benchmarks.record import write_result
+from diffship.benchmarks.bench import asked
+from diffship.benchmarks.publish import main, publish, rendered, stale, states
+from diffship.benchmarks.record import read_result, write_result
+from diffship.benchmarks.suite import read_suite
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 
@@ -86,7 +89,7 @@ def test_a_figure_without_json_is_refused(root: Path) -> None:
 
 def test_a_table_without_json_says_how_to_measure_it(root: Path) -> None:
     publish(root)
-    assert "Not measured yet: `diffship bench --suite other -o benchmarks/results/other.json`" in page(root)
+    assert "Not measured yet: `diffship bench --suite other`" in page(root)
     text = "<!-- table: other parts -->\n| 1.0 s |\n<!-- end table -->"
     assert "1.0 s" not in rendered(text, {}, "x")
 
@@ -107,7 +110,58 @@ def test_markers_that_are_wrong_are_refused(text: str, message: str) -> None:
     assert message in str(fault.value) and str(fault.value).startswith("page.md: ")
 
 
-def test_results_of_other_code_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stale(root) == [] and main(["--root", str(root), "--fresh"]) == 0
-    monkeypatch.setattr("diffship.benchmarks.publish.suite_digest", lambda suite, runners: "f" * 64)
-    assert stale(root) == ["some"] and main(["--root", str(root), "--fresh"]) == 1
+def test_a_figure_may_leave_out_what_a_subject_counts(root: Path) -> None:
+    results = {"some": read_result(root / "benchmarks" / "results" / "some.json")}
+
+    def shown(subject: str) -> str:
+        return rendered(f"<!-- figure: some / {subject} / cold_start_seconds --><!-- end figure -->", results, "p.md")
+
+    assert "-->1.23 s<!--" in shown("emoji*")
+    with pytest.raises(ConfigError, match=r"has no 'cold_start_seconds' of 'sdxl\*'; the nearest is"):
+        shown("sdxl*")
+    twice = replace(results["some"], rows=(*results["some"].rows, Row("some", "emoji / x", "cold_start_seconds", 2.0)))
+    results["some"] = twice
+    with pytest.raises(ConfigError, match="has no"):
+        shown("emoji*")
+
+
+def test_results_of_other_code_are_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = root / "benchmarks" / "results"
+    rows = [Row("cold-start", "emoji", "cold_start_seconds_median", 1.0, "s")]
+    write_result(file / "cold-start.json", "cold-start", "as it was measured then", rows)
+    assert stale(root) == {} and main(["--root", str(root), "--fresh"]) == 0
+    assert states(root)["cold-start"].startswith("fresh (commit ") and states(root)["serving"] == "not measured"
+    monkeypatch.setattr("diffship.benchmarks.publish.digest", lambda entry, runners: "f" * 64)
+    assert stale(root).keys() == {"some", "cold-start"}
+    capsys.readouterr()
+    assert main(["--root", str(root), "--fresh"]) == 1
+    assert capsys.readouterr().out == (
+        "cold-start.json: measured with other code than this; measure it again: "
+        "python -m diffship.benchmarks cold-start\n"
+        "some.json: measured with other code than this; measure it again: make it\n"
+    )
+
+
+def test_results_of_another_question_are_named(root: Path) -> None:
+    """A suite's file may change and its code not: then the figures answer what nobody asks any more."""
+    (root / "benchmarks" / "suites").mkdir()
+    suite = root / "benchmarks" / "suites" / "cpu-edge.toml"
+    text = 'schema = 1\ntitle = "t"\n[[bench]]\ntargets = ["emoji"]\nsteps = [4]\n'
+    suite.write_text(text, encoding="utf-8")
+    settings = {"rounds": 3, "memory_limit": None, **asked(read_suite("cpu-edge", suite.parent))}
+    file = root / "benchmarks" / "results" / "cpu-edge.json"
+    write_result(file, "cpu-edge", "bench it", [Row("cpu-edge", "x", "m", 1.0)], settings)
+    assert stale(root) == {}
+    suite.write_text(f"# a comment\n{text}", encoding="utf-8")
+    assert stale(root) == {}
+    suite.write_text(text.replace("[4]", "[25]"), encoding="utf-8")
+    assert stale(root) == {"cpu-edge": "its suite or experiment asks for something else now"}
+
+
+def test_a_table_says_when_its_file_was_measured(root: Path) -> None:
+    publish(root)
+    results = read_result(root / "benchmarks" / "results" / "some.json")
+    commit, date = results.environment["commit"], results.environment["date"]
+    assert f"commit {commit}, {date}." in page(root)

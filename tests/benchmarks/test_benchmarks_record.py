@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffship.benchmarks import ceiling, machine
+from diffship.benchmarks.freshness import suite_digest
 from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
@@ -44,7 +46,8 @@ def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     (row,) = found.rows
     assert (row.value, row.low, row.high, row.n) == (1.5, 1.0, 2.0, 3)
     assert row.environment == found.environment and found.environment["cores"] >= 1
-    assert found.code == machine.suite_digest("s")
+    assert found.code == suite_digest("s")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found.environment["date"])
 
 
 def test_an_edit_by_hand_is_refused_and_says_what_to_do(file: Path) -> None:
@@ -121,13 +124,35 @@ def test_the_ceiling_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPa
     assert ceiling.ceilings(repeats=1)["matrix_product_flops"] > 100 * alone
 
 
+def test_on_a_gpu_the_copy_is_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roofline divides one ceiling by the other: the host's copy under the GPU's product means nothing."""
+    asked = []
+
+    def product(device: str, dtype: str = "float32") -> Callable[[], None]:
+        asked.append((device, dtype))
+        return lambda: None
+
+    monkeypatch.setattr(ceiling, "_torch", product)
+    monkeypatch.setattr(ceiling, "_torch_copy", lambda device: product(device, "copy"))
+    monkeypatch.setattr(ceiling.np, "copyto", None)  # the host's memory is not touched
+    found = ceiling.ceilings("cuda", repeats=1)
+    assert asked == [("cuda", "float32"), ("cuda", "float16"), ("cuda", "copy")]
+    assert found.keys() == {"matrix_product_flops", "matrix_product_flops_fp16", "copy_bytes_per_second"}
+
+
+def test_a_copy_by_torch_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(ceiling, "_COPY_BYTES", 64)
+    assert ceiling._torch_copy("cpu")() == 1
+
+
 @pytest.mark.parametrize("make", ceiling._installed(), ids=lambda make: make.__name__)
 def test_every_library_gives_a_product(make: Callable[[], Callable[[], object]]) -> None:
     values = np.asarray(make()())
     assert values.shape == (ceiling.SIDE, ceiling.SIDE) and np.abs(values).max() > 1
 
 
-def test_the_code_digest_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> None:
+def test_the_key_of_what_is_kept_follows_what_makes_it_and_nothing_else(tmp_path: Path) -> None:
     for name in ("core/a.py", "runtimes/b.py", "benchmarks/peers/c.py", "benchmarks/tables.py", "cli/d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n", encoding="utf-8")
@@ -136,34 +161,6 @@ def test_the_code_digest_follows_what_is_measured_and_nothing_else(tmp_path: Pat
         (tmp_path / name).write_text("2\n", encoding="utf-8")
         assert (machine.code_digest(tmp_path) != before) is matters
         before = machine.code_digest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("suite", "runners", "name", "matters"),
-    [
-        ("cpu-edge", ("onnxruntime",), "runtimes/serve/a.py", False),
-        ("serving", (), "runtimes/serve/a.py", True),
-        ("cpu-edge", ("onnxruntime",), "runtimes/tensorrt/a.py", False),
-        ("gpu", ("tensorrt:graphs=false",), "runtimes/tensorrt/a.py", True),
-        ("gpu", ("tensorrt",), "exporters/tensorrt/a.py", True),
-        ("cpu-edge", (), "compression/a.py", False),
-        ("criteria", (), "compression/a.py", True),
-        ("cpu-edge", (), "runtimes/shell.py", True),
-    ],
-)
-def test_a_suite_depends_on_what_it_uses(
-    tmp_path: Path, suite: str, runners: tuple[str, ...], name: str, matters: bool
-) -> None:
-    file = tmp_path / name
-    file.parent.mkdir(parents=True)
-    file.write_text("1\n", encoding="utf-8")
-    before = machine.suite_digest(suite, runners, tmp_path)
-    file.write_text("2\n", encoding="utf-8")
-    assert (machine.suite_digest(suite, runners, tmp_path) != before) is matters
-
-
-def test_every_folder_that_some_suites_have_alone_is_there() -> None:
-    assert all((Path(machine.__file__).parents[1] / name).is_dir() for name in machine.OWN)
 
 
 def test_the_documented_form_fits_what_is_written(file: Path) -> None:

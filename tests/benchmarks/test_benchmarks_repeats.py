@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diffship.benchmarks.freshness import suite_digest
 from diffship.benchmarks.record import Results, read_result, save
 from diffship.benchmarks.repeats import METRIC, main, repeats
 from diffship.core.errors import ConfigError
@@ -48,6 +49,16 @@ def test_runs_that_cannot_be_compared_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="differ in suite, code or machine"):
             repeats([run, other])
+
+
+def test_repeats_are_as_fresh_as_their_runs(tmp_path: Path) -> None:
+    conditions = {"runner": "onnxruntime", "against": "diffusers"}
+    row = Row("cpu-edge", "emoji", "call_seconds_ratio", 0.5, conditions=conditions)
+    code = suite_digest("cpu-edge", ["onnxruntime"])
+    run = Results("cpu-edge", "again", code, ENVIRONMENT, {}, (row,))
+    assert repeats([run, run]).code == suite_digest("cpu-edge-repeats", ["onnxruntime"])
+    old = replace(run, code="0" * 64)
+    assert repeats([old, old]).code != suite_digest("cpu-edge-repeats", ["onnxruntime"])
 
 
 def test_the_command_writes_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffship.benchmarks import session as module
@@ -71,7 +72,11 @@ def test_figures_of_a_case(tmp_path: Path) -> None:
     rows, _ = measured(tmp_path, {"fast": REPORT % [1, 2], "slow": REPORT % [4, 4]})
     found = by_metric(rows, "toy / fast / unet")
     assert found["call_seconds_p50"].value == 1.5 and found["call_seconds_p50"].n == 6
-    assert found["call_seconds_p99"].value == pytest.approx(2, abs=0.05)
+    assert "call_seconds_p90" not in found and "call_seconds_p99" not in found  # six calls have none
+    rows, _ = measured(tmp_path / "many", {"fast": REPORT % list(range(1, 35)), "slow": REPORT % [1]})
+    many = by_metric(rows, "toy / fast / unet")
+    assert many["call_seconds_p90"].value == pytest.approx(np.quantile(list(range(1, 35)) * 3, 0.9))
+    assert many["call_seconds_p99"].value == pytest.approx(np.quantile(list(range(1, 35)) * 3, 0.99))
     assert [found[name].value for name in ("load_seconds", "warm_up_seconds", "cold_start_seconds")] == [1, 2, 4]
     assert found["throughput"].value == pytest.approx(1 / 1.5)
     assert (found["parameters"].value, found["file_bytes"].value) == (10, 40)
@@ -86,6 +91,16 @@ def test_ratios_are_paired_and_carry_an_interval(tmp_path: Path) -> None:
     rows, _ = measured(tmp_path, {"fast": REPORT % [1, 1], "slow": REPORT % [2, 2]})
     (ratio,) = [row for row in rows if row.subject == "toy / fast / unet against slow"]
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(0.5), *[pytest.approx(0.5)] * 2, 3)
+    assert ratio.conditions["interval"] == "Student t over 3 rounds" and ratio.conditions["by_round"] == [0.5] * 3
+    assert not [row for row in rows if row.subject == "toy / slow / unet against fast"], "one row a pair"
+
+
+def test_one_round_has_no_spread_and_no_interval(tmp_path: Path) -> None:
+    rows, _ = measured(tmp_path, {"fast": REPORT % [1, 1], "slow": REPORT % [2, 2]}, rounds=1)
+    (ratio,) = [row for row in rows if row.metric == "call_seconds_ratio"]
+    assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(0.5), None, None, 1)
+    found = by_metric(rows, "toy / fast / unet")
+    assert {row.low for row in found.values()} == {row.high for row in found.values()} == {None}
 
 
 def test_macs_of_an_image_are_those_of_its_calls(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_pat
     difference = rows["a against teacher", "teacher_rms_difference"]
     assert difference.value == rows["a", "teacher_rms"].value
     assert difference.conditions["verdict"] == "no difference shown"  # one seed and three prompts show nothing
+    assert difference.conditions["interval"] == "Student t over 3 prompts"
     assert all(rows[name, "unet_call_seconds"].n == 15 for name in ("teacher", "a"))
     siblings.grid(tmp_path / "grid.png")
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 0

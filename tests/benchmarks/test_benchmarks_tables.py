@@ -14,6 +14,8 @@ from diffship.benchmarks.hardware import koala_form, lcm_form, merged
 from diffship.benchmarks.plots import differences, draw_all
 from diffship.benchmarks.record import Results
 from diffship.benchmarks.tables import (
+    OLD_NOTE,
+    best,
     csv_text,
     differences_table,
     digits,
@@ -105,13 +107,56 @@ def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
         (0.4, 0.6, 3, "faster"),
         (1.1, 1.6, 3, "slower"),
         (0.9, 1.1, 3, "no difference shown"),
-        (0.4, 0.6, 2, "no difference shown"),
+        (0.4, 0.6, 2, "2 rounds: too few"),
+        (None, None, 1, "1 round: no interval"),
     ],
 )
-def test_a_ratio_says_no_more_than_its_interval(low: float, high: float, n: int, said: str) -> None:
-    conditions = {**UNET, "against": "diffusers"}
-    row = Row("s", "x", "call_seconds_ratio", (low * high) ** 0.5, low=low, high=high, n=n, conditions=conditions)
-    assert ratios_table(results([row])).rows[0][-1] == said
+def test_a_ratio_says_no_more_than_its_interval(low: float | None, high: float | None, n: int, said: str) -> None:
+    conditions = {**UNET, "against": "diffusers", "interval": f"Student t over {n} rounds"}
+    row = Row("s", "x", "call_seconds_ratio", 0.5, low=low, high=high, n=n, conditions=conditions)
+    table = ratios_table(results([row]))
+    assert table.rows[0][-1] == said and table.rows[0][-3] == ("-" if low is None else f"{low:.3f} to {high:.3f}")
+    assert OLD_NOTE not in table.notes
+
+
+def test_an_interval_of_the_earlier_method_claims_nothing() -> None:
+    """Files from before intervals said how they were made: theirs were wrong up to one time in four."""
+    ratio = Row("s", "x", "call_seconds_ratio", 0.5, low=0.4, high=0.6, n=3, conditions={**UNET, "against": "b"})
+    table = ratios_table(results([ratio]))
+    assert table.rows[0][-1] == "to be measured again" and OLD_NOTE in table.notes
+    judged = Row("s", "a", "top5_difference", 0.1, low=0.05, high=0.15, kind="quality", conditions=VERDICT)
+    table = differences_table(results([judged]))
+    assert table.rows[0][-1] == "to be measured again" and OLD_NOTE in table.notes
+    assert OLD_NOTE in figures_table(results([judged])).notes
+
+
+def test_a_pair_is_shown_once() -> None:
+    rows = [
+        Row("s", "x", "call_seconds_ratio", value, conditions={**UNET, "runner": a, "against": b})
+        for a, b, value in (("a", "b", 0.5), ("b", "a", 2.0), ("a", "c", 0.7))
+    ]
+    assert [row[2:5] for row in ratios_table(results(rows)).rows] == [("a", "b", "0.500"), ("a", "c", "0.700")]
+
+
+def test_percentiles_and_spreads_that_few_samples_do_not_have_are_not_shown() -> None:
+    values = {"call_seconds_p50": (0.5, 12), "call_seconds_p90": (0.6, 12), "call_seconds_p99": (0.7, 12)}
+    rows = [
+        Row("s", "u", name, value, "s", low=0.5, high=0.5, n=n, conditions=UNET) for name, (value, n) in values.items()
+    ]
+    table = parts_table(results(rows))
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert (cells["p50"], cells["rounds"], cells["p90"], cells["p99"]) == ("500 ms", "-", "600 ms", "-")
+
+
+def test_the_fastest_and_the_smallest_of_a_case_are_named() -> None:
+    rows = []
+    for runner, seconds, peak in (("onnxruntime", 0.5, 3e9), ("openvino", 0.4, 5e9)):
+        where = {**UNET, "runner": runner}
+        rows.append(Row("s", runner, "call_seconds_p50", seconds, "s", conditions=where))
+        rows.append(Row("s", runner, "peak_host_bytes", peak, "bytes", kind="memory", conditions=where))
+    (line,) = best(results(rows))
+    assert line == "arch:sdxl, unet, 1024 px: fastest openvino (400 ms), smallest onnxruntime (3.00 GB)"
+    assert best(results(rows[:2])) == [], "alone it is neither"
 
 
 def test_csv_has_every_row_with_all_digits() -> None:
@@ -177,7 +222,7 @@ def test_any_suite_has_a_table() -> None:
 
 def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
     share = {"unit": "share", "kind": "quality", "low": 0.4, "high": 0.6}
-    said = {"against": "large", "seeds": 3, "verdict": "no difference shown"}
+    said = {"against": "large", "seeds": 3, "verdict": "no difference shown", "interval": "Student t"}
     rows = [
         Row("q", "small", "top5", 0.5, **share),
         Row("q", "small", "unet_call_seconds", 0.01, "s", low=0.009, high=0.02),

@@ -198,6 +198,7 @@ def test_a_source_in_our_engines_and_a_peer(command: Any, tmp_path: Path, monkey
     missing = found["arch:tiny-sd / sdcpp / unet", "call_seconds_p50"]
     assert (missing.value, missing.status) == (None, "missing") and ".venv-sdcpp" in missing.reason
     assert found["arch:tiny-sd / torch / unet against diffusers", "call_seconds_ratio"].n == 1
+    assert ("arch:tiny-sd / torch / unet against onnxruntime", "call_seconds_ratio") not in found, "each pair once"
 
 
 @pytest.mark.slow

@@ -241,6 +241,9 @@ def test_help_of_a_pass_lists_its_options(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "criterion       default: magnitude; magnitude, taylor, diff-pruning, random" in text
     assert "data            default: not set" in text and "threshold: of Diff-Pruning" in text
+    assert main(["compress", "--pass", "lcm", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["teacher_precision", "default:"] for line in lines)  # a long name keeps its space
     assert main(["compress", "--help"]) == 0 and "diff-pruning" not in capsys.readouterr().out
 
 

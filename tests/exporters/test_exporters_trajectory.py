@@ -21,7 +21,8 @@ from diffship.core.job import Job
 from diffship.core.manifest import parse_manifest
 from diffship.core.safetensors_file import write_safetensors
 from diffship.export import export
-from diffship.exporters.golden_trajectory import _GatedModel, why_not, write_trajectory
+from diffship.exporters.gated import GatedModel
+from diffship.exporters.golden_trajectory import why_not, write_trajectory
 from diffship.exporters.tensorrt import TensorRt
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -70,7 +71,7 @@ def test_it_is_what_torch_draws_whole(bundle: Bundle, tiny: Pipeline) -> None:
 
 
 def test_a_large_model_is_drawn_in_stages(tiny: Pipeline) -> None:
-    with tiny.model() as model, _GatedModel(tiny, 400_000) as staged:
+    with tiny.model() as model, GatedModel(tiny, 400_000) as staged:
         assert type(staged.use("unet")) is not type(model.use("unet")), "the U-Net is too large to be loaded whole"
         request = Request("a pear", None, steps=2, size=(64, 64), seed=1)
         drawn = [denoise(start(each, request), plain(each.use("unet")))[0].latents for each in (model, staged)]
@@ -162,7 +163,7 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     assert sizes["batch_size"] == 1
     golden = write_trajectory(emoji, sizes, tmp_path, 1, "fp16", ROOM)
     trajectory = unpack((tmp_path / golden.start).read_bytes())
-    assert trajectory.guidance == 1.0 and trajectory.negative is None and golden.tolerance.psnr_db == 35
+    assert trajectory.guidance == 1.0 and trajectory.negative is None and 60 < (golden.tolerance.psnr_db or 0) < 100
     eight = TensorRt(**{f"{kind}_shapes": ("unet.sample:8x4x16x16",) for kind in ("min", "opt", "max")})
     assert why_not(emoji, eight.golden_sizes(emoji.components["unet"], emoji.family, 2)) == (
         "the U-Net takes neither one row nor two"

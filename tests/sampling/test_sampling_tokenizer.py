@@ -143,3 +143,34 @@ def test_broken_files_are_source_errors(tmp_path: Path) -> None:
             ClipTokenizer.from_files(content, "folder")
     with pytest.raises(SourceError, match="neither"):
         ClipTokenizer.from_folder(tmp_path)
+
+
+def with_words(folder: Path, words: list[str]) -> tuple[ClipTokenizer, object]:
+    """A tokenizer with added words, here and in transformers."""
+    from transformers import CLIPTokenizer
+
+    theirs = CLIPTokenizer.from_pretrained(write(clip_files(1000), folder))
+    theirs.add_tokens(words)
+    theirs.save_pretrained(folder / "with words")
+    return ClipTokenizer.from_folder(folder / "with words"), theirs
+
+
+def test_words_of_several_vectors_are_expanded_as_diffusers_does(tmp_path: Path) -> None:
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    words = ["<toy>", "<toy>_1", "<toy>_2", "<one>", "easyneg", "easyneg_1", "far", "far_2"]
+    ours, theirs = with_words(tmp_path, words)
+    for prompt in (
+        *("a <toy> on grass, <toy>", "<one> and <toy>.", "a <toy> <toy>_1 <toy>_2", "easyneg, EasyNeg, blurry"),
+        *("far away", "<toy>_2 alone", "no such word", "<TOY>", ""),
+    ):
+        want = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, theirs)
+        assert ours.expanded(prompt) == want, prompt
+    assert ours.expanded("a <toy>") == "a <toy> <toy>_1 <toy>_2"
+
+
+def test_words_that_lie_in_each_other_do_not_grow_without_end(tmp_path: Path) -> None:
+    words = [f"a{'_1' * number}" for number in range(20, 0, -1)]
+    ours, _ = with_words(tmp_path, words)
+    with pytest.raises(ConfigError, match=r"the prompt gets .* characters from the words of textual inversions"):
+        ours([" ".join(words)])

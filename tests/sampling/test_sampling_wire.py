@@ -350,6 +350,14 @@ def assert_taken_or_refused(data: bytes) -> bool:
     return True
 
 
+def test_facts_that_no_reader_takes_are_not_packed() -> None:
+    begun = start(ToyModel(), Request("an apple", steps=2))[0]
+    room = 16 * 1024 - len(json.dumps({"note": ""}))
+    assert unpack(pack(replace(begun, facts={"note": "x" * room}))).facts == {"note": "x" * room}
+    with pytest.raises(HandoffError, match="facts are not a table of at most 16384 bytes"):
+        pack(replace(begun, facts={"note": "x" * (room + 1)}))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp-2m", "pndm", "lcm"])
 def test_a_schedule_that_travelled_goes_when_its_trajectory_does(sampler: str) -> None:
     """A client may send any number of schedules with betas of their own; none of them may stay."""

@@ -93,7 +93,7 @@ def check_names(components: Iterable[Component], asked: Mapping[str, Mapping[str
 
 def _defaults(component: Component, family: Family) -> dict[str, Sizes]:
     rows = _ROWS if component.name in ("unet", "text_encoder", "text_encoder_2") else _IMAGES
-    pixels = _pixels(family)
+    pixels = dict(zip(("width", "height"), (_pixels(family, side) for side in family.default_sides), strict=True))
     found: dict[str, Sizes] = {}
     for place, kind in enumerate(KINDS):
         sizes = dict(component.smallest_sizes())  # the length of a text is always the same
@@ -101,18 +101,18 @@ def _defaults(component: Component, family: Family) -> dict[str, Sizes]:
             if axis == "batch_size":
                 sizes[axis] = rows[place]
             elif axis.endswith(("height", "width")):
-                in_pixels = axis.startswith("sample_")
-                sizes[axis] = pixels[place] if in_pixels else pixels[place] // family.vae_factor
+                side = pixels[axis.rpartition("_")[2]][place]
+                sizes[axis] = side if axis.startswith("sample_") else side // family.vae_factor
         found[kind] = sizes
     return found
 
 
-def _pixels(family: Family) -> tuple[int, int, int]:
-    """Sides in pixels: half the family's size, the size, and one and a half times it, as far as legal."""
+def _pixels(family: Family, side: int) -> tuple[int, int, int]:
+    """Half of the family's `side` in pixels, the side, and one and a half times it, as far as legal."""
     step, (low, high) = family.size_step, LIMITS.size_px
-    least = max(-(-low // step) * step, family.default_size // 2 // step * step)
-    most = min(high // step * step, family.default_size * 3 // 2 // step * step)
-    return least, family.default_size, most
+    least = max(-(-low // step) * step, side // 2 // step * step)
+    most = min(high // step * step, side * 3 // 2 // step * step)
+    return least, side, most
 
 
 def _asked(component: Component, kind: str, shapes: Mapping[str, Shape]) -> Sizes:

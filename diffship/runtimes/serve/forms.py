@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 from diffship.runtimes.serve.options import DEADLINE_SECONDS
 from diffship.sampling.rng import NOISES
 from diffship.sampling.samplers import SAMPLERS
@@ -26,6 +26,7 @@ _SEEDS = 1 << 32  # of those that the server draws; every client holds such a nu
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class Drawing:
     """What is drawn; what is not given is the model's own choice. `width` and `height` come together."""
 
@@ -73,6 +74,7 @@ class HandoffForm(Drawing):
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ResumeForm:
     """Query of `/v1/resume`: with `until` the trajectory comes back before that call, without it the picture.
 
@@ -101,6 +103,7 @@ _UNUSED = ("quality", "style", "moderation", "user")  # of ImagesForm
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ImagesForm:
     """Body of `/v1/images/generations`, OpenAI's form. `seed` is ours; without it every request draws other pictures.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import KIB, MIB
-from diffship.core.strict import bounds
+from diffship.core.strict import bounded, bounds
 
 _HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})?(\.[a-z0-9_]([a-z0-9_-]{0,62})?)*\Z")
 DEADLINE_SECONDS = (1.0, 600.0)  # what a request may ask for
@@ -19,6 +19,7 @@ def _setting(low: float, high: float, text: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+@bounded
 class ServeOptions:
     """Bounds of one server; sizes in bytes, times in seconds.
 
