@@ -113,7 +113,7 @@ class LcmPass:
     cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
     save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
     validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = field(default=(), metadata={"text": True})
 
     def __post_init__(self) -> None:
         for prompt in self.prompts:

@@ -22,7 +22,7 @@ from diffship.core.atomic import write_file
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Tolerance
 from diffship.core.errors import ConfigError, UnsupportedError
-from diffship.core.manifest import Binding, Golden, Part
+from diffship.core.manifest import Binding, Part
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
 from diffship.runtimes.arrays import as_dtype, relayout
@@ -71,7 +71,7 @@ def write_polygraphy(bundle: Bundle, out: Path, parts: Iterable[str] | None = No
 def _written(bundle: Bundle, part: Part, out: Path) -> PolygraphyPart:
     if part.golden is None:
         return PolygraphyPart(part.name, reason="no golden vectors in the bundle: it was exported with --no-verify")
-    calls = _calls(bundle, part.golden)
+    calls = read_golden(bundle, part.golden)
     bound = {binding.canonical: binding for binding in part.bindings}
     inputs, outputs = _bindings(part.inputs, bound), _bindings(part.outputs, bound)
     if any(binding.dtype == "bfloat16" for binding in inputs.values()):
@@ -82,7 +82,9 @@ def _written(bundle: Bundle, part: Part, out: Path) -> PolygraphyPart:
     expected = [_native(part.outputs, outputs, made, cast=False) for _, made in calls]
     write_file(folder / "inputs.json", json.dumps([_arrays(feed) for feed in feeds]))
     write_file(folder / "outputs.json", json.dumps(_results(expected)))
-    limits = {outputs[spec.name].native: _limit(part.golden, spec.name) for spec in part.outputs}
+    limits = {
+        outputs[spec.name].native: part.golden.outputs.get(spec.name, part.golden.tolerance) for spec in part.outputs
+    }
     model = bundle.file(part.files[0])
     return PolygraphyPart(part.name, shlex.join(command(bundle.manifest.target, model, folder, expected, limits)))
 
@@ -122,16 +124,6 @@ def _peak_db(reference: np.ndarray) -> float:
 
 def _by_output(values: Mapping[str, float]) -> list[str]:
     return [f"{name}:{value:.9g}" for name, value in values.items()]
-
-
-def _calls(bundle: Bundle, golden: Golden) -> list[tuple[Arrays, Arrays]]:
-    found: Any = read_golden(bundle, golden)
-    return found if isinstance(found, list) else [found]
-
-
-def _limit(golden: Golden, output: str) -> Tolerance:
-    by_output: Mapping[str, Tolerance] = getattr(golden, "outputs", {})
-    return by_output.get(output, golden.tolerance)
 
 
 def _bindings(specs: Sequence[TensorSpec], bound: Mapping[str, Binding]) -> dict[str, Binding]:

@@ -97,7 +97,7 @@ def test_every_call_of_a_part_is_written(tiny_bundle: Path, tmp_path: Path, monk
     bundle = Bundle.open(tiny_bundle)
     golden = bundle.part("vae_decoder").golden
     assert golden is not None
-    first = polygraphy_files._calls(bundle, golden)[0]
+    first = polygraphy_files.read_golden(bundle, golden)[0]
     second = tuple({name: array * np.float32(0.5) for name, array in side.items()} for side in first)
     monkeypatch.setattr(polygraphy_files, "read_golden", lambda *words: [first, second])
     write_polygraphy(bundle, tmp_path, ["vae_decoder"])

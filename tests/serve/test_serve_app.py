@@ -515,13 +515,14 @@ def test_case_35_live_at_once_and_ready_only_after_the_warm_up_and_while_files_a
     service.close()
 
 
-def test_a_model_that_does_not_load_is_not_ready_and_says_so() -> None:
+def test_a_model_that_does_not_load_is_not_ready_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = ToyModel("inpaint")
     service = Service([Served("fill", model)], ServeOptions())
     service.start()
     assert service.broken.wait(10)
     assert ask(service, "GET", "/ready").json()["models"] == {"fill": "broken"}
-    assert "fills masks" in str(service.fault())
+    assert "fills masks" in str(service.fault()) and "fills masks" in caplog.text
+    assert "Traceback" not in caplog.text
     service.close()
 
 

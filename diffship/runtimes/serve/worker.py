@@ -232,7 +232,8 @@ class Worker:
 
     def _break(self, fault: Exception) -> None:
         """Neither a request nor the model is at fault: whoever supervises the process starts it anew."""
-        LOG.error("%s is broken", self.served.name, exc_info=fault)
+        expected = isinstance(fault, DiffshipError)  # its message says all that there is to know
+        LOG.error("%s is broken: %s", self.served.name, fault, exc_info=None if expected else fault)
         with self._wake:
             self.state, self.fault = BROKEN, fault
             left = [*self._waiting, *self._running]
