@@ -87,7 +87,7 @@ def test_models_of_other_kinds_are_refused(
         ("vae", {"norm_num_groups": 7}, "vae_encoder: its config makes no AutoencoderKL; ValueError"),
         ("text", {"num_attention_heads": 3}, "text_encoder: its config makes no CLIPTextModel"),
         ("text", {"hidden_act": "foo"}, "text_encoder: its config makes no CLIPTextModel; KeyError"),
-        ("index", {"_diffship": {"guidance_default": "x"}}, "makes no pipeline; ValueError"),
+        ("index", {"_diffship": {"guidance_default": "x"}}, "guidance_default is 'x'; it must be a number"),
     ],
 )
 def test_configs_that_make_no_model_name_the_part(
