@@ -229,7 +229,7 @@ SNR = scheduled("DDIMScheduler", rescale_betas_zero_snr=True)
             {},
             "predicts sample; an LCM is made of a model that predicts epsilon or v",
         ),
-        ("arch:tiny-sd", flowing, {}, "_class_name is 'FlowMatchEulerDiscreteScheduler', so the noise"),
+        ("arch:tiny-sd", flowing, {}, "'FlowMatchEulerDiscreteScheduler'"),
         ("arch:tiny-sd", SNR, {}, "zero terminal SNR: no signal is left"),
         (
             "arch:tiny-sd",
