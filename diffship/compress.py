@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.problem import refuse
@@ -39,7 +40,7 @@ def compress(
         UnsupportedError: a pass does not fit what the passes before it make, or the disk is too small.
     """
     from diffship.compression.outline import outlines, settled
-    from diffship.compression.stored import Results, first_process
+    from diffship.compression.stored import Results
     from diffship.models.pipeline import converted, require_place
 
     job, writes = job or Job(), out is not None and first_process()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,19 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
-from diffship.core.errors import ConfigError, MissingExtra, ParityError
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityError, SourceError, UnsupportedError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.limits import LIMITS, check_range
-from diffship.core.manifest import GoldenTrajectory, Manifest, Part
+from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
 
 if TYPE_CHECKING:
+    from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.exporters.protocol import BuiltFromGraph, Exporter
     from diffship.models.component import Component
     from diffship.models.pipeline import Pipeline
 
+BATCH = 2  # samples of a golden call, at different timesteps: one value for all would not show one that is ignored
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
@@ -37,12 +39,15 @@ _PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxrunt
 class _Work:
     """What stays the same for all parts of one export."""
 
-    exporter: Any
+    exporter: Exporter | BuiltFromGraph
     pipeline: Pipeline
     folder: Path
     job: Job
     gate_bytes: int
     sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
+    runs_here: bool  # whether an engine of this machine reads the target
+    against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
+    feeds: GoldenFeeds
 
 
 def export(
@@ -57,6 +62,7 @@ def export(
     revision: str | None = None,
     overwrite: bool = False,
     job: Job | None = None,
+    against: Pipeline | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -64,6 +70,9 @@ def export(
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
     with `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for
     `verify` to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
+
+    `against` is a pipeline of the same parts that torch computes the references of, in place of `source`: a graph made
+    of another implementation is proved so.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -75,8 +84,9 @@ def export(
         ParityError: a part does not compute the same; the message has the figures.
     """
     from diffship.exporters.card import write_card
+    from diffship.exporters.golden_feeds import GoldenFeeds
 
-    exporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
+    exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     require_place(out, overwrite)  # before torch is imported, which takes seconds
@@ -87,15 +97,17 @@ def export(
     whole = _opened(source, base, revision)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
+    runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory)
-    started = time.perf_counter()
+    started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        work = _Work(exporter, pipeline, draft.folder, job, _gate_bytes(), sizes)
-        make = _through_graph if hasattr(exporter, "through") else _part
-        made = [make(work, component, verify) for component in pipeline.components.values()]
+        truth = against or whole
+        feeds = GoldenFeeds(truth, gate // 2)
+        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
+        made = [_made(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
-        drawn = _drawn(work, whole, made, steps) if steps else None
+        drawn = _drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
         manifest = replace(manifest, trajectory=drawn)
         write_card(manifest, draft.folder, pipeline.licence)
@@ -140,9 +152,10 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
 
 
-def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
+def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
     refuse(exporter.check(pipeline))
+    _rehearse(exporter, pipeline)
     components = pipeline.components.values()
     require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")
     if verify:
@@ -152,7 +165,47 @@ def _check(exporter: Any, pipeline: Pipeline, out: Path, verify: bool) -> None:
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
-def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None) -> int:
+def _rehearse(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> None:
+    """Write and read a manifest with everything that the source says of itself.
+
+    Raises:
+        SourceError: it says something that no manifest can hold.
+    """
+    parts = [
+        Part(part.name, ("file",), part.inputs, part.outputs, "fp32", "0" * 64) for part in pipeline.components.values()
+    ]
+    try:
+        parse_manifest(_manifest(exporter, pipeline, parts, 0.0).to_bytes())
+    except BundleError as fault:
+        raise SourceError(
+            f"{pipeline.source.get('id')}: no bundle could be opened with what it says: {fault}"
+        ) from None
+
+
+def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
+    """Whether an engine of this machine reads what the exporter writes.
+
+    Raises:
+        UnsupportedError: there is none, and the proof needs one; MissingExtra where it can be installed.
+    """
+    from diffship.exporters.protocol import BuiltFromGraph
+    from diffship.runtimes.engine import choose_engine
+
+    if not verify:
+        return False
+    built = isinstance(exporter, BuiltFromGraph)
+    try:
+        choose_engine("onnx" if built else exporter.name)
+    except UnsupportedError:
+        if isinstance(exporter, BuiltFromGraph) or exporter.proved_here:
+            raise
+        return False
+    return not built
+
+
+def _steps(
+    exporter: Exporter | BuiltFromGraph, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None
+) -> int:
     """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
 
     sizes: of the U-Net, where it is exported.
@@ -170,9 +223,7 @@ def _steps(exporter: Any, whole: Pipeline, sizes: dict[str, int] | None, verify:
     return asked
 
 
-def _golden_sizes(exporter: Any, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    from diffship.exporters.golden import BATCH
-
+def _golden_sizes(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> dict[str, dict[str, int]]:
     parts = pipeline.components.items()
     return {name: exporter.golden_sizes(component, pipeline.family, BATCH) for name, component in parts}
 
@@ -182,59 +233,92 @@ def _gate_bytes() -> int:
     return GATE_BYTES if free is None else max(min(GATE_BYTES, free // 2), _MIN_GATE)
 
 
-def _part(work: _Work, component: Component, verify: bool) -> Part:
+def _made(work: _Work, component: Component, verify: bool) -> Part:
+    from diffship.exporters.protocol import BuiltFromGraph
+
+    if isinstance(work.exporter, BuiltFromGraph):
+        return _through_graph(work, work.exporter, component, verify)
+    return _part(work, work.exporter, component, verify)
+
+
+def _part(work: _Work, exporter: Exporter, component: Component, verify: bool) -> Part:
     started = time.perf_counter()
-    part: Part = work.exporter.export(component, work.folder, work.job)
+    part = exporter.export(component, work.folder, work.job)
     seconds = round(time.perf_counter() - started, 2)
     if not verify:
-        proof = {"status": "unproven", "reason": "exported with --no-verify", "export_seconds": seconds}
-        return replace(part, proof=proof)
-    proved = _proved(work, component, part)
-    return replace(proved, proof={**proved.proof, "export_seconds": seconds})
+        part = replace(part, proof={"status": "unproven", "reason": "exported with --no-verify"})
+    elif work.runs_here:
+        part = _proved(work, exporter, component, part)
+    else:
+        part = _unproven(work, component, part)
+    return replace(part, proof={**part.proof, "export_seconds": seconds})
 
 
-def _through_graph(work: _Work, component: Component, verify: bool) -> Part:
+def _unproven(work: _Work, component: Component, part: Part) -> Part:
+    """`part` with golden vectors, for a machine that has an engine for it."""
+    reason = "no engine of this machine runs it: `diffship verify` proves it on one that has an engine"
+    return replace(part, golden=_whole(work, part), proof={"status": "unproven", "reason": reason})
+
+
+def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, verify: bool) -> Part:
     """A part of a target that is built from an ONNX graph and runs on another machine.
 
-    The graph is proved here; what was built of it is not, and says so until `verify` runs where it can.
+    The graph is proved here, block by block, at sizes of its own; what was built of it is not, and says so until
+    `verify` runs where it can, on golden vectors at sizes that the engine takes.
     """
-    with tempfile.TemporaryDirectory(dir=work.folder.parent, prefix=".graph-") as folder:
-        inner = replace(work, exporter=work.exporter.through(component), folder=Path(folder))
-        graph = _part(inner, component, verify)
+    # inside the draft, which the next export sweeps up if this process is killed
+    with tempfile.TemporaryDirectory(dir=work.folder, prefix=".graph-") as folder:
+        graphs = exporter.through(component)
+        sizes = {component.name: graphs.golden_sizes(component, work.pipeline.family, BATCH)}
+        inner = replace(work, exporter=graphs, folder=Path(folder), runs_here=True, sizes=sizes)
+        graph = _part(inner, graphs, component, verify)
         started = time.perf_counter()
-        part: Part = work.exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
+        part = exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
         seconds = round(time.perf_counter() - started, 2)
         proof = {"status": "unproven", "export_seconds": seconds, "graph": graph.proof}
         proof["reason"] = "built, not run: `diffship verify` proves it on a machine with the GPU"
-        if graph.golden is not None:
-            (work.folder / "golden").mkdir(exist_ok=True)
-            shutil.move(inner.folder / graph.golden.file, work.folder / graph.golden.file)
-        return replace(part, golden=graph.golden, proof=proof)
+        return replace(part, golden=_whole(work, part) if verify else None, proof=proof)
 
 
-def _proved(work: _Work, component: Component, part: Part) -> Part:
+def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -> Part:
     """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
-    from diffship.exporters.golden import write_golden
     from diffship.runtimes.engine import choose_engine, make_engine
     from diffship.runtimes.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
-    golden = write_golden(component, work.sizes[part.name], work.folder, part.precision, work.gate_bytes // 2)
-    part = replace(part, golden=golden)
+    part = replace(part, golden=_golden(work, part))
     work.job.progress(f"prove {part.name}", 1, 2)
-    engine = make_engine(choose_engine(work.exporter.name))
-    shown = work.exporter.runnable(part, work.folder)
-    found = check_part(_unfinished(work, shown), shown, engine, work.gate_bytes)
+    engine = make_engine(choose_engine(exporter.name))
+    found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
     work.job.progress(f"prove {part.name}", 2, 2)
-    if found.report is None:
-        raise ParityError(f"part {part.name} could not be proved: {found.reason}")
-    found.report.require(f"part {part.name} ({part.precision})")
+    found.require(f"part {part.name} ({part.precision})")
+    assert found.report is not None
     worst = found.report.worst.to_json()
     figures = {name: worst[name] for name in ("max_abs", "mean_abs", "max_rel", "psnr_db", "cosine")}
     probe = engine.probe()
     proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
-    proof |= {} if shown is part else {"computed_in": shown.precision}
+    proof["blocks"] = [block.to_json() for block in found.blocks]
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
+
+
+def _golden(work: _Work, part: Part) -> Golden:
+    """References of the whole part and of its blocks."""
+    from diffship.exporters.golden import rounded_feeds
+    from diffship.exporters.golden_blocks import write_blocks
+
+    truth = work.against[part.name]
+    feeds = rounded_feeds(work.feeds.calls(truth, work.sizes[part.name])[0], part.precision)
+    blocks = write_blocks(truth, feeds, work.folder, part.precision, work.gate_bytes // 2)
+    return replace(_whole(work, part), blocks=blocks)
+
+
+def _whole(work: _Work, part: Part) -> Golden:
+    """References of the whole part alone."""
+    from diffship.exporters.golden import write_golden
+
+    truth, sizes = work.against[part.name], work.sizes[part.name]
+    calls = work.feeds.calls(truth, sizes)
+    return write_golden(truth, calls, sizes, work.folder, part.precision, work.gate_bytes // 2)
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
@@ -257,7 +341,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     unet = next(part for part in made if part.name == "unet")
     work.job.progress("draw trajectory", 0, 1)
     golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.precision, work.gate_bytes // 2)
-    if not hasattr(work.exporter, "through"):
+    if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))
         found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)
         if found.status == "failed":
@@ -266,7 +350,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     return golden
 
 
-def _manifest(exporter: Any, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
+def _manifest(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
     recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **asdict(exporter)}]}
     return Manifest(
         target=exporter.name,

@@ -43,6 +43,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered between runs lies with the other files of the tests."""
+    os.environ["DIFFSHIP_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """`command("inspect", DIR)` runs a verb with --json here; its document, with `exit_code` and `stderr`."""

@@ -68,7 +68,7 @@ def test_files_are_where_optimum_looks(made: Made) -> None:
             for p in ("text_encoder", "vae_decoder")
             for n in ("model.onnx", "model.onnx_data", "config.json")
         ),
-        *(f"golden/{part}.safetensors" for part in ("text_encoder", "vae_decoder")),
+        *(f"golden/{part}{kind}.safetensors" for part in ("text_encoder", "vae_decoder") for kind in ("", ".blocks")),
     }
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
@@ -139,7 +139,7 @@ def test_an_engine_that_fails_is_a_parity_error(
         return "0" * 64
 
     monkeypatch.setattr(exporter, "pour", spoil)
-    with pytest.raises(ParityError, match="text_encoder could not be proved: onnxruntime refuses"):
+    with pytest.raises(ParityError, match=r"text_encoder \(fp32\) could not be proved: .* ends before its tensors do"):
         export(text_only, out=tmp_path / "b", job=made.graphs)
     assert not list(tmp_path.iterdir())
 

@@ -110,3 +110,23 @@ def test_every_room_is_in_the_rule() -> None:
 def test_every_package_folder_has_an_init() -> None:
     folders = {file.parent for file in FILES}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_modules_that_windows_lacks_are_asked_for_softly(file: Path) -> None:
+    """Inside a `try` that hears ImportError; anywhere else the module, or its user, would not start on Windows."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    soft = {
+        id(inner)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.Try) and any("ImportError" in ast.unparse(h.type or block) for h in block.handlers)
+        for inner in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        hard = UNIX & {name.split(".")[0] for name in names}
+        assert not hard or id(node) in soft, f"line {getattr(node, 'lineno', 0)} imports {hard}"

@@ -36,6 +36,7 @@ OPTIONAL = (
     ),
     *("uvicorn", "lpips", "torch_fidelity", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir", "cuda"),
     "tensorrt_rtx_bindings",
+    "resource",  # Unix alone has it
 )
 
 BLOCK = """

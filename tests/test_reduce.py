@@ -50,7 +50,7 @@ class Double:
 def looked(bundle: Bundle, name: str, double: Any) -> tuple[str, ...]:
     part = bundle.part(name)
     assert part.golden is not None
-    feeds = read_golden(bundle, part.golden)[0]
+    feeds = read_golden(bundle, part.golden)[0][0]
     return reduce.through_graphs(bundle.path)(bundle, part, double, feeds)
 
 

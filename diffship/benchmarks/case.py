@@ -11,7 +11,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import digest_of
 from diffship.core.limits import LIMITS
 from diffship.core.spec import PRECISIONS
-from diffship.core.strict import bounds, choices, key_value
+from diffship.core.strict import bounded, bounds, choices, key_value
 
 IMAGE = "image"
 PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
@@ -20,6 +20,7 @@ PROMPT = "a red apple on a table"
 
 
 @dataclass(frozen=True)
+@bounded
 class Bench:
     """What to measure of which targets: every combination of target, runner, part, batch and number of steps.
 

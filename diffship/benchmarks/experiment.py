@@ -16,7 +16,7 @@ from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.recipe import parse_recipe
-from diffship.core.strict import bounds, choices, load, unknown
+from diffship.core.strict import bounded, bounds, choices, load, unknown
 
 SCHEMA = 1
 DATA = "DATA"  # in a pass: the folder that the command is given
@@ -24,6 +24,7 @@ METRICS = ("top1", "top5", "teacher_rms")  # what is known of every single promp
 
 
 @dataclass(frozen=True)
+@bounded
 class Model:
     """One model of an experiment. passes: as in a recipe; none is the teacher itself. seeds: it is made once with each,
     put in place of `seed` in every pass that has one. shown: whether it stands in the picture grid."""
@@ -35,6 +36,7 @@ class Model:
 
 
 @dataclass(frozen=True)
+@bounded
 class Comparison:
     """Is `ours` better than each of `theirs`? Paired over seeds and prompts."""
 
@@ -44,6 +46,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+@bounded
 class Experiment:
     """What an experiment's file says. prompts: training captions, drawn with `steps` DDIM steps and `guidance`."""
 

@@ -16,7 +16,7 @@ from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.spec import PRECISIONS
-from diffship.core.strict import bounds, choices, load, unknown
+from diffship.core.strict import bounded, bounds, choices, load, unknown
 
 SCHEMA = 1
 FOLDER = Path("benchmarks") / "suites"
@@ -24,6 +24,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}\Z")
 
 
 @dataclass(frozen=True)
+@bounded
 class ExportBench:
     """Whole exports of a source, proof included: ours with and without the proof, and `against` (optimum)."""
 
@@ -44,6 +45,7 @@ class Suite:
 
 
 @dataclass(frozen=True)
+@bounded
 class _File:
     title: str
     schema: int = field(metadata=bounds(SCHEMA, SCHEMA))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from diffship.cli.export import made_parents
 from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
-from diffship.cli.progress import Stages
+from diffship.cli.progress import Stages, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.spec import PRECISIONS
@@ -72,10 +72,11 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def _options(name: str) -> str:
     cls = load(PASSES, name, "pass")
     lines = []
+    width = max(16, *(len(field.name) + 2 for field in dataclasses.fields(cls)))
     for field in dataclasses.fields(cls):
         legal = field.metadata.get("choices")
         default = "needed" if field.default is dataclasses.MISSING else f"default: {_worded(field.default)}"
-        lines.append(f"  {field.name:<16}{default}{'; ' + ', '.join(map(str, legal)) if legal else ''}")
+        lines.append(f"  {field.name:<{width}}{default}{'; ' + ', '.join(map(str, legal)) if legal else ''}")
     return "\n".join([f"pass {name}, --set KEY=VALUE:", *lines, "", inspect.getdoc(cls) or ""])
 
 
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.no_timing:
         raise ConfigError("--no-timing goes with --dry-run")
     from diffship.compress import compress
-    from diffship.compression.stored import first_process
+    from diffship.core.distributed import first_process
     from diffship.core.job import Job
     from diffship.training.loop import leave
 
@@ -109,6 +110,7 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
     leave()
+    warn_of(pipeline.source)
     return _described(pipeline, options.output)
 
 

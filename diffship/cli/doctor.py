@@ -8,11 +8,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffship import __version__
 from diffship.cli.output import Result, size_text, table
 from diffship.core.tensorrt import GPUS, capability_text
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 EXAMPLES = """examples:
   diffship doctor
@@ -57,39 +60,43 @@ def _memory() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _extras() -> dict[str, list[str]]:
-    """Requirement lines of every extra, as the installed package declares them."""
-    from importlib import metadata  # not above: it is a seventh of the time of every --help
+def _extras() -> dict[str, list[Requirement]]:
+    """Requirements of every extra, as the installed package declares them."""
+    from importlib import metadata  # neither above: they are a seventh of the time of every --help
 
-    found: dict[str, list[str]] = {}
+    from packaging.requirements import Requirement
+
     try:
-        lines = metadata.requires("diffship") or []
+        about = metadata.metadata("diffship")
     except metadata.PackageNotFoundError:
-        return found  # run from a folder that was not installed
-    for line in lines:
-        requirement, _, marker = line.partition(";")
-        if "extra ==" in marker:
-            extra = marker.rpartition("extra ==")[2].strip().strip("\"'")
-            found.setdefault(extra, []).append(requirement.strip())
-    return found
+        return {}  # run from a folder that was not installed
+    known = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
+    return {
+        extra: [entry for entry in known if entry.marker and wanted_by(entry, extra)]
+        for extra in about.get_all("Provides-Extra") or []
+    }
 
 
-def _extra(name: str, requirements: Iterable[str]) -> dict[str, Any]:
+def wanted_by(requirement: Requirement, extra: str) -> bool:
+    """Whether a requirement is of this extra, on this machine."""
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+
+
+def _extra(name: str, requirements: Iterable[Requirement]) -> dict[str, Any]:
     from importlib import metadata
 
     installed, missing, conflicts = {}, [], {}
     for requirement in requirements:
-        package = requirement.partition("[")[0]
-        for mark in "<>=!~ ":
-            package = package.partition(mark)[0]
+        package = requirement.name
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
             missing.append(package)
             continue
         installed[package] = version
-        if not satisfies(version, requirement[len(package) :]):
-            conflicts[package] = f"version {version} is installed, [{name}] needs {requirement[len(package) :].strip()}"
+        if not requirement.specifier.contains(version, prereleases=True):
+            conflicts[package] = f"version {version} is installed, [{name}] needs {requirement.specifier}"
     return {
         "extra": name,
         "ready": not missing and not conflicts,
@@ -98,22 +105,6 @@ def _extra(name: str, requirements: Iterable[str]) -> dict[str, Any]:
         "conflicts": conflicts,
         "install": f"pip install 'diffship[{name}]'",
     }
-
-
-def satisfies(version: str, bounds: str) -> bool:
-    """Whether `version` meets `>=A,<B`, the only forms that this package declares."""
-    own = _numbers(version)
-    for bound in filter(None, (part.strip() for part in bounds.split(","))):
-        limit = _numbers(bound.lstrip("<>= "))
-        if own < limit if bound.startswith(">=") else own >= limit:
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.partition("+")[0].split(".")[:3]
-    digits = ["".join(c for c in part if c.isdigit()) for part in parts]
-    return (*(int(d or 0) for d in digits), 0, 0)[:3]
 
 
 def _text(machine: dict[str, Any], engines: list[Any], extras: list[Any], conflicts: list[str]) -> str:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffship.cli.flags import request_fields
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.output import Result
@@ -168,8 +170,11 @@ def _read_image(file: Path | None) -> Any:
 
 
 def _read_mask(file: Path | None) -> Any:
+    """Grey as diffusers takes it of a coloured mask: ITU-R 601."""
+    from PIL import Image
+
     pixels = _read_image(file)
-    return None if pixels is None else pixels.max(axis=2)
+    return None if pixels is None else np.asarray(Image.fromarray(pixels).convert("L"))
 
 
 def result(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from diffship.cli.flags import add_fields, given_fields, names
 from diffship.cli.output import Result, figure, size_text, table
-from diffship.cli.progress import Stages, note
+from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.registry import EXPORTERS, load
 
@@ -73,7 +73,9 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache, progress=stages),
             **chosen,
         )
+    warn_of(bundle.manifest.source)
     _warn_of_sampler(bundle.manifest.sampler)
+    _warn_of_unused(bundle.manifest.parts)
     return describe(bundle.path, bundle.manifest)
 
 
@@ -84,6 +86,14 @@ def _warn_of_sampler(scheduler: Any) -> None:
         make_sampler(scheduler)
     except DiffshipError as fault:
         note(f"warning: it draws with --sampler NAME only: {fault}")
+
+
+def _warn_of_unused(parts: Iterable[Any]) -> None:
+    for part in parts:
+        unused = part.extra.get("unused_tensors")
+        if unused:
+            shown = ", ".join(unused["first"])
+            note(f"warning: {part.name} does not take {unused['count']} tensors of its weight files: {shown}")
 
 
 @contextmanager

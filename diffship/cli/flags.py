@@ -69,7 +69,9 @@ def worded(text: str) -> tuple[str, str]:
     return found
 
 
-REQUEST_FIELDS = ("negative", "steps", "size", "guidance", "sampler", "spacing", "seed", "rng", "images", "memory")
+REQUEST_FIELDS = (
+    *("negative", "steps", "size", "guidance", "sampler", "spacing", "strength", "seed", "rng", "images", "memory"),
+)
 
 
 def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -68,6 +68,7 @@ def inspect_bundle(folder: Path) -> Result:
         f"{manifest.target} bundle of {manifest.source.get('id', 'an unknown source')} ({manifest.family.name})",
         f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
         f"{len(manifest.files)} files",
+        *manifest.source.get("notes", ()),
     ]
     return Result(document, _join(facts, table(head, rows), parts, manifest.licence))
 
@@ -77,7 +78,7 @@ def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
     from diffship.models.cost import cost
 
     family = pipeline.family
-    width, height = options.size or (family.default_size, family.default_size)
+    width, height = options.size or family.default_sides
     latent_height, latent_width = family.latent_size(width, height)
     sizes = {"height": latent_height, "width": latent_width, "image_height": height, "image_width": width}
     parts = [_source_part(component, cost, sizes) for component in pipeline.components.values()]
@@ -96,6 +97,7 @@ def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
     keys = ("name", "class", "parameters", "bytes", "conv_linear_macs", "attention_macs")
     rows = [[_short(key, part[key]) for key in keys] for part in parts]
     facts = [f"source {options.what} ({family.name}), cost of one call at {width}x{height}"]
+    facts += pipeline.source.get("notes", ())
     return Result(document, _join(facts, table(head, rows), parts, pipeline.licence))
 
 

@@ -15,6 +15,7 @@ from diffship.cli.progress import say, silence
 from diffship.cli.stops import Stops
 from diffship.core.errors import ConfigError
 from diffship.core.outcome import outcome
+from diffship.core.printable import printable
 from diffship.core.strict import unknown
 
 VERBS = {
@@ -141,7 +142,7 @@ def _print(result: Result, verb: str, as_json: bool) -> int:
         ok = result.exit_code == 0
         _out(lambda: print_json({"schema": 1, "verb": verb, "ok": ok, **result.document}))
     elif result.text:
-        _out(lambda: print(result.text, flush=True))
+        _out(lambda: print(printable(result.text), flush=True))
     return result.exit_code
 
 

@@ -55,7 +55,8 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
             stack.enter_context(open_model(source, engine, **engine_options(options)))
             for source, engine in zip(sources, engines, strict=True)
         ]
-        warnings = list(check_pair(models, options.sampler, options.shared_latents))
+        warnings = [text for model in models for text in getattr(model, "notes", ())]
+        warnings += check_pair(models, options.sampler, options.shared_latents)
         for warning in warnings:
             note(f"warning: {warning}")
         yield Router(models, options.split, keep=options.memory != "low"), warnings

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
 
 from diffship.cli.stops import raise_if_heard
+from diffship.core.printable import printable
 
 Progress = Callable[[str, int, int], None]
 
@@ -59,10 +60,16 @@ def note(message: str, quiet: bool = False) -> None:
         say(message)
 
 
+def warn_of(source: Mapping[str, Any]) -> None:
+    """Tell what of a source is left out, a line each."""
+    for text in source.get("notes", ()):
+        note(f"warning: {text}")
+
+
 def say(line: str) -> None:
     """On stderr, whose reader may be gone: the work goes on unheard."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
 

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
     picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
     picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
+    picture.add_argument(
+        "--strength", metavar="X", type=float, help="share of noise, 0 to 1 (inpainting models; default: the model's)"
+    )
     _add_models(parser)
     _add_cloud(parser)
     engine = add_engine(parser)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -21,7 +19,7 @@ EXAMPLES = """examples:
   diffship serve out/emoji small=out/emoji-small --port 8080 --queue 16 --batch 4
   DIFFSHIP_TOKEN=... diffship serve out/emoji --host 0.0.0.0
 """
-FLAGS = ("queue", "batch", "deadline", "grace", "restarts")
+FLAGS = ("queue", "batch", "deadline", "grace", "restarts", "keep_alive")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +48,10 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     from diffship.cli.drawing import require_something
     from diffship.core.lazy import need
+    from diffship.runtimes.serve.connections import bind
+    from diffship.runtimes.serve.log import log_to_stderr
     from diffship.runtimes.serve.opened import named, open_served
-    from diffship.runtimes.serve.server import bind, check_exposure, serve_until_asked
+    from diffship.runtimes.serve.server import check_exposure, serve_until_asked
     from diffship.runtimes.serve.service import Service
 
     limits, token = settings(options), options.token or os.environ.get("DIFFSHIP_TOKEN") or None
@@ -59,13 +59,13 @@ def run(options: argparse.Namespace) -> Result:
     check_exposure(options.host, token)
     for package in ("fastapi", "uvicorn"):
         need(package)
-    _log(options.quiet)
-    with bind(options.host, options.port) as listener:
+    log_to_stderr(options.quiet)
+    with bind(options.host, options.port) as doors:
         for source in sources.values():
             require_something(source)
         with open_served(sources, options.engine, engine_options(options)) as models:
             service = Service(models, limits)
-            serve_until_asked(service, listener, token, said=note)
+            serve_until_asked(service, doors, token, said=note)
             return _result(service)
 
 
@@ -81,17 +81,6 @@ def settings(options: argparse.Namespace) -> ServeOptions:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port is {options.port}; legal is a whole number from 0 to 65535")
     return load(ServeOptions, {**given, "allow_hosts": tuple(options.allow_host)}, "serve")
-
-
-def _log(quiet: bool) -> None:
-    """One line a request on stderr, and the reasons of failures whoever asks for quiet."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in ("diffship.serve", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(logging.WARNING if quiet or name.startswith("uvicorn") else logging.INFO)
 
 
 def _result(service: Any) -> Result:

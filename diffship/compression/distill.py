@@ -6,48 +6,33 @@ Losses, feature pairs and hyperparameters are those of BK-SDM (arXiv 2305.15798)
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-
-from diffship import __version__
 from diffship.compression.distill_run import STATE, train_student
 from diffship.compression.outline import Calls, Outline
-from diffship.compression.stored import settings_key
+from diffship.compression.trained import require_agreement, run_key, trained_schedule, trained_weights, untrainable
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
-from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
-from diffship.core.weights import SafetensorsWeights, renamed
-from diffship.models.pipeline import TEXT_PARTS, Pipeline, converted, with_unet
+from diffship.core.strict import bounded, bounds, choices
+from diffship.core.weights import SafetensorsWeights
+from diffship.models.pipeline import Pipeline, converted, with_unet
 from diffship.models.sources import open_source
-from diffship.sampling.samplers import make_sampler, noise_schedule
-from diffship.sampling.schedule import Schedule
+from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
 from diffship.training.distillation_pairs import KINDS, feature_pairs
 from diffship.training.distillation_report import read_curve
 from diffship.training.loop import reached
 from diffship.training.paired import PairedPictures
 
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
-
 MIN_SNR = "min-snr-5-capped"
-# what does not change the weights: a run with other values of these goes on
-_AVERAGE = "average/unet/"
-_CADENCE = ("save_seconds", "validate_every", "prompts")
 
 
 @dataclass(frozen=True)
+@bounded
 class DistillPass:
     """Train the U-Net on captioned pictures against a frozen teacher; text encoders and auto-encoder stay as they are.
 
@@ -100,7 +85,7 @@ class DistillPass:
     cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
     save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
     validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = field(default=(), metadata={"text": True})
 
     def __post_init__(self) -> None:
         for prompt in self.prompts:
@@ -124,13 +109,19 @@ class DistillPass:
         return found
 
     def outline(self, pipeline: Pipeline) -> Outline:
-        """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher."""
+        """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher.
+
+        Raises:
+            ConfigError: the teacher would undo what the passes before this one did.
+        """
+        teacher = self.teacher_of(pipeline)
+        _require_kin(pipeline, teacher, self.teacher is None)
         size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
         samples = self.steps * self.batch * self.accumulate * size
         passes = 4 if self.checkpointing else 3
         calls = [Calls(pipeline.components["unet"], passes * samples)]
         if self.w_out or (self.w_feat and self.features != "none"):
-            calls.append(Calls(self.teacher_of(pipeline).components["unet"], samples))
+            calls.append(Calls(teacher.components["unet"], samples))
         return Outline(converted(pipeline, "float32", ("unet",)), tuple(calls))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
@@ -144,15 +135,13 @@ class DistillPass:
             SourceError: a picture is damaged.
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
+        job.progress(pictures.told, 1, 1)
         digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
         folder = job.folder / f"distill-{self._digest(pipeline, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
             train_student(self, pipeline, teacher, pictures, folder, job)
         unet = pipeline.components["unet"]
-        state = SafetensorsWeights(folder / STATE)
-        trained = {name.removeprefix(_AVERAGE): name for name in state.names() if name.startswith(_AVERAGE)}
-        # tensors of the file that the module lacks (diffusers warns of them) were not trained, and are left out
-        weights = renamed(state, {name: trained[name] for name in unet.weights.names() if name in trained})
+        weights = trained_weights(SafetensorsWeights(folder / STATE), unet.weights.names())
         curve = folder / "curve.jsonl"  # a crash of the machine may have emptied it; the weights are whole
         last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
@@ -171,7 +160,7 @@ class DistillPass:
     def timesteps(self, teacher: Pipeline) -> list[int]:
         """Those that are trained: all, or those of a step-distilled teacher's own schedule."""
         if not self.teacher_steps:
-            return list(range(_schedule(teacher).num_train_timesteps))
+            return list(range(trained_schedule(teacher).num_train_timesteps))
         trailing = make_sampler({**teacher.scheduler, "timestep_spacing": "trailing"})
         # some samplers call the model twice at one timestep
         return list(dict.fromkeys(round(time) for time in trailing.timesteps(self.teacher_steps).tolist()))
@@ -195,53 +184,39 @@ class DistillPass:
         return open_source(str(source["id"]), base=base.get("id"), revision=source.get("revision"))
 
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
-        family, processes = pipeline.family, int(os.environ.get("WORLD_SIZE", "1"))
+        family = pipeline.family
         if family.time_cond_dim:
             yield Problem("unet", "takes guidance as an embedding (LCM); distill first, and make it an LCM afterwards")
-        if family.unet_channels != family.latent_channels:
-            yield Problem("unet", "is an inpainting model; models that draw whole pictures are distilled")
         if self.weighting != "none" and family.prediction_type != "epsilon":
             yield Problem("unet", f"predicts {family.prediction_type}; {MIN_SNR} weighs the error of predicted noise")
-        if self.batch % processes:
-            yield Problem("", f"batch {self.batch} cannot be shared by {processes} processes; make it a multiple")
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            yield Problem("", "mixed precision fp16 needs a GPU; choose bf16 or fp32")
-        try:
-            family.check_size(self.pixels(pipeline), self.pixels(pipeline))
-        except ConfigError as fault:
-            yield Problem.of("", fault)
+        yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
         teacher = self.teacher_of(pipeline)
-        for what, of in _MUST_AGREE.items():
-            mine, theirs = of(pipeline), of(teacher)
-            if not np.array_equal(mine, theirs):
-                said = "" if isinstance(mine, np.ndarray) else f": {mine} and {theirs}"
-                raise ConfigError(f"student and teacher {teacher.source.get('id')} differ in {what}{said}")
+        _require_kin(pipeline, teacher, self.teacher is None)
+        require_agreement(pipeline, teacher)
         feature_pairs(self.features, pipeline.components["unet"], teacher.components["unet"])
         self.timesteps(teacher)
 
     def _digest(self, pipeline: Pipeline, teacher: Pipeline, digests: dict[str, str]) -> str:
-        options = {name: value for name, value in asdict(self).items() if name not in (*_CADENCE, "data", "teacher")}
-        frozen = {
-            name: pipeline.components[name].digest
-            for name in ("unet", *TEXT_PARTS, "vae_encoder")
-            if name in pipeline.components
-        }
-        settings = [settings_key(one) for one in (pipeline, teacher)]
-        text = json.dumps([__version__, options, digests, frozen, settings, self.pixels(pipeline)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
+        return run_key(self, ("data", "teacher"), self.pixels(pipeline), pipeline, teacher, digests)
 
 
-def _schedule(pipeline: Pipeline) -> Schedule:
-    return noise_schedule({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
+def _require_kin(student: Pipeline, teacher: Pipeline, default: bool) -> None:
+    """Raises ConfigError where learning from `teacher` takes back a LoRA that is fused into the student."""
+    fused = [entry for entry in student.history[len(teacher.history) :] if entry.get("pass") == "lora"]
+    if default and fused:
+        raise ConfigError(
+            f"a LoRA ({', '.join(map(str, fused[0].get('files', ())))[:200]}) was fused before, and the teacher, "
+            "the source without it, would train it away. Distill first and fuse afterwards; or save the source with "
+            "the LoRA (--pass lora -o DIR) and name it: teacher=DIR"
+        )
+    ours, theirs = (str(one.scheduler.get("_class_name")) for one in (student, teacher))
+    if ours == _FEW_STEPS != theirs:
+        raise ConfigError(
+            f"the model draws in few steps ({ours}), and its teacher {teacher.source.get('id')} does not ({theirs}): "
+            "what learns from it needs all steps again. Distill first and make it an LCM afterwards"
+        )
 
 
-_MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
-    "prediction type": lambda pipeline: pipeline.family.prediction_type,
-    "latent channels": lambda pipeline: pipeline.family.latent_channels,
-    "scaling factor of the latents": lambda pipeline: pipeline.family.scaling_factor,
-    "text width": lambda pipeline: pipeline.family.text_width,
-    "conditions of the U-Net": lambda pipeline: [spec.name for spec in pipeline.components["unet"].inputs],
-    "betas": lambda pipeline: _schedule(pipeline).alphas_cumprod(),
-}
+_FEW_STEPS = "LCMScheduler"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffship.compression.trained import trained_schedule
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.spec import PRECISIONS
 from diffship.models.pipeline import Pipeline
-from diffship.sampling.samplers import noise_schedule
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
 from diffship.training.distillation_data import Captions, make_latents
 from diffship.training.distillation_pairs import Pair, feature_pairs
-from diffship.training.distillation_report import InTraining, Report
+from diffship.training.distillation_report import InTraining, Look, Report
 from diffship.training.loop import Schedule, new_accelerator, train
 from diffship.training.paired import PairedPictures
 
@@ -31,7 +31,7 @@ else:
     torch = lazy("torch")
 
 STATE = "state.safetensors"
-_MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _PROMPTS = 8
 
 
@@ -43,8 +43,8 @@ def train_student(
     Writes `state.safetensors`, `curve.jsonl`, `curve.png`, `pairs.json` and `validation-STEP.png`. Raises as
     `training.loop.train`.
     """
-    accelerator = new_accelerator(_MIXED[options.precision])
-    _require_one_folder(folder, accelerator)
+    accelerator = new_accelerator(MIXED[options.precision])
+    require_one_folder(folder, accelerator)
     pairs = feature_pairs(options.features, pipeline.components["unet"], teacher.components["unet"])
     # weights, their average and two moments, twice while a checkpoint takes the place of the last one
     require_disk(folder, 8 * 4 * _count(pipeline), "the checkpoint of the distillation")
@@ -54,14 +54,16 @@ def train_student(
         write_file(folder / "pairs.json", json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
     task = make_task(options, pipeline, teacher, pictures, pairs, job, device, main)
     model = InTraining(pipeline, task.student, str(device))
-    prompts = options.prompts or spread_captions(pictures)
-    report = Report(model, prompts, pictures.size, options.teacher_steps, folder, lambda text: job.progress(text, 0, 1))
+    look = Look(options.prompts or spread_captions(pictures), pictures.size)
+    if options.teacher_steps:  # a few-step teacher has its guidance in its weights
+        look = replace(look, steps=(options.teacher_steps,), guidance=1.0)
+    report = Report(model, look, folder, lambda text: job.progress(text, 0, 1))
     train(
         task,
         schedule(options),
         folder,
         validate=report,
-        precision=_MIXED[options.precision],
+        precision=MIXED[options.precision],
         progress=lambda step, steps: job.progress("distill", step, steps),
     )
 
@@ -82,7 +84,6 @@ def make_task(
         student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
     side = pictures.size // pipeline.family.vae_factor
     shape = (pipeline.family.latent_channels, side, side)
-    trained = noise_schedule({"prediction_type": pipeline.family.prediction_type, **pipeline.scheduler})
     return DistillationTask(
         student,
         teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision]),
@@ -90,7 +91,7 @@ def make_task(
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),
         Captions(pipeline, pictures.size, device),
-        Forward(torch.tensor(trained.alphas_cumprod()), pipeline.family.prediction_type),
+        Forward(torch.tensor(trained_schedule(pipeline).alphas_cumprod()), pipeline.family.prediction_type),
         Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
     )
 
@@ -125,7 +126,7 @@ def _count(pipeline: Pipeline) -> int:
     return sum(weights.meta(name).count for name in weights.names())
 
 
-def _require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> None:
+def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> None:
     """Raises ConfigError where the processes of a distributed run would train in different folders."""
     if accelerator.num_processes == 1:
         return

@@ -11,7 +11,7 @@ from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
-from diffship.core.strict import choices
+from diffship.core.strict import bounded, choices
 from diffship.core.weights import Weights, renamed
 from diffship.models.component import Component
 from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+@bounded
 class LayoutPass:
     """Keep the layers of a published layout; the rest of the pipeline stays as it is.
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from diffship.compression.few_steps import as_lcm
 from diffship.compression.lora_file import Delta, LoraFile, with_deltas
 from diffship.compression.lora_names import Names
 from diffship.compression.lora_scale import adapter_config
@@ -17,13 +18,12 @@ from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
-from diffship.models.arch_configs import lcm_scheduler
-from diffship.models.families import OWN, own_facts
+from diffship.core.strict import bounded, bounds, choices
 from diffship.models.pipeline import Pipeline, recorded
 
 
 @dataclass(frozen=True)
+@bounded
 class LoraPass:
     """Fuse LoRA files (safetensors; kohya's, diffusers' or peft's names) into the U-Net and the text encoders.
 
@@ -67,7 +67,8 @@ class LoraPass:
         layers = {name: len(changes) for name, changes in deltas.items()}
         entry = {"pass": self.kind, **asdict(self), "files": [Path(file).name for file in self.files]}
         entry["scaled_by"] = scaled_by
-        return self._scheduled(recorded(replace(pipeline, components=parts), {**entry, "layers": layers}))
+        made = recorded(replace(pipeline, components=parts), {**entry, "layers": layers})
+        return as_lcm(made, self.steps, guidance=1.0) if self.sampler == "lcm" else made
 
     @property
     def beside(self) -> list[str]:
@@ -83,17 +84,9 @@ class LoraPass:
         weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
         names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
         found: dict[str, dict[str, list[Delta]]] = {}
-        files = [LoraFile(path, names) for path in self._paths]
+        files = [LoraFile(path, names, weights) for path in self._paths]
         for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):
-            for (part, layer), delta in file.deltas(weights, scale).items():
+            for (part, layer), delta in file.deltas(scale).items():
                 found.setdefault(part, {}).setdefault(f"{layer}.weight", []).append(delta)
         ordered = {part: found[part] for part in pipeline.components if part in found}
         return ordered, [file.scaled_by for file in files]
-
-    def _scheduled(self, pipeline: Pipeline) -> Pipeline:
-        if self.sampler is None:
-            return pipeline
-        own = {**own_facts(pipeline.model_index), "steps_default": self.steps, "guidance_default": 1.0}
-        index = {**pipeline.model_index, OWN: own, "scheduler": ["diffusers", "LCMScheduler"]}
-        family = replace(pipeline.family, steps_default=self.steps, guidance_default=1.0)
-        return replace(pipeline, scheduler=lcm_scheduler(pipeline.scheduler), model_index=index, family=family)

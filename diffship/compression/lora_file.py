@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.compression.lora_names import Names, Place
+from diffship.compression.lora_names import Names, Place, naming
 from diffship.compression.lora_scale import read_notes
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, SourceError
@@ -45,25 +45,30 @@ class Delta:
 
 
 class LoraFile:
-    """A file of low-rank changes.
+    """A file of low-rank changes of `model`, the weights of its parts.
 
     Raises:
         ConfigError: it is not there, or a folder.
-        SourceError: not safetensors; keys that no layer of the model has, or that change one in another way (all are
-            counted, the first ones named); peft's file without the config that says alpha.
+        SourceError: not safetensors; no tensors, or some of no elements; keys that no layer of the model has, or that
+            change one in another way (all are counted, the first ones named); peft's file without the config that says
+            alpha.
     """
 
-    def __init__(self, path: Path, names: Names) -> None:
+    def __init__(self, path: Path, names: Names, model: Mapping[str, Weights]) -> None:
         if not path.is_file():
             raise ConfigError(f"{path} is not a file; a LoRA is one .safetensors file")
-        self.path = path
+        self.path, self._model = path, model
         self.weights = SafetensorsWeights(path)
         self._layers: dict[tuple[str, str], dict[str, str]] = {}
+        self._require_values()
         places = {key: names.find(key) for key in self.weights.names()}
         unknown = [key for key, place in places.items() if place is None]
+        places |= self._told_by_shape({key: names.parts_of(key) for key in unknown})
+        unknown = [key for key in unknown if places[key] is None]
         strange = [key for key in unknown if not names.of_a_layer(key)]
         if strange:
-            raise SourceError(f"{path.name}: {_some('key', strange)} belong to no layer of this model")
+            hint = f": {told}" if (told := naming(strange)) else ""
+            raise SourceError(f"{path.name}: {_some('key', strange)} belong to no layer of this model{hint}")
         if unknown:
             raise SourceError(
                 f"{path.name}: {_some('key', unknown)} change layers in another way than a LoRA does, whose tensors "
@@ -73,6 +78,38 @@ class LoraFile:
             if place is not None:
                 self._add(place, key)
         self._notes = read_notes(path, self.weights.names(), self.weights.metadata)
+
+    def _require_values(self) -> None:
+        empty = [name for name in self.weights.names() if not np.prod(self.weights.meta(name).shape)]
+        if self.weights.names() and not empty:
+            return
+        found = f"{_some('tensor', empty)} of no elements" if empty else "no tensors"
+        raise SourceError(
+            f"{self.path.name} has {found}: its rank is 0, or its parameters lay on several GPUs when it was saved. "
+            "Gather them (DeepSpeed: stage3_gather_16bit_weights_on_model_save) and save it again"
+        )
+
+    def _told_by_shape(self, owners: Mapping[str, Mapping[str, Place]]) -> dict[str, Place]:
+        """Places of keys that several parts have and that name none: the one part whose shapes fit all of them, or the
+        part that the file's folder is called by, as peft writes one folder for each."""
+        shared = {key: found for key, found in owners.items() if len(found) > 1}
+        if not shared:
+            return {}
+        parts = set.intersection(*(set(found) for found in shared.values()))
+        fitting = [part for part in parts if all(self._reaches(key, found[part]) for key, found in shared.items())]
+        named = [part for part in fitting if part == self.path.absolute().parent.name]
+        if len(named or fitting) != 1:
+            raise SourceError(
+                f"{self.path.name}: {_some('key', list(shared))} name no part, and {' and '.join(sorted(parts))} have "
+                "such layers: put the file into a folder that is called as the part is"
+            )
+        return {key: found[(named or fitting)[0]] for key, found in shared.items()}
+
+    def _reaches(self, key: str, place: Place) -> bool:
+        shape, weight = self.weights.meta(key).shape, self._model[place.part].meta(f"{place.layer}.weight").shape
+        if place.role == "alpha":
+            return True
+        return shape[0] == weight[0] if place.role == "up" else shape[1:2] == weight[1:2]
 
     def _add(self, place: Place, key: str) -> None:
         roles = self._layers.setdefault((place.part, place.layer), {})
@@ -87,15 +124,16 @@ class LoraFile:
             return "its alphas"
         return " and ".join(sorted({note.where for note in self._notes.parts.values()})) or "nothing: alpha is the rank"
 
-    def deltas(self, weights: Mapping[str, Weights], scale: float) -> dict[tuple[str, str], Delta]:
+    def deltas(self, scale: float) -> dict[tuple[str, str], Delta]:
         """{(part, layer): Delta} of the whole file.
 
         Raises:
             SourceError: half of a pair is missing, a shape does not fit the layer, or all changes are zero.
         """
+        self._require_used_notes()
         found, wrong = {}, []
         for (part, layer), roles in self._layers.items():
-            problem = self._problem(roles, weights[part].meta(f"{layer}.weight").shape)
+            problem = self._problem(roles, self._model[part].meta(f"{layer}.weight").shape)
             if problem:
                 wrong.append(f"{part}.{layer} ({problem})")
                 continue
@@ -109,6 +147,17 @@ class LoraFile:
         if not any(delta.alive for delta in found.values()):
             raise SourceError(f"{self.path.name} changes nothing: in every pair one matrix is zero. Was it trained?")
         return found
+
+    def _require_used_notes(self) -> None:
+        if any("alpha" in roles for roles in self._layers.values()):
+            return
+        for part, note in self._notes.parts.items():
+            idle = note.idle(layer for owner, layer in self._layers if part in ("", owner))
+            if idle:
+                raise SourceError(
+                    f"{note.where}: {_some('name', idle)} of alpha_pattern are of no layer of the file, so how "
+                    "strongly it changes the model is not known; give the file that it was made of"
+                )
 
     def _problem(self, roles: Mapping[str, str], shape: tuple[int, ...]) -> str:
         missing = [role for role in ("down", "up") if role not in roles]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffship.compression.lora_scale import PEFT
+from diffship.compression.lora_scale import PEFT, TEXT_LEVEL
 
 # kohya's prefix -> part; `lora_te1` and `lora_te2` where a pipeline has two text encoders
 _KOHYA = {
@@ -20,6 +20,13 @@ _KOHYA = {
     "lora_te2": "text_encoder_2",
 }
 _PARTS = ("unet", "text_encoder_2", "text_encoder")
+# What ComfyUI and OneTrainer write before the dotted names, of diffusers or of the original checkpoints.
+_DOTTED = {
+    **{f"{prefix}.": part for prefix, part in _KOHYA.items()},
+    **dict.fromkeys(("model.diffusion_model.", "diffusion_model."), "unet"),
+    **dict.fromkeys(("text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l."), "text_encoder"),
+    **dict.fromkeys(("text_encoders.clip_g.transformer.", "clip_g.transformer.", "clip_g."), "text_encoder_2"),
+}
 _ROLES = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -33,9 +40,6 @@ _ROLES = {
 }
 _OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight\Z")
 _ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight\Z")  # peft keeps the adapter's name: lora_A.default.weight
-
-
-_TEXT = "text_model."
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,24 @@ class Names:
         }
         for part, layers in self._layers.items():  # transformers 5 leaves this level out, and diffusers writes so
             self._kohya[part] |= {
-                layer.removeprefix(_TEXT).replace(".", "_"): layer for layer in layers if layer.startswith(_TEXT)
+                layer.removeprefix(TEXT_LEVEL).replace(".", "_"): layer
+                for layer in layers
+                if layer.startswith(TEXT_LEVEL)
             }
         if "unet" in self._kohya:
             self._kohya["unet"] |= original_names(self._layers["unet"], unet_config)
 
     def find(self, key: str) -> Place | None:
-        """The place of `key`, or None where no layer of this pipeline has that name."""
-        return self._of_kohya(key) or self._of_dotted(key)
+        """The place of `key`, or None where no layer of this pipeline has that name, or several parts have it."""
+        return self._of_kohya(key) or self._of_dotted(key) or self._of_original(key)
+
+    def parts_of(self, key: str) -> dict[str, Place]:
+        """The place of `key` in each part that has such a layer, for a key that names no part."""
+        whole = _split(key.removeprefix(PEFT))
+        if whole is None:
+            return {}
+        layer, role = whole
+        return {part: Place(part, name, role) for part, name in self._owners(layer)}
 
     def of_a_layer(self, key: str) -> bool:
         """Whether `key` begins with the name of a layer, whatever it is to it."""
@@ -91,22 +105,59 @@ class Names:
         if old:
             layer = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}"
             return self._known(layer, old[3])
-        for suffix, role in _ROLES.items():
-            if key.endswith(f".{suffix}"):
-                return self._known(key[: -len(suffix) - 1], role)
-        return None
+        whole = _split(key)
+        return None if whole is None else self._known(*whole)
+
+    def _of_original(self, key: str) -> Place | None:
+        whole = _split(key)
+        prefix = next((prefix for prefix in _DOTTED if key.startswith(prefix)), None)
+        if whole is None or prefix is None:
+            return None
+        part = _DOTTED[prefix]
+        layer = self._kohya.get(part, {}).get(whole[0].removeprefix(prefix).replace(".", "_"))
+        return None if layer is None else Place(part, layer, whole[1])
 
     def _known(self, layer: str, role: str) -> Place | None:
         for part in _PARTS:
             if layer.startswith(f"{part}.") and part in self._layers:
-                name = layer[len(part) + 1 :]
-                for candidate in (name, f"text_model.{name}"):
+                name = layer[len(part) + 1 :].removeprefix(PEFT)
+                for candidate in (name, f"{TEXT_LEVEL}{name}"):
                     if candidate in self._layers[part]:
                         return Place(part, candidate, role)
                 return None
         # files of one part alone have no prefix; two text encoders share names, so there it cannot be told
-        owners = [part for part, layers in self._layers.items() if layer in layers]
-        return Place(owners[0], layer, role) if len(owners) == 1 else None
+        found = list(self._owners(layer))
+        return Place(*found[0], role) if len(found) == 1 else None
+
+    def _owners(self, layer: str) -> Iterator[tuple[str, str]]:
+        """(part, its name of the layer) of every part that has it."""
+        for part, layers in self._layers.items():
+            yield from ((part, name) for name in (layer, f"{TEXT_LEVEL}{layer}") if name in layers)
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(layer, role) of a dotted key."""
+    key = _ADAPTER.sub(r".\1.weight", key)
+    for suffix, role in _ROLES.items():
+        if key.endswith(f".{suffix}"):
+            return key[: -len(suffix) - 1], role
+    return None
+
+
+def naming(keys: Iterable[str]) -> str:
+    """What keys that belong to no layer tell of where they come from; empty where they tell nothing."""
+    told = (what for key in keys for start, what in _FOREIGN.items() if key.startswith(start))
+    return next(told, "")
+
+
+_FOREIGN = {
+    "bundle_emb.": "bundle_emb are textual inversions that OneTrainer packs beside a LoRA: take them out of the file, "
+    "or put them into the model first with diffusers (load_textual_inversion, save_pretrained)",
+    "transformer.": "it is made for a transformer (SD3, FLUX), not for a U-Net",
+    "lora_transformer_": "it is made for a transformer (SD3, FLUX), not for a U-Net",
+    "lora_te3": "it is made for a model with three text encoders (SD3)",
+    "lora_prior_": "it is made for Stable Cascade",
+}
 
 
 def _layers(names: Iterable[str]) -> Iterator[str]:

@@ -13,12 +13,13 @@ from diffship.core.atomic import write_file
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load, plain
+from diffship.core.strict import bounded, bounds, choices, load, plain
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
+@bounded
 class Shift:
     """What narrowing one layer to `kept` channels or heads does to the final latents of the prompts.
 
@@ -37,6 +38,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
+@bounded
 class LayerScores:
     """One layer, `size` wide before; `shifts` in descending width."""
 
@@ -62,6 +64,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
+@bounded
 class ScoreTable:
     """Scores of the layers of the U-Net with the digest `unet` (sha256 over its tensors), in the module's order.
 

@@ -19,7 +19,7 @@ from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import need
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.models.pipeline import Pipeline
 
 ALLOCATIONS = ("budget", "ranks", "random", "magnitude")
@@ -27,6 +27,7 @@ _SCORED = ("budget", "ranks")
 
 
 @dataclass(frozen=True)
+@bounded
 class SignificancePass:
     """Narrow residual blocks and attention (and feed-forward layers if asked) by how little each changes the pictures.
 

@@ -2,8 +2,9 @@
 
 A result is kept under a digest of the source (every tensor, config, tokenizer file and licence), of all passes so far
 with their options, and of the version of this package. An option that names a file or folder counts by what is there,
-not by its name; one whose field has the metadata `output` is where a pass writes, and does not count. Passes that take
-seconds say `kept = False` in their class.
+not by its name, unless its field has `choices` or the metadata `text`: a prompt is none, whatever lies in the current
+folder. One with the metadata `output` is where a pass writes, and does not count. Passes that take seconds say
+`kept = False` in their class.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship import __version__
+from diffship.core.distributed import first_process
 from diffship.core.job import Job, digest_of, require_disk
 from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
@@ -33,12 +35,11 @@ def is_kept(step: Any) -> bool:
 def _owes(step: Any) -> bool:
     """Whether a pass was asked for a file beside its result that is not there."""
     asked = [getattr(step, field.name) for field in fields(step) if field.metadata.get("output")]
-    return any(path and not Path(path).expanduser().exists() for path in asked)
+    return any(path and not _filled(Path(path).expanduser()) for path in asked)
 
 
-def first_process() -> bool:
-    """Whether this process is the one that writes; `torchrun` numbers them."""
-    return os.environ.get("RANK", "0") == "0"
+def _filled(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 class Results:
@@ -103,8 +104,12 @@ def settings_key(pipeline: Pipeline) -> str:
 
 def options_key(step: Any) -> dict[str, Any]:
     """The options of a pass, JSON-ready; files and folders by their content."""
-    outputs = {field.name for field in fields(step) if field.metadata.get("output")}
-    found = {name: _content(value) for name, value in plain(step).items() if name not in outputs}
+    about = {field.name: field.metadata for field in fields(step)}
+    found = {
+        name: value if about[name].keys() & {"choices", "text"} else _content(value)
+        for name, value in plain(step).items()
+        if not about[name].get("output")
+    }
     beside = _content(list(getattr(step, "beside", ())))
     return {**found, "beside": beside} if beside else found
 

@@ -28,7 +28,7 @@ from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.models.component import fill
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import noise_schedule
@@ -47,6 +47,7 @@ Table = dict[str, Scores]
 
 
 @dataclass(frozen=True)
+@bounded
 class PrunePass:
     """Prune residual blocks, attention heads and feed-forward channels by torch-pruning's importance.
 
@@ -178,6 +179,7 @@ class PrunePass:
     ) -> tuple[Table, dict[str, Any]]:
         """Scores, and what the history says of the timesteps; kept by the job under all that they depend on."""
         pictures, model = self._pictures(pipeline), pipeline.model().digest
+        job.progress(pictures.told, 1, 1)
         told = {
             key: value for key, value in self._entry().items() if key not in ("keep", "parameters_share", "ranking")
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import secrets
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_NAME_CHARS = 80  # of a name that a temporary one is made of; file systems take 255 bytes
 
 
 def write_file(path: str | Path, data: bytes | str) -> None:
@@ -73,7 +76,11 @@ def partial_name(path: Path) -> Path:
 
 
 def partial_prefix(path: Path) -> str:
-    return f".{path.name[:80]}.partial-"
+    """`.NAME.partial-`; a long name is cut, and a digest of the whole tells it from others that begin alike."""
+    name = path.name
+    if len(name) > _NAME_CHARS:
+        name = f"{name[:_NAME_CHARS]}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16]}"
+    return f".{name}.partial-"
 
 
 def _exchange_call() -> Callable[[bytes, bytes], int] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
 from diffship.core.errors import BundleError, ConfigError
-from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
+from diffship.core.leftovers import claim_folder, held, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
     MANIFEST_NAME,
@@ -23,7 +23,7 @@ from diffship.core.manifest import (
     Golden,
     Manifest,
     Part,
-    parse_manifest,
+    listed_files,
 )
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
@@ -48,14 +48,12 @@ class Bundle:
         root = _existing_folder(path)
         if not os.path.lexists(root / MANIFEST_NAME):
             raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}. Make one with: diffship export")
-        manifest = parse_manifest(check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links))
-        check.check_files(root, manifest, check.scan(root, hard_links))
-        check.check_formats(root, manifest)
-        return cls(root, manifest, hard_links)
+        data = check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links)
+        return cls(root, check.open_manifest(root, data, hard_links), hard_links)
 
     def verify(self, on_file: Callable[[str, int], None] | None = None) -> None:
         """Hash every file; `on_file(name, size)` follows each. Raises BundleError for a changed or unlisted file."""
-        check.check_unlisted(self.path, self.manifest, check.scan(self.path, self.hard_links))
+        check.check_unlisted(self.path, self.manifest.files, check.scan(self.path, self.hard_links))
         for name, record in self.manifest.files.items():
             actual = check.digest_file(self.path / name)
             if actual != record.sha256:
@@ -88,13 +86,15 @@ class Draft:
     def finish(self, manifest: Manifest) -> Bundle:
         """Hash and list every file in `folder`, fsync, and move it into place; what was there is replaced whole.
 
+        The manifest is read back and checked as `Bundle.open` does, so that what appears can be opened.
+
         Raises:
-            BundleError: a file that a bundle may not hold, or the place was taken meanwhile. Nothing has changed then.
+            BundleError: a file or fact that a bundle may not hold, or the place was taken meanwhile. Nothing has
+                changed then.
         """
-        complete = replace(manifest, files=check.record(self.folder))
-        check.check_files(self.folder, complete, check.scan(self.folder))
-        check.check_formats(self.folder, complete)
-        write_file(self.folder / MANIFEST_NAME, complete.to_bytes())
+        data = replace(manifest, files=check.record(self.folder)).to_bytes()
+        complete = check.open_manifest(self.folder, data)
+        write_file(self.folder / MANIFEST_NAME, data)
         self.folder.chmod(usual_mode(self.folder))
         sync_tree(self.folder)
         self._move_into_place()
@@ -124,12 +124,13 @@ class Draft:
     def _replace_in_two_steps(self) -> None:
         # the old bundle keeps a name from which `write_bundle` brings it back, should this process die in between
         aside = self.folder.with_name(self.folder.name.replace(".partial-", ".old-"))
-        os.replace(self.path, aside)
-        try:
-            os.replace(self.folder, self.path)
-        except BaseException:
-            os.replace(aside, self.path)
-            raise
+        with held(self.path):
+            os.replace(self.path, aside)
+            try:
+                os.replace(self.folder, self.path)
+            except BaseException:
+                os.replace(aside, self.path)
+                raise
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -137,7 +138,8 @@ class Draft:
 def write_bundle(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Draft]:
     """A Draft to fill and `finish`; without `finish`, or on an error, nothing appears and the draft is removed.
 
-    `overwrite` replaces a bundle that holds nothing but its own files; any other folder is never touched.
+    `overwrite` replaces a bundle that holds nothing but the files it lists, also one that no longer opens; any other
+    folder is never touched.
 
     Raises:
         ConfigError: the place is taken, or its parent does not exist.
@@ -184,8 +186,8 @@ def _refuse_target(path: Path, overwrite: bool) -> None:
     if path.is_symlink() or not path.is_dir():
         raise ConfigError(f"{path} is not a bundle, so it is never replaced; choose another folder")
     try:
-        manifest = parse_manifest(check.read_small(path / MANIFEST_NAME, LIMITS.manifest_bytes))
-        check.check_unlisted(path, manifest, check.scan(path))
+        data = check.read_small(path / MANIFEST_NAME, LIMITS.manifest_bytes)
+        check.check_unlisted(path, listed_files(data), check.scan(path))
     except BundleError as fault:
         raise ConfigError(f"{path} is not a clean bundle, so it is never replaced: {fault}") from None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from diffship.core.errors import BundleError, SourceError
 from diffship.core.limits import LIMITS
-from diffship.core.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path
+from diffship.core.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path, parse_manifest
 from diffship.core.onnx_wire import ExternalData, external_data
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import PICKLE_SUFFIXES, classify_head
@@ -64,9 +64,21 @@ def check_formats(root: Path, manifest: Manifest) -> None:
                 _check_external(root, name, claim, manifest.files)
 
 
-def check_unlisted(root: Path, manifest: Manifest, found: Mapping[str, os.stat_result]) -> None:
-    """Raises BundleError, naming the first few files that the manifest does not know."""
-    extra = sorted(set(found) - set(manifest.files))
+def open_manifest(root: Path, data: bytes, hard_links: bool = False) -> Manifest:
+    """The manifest in `data`, after `root` was checked against it: all that opening a bundle asks.
+
+    Raises:
+        BundleError: naming the file, for anything that is not as the manifest says.
+    """
+    manifest = parse_manifest(data)
+    check_files(root, manifest, scan(root, hard_links))
+    check_formats(root, manifest)
+    return manifest
+
+
+def check_unlisted(root: Path, listed: Collection[str], found: Mapping[str, os.stat_result]) -> None:
+    """Raises BundleError, naming the first few files that the manifest does not list."""
+    extra = sorted(set(found) - set(listed))
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         shown = ", ".join(ascii(name[:100]) for name in extra[:3])

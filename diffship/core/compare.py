@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from diffship.core.errors import ParityError
-from diffship.core.strict import bounds
+from diffship.core.errors import ConfigError, ParityError
+from diffship.core.strict import bounded, bounds
 
 _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 
 
 @dataclass(frozen=True)
+@bounded
 class Tolerance:
     """Each element must meet |candidate - reference| <= atol + rtol * |reference|; the whole, `psnr_db` where given.
 
@@ -25,6 +26,15 @@ class Tolerance:
     atol: float | None = field(default=None, metadata=bounds(0.0, 1e30))
     rtol: float = field(default=0.0, metadata=bounds(0.0, 1e30))
     psnr_db: float | None = field(default=None, metadata=bounds(-300.0, 1000.0))
+
+    def __post_init__(self) -> None:
+        if self.rtol and self.atol is None:
+            raise ConfigError(f"rtol {self.rtol:g} without atol checks nothing; give atol too (0 is legal)")
+
+    @property
+    def checks(self) -> bool:
+        """Whether anything can miss it; a tolerance without limits is for figures alone."""
+        return self.atol is not None or self.psnr_db is not None
 
     def text(self) -> str:
         parts = [] if self.atol is None else [f"atol {self.atol:g}", f"rtol {self.rtol:g}"]
@@ -51,10 +61,20 @@ class OutputReport:
     needed_atol: float = math.nan
     needed_rtol: float = math.nan
     reason: str = ""
+    tolerance: Tolerance = Tolerance()
+
+    @property
+    def margin_db(self) -> float:
+        """How far PSNR and the largest error stay from their limits, in dB; negative where one misses it."""
+        psnr, atol = self.tolerance.psnr_db, self.tolerance.atol
+        whole = math.inf if psnr is None else self.psnr_db - psnr
+        if not atol or self.tolerance.rtol:
+            return whole
+        return min(whole, 20 * math.log10(atol / self.max_abs) if self.max_abs > 0 else math.inf)
 
     def to_json(self) -> dict[str, object]:
         """Figures that JSON cannot hold (NaN, inf) become null."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "tolerance"}
         values["shape"] = list(self.shape)
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -76,7 +96,11 @@ class Report:
     """What `compare` found; true where every output passed."""
 
     outputs: tuple[OutputReport, ...]
-    tolerance: Tolerance
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """That of the worst output."""
+        return self.worst.tolerance if self.outputs else Tolerance()
 
     @property
     def passed(self) -> bool:
@@ -89,6 +113,11 @@ class Report:
     def worst(self) -> OutputReport:
         """The output that failed, or else the one with the least PSNR."""
         return min(self.outputs, key=lambda output: (output.passed, not math.isnan(output.psnr_db), output.psnr_db))
+
+    @property
+    def closest(self) -> OutputReport:
+        """The output that failed, or else the one with the least margin to its tolerance."""
+        return min(self.outputs, key=lambda output: (output.passed, not math.isnan(output.psnr_db), output.margin_db))
 
     def text(self) -> str:
         return "\n".join(output.text() for output in self.outputs) or "nothing to compare"
@@ -106,10 +135,24 @@ class Report:
             raise ParityError(f"{what} does not compute the same ({self.tolerance.text()}): {self.worst.text()}")
 
 
-def compare(reference: Mapping[str, ArrayLike], candidate: Mapping[str, ArrayLike], tolerance: Tolerance) -> Report:
-    """Figures per output name; a missing or extra output, another shape, NaN or infinity fail."""
+def compare(
+    reference: Mapping[str, ArrayLike],
+    candidate: Mapping[str, ArrayLike],
+    tolerance: Tolerance | Mapping[str, Tolerance],
+) -> Report:
+    """Figures per output name; a missing or extra output, another shape, NaN or infinity fail.
+
+    tolerance: of all outputs, or by output; an output that it leaves out fails.
+    """
     names = dict.fromkeys([*reference, *candidate])
-    return Report(tuple(_compare_one(name, reference, candidate, tolerance) for name in names), tolerance)
+    limits = dict.fromkeys(names, tolerance) if isinstance(tolerance, Tolerance) else tolerance
+    found = (
+        _compare_one(name, reference, candidate, limits[name])
+        if name in limits
+        else OutputReport(name, (), False, reason="no tolerance is known for it")
+        for name in names
+    )
+    return Report(tuple(replace(one, tolerance=limits.get(one.name, one.tolerance)) for one in found))
 
 
 def _compare_one(

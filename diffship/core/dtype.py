@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,14 +91,41 @@ def as_bytes(array: NDArray[np.generic]) -> memoryview:
 
 
 def to_float32(array: NDArray[np.generic], dtype: str | None = None) -> NDArray[np.float32]:
-    """Values as float32; `dtype` names the true type where `array` holds raw bits (exact for 16 and 8 bit floats)."""
+    """Values as float32; `dtype` names the true type where `array` holds raw bits (exact for 16 and 8 bit floats).
+
+    Raises:
+        ConfigError: a finite float64 value that would become infinite.
+    """
     name = dtype or array.dtype.name
     raw = array
     if name == "bfloat16":
         return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return _float8_table(name)[raw.view(np.uint8)]
-    return raw.astype(np.float32)
+    with np.errstate(over="ignore"):
+        cast = raw.astype(np.float32)
+    if name == "float64":
+        _refuse_overflow(raw, cast, "float32")
+    return cast
+
+
+def convert(array: NDArray[np.generic], dtype: str, wanted: str) -> NDArray[np.generic]:
+    """Stored values of type `dtype` in the storage of `wanted` (a float type of 16 bits or more), rounded once, to
+    nearest even.
+
+    Raises:
+        ConfigError: another `wanted`, or a finite value that would become infinite.
+    """
+    if dtype != "float64" or wanted == "float64":
+        return from_float32(to_float32(array, dtype), wanted) if dtype != wanted else array
+    if wanted == "bfloat16":
+        return from_float32(_odd_float32(array), wanted)
+    if wanted not in FLOATS:
+        raise ConfigError(f"cannot cast to {wanted}; legal: {', '.join(FLOATS[:4])}")
+    with np.errstate(over="ignore"):
+        cast: NDArray[np.generic] = array.astype(_TYPES[wanted][1])
+    _refuse_overflow(array, cast, wanted)
+    return cast
 
 
 def from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -114,18 +142,31 @@ def from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     else:
         with np.errstate(over="ignore"):
             cast = array.astype(storage)
-    if dtype in ("float16", "bfloat16"):
-        _refuse_overflow(array, dtype)
+    _refuse_overflow(array, to_float32(cast, dtype) if dtype == "bfloat16" else cast, dtype)
     return cast
 
 
-_LARGEST = {"float16": 65520.0, "bfloat16": 3.3961775e38}  # from here on, rounding to nearest gives infinity
+def _refuse_overflow(array: NDArray[Any], cast: NDArray[Any], dtype: str) -> None:
+    """Raises ConfigError where a finite value of `array` became infinite in `cast`."""
+    if np.isfinite(cast).all():
+        return
+    lost = np.isinf(cast) & np.isfinite(array)
+    if lost.any():
+        peak = float(np.abs(array[lost]).max())
+        raise ConfigError(f"the value {peak:.6g} does not fit {dtype}; keep this tensor in a wider type")
 
 
-def _refuse_overflow(array: NDArray[np.float32], dtype: str) -> None:
-    for peak in (float(array.max(initial=0.0)), -float(array.min(initial=0.0))):
-        if _LARGEST[dtype] <= peak < math.inf:
-            raise ConfigError(f"the value {peak:.6g} does not fit {dtype}; keep this tensor in float32")
+def _odd_float32(array: NDArray[Any]) -> NDArray[np.float32]:
+    """float64 as float32, inexact values with the last bit set: rounding that again gives what rounding once would
+    (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
+    near = to_float32(array, "float64")
+    with np.errstate(invalid="ignore"):
+        away = np.abs(near.astype(np.float64)) > np.abs(array)
+        toward = np.where(away, np.nextafter(near, np.float32(0)), near).astype(np.float32)
+        inexact = toward.astype(np.float64) != array
+    bits = np.ascontiguousarray(toward).view(np.uint32) | (inexact & np.isfinite(toward)).astype(np.uint32)
+    odd: NDArray[np.float32] = bits.view(np.float32)
+    return odd
 
 
 def _to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:

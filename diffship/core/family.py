@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, field
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
+@bounded
 class Family:
     """Shapes and conventions of one model kind; sizes in pixels, scaling as in diffusers' VAE config.
 
     `size_step` is vae_factor * 2**(levels - 1) for a U-Net, vae_factor * patch for a transformer.
     `time_ids` is 6 for SDXL, 5 for its refiner; `time_cond_dim` is the width of LCM's guidance embedding.
+    Pictures are `default_size` wide and `default_height` high (None: as high as wide) unless a request says otherwise.
+    `strength_default` is how much of the noise an inpainting model begins with.
     """
 
     name: str
@@ -31,11 +34,18 @@ class Family:
     text_width: int = field(default=768, metadata=bounds(1, 65536))
     pooled_width: int | None = field(default=None, metadata=bounds(1, 65536))
     time_ids: int | None = field(default=None, metadata=bounds(1, 64))
-    time_cond_dim: int | None = field(default=None, metadata=bounds(1, 65536))
+    time_cond_dim: int | None = field(default=None, metadata=bounds(4, 65536))
     unet_channels: int = field(default=4, metadata=bounds(1, 256))
     force_zeros_for_empty_prompt: bool = False
     guidance_default: float = field(default=7.5, metadata=bounds(0.0, 35.0))
     steps_default: int = field(default=25, metadata=bounds(1, 150))
+    default_height: int | None = field(default=None, metadata=bounds(8, 4096))
+    strength_default: float = field(default=1.0, metadata=bounds(*LIMITS.strength))
+
+    @property
+    def default_sides(self) -> tuple[int, int]:
+        """(width, height) in pixels of a picture whose request names no size."""
+        return self.default_size, self.default_height or self.default_size
 
     @property
     def fills_masks(self) -> bool:
@@ -55,7 +65,9 @@ class Family:
         return height // self.vae_factor, width // self.vae_factor
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        """All fields; the last ones, which came later, only where they say something: older readers refuse them."""
+        later = {"default_height": None, "strength_default": 1.0}
+        return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Family:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffship.core.atomic import sync_folder, sync_tree
@@ -22,8 +22,20 @@ _DIGEST = re.compile(r"[0-9a-z][0-9a-z._-]{7,127}\Z")
 
 
 def digest_of(facts: object) -> str:
-    """A digest (64 hex digits) for `Job.once` of what a result depends on; what JSON cannot hold counts as its text."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    """A digest (64 hex digits) for `Job.once` of what a result depends on.
+
+    Raises:
+        TypeError: `facts` holds something else than plain data and paths; the text of an array, say, leaves values out.
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain_fact).encode()).hexdigest()
+
+
+def _plain_fact(value: object) -> object:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} cannot be told apart by its text; give plain data")
 
 
 class Job:

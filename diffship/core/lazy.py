@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "accelerate": ("accelerate", "torch"),
     "peft": ("peft", "torch"),
     "huggingface_hub": ("huggingface_hub", "torch"),
+    "yaml": ("pyyaml", "torch"),
     "onnx": ("onnx", "onnx"),
     "onnxscript": ("onnxscript", "onnx"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),

@@ -59,15 +59,35 @@ def refuse_fixed(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> list[Path]:
     """Remove what dead writers of `path` left beside it, bring back a bundle that one had moved aside; return both."""
-    handled = []
-    for entry in _named(path, ".old-"):
-        if not os.path.lexists(path):
-            os.replace(entry, path)
-            handled.append(entry)
+    handled = [entry for entry in _named(path, ".old-") if _bring_back(entry, path)]
     for entry in [*_named(path, ".partial-"), *_named(path, ".old-")]:
         if _remove_if_dead(entry):
             handled.append(entry)
     return handled
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`folder` locked, also while it is renamed, so that no other writer takes it for a dead one's."""
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _unlock(descriptor)
+
+
+def _bring_back(entry: Path, path: Path) -> bool:
+    if os.path.lexists(path):
+        return False
+    descriptor = _lock(entry)
+    if descriptor is None:
+        return False  # its writer is about to put the new one in its place
+    try:
+        os.replace(entry, path)
+        return True
+    finally:
+        _unlock(descriptor)
 
 
 def _named(path: Path, mark: str) -> list[Path]:

@@ -18,7 +18,6 @@ class Limits:
     """Bounds of requests (per image), of bundles and of weight files; ranges are inclusive."""
 
     prompt_chars: int = 2000
-    prompt_chunks: int = 4
     steps: tuple[int, int] = (1, 150)
     guidance: tuple[float, float] = (0.0, 35.0)
     strength: tuple[float, float] = (0.0, 1.0)

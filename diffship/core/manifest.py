@@ -16,10 +16,10 @@ from diffship.core.errors import BundleError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS
 from diffship.core.spec import TensorSpec
-from diffship.core.strict import bounds, load, plain
+from diffship.core.strict import bounded, bounds, load, plain
 
 MANIFEST_NAME = "diffship.json"
-SCHEMA = 1
+SCHEMA = 2  # 2: golden vectors of several calls, tolerances by output and by block
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+@ -]*[A-Za-z0-9_+@-])?\Z")
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -37,12 +37,42 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class GoldenBlocks:
+    """References inside a part, in a bundle-relative file: `in.NAME` is fed, `graph.NAME` and `out.NAME` are sketches.
+
+    cut: graph tensors whose readers get `in.NAME` instead, so that no block sees what the one before it got wrong.
+    graph: tolerance by point of the graph in float32 arithmetic, against `graph.NAME`.
+    engine: tolerance by point of an engine in the part's precision, against `out.NAME`; empty for fp32.
+    """
+
+    file: str
+    cut: tuple[str, ...]
+    graph: dict[str, Tolerance]
+    engine: dict[str, Tolerance] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+@bounded
 class Golden:
-    """Inputs (`in.NAME`) and fp32 reference outputs (`out.NAME`) of one call at `sizes`, in a bundle-relative file."""
+    """Inputs and fp32 reference outputs of `calls` calls at `sizes`, in a bundle-relative file.
+
+    The file holds `K.in.NAME` and `K.out.NAME` for call K from 0 on; where `outputs` is empty it is of the form of
+    schema 1, one call as `in.NAME` and `out.NAME`. outputs: tolerance by output; tolerance: the loosest of them.
+    method: how they were found.
+    """
 
     file: str
     sizes: dict[str, int] = field(metadata=bounds(1, 65536))
     tolerance: Tolerance
+    calls: int = field(default=1, metadata=bounds(1, 64))
+    outputs: dict[str, Tolerance] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    blocks: GoldenBlocks | None = None
+
+    def __post_init__(self) -> None:
+        blocks = () if self.blocks is None else (*self.blocks.graph.values(), *self.blocks.engine.values())
+        if not all(limit.checks for limit in (self.tolerance, *self.outputs.values(), *blocks)):
+            raise BundleError(f"{self.file}: a tolerance without limits would prove nothing")
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,7 @@ class Part:
 
 
 @dataclass(frozen=True)
+@bounded
 class FileRecord:
     """Size in bytes and sha256 (hex) of one file."""
 
@@ -144,9 +175,14 @@ class Manifest:
         raise BundleError(f"the bundle has no part {name!r}; it has {known}")
 
     def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
+        data: dict[str, Any] = plain(self) | {"family": self.family.to_json()}
         if self.trajectory is None:
             data.pop("trajectory")
+        for part in data["parts"]:
+            golden = part["golden"] or {}
+            for key in ("calls", "outputs", "method", "blocks"):  # not in schema 1
+                if golden.get(key) in (1, {}, None):
+                    golden.pop(key, None)
         return {"schema": data.pop("schema"), **data}
 
     def to_bytes(self) -> bytes:
@@ -181,6 +217,23 @@ def parse_manifest(data: bytes) -> Manifest:
     return load(Manifest, table, MANIFEST_NAME, BundleError)
 
 
+def listed_files(data: bytes) -> frozenset[str]:
+    """The files that a manifest lists. It may be one that this version cannot open: a value out of bounds, a newer
+    schema; it is ours if it has the head of every manifest and the size and hash of each file.
+
+    Raises:
+        BundleError: it is no manifest of diffship, or lists a path outside its folder.
+    """
+    table = _parse_json(data)
+    files = table.get("files") if isinstance(table, dict) else None
+    if not isinstance(files, dict) or not {"schema", "target", "family", "parts"} <= set(table):
+        raise BundleError(f"{MANIFEST_NAME} was not written by diffship")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= set(entry):
+            raise BundleError(f"{MANIFEST_NAME} was not written by diffship: {name[:80]!a} has no size or hash")
+    return frozenset(map(check_path, files))
+
+
 def check_path(name: str) -> str:
     """`name`, if it is a plain relative path that means the same on every system and stays inside the bundle.
 
@@ -205,7 +258,10 @@ def check_path(name: str) -> str:
 
 
 def _part_files(part: Part) -> tuple[str, ...]:
-    return (*part.files, part.golden.file) if part.golden else part.files
+    golden = part.golden
+    if golden is None:
+        return part.files
+    return (*part.files, golden.file) if golden.blocks is None else (*part.files, golden.file, golden.blocks.file)
 
 
 def _refuse_twins(files: Mapping[str, object]) -> None:

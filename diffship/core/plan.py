@@ -14,7 +14,7 @@ from diffship.core.dtype import TensorMeta
 from diffship.core.errors import BundleError, ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.spec import DTYPES
-from diffship.core.strict import bounds, choices, load, plain
+from diffship.core.strict import bounded, bounds, choices, load, plain
 
 SCHEMA = 1
 KINDS = ("min", "opt", "max")
@@ -23,6 +23,7 @@ Shapes = dict[str, list[int]]  # "min", "opt", "max"
 
 
 @dataclass(frozen=True)
+@bounded
 class PlanInput:
     """One range of shapes per optimisation profile."""
 
@@ -35,11 +36,13 @@ class PlanInput:
 
 
 @dataclass(frozen=True)
+@bounded
 class PlanOutput:
     dtype: str = field(metadata=choices(*DTYPES))
 
 
 @dataclass(frozen=True)
+@bounded
 class PlanFacts:
     """`version` is the library's, which an RTX engine needs exactly; `sm` the compute capabilities it was built for.
 

@@ -12,7 +12,7 @@ from diffship.core import registry
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, load, plain, unknown
+from diffship.core.strict import bounded, bounds, load, plain, unknown
 
 SCHEMA = 1
 Step = tuple[str, Any]
@@ -38,6 +38,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+@bounded
 class _File:
     schema: int = field(metadata=bounds(SCHEMA, SCHEMA))
     source: str = ""

@@ -22,6 +22,7 @@ RUNNERS: dict[str, str] = {
 PASSES: dict[str, str] = {
     "distill": "diffship.compression.distill:DistillPass",
     "layout": "diffship.compression.layout:LayoutPass",
+    "lcm": "diffship.compression.lcm:LcmPass",
     "lora": "diffship.compression.lora:LoraPass",
     "significance": "diffship.compression.significance:SignificancePass",
     "prune": "diffship.compression.structural:PrunePass",

@@ -42,6 +42,7 @@ class Header:
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    identity: tuple[int, ...] = ()  # of the file when its header was read: device, inode, size, time of change
 
 
 class _Refused(Exception):
@@ -57,29 +58,37 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             raw = _read_raw_header(file, size)
             entries, metadata = _check(_parse(raw), 8 + len(raw), size)
     except _Refused as reason:
         raise SourceError(f"{path}: not a valid safetensors file: {reason}") from None
     except OSError as fault:
         raise SourceError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    return Header(path, entries, metadata)
+    return Header(path, entries, metadata, _identity(status))
 
 
 def read_tensor(header: Header, name: str) -> NDArray[np.generic]:
     """One tensor, in the storage type of its meta (raw bits for bfloat16 and float8).
 
     Raises:
-        SourceError: no such tensor, or the file is shorter now than when its header was read.
+        SourceError: no such tensor, or the file was changed or replaced since its header was read.
     """
     entry = header.entries.get(name)
     if entry is None:
         raise SourceError(f"{header.path}: there is no tensor {name!r}")
     array = np.empty(entry.meta.shape, entry.meta.storage)
-    with _open_regular(header.path) as file:
-        file.seek(entry.offset)
-        _fill(file, array, header.path)
+    try:
+        with _open_regular(header.path) as file:
+            if _changed(file, header):
+                raise SourceError(f"{header.path}: was changed since it was opened; start again")
+            file.seek(entry.offset)
+            _fill(file, array, header.path)
+            if _changed(file, header):
+                raise SourceError(f"{header.path}: was changed while it was read; start again")
+    except OSError as fault:
+        raise SourceError(f"{header.path}: cannot be read: {fault.strerror or fault}") from None
     return array
 
 
@@ -107,6 +116,16 @@ def write_safetensors(
             file.write(as_bytes(array))
             if on_tensor is not None:
                 on_tensor(name)
+
+
+def _changed(file: IO[bytes], header: Header) -> bool:
+    """Whether size or time of change are others than when the header was read. Inodes have no say here: some network
+    file systems give a file another one each time it is opened."""
+    return _identity(os.fstat(file.fileno()))[2:] != header.identity[2:]
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open_regular(path: Path) -> IO[bytes]:

@@ -2,10 +2,12 @@
 
 An axis is an int, a name (`batch_size`) or a name with one integer factor, spelt with single spaces
 (`latent_height * 8`, `sample_width / 8`): the form that optimum's runtime evaluates, so graphs can carry it as it is.
+Inside a transformer, where a picture is a row of tokens, an axis is a product of names (`height * width / 4`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ Axis = int | str
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and manifests spell them
 CAST_WITHIN = ("timestep", "time_ids")  # inputs in float32 at any precision: eleven bits are too few for them
-_AXIS = re.compile(r"([a-z][a-z0-9_]*)(?: ([*/]) ([1-9][0-9]{0,3}))?\Z")
+_NAME = r"[a-z][a-z0-9_]*"
+_AXIS = re.compile(rf"({_NAME}(?: \* {_NAME})*)(?: ([*/]) ([1-9][0-9]{{0,3}}))?\Z")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class TensorSpec:
     def bind(self, shape: Iterable[int], known: Mapping[str, int] | None = None) -> dict[str, int]:
         """Sizes of the named axes that make this spec equal `shape`.
 
+        Where no other axis tells the factors of a product apart, the product itself is a key (`height * width`).
+
         Raises:
             RunnerError: rank, a fixed axis, or an axis that `known` already holds does not fit.
         """
@@ -47,13 +52,10 @@ class TensorSpec:
         if len(actual) != len(self.shape):
             raise RunnerError(f"tensor {self.name}: got shape {actual}, expected {self.text()}")
         for axis, size in zip(self.shape, actual, strict=True):
-            if isinstance(axis, int):
-                fits = axis == size
-            else:
-                name, value = _solve(axis, size)
-                fits = value is not None and sizes.setdefault(name, value) == value
-            if not fits:
+            if not (axis == size if isinstance(axis, int) else _fits(axis, size, sizes)):
                 raise RunnerError(f"tensor {self.name}: got shape {actual}, expected {self.text(sizes)}")
+        if not all(_product(key, sizes) in (None, size) for key, size in sizes.items()):
+            raise RunnerError(f"tensor {self.name}: got shape {actual}, expected {self.text(sizes)}")
         return sizes
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -66,7 +68,7 @@ class TensorSpec:
 
     def axes(self) -> tuple[str, ...]:
         """Names of the free axes, in order of appearance."""
-        names = [_parse(axis)[0] for axis in self.shape if isinstance(axis, str)]
+        names = [name for axis in self.shape if isinstance(axis, str) for name in _parse(axis)[0].split(" * ")]
         return tuple(dict.fromkeys(names))
 
     def text(self, sizes: Mapping[str, int] | None = None) -> str:
@@ -74,7 +76,7 @@ class TensorSpec:
         known = sizes or {}
         parts = []
         for axis in self.shape:
-            if isinstance(axis, str) and _parse(axis)[0] in known:
+            if isinstance(axis, str) and _known(_parse(axis)[0], known):
                 parts.append(f"{axis}={_evaluate(self.name, axis, known)}")
             else:
                 parts.append(str(axis))
@@ -97,27 +99,48 @@ class TensorSpec:
 
 
 def _parse(axis: str) -> tuple[str, str, int]:
+    """`height * width / 4` as ("height * width", "/", 4)."""
     match = _AXIS.match(axis)
     if match is None:
-        raise ConfigError(f"axis {axis!r} is not a name or 'name * N' or 'name / N'")
+        raise ConfigError(f"axis {axis!r} is not a name, a product of names, 'name * N' or 'name / N'")
     return match[1], match[2] or "*", int(match[3] or 1)
 
 
-def _solve(axis: str, size: int) -> tuple[str, int | None]:
-    name, operator, factor = _parse(axis)
-    if operator == "/":
-        return name, size * factor
-    return name, size // factor if size % factor == 0 else None
+def _fits(axis: str, size: int, sizes: dict[str, int]) -> bool:
+    """Whether `axis` can be `size` beside the known `sizes`; what follows from it is added to them."""
+    product, operator, factor = _parse(axis)
+    if operator == "*" and size % factor:
+        return False
+    value = size * factor if operator == "/" else size // factor
+    names = product.split(" * ")
+    unknown = [name for name in names if name not in sizes]
+    known = math.prod(sizes[name] for name in names if name in sizes)
+    if len(unknown) == 1 and known > 0 and value % known == 0:
+        sizes[unknown[0]] = value // known
+        return True
+    return known == value if not unknown else len(unknown) > 1 and sizes.setdefault(product, value) == value
+
+
+def _known(product: str, sizes: Mapping[str, int]) -> bool:
+    return product in sizes or all(name in sizes for name in product.split(" * "))
+
+
+def _product(product: str, sizes: Mapping[str, int]) -> int | None:
+    """The product of named sizes; None where one is not known."""
+    names = product.split(" * ")
+    return math.prod(sizes[name] for name in names) if all(name in sizes for name in names) else None
 
 
 def _evaluate(tensor: str, axis: Axis, sizes: Mapping[str, int]) -> int:
     if isinstance(axis, int):
         return axis
-    name, operator, factor = _parse(axis)
-    if name not in sizes:
-        raise ConfigError(f"tensor {tensor}: axis {name} has no size; known: {', '.join(sizes) or 'none'}")
+    product, operator, factor = _parse(axis)
+    value = _product(product, sizes)
+    value = sizes.get(product) if value is None else value
+    if value is None:
+        raise ConfigError(f"tensor {tensor}: axis {product} has no size; known: {', '.join(sizes) or 'none'}")
     if operator == "*":
-        return sizes[name] * factor
-    if sizes[name] % factor:
-        raise ConfigError(f"tensor {tensor}: {name} = {sizes[name]} is not a multiple of {factor}")
-    return sizes[name] // factor
+        return value * factor
+    if value % factor:
+        raise ConfigError(f"tensor {tensor}: {product} = {value} is not a multiple of {factor}")
+    return value // factor

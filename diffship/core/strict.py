@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from diffship.core.errors import ConfigError, DiffshipError
 
 T = TypeVar("T")
+_RULES = {"low", "high", "choices"}  # keys of a field's metadata that bound its value
 
 
 def bounds(low: float, high: float) -> dict[str, Any]:
@@ -48,6 +49,39 @@ def plain_value(text: str) -> Any:
 def choices(*legal: str) -> dict[str, Any]:
     """Metadata for a dataclass field: the value (or each item) is one of `legal`."""
     return {"choices": legal}
+
+
+def bounded(cls: type[T]) -> type[T]:
+    """Make the bounds and choices of a dataclass's fields hold in its constructor too; goes below `@dataclass`.
+
+    A subclass inherits the check, and it then covers the fields of the subclass.
+
+    Raises:
+        ConfigError: (the constructor) a value of another type or out of its field's bounds.
+    """
+    inner: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
+
+    def check(self: Any) -> None:
+        for field in dataclasses.fields(self):
+            if field.metadata.keys() & _RULES:
+                legal_value(type(self), field.name, getattr(self, field.name))
+        if inner is not None:
+            inner(self)
+
+    setattr(cls, "__post_init__", check)  # noqa: B010  mypy knows no such attribute of a type
+    return cls
+
+
+def legal_value(
+    cls: type[Any], name: str, value: object, where: str = "", error: type[DiffshipError] = ConfigError
+) -> Any:
+    """`value` as the field `name` of the dataclass `cls` takes it; `where` names it in messages.
+
+    Raises:
+        error: a value of another type, or out of the field's bounds.
+    """
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return _value(_hints(typing.cast(Any, cls))[name], value, where or f"{cls.__name__}.{name}", field.metadata, error)
 
 
 def load(cls: type[T], data: object, where: str, error: type[DiffshipError] = ConfigError) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -11,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, meta_of, stored, to_float32
+from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, meta_of, stored, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.safetensors_file import Header, read_header, read_tensor
 from diffship.core.seeded import SeededWeights
@@ -25,6 +26,7 @@ __all__ = [
     "TensorMeta",
     "Weights",
     "cast",
+    "identity_of",
     "renamed",
     "source_digest",
     "subset",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 Array = NDArray[np.generic]
 T = TypeVar("T")
+_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
 
 class Weights(Protocol):
@@ -93,6 +96,15 @@ class SafetensorsWeights:
         header, stored_name = _find(self._where, name)
         return read_tensor(header, stored_name)
 
+    def identity(self) -> str | None:
+        """A digest of which tensors of which files these are; None where a file is so new that its time of change would
+        not show another change."""
+        files = {header.path: header.identity for header, _ in self._where.values()}
+        if any(time.time_ns() - identity[-1] < _SETTLED_NS for identity in files.values()):
+            return None
+        facts = sorted((name, stored_name, *header.identity) for name, (header, stored_name) in self._where.items())
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def _add(self, name: str, stored_name: str, header: Header, rename: Mapping[str, str]) -> None:
         name = rename.get(name, name)
         if stored_name not in header.entries:
@@ -103,7 +115,7 @@ class SafetensorsWeights:
 
 
 class MemoryWeights:
-    """Tensors that are arrays already; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
+    """Tensors that are arrays already, read-only; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
 
     def __init__(self, arrays: Mapping[str, Array], dtypes: Mapping[str, str] | None = None) -> None:
         self._metas: dict[str, TensorMeta] = {}
@@ -112,7 +124,8 @@ class MemoryWeights:
             dtype = (dtypes or {}).get(name)
             meta = TensorMeta(dtype, tuple(array.shape)) if dtype else meta_of(array)
             self._metas[name] = meta
-            self._arrays[name] = stored(array, meta)
+            self._arrays[name] = stored(array, meta).view()
+            self._arrays[name].flags.writeable = False
 
     @property
     def nbytes(self) -> int:
@@ -153,6 +166,11 @@ class _Renamed(Derived):
         super().__init__(weights)
         self._old = dict(old_names)
 
+    def identity(self) -> str | None:
+        inner = identity_of(self._weights)
+        facts = [inner, sorted(self._old.items())]
+        return inner and hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._old)
 
@@ -177,7 +195,7 @@ class _Cast(Derived):
         if meta.dtype not in FLOATS or meta.dtype == self._dtype:
             return array
         try:
-            return from_float32(to_float32(array, meta.dtype), self._dtype)
+            return convert(array, meta.dtype, self._dtype)
         except ConfigError as fault:
             raise ConfigError(f"tensor {name}: {fault}") from None
 
@@ -199,6 +217,14 @@ class _Taken(Derived):
         for axis, index in self._kept.get(name, {}).items():
             array = np.take(array, index, axis)
         return array
+
+
+def identity_of(weights: Weights) -> str | None:
+    """A digest that changes if a file behind `weights` changes, found without reading a tensor; None where there is no
+    such: weights that are computed, or files of the last seconds."""
+    identity = getattr(weights, "identity", None)
+    found: str | None = identity() if identity is not None else None
+    return found
 
 
 def taken(weights: Weights, kept: Mapping[str, Mapping[int, NDArray[np.intp]]]) -> Weights:

@@ -1,53 +1,59 @@
-"""Golden vectors: inputs and fp32 torch outputs of one call, so that any engine can prove a part again."""
+"""Golden vectors: inputs and fp32 torch outputs of a few calls, so that any engine can prove a part again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.compare import Tolerance
 from diffship.core.dtype import meta_of
-from diffship.core.errors import SourceError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.manifest import Golden
 from diffship.core.safetensors_file import write_safetensors
+from diffship.core.spec import CAST_WITHIN, PRECISIONS
+from diffship.exporters.tolerances import exact, loosest, measured, method
 from diffship.models.component import Component
 
 SEED = 20
-# two samples at different timesteps: one value for the whole batch would not show a graph that ignores the second
-BATCH = 2
-TOLERANCES = {
-    "fp32": Tolerance(atol=1e-4, rtol=1e-3, psnr_db=60.0),
-    "fp16": Tolerance(psnr_db=35.0),
-    "bf16": Tolerance(psnr_db=30.0),
-}
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def write_golden(component: Component, sizes: Mapping[str, int], out: Path, precision: str, max_bytes: int) -> Golden:
-    """`golden/<part>.safetensors` below `out` at `sizes` (by axis), with at most `max_bytes` of weights loaded.
+def write_golden(
+    component: Component, calls: Sequence[Arrays], sizes: Mapping[str, int], out: Path, precision: str, max_bytes: int
+) -> Golden:
+    """`golden/<part>.safetensors` below `out`: feeds and fp32 outputs of each of `calls`.
 
-    Feeds are rounded to the type of the graph's inputs, so that both sides see the same ones.
+    sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of
+    the graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs
+    there in torch, with a margin (`exporters.tolerances`).
 
     Raises:
         SourceError: torch itself gives NaN or infinity.
+        UnsupportedError: it does so in `precision` only.
     """
-    feeds = {
-        name: array if name == "timestep" else _rounded(array, precision)
-        for name, array in component.example(SEED, sizes).items()
-    }
-    outputs = reference(component, feeds, max_bytes)
+    calls = [rounded_feeds(feeds, precision) for feeds in calls]
+    joined = {name: np.concatenate([feeds[name] for feeds in calls]) for name in calls[0]}
+    outputs = reference(component, joined, max_bytes)
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise SourceError(f"{component.name}: torch itself gives NaN or infinity in {name}; the source is damaged")
-    tensors = {f"in.{name}": array for name, array in feeds.items()}
-    tensors |= {f"out.{name}": array for name, array in outputs.items()}
+    formatted = outputs if precision == "fp32" else simulated(component, joined, max_bytes, precision)
+    parts = {name: np.split(array, len(calls)) for name, array in outputs.items()}
+    tensors = {f"{k}.in.{name}": array for k, feeds in enumerate(calls) for name, array in feeds.items()}
+    tensors |= {f"{k}.out.{name}": pieces[k] for name, pieces in parts.items() for k in range(len(calls))}
     file = f"golden/{component.name}.safetensors"
     (out / "golden").mkdir(exist_ok=True)
     write_safetensors(out / file, {name: meta_of(array) for name, array in tensors.items()}, tensors.__getitem__)
-    return Golden(file, dict(sizes), TOLERANCES[precision])
+    limits = {
+        name: loosest(
+            exact(a) if precision == "fp32" else measured(a, b)
+            for a, b in zip(parts[name], np.split(formatted[name], len(calls)), strict=True)
+        )
+        for name in outputs
+    }
+    return Golden(file, dict(sizes), loosest(limits.values()), len(calls), limits, dict(method(precision)))
 
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
@@ -60,12 +66,33 @@ def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     return stages_forward(component, feeds, max_bytes)
 
 
+def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: str) -> Arrays:
+    """What the part gives in `precision`, simulated in torch (`exporters.formats`), in float32 arrays.
+
+    Raises:
+        UnsupportedError: values overflow the format.
+    """
+    from diffship.exporters.formats import simulated_forward
+
+    outputs = simulated_forward(component, feeds, max_bytes, precision)
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            raise UnsupportedError(
+                f"{component.name} overflows {PRECISIONS[precision]} in {name}: export it with --precision fp32"
+            )
+    return outputs
+
+
+def rounded_feeds(feeds: Arrays, precision: str) -> Arrays:
+    """Float feeds with the values that inputs of `precision` can hold, in float32; times and sizes stay exact."""
+    if precision != "fp16":
+        return dict(feeds)
+    return {
+        name: array if name in CAST_WITHIN or array.dtype.kind != "f" else array.astype("f2").astype(array.dtype)
+        for name, array in feeds.items()
+    }
+
+
 def _run(component: Component, feeds: Arrays) -> Arrays:
     with component.load() as runner:
         return {name: np.asarray(array) for name, array in runner.run(feeds).items()}
-
-
-def _rounded(array: NDArray[np.generic], precision: str) -> NDArray[np.generic]:
-    if precision != "fp16" or array.dtype.kind != "f":
-        return array
-    return array.astype(np.float16).astype(array.dtype)

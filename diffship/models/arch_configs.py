@@ -238,16 +238,20 @@ LCM_SCHEDULER: Config = {
 
 
 def lcm_scheduler(own: Mapping[str, Any]) -> Config:
-    """The LCM scheduler with the betas and prediction type of `own`."""
-    return {**LCM_SCHEDULER, **{key: own[key] for key in _BETA_KEYS if key in own}}
+    """The LCM scheduler with the betas and prediction type of `own`.
+
+    `steps_offset` stays, too, which LCM has no use for: diffusers' StableDiffusionPipeline warns if it is not 1.
+    """
+    return {**LCM_SCHEDULER, **{key: own[key] for key in _KEPT_KEYS if key in own}}
 
 
-_BETA_KEYS = (
+_KEPT_KEYS = (
     "beta_start",
     "beta_end",
     "beta_schedule",
     "num_train_timesteps",
     "prediction_type",
     "rescale_betas_zero_snr",
+    "steps_offset",
     "trained_betas",
 )

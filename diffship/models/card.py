@@ -48,6 +48,8 @@ def provenance(source: Mapping[str, Any], licence: Mapping[str, Any]) -> list[st
     base = source.get("base") or {}
     parts = f", with parts of `{base['id']}`" if base.get("id") else ""
     lines = [f"Made by diffship from `{name}`{revision}{parts}.", ""]
+    for text in source.get("notes", ()):
+        lines += [f"{text[0].upper()}{text[1:]}.", ""]
     if licence.get("restrictions"):
         lines += [f"Use restrictions carried from the source: {licence['restrictions']}", ""]
     return lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.errors import DiffshipError, SourceError
+from diffship.core.errors import DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, source_digest
@@ -122,12 +122,18 @@ def weight_metas(module: nn.Module, dtype: str = "float32") -> dict[str, TensorM
 
 
 def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, label: str) -> None:
-    """Replace every meta tensor of `module` by its weight, one at a time, so that nothing is held twice."""
+    """Replace every meta tensor of `module` by its weight, one at a time, so that nothing is held twice.
+
+    Raises:
+        SourceError: a tensor is missing, has another shape, or is none of the module's.
+        UnsupportedError: the module has a buffer that no weight file holds.
+    """
     known = set(weights.names())
     expected = module.state_dict()
     missing = [name for name in expected if name.removeprefix(INNER) not in known]
     if missing:
         raise SourceError(f"{label}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}")
+    _refuse_computed(module, expected, label)
     for name, empty in expected.items():
         tensor = read_tensor(weights, name.removeprefix(INNER))
         if tensor.shape != empty.shape:
@@ -135,6 +141,20 @@ def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, l
                 f"{label}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}"
             )
         _assign(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+
+
+def unexpected(module: nn.Module, weights: Weights) -> list[str]:
+    """Tensors of `weights` that `module` does not take."""
+    return sorted(set(weights.names()) - {name.removeprefix(INNER) for name in module.state_dict()})
+
+
+def _refuse_computed(module: nn.Module, expected: Mapping[str, Any], label: str) -> None:
+    """Raises UnsupportedError for a buffer without a name in the state: built on the meta device, it has no values."""
+    for name, buffer in module.named_buffers():
+        if name not in expected and buffer.is_meta:
+            raise UnsupportedError(
+                f"{label}: the buffer {name} is computed when the part is made, which is not built yet"
+            )
 
 
 def read_tensor(weights: Weights, name: str) -> torch.Tensor:

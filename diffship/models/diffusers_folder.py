@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     entry = index.get("scheduler")
     named = entry[1] if isinstance(entry, list) else None
-    return {**read_config(file), **({"_class_name": named} if named else {})}
+    return {**read_config(file, infinite=True), **({"_class_name": named} if named else {})}
 
 
 def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
@@ -105,17 +106,35 @@ def find_weights(folder: Path) -> Weights:
     raise SourceError(f"{folder}: has no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; it has {names}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, infinite: bool = False) -> dict[str, Any]:
     """A JSON table; a config that names code to import is refused.
 
+    `infinite` allows infinite numbers: diffusers writes `-Infinity` into scheduler configs.
+
     Raises:
-        SourceError: missing, too large, not a table, or it has `auto_map` or `custom_pipeline`.
+        SourceError: missing, too large, not a table, a number that no JSON can hold, or it has `auto_map` or
+            `custom_pipeline`.
     """
     data = read_json(path, LIMITS.manifest_bytes, SourceError)
+    for key, value in _numbers(data):
+        if math.isnan(value) or (math.isinf(value) and not infinite):
+            raise SourceError(f"{path}: {key[:80]} is {value}, which no model means and no JSON can hold")
     for key in ("auto_map", "custom_pipeline", "trust_remote_code"):
         if data.get(key):
             raise SourceError(f"{path}: asks for code that comes with the model ({key}); such code is never run")
     return data
+
+
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in `value` with the key that it stands under."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _numbers(entry, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _numbers(entry, key)
 
 
 def check_index(index: Mapping[str, Any], path: Path) -> None:

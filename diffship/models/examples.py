@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.spec import TensorSpec
+from diffship.models.clip_names import LEGACY_END, end_id
 
 _TIMESTEPS = (999.0, 500.0, 250.0, 1.0)
 
@@ -35,9 +36,8 @@ def _token_ids(shape: tuple[int, ...], rng: np.random.Generator, config: Mapping
     ids = rng.integers(0, size - 2, shape, np.int64)
     ids[:, 0] = size - 2
     ends = rng.integers(1, shape[1], shape[0]) if shape[1] > 1 else np.zeros(shape[0], np.int64)
-    legacy = int(config.get("eos_token_id") or 2) == 2
-    end_id = size - 1 if legacy else int(config["eos_token_id"])
-    ids[np.arange(shape[1])[None, :] >= ends[:, None]] = end_id
+    end = end_id(config)
+    ids[np.arange(shape[1])[None, :] >= ends[:, None]] = size - 1 if end == LEGACY_END or end >= size else end
     return ids
 
 

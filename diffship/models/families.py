@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffship.core.errors import SourceError, UnsupportedError
-from diffship.core.family import Family
+from diffship.core.family import PREDICTIONS, Family
 from diffship.models.autoencoder import KL, vae_factor
 from diffship.models.component import reading
-from diffship.models.unet import check_config, text_time_widths
+from diffship.models.facts import check_facts
+from diffship.models.stock import CLASSES, default_steps, stock_class
+from diffship.models.unet import check_config, text_time_widths, text_width
 
 Config = Mapping[str, Any]
 OWN = "_diffship"
-_DEFAULTS = {"sd": (7.5, 25), "sdxl": (5.0, 30), "sdxl-refiner": (5.0, 30), "lcm": (8.0, 4)}
 
 
 def family_of(
@@ -23,42 +24,55 @@ def family_of(
 
     Raises:
         SourceError: the parts do not fit each other (latent channels, text width), or a config lacks what it must say.
-        UnsupportedError: latents are scaled channel by channel, or the U-Net takes more than latents and a mask.
+        UnsupportedError: latents are scaled channel by channel, the U-Net takes more than latents and a mask, or the
+            model_index names a class that is not drawn here.
     """
     with reading("unet", "UNet2DConditionModel"):
         check_config(unet)
     with reading("U-Net, VAE and text encoders", "pipeline"):
+        check_facts(unet, vae, scheduler, own_facts(index), vae_factor(vae_class, vae))
         return _family(unet, vae_class, vae, scheduler, index, text)
 
 
 def _family(
     unet: Config, vae_class: str, vae: Config, scheduler: Config, index: Config, text: Mapping[str, Config]
 ) -> Family:
-    name = _name(unet, text)
+    name, stock = _name(unet), stock_class(index, unet)
     lcm = unet.get("time_cond_proj_dim")
-    guidance, steps = _defaults(index, "lcm" if lcm else name)
+    guidance, steps = _defaults(index, stock, unet)
     pooled, ids = text_time_widths(unet) if unet.get("addition_embed_type") == "text_time" else (None, None)
     factor = vae_factor(vae_class, vae)
     step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
     _check_fit(unet, vae, text, pooled)
+    width, height = _default_sides(unet, factor, step)
     return Family(
         name=name,
         latent_channels=int(vae.get("latent_channels", 4)),
         vae_factor=factor,
         size_step=step,
-        default_size=_default_size(unet, factor, step),
+        default_size=width,
+        default_height=None if height == width else height,
         scaling_factor=float(vae.get("scaling_factor") or (0.18215 if vae_class == KL else 1.0)),
-        shift_factor=float(vae.get("shift_factor") or 0.0),
-        prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        text_width=_text_width(unet),
+        prediction_type=_prediction(scheduler),
+        text_width=text_width(unet),
         pooled_width=pooled,
         time_ids=ids,
         time_cond_dim=int(lcm) if lcm else None,
         unet_channels=int(unet.get("in_channels", 4)),
-        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", name == "sdxl")),
+        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", name != "sd")),
         guidance_default=guidance,
         steps_default=steps,
+        strength_default=CLASSES[stock].strength,
     )
+
+
+def _prediction(scheduler: Config) -> str:
+    found = scheduler.get("prediction_type", PREDICTIONS[0])
+    if found not in PREDICTIONS:
+        raise UnsupportedError(
+            f"scheduler/scheduler_config.json: prediction_type is {str(found)[:80]!r}; legal: {', '.join(PREDICTIONS)}"
+        )
+    return str(found)
 
 
 def own_facts(index: Config) -> Config:
@@ -67,44 +81,50 @@ def own_facts(index: Config) -> Config:
     return own if isinstance(own, dict) else {}
 
 
-def _defaults(index: Config, kind: str) -> tuple[float, int]:
+def _defaults(index: Config, stock: str, unet: Config) -> tuple[float, int]:
     own = own_facts(index)
-    guidance, steps = _DEFAULTS[kind]
+    guidance, steps = CLASSES[stock].guidance, default_steps(stock, unet)
     return float(own.get("guidance_default", guidance)), int(own.get("steps_default", steps))
 
 
-def _name(unet: Config, text: Mapping[str, Config]) -> str:
+def _name(unet: Config) -> str:
     if unet.get("addition_embed_type") != "text_time":
         return "sd"
     return "sdxl" if text_time_widths(unet)[1] == 6 else "sdxl-refiner"
 
 
-def _default_size(unet: Config, factor: int, step: int) -> int:
+def _default_sides(unet: Config, factor: int, step: int) -> tuple[int, int]:
+    """(width, height) in pixels that `sample_size` says, latents as [height, width] or one number for both."""
     size = unet.get("sample_size") or 64
-    side = int(size if isinstance(size, int) else min(size)) * factor
-    return max(side // step, 1) * step
-
-
-def _text_width(unet: Config) -> int:
-    width = unet.get("cross_attention_dim", 1280)
-    return int(width if isinstance(width, int) else width[0])
+    height, width = (size, size) if isinstance(size, int) else size
+    for side in (height, width):
+        if side * factor % step:
+            raise UnsupportedError(
+                f"unet/config.json: sample_size {size} makes pictures of {width * factor}x{height * factor} pixels; "
+                f"this U-Net draws multiples of {step}: write {max(side * factor // step, 1) * step // factor} there"
+            )
+    return int(width) * factor, int(height) * factor
 
 
 def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: int | None) -> None:
     given = sum(int(config.get("hidden_size", 512)) for config in text.values())
-    if given != _text_width(unet):
+    if given != text_width(unet):
         raise SourceError(
-            f"the U-Net takes text {_text_width(unet)} wide, the text encoders give {given}: not one family"
+            f"the U-Net takes text {text_width(unet)} wide, the text encoders give {given}: not one family"
         )
     second = text.get("text_encoder_2")
     if pooled and second and int(second.get("projection_dim", 512)) != pooled:
         raise SourceError(
             f"the U-Net takes pooled text {pooled} wide, text_encoder_2 gives {second.get('projection_dim')}"
         )
-    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise UnsupportedError(
-            "the VAE scales its latents channel by channel (latents_mean, latents_std); not built yet"
-        )
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.get(key):
+            raise UnsupportedError(
+                f"vae/config.json: {key} is {str(vae[key])[:60]}; only VAEs whose latents are scaled by one number "
+                "(scaling_factor) are drawn with"
+            )
+    if text.get("text_encoder", {}).get("use_attention_mask") and pooled is None:
+        raise UnsupportedError("text_encoder/config.json: use_attention_mask is on, and padding is not masked here")
     latents, channels = int(vae.get("latent_channels", 4)), int(unet.get("in_channels", 4))
     if channels not in (latents, 2 * latents + 1):
         raise UnsupportedError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffship.core.lazy import lazy
+
+yaml = lazy("yaml")  # comes with huggingface_hub
+
 _TEXTS = ("license", "licence", "notice", "copying")
 _MAX_BYTES, _MAX_FILES = 256 << 10, 8
+_AND = " AND "
 # families of use-based restrictions; their text must go with every derivative (Attachment A, paragraph 4a and 5)
 _PASS_ON = "its use-based restrictions bind every user and must be passed on"
 _RESTRICTED = {
@@ -16,40 +22,50 @@ _RESTRICTED = {
     "openrail": f"Open RAIL: {_PASS_ON}",
     "bigscience-openrail-m": f"BigScience Open RAIL-M, Attachment A: {_PASS_ON}",
     "stabilityai-ai-community": "Stability AI Community License: commercial use is limited by revenue",
+    "faipl-1.0-sd": f"Fair AI Public License 1.0-SD: {_PASS_ON}",
+    "playground-v2dot5-community": "Playground v2.5 Community License: commercial use is limited by monthly users",
     "sai-nc-community": "Stability AI Non-Commercial Community License: no commercial use",
 }
 
 
 def licence_of(folder: Path) -> dict[str, Any]:
     """id, name, link, restrictions and notices ({file, text}) from README.md's front matter and licence files."""
-    fields = front_matter(_text(folder / "README.md"))
-    identity = fields.get("license", "")
-    name = fields.get("license_name", "")
-    restrictions = _RESTRICTED.get(identity.lower()) or _RESTRICTED.get(name.lower(), "")
-    if not restrictions and "-nc" in f"{identity}-{name}".lower():
-        restrictions = "non-commercial use only"
+    fields = front_matter(_card(folder))
+    identity, name = fields.get("license", ""), fields.get("license_name", "")
+    found = [_restriction(one) for one in (*identity.split(_AND), name)]
     return {
         "id": identity,
         "name": name,
         "link": fields.get("license_link", ""),
-        "restrictions": restrictions,
+        "restrictions": "; ".join(dict.fromkeys(text for text in found if text)),
         "notices": _notices(folder),
     }
 
 
 def front_matter(text: str) -> dict[str, str]:
-    """The plain `key: value` lines between the two `---` lines that a model card starts with."""
+    """The YAML header of a model card: its texts, and its lists of texts as `a AND b`; empty where there is none, or
+    it is no YAML."""
     lines = text.lstrip("\ufeff").splitlines()
-    if not lines or lines[0].strip() != "---":
+    ends = [number for number, line in enumerate(lines) if line.strip() == "---"][:2]
+    if len(ends) < 2 or ends[0] != 0:
         return {}
-    fields: dict[str, str] = {}
-    for line in lines[1:200]:
-        if line.strip() == "---":
-            return fields
-        key, separator, value = line.partition(":")
-        if separator and key == key.strip():
-            fields[key] = value.strip().strip("\"'")
-    return {}
+    try:
+        table = yaml.safe_load("\n".join(lines[1 : ends[1]]))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    fields = table.items() if isinstance(table, dict) else ()
+    return {str(key): joined for key, value in fields if (joined := _joined(value))}
+
+
+def _joined(value: object) -> str:
+    texts = value if isinstance(value, list) else [value]
+    return _AND.join(text.strip() for text in texts if isinstance(text, str))
+
+
+def _restriction(name: str) -> str:
+    told = _RESTRICTED.get(name.lower(), "")
+    words = re.split(r"[^a-z]+", name.lower())
+    return told or ("non-commercial use only" if "nc" in words or "noncommercial" in "".join(words) else "")
 
 
 def joined(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,8 +82,8 @@ def joined(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
             notice = {**notice, "file": f"BASE-{notice['file']}"}
         notices.append(notice)
     return {
-        "id": both("id", " AND "),
-        "name": both("name", " AND "),
+        "id": both("id", _AND),
+        "name": both("name", _AND),
         "link": both("link", " "),
         "restrictions": both("restrictions", "; "),
         "notices": notices,
@@ -78,6 +94,15 @@ def _notices(folder: Path) -> list[dict[str, str]]:
     files = [file for file in sorted(folder.iterdir()) if file.name.lower().startswith(_TEXTS)]
     found = [{"file": file.name, "text": _text(file)} for file in files[:_MAX_FILES]]
     return [notice for notice in found if notice["text"]]
+
+
+def _card(folder: Path) -> str:
+    """The beginning of README.md, under whatever letters it is written; a header is there or nowhere."""
+    cards = sorted(path for path in folder.iterdir() if path.name.lower() == "readme.md" and path.is_file())
+    if not cards:
+        return ""
+    with open(cards[0], "rb") as file:
+        return file.read(_MAX_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 def _text(path: Path) -> str:

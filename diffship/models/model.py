@@ -11,6 +11,7 @@ from typing import Any
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.runner import Runner
+from diffship.models.digests import remembered_digest
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
 
@@ -23,6 +24,7 @@ class PipelineModel:
         self.device = device
         self.dtype = dtype
         self.name: str = str(pipeline.source.get("id", "pipeline"))
+        self.notes: tuple[str, ...] = tuple(pipeline.source.get("notes", ()))  # what of the source is left out
         self.family: Family = pipeline.family
         self.scheduler: Mapping[str, Any] = dict(pipeline.scheduler)
         self.parts: frozenset[str] = frozenset(pipeline.components)
@@ -34,12 +36,12 @@ class PipelineModel:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """By part: sha256 over its source tensors (core.weights.source_digest); reads every one of them."""
-        return {name: self.pipeline.components[name].digest for name in sorted(self.parts)}
+        """By part: sha256 over its source tensors (core.weights.source_digest); the first time it reads all of them."""
+        return {name: remembered_digest(self.pipeline.components[name].weights) for name in sorted(self.parts)}
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the parts' source digests, equal to that of a bundle of the same weights; reads all of them."""
+        """sha256 over the parts' source digests, equal to that of a bundle of the same weights."""
         lines = (f"{name} {digest}\n" for name, digest in self.digests.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -17,12 +17,14 @@ from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
 from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.weights import Weights, cast
+from diffship.models import stock
 from diffship.models.autoencoder import autoencoder
 from diffship.models.component import Component, reading
+from diffship.models.defaults import completed
 from diffship.models.families import OWN, family_of, own_facts
 from diffship.models.folder import write_folder
 from diffship.models.text import text_encoder
-from diffship.models.unet import unet
+from diffship.models.unet import check_config, unet
 
 if TYPE_CHECKING:
     from diffship.models.model import PipelineModel
@@ -139,15 +141,15 @@ def assemble(material: Material) -> Pipeline:
         SourceError: parts are missing or do not fit each other.
         UnsupportedError: a part is of a class that is not known here.
     """
-    modules = material.modules
     missing = missing_parts(material)
     if missing:
         raise SourceError(
             f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: --base SOURCE "
             "(a folder, a hub id, emoji or arch:NAME)"
         )
-    text = {name: modules[name] for name in TEXT_PARTS if name in modules}
-    vae, scheduler = modules["vae"], _finite(material.scheduler or {})
+    kind, material = _as_stock(material)
+    modules, scheduler = material.modules, dict(material.scheduler or {})
+    text, vae = {name: modules[name] for name in TEXT_PARTS if name in modules}, modules["vae"]
     family = family_of(
         modules["unet"].config,
         vae.class_name,
@@ -172,10 +174,29 @@ def assemble(material: Material) -> Pipeline:
         scheduler=scheduler,
         tokenizers=material.tokenizers,
         model_index=complete_index(material, family),
-        source=dict(material.source),
+        source=_told(material, kind),
         licence=dict(material.licence),
         history=_history(material.index),
     )
+
+
+def _as_stock(material: Material) -> tuple[str, Material]:
+    """The stock class, and the material as it makes it: absent keys have their defaults, old configs are repaired."""
+    given = material.modules
+    modules = {name: replace(one, config=completed(one.class_name, one.config)) for name, one in given.items()}
+    unet, vae = modules["unet"], modules["vae"]
+    with reading("unet", unet.class_name):
+        check_config(unet.config)
+        kind = stock.stock_class(material.index, unet.config)
+    modules["unet"] = replace(unet, config=stock.repaired_unet(kind, unet.config))
+    modules["vae"] = replace(vae, config=stock.repaired_vae(kind, vae.config, given["vae"].config))
+    scheduler = stock.repaired_scheduler(kind, _finite(material.scheduler or {}))
+    return kind, replace(material, modules=modules, scheduler=scheduler)
+
+
+def _told(material: Material, kind: str) -> dict[str, Any]:
+    told = stock.notes(material.index, kind)
+    return {**material.source, "notes": told} if told else dict(material.source)
 
 
 def _finite(scheduler: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Program:
 
 
 class Tree:
-    """Modules by path below a root; a path that does not exist is None."""
+    """Modules by path below a root; raises AttributeError where there is none at a path."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -89,6 +89,10 @@ class Sequence2d:
 
     def plane(self, channels: int) -> tuple[Axis, ...]:
         return ("batch_size", channels, *(scaled(axis, self.scale) for axis in self.axes))
+
+    def pixels(self) -> str:
+        """The axis of the hidden state's pixels as one row of tokens: `height * width / 4` for scale -1."""
+        return scaled(" * ".join(self.axes), 2 * self.scale)
 
     def module(
         self,

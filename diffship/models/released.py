@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffship.core.errors import SourceError, UnsupportedError
-from diffship.core.strict import bounds, load
+from diffship.core.strict import bounded, bounds, load
 from diffship.models.layouts import outer_sizes, shape_of
 from diffship.models.widths import KEY, Widths, with_widths
 
@@ -22,6 +22,7 @@ LIBRARY = "compression.prune_sd.models.unet_2d_condition"
 
 
 @dataclass(frozen=True)
+@bounded
 class _Lists:
     block_mid_channels: tuple[int, ...] | None = field(default=None, metadata=bounds(1, 65536))
     block_selfattn_heads: tuple[int, ...] | None = field(default=None, metadata=bounds(1, 1024))

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 else:
     torch, dlpack = lazy("torch"), lazy("torch.utils.dlpack")
 
-# their values (999, 1024) are not exact in 16 bits; the parts cast after the sinusoids
-
 
 class TorchRunner:
     """Feeds by canonical name, numpy or torch or dlpack; numpy comes back where no feed was a tensor of another kind.
@@ -83,6 +81,7 @@ class TorchRunner:
             if tensor.is_floating_point():
                 raise RunnerError(f"tensor {spec.name}: got {tensor.dtype}, expected {spec.dtype}")
             return tensor.to(self.device, getattr(torch, spec.dtype))
+        # times and sizes (999, 1024) are not exact in 16 bits; the parts cast after the sinusoids
         kind = torch.float32 if spec.name in CAST_WITHIN else self.dtype
         return tensor.to(self.device, kind)
 

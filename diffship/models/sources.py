@@ -15,6 +15,7 @@ from diffship.models.diffusers_folder import folder_material
 from diffship.models.hub import LEGAL, hub_folder, is_hub_id
 from diffship.models.licences import joined
 from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
+from diffship.models.unet import text_width
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
 _EMOJI = "emoji"
@@ -98,9 +99,7 @@ def _texts_fit(material: Material) -> bool:
     unet = material.modules.get("unet")
     if unet is None:
         return bool(texts)
-    return sum(int(config.get("hidden_size", 512)) for config in texts) == int(
-        unet.config.get("cross_attention_dim", 1280)
-    )
+    return sum(int(config.get("hidden_size", 512)) for config in texts) == text_width(unet.config)
 
 
 def _scheduler_from(base: Material, unet: object) -> dict[str, object]:

@@ -176,7 +176,7 @@ def _stage(
         weights=subset(component.weights, [name for name in component.weights.names() if name.startswith(prefixes)]),
         inputs=tuple(plan.specs[name] for name in reads),
         outputs=tuple(plan.specs[name] for name in writes),
-        smallest=_sizes(component, plan, reads),
+        smallest=component.smallest,
         template=partial(_template, whole, steps, reads, writes),
         parent=component.name,
         layers=tuple(step.name for step in steps),
@@ -190,13 +190,3 @@ def _build(component: Component, steps: Sequence[Layer], reads: Sequence[str], w
 def _template(whole: nn.Module, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> nn.Module:
     # the copy keeps the shared whole on the meta device when the stage is filled
     return copy.deepcopy(StageModule(whole, steps, reads, writes)).eval()
-
-
-def _sizes(component: Component, plan: Program, reads: Sequence[str]) -> dict[str, int]:
-    sizes = dict(component.smallest)
-    for name in reads:
-        for axis in plan.specs[name].axes():
-            if axis.startswith("tokens_"):
-                factor = int(axis.removeprefix("tokens_"))
-                sizes[axis] = (sizes["height"] // factor) * (sizes["width"] // factor)
-    return sizes

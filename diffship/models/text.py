@@ -10,7 +10,7 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed
-from diffship.models.clip_names import classic_map
+from diffship.models.clip_names import LEGACY_END, classic_map, end_id
 from diffship.models.component import Component
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TextEncoder(Module):
             self.inner.text_projection = nn.Linear(clip_config.hidden_size, clip_config.projection_dim, bias=False)
         self.projected = projected
         self.hidden_states = hidden_states
-        self.end_id = int(clip_config.eos_token_id)
+        self.end_id = end_id(config)
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model = self.inner.text_model
@@ -72,10 +72,10 @@ def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def pool(last: torch.Tensor, input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
-    """The state at the end token: the greatest id where the config still says 2, else the first one equal to it."""
+def pool(last: torch.Tensor, input_ids: torch.Tensor, end: int) -> torch.Tensor:
+    """The state at the end token: at the greatest id if `end` is the old 2, else at the first id equal to it."""
     ids = input_ids.to(torch.int32)
-    marks = ids if end_id == 2 else (ids == end_id).to(torch.int32)
+    marks = ids if end == LEGACY_END else (ids == end).to(torch.int32)
     return last[torch.arange(last.shape[0], device=last.device), marks.argmax(dim=-1)]
 
 

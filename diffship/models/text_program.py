@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from diffship.models.clip_names import end_id
 from diffship.models.component import Component
 from diffship.models.program import Builder, Program, Tensors, Tree
 from diffship.models.text import embed, pool, run_layer
@@ -31,8 +32,8 @@ def text_program(component: Component, inner: Any) -> Program:
         hidden = written[0]
     projected = hasattr(inner, "text_projection")
     modules = (_FINAL, "text_projection") if projected else (_FINAL,)
-    end_id = int(component.config.get("eos_token_id") or 2)
-    builder.add(_FINAL, (hidden, "input_ids"), outputs[:2], modules, partial(_finish, projected, end_id))
+    last = partial(_finish, projected, end_id(component.config))
+    builder.add(_FINAL, (hidden, "input_ids"), outputs[:2], modules, last)
     return builder.program()
 
 
@@ -44,7 +45,7 @@ def _layer(path: str, copies: int, tree: Tree, states: torch.Tensor) -> Tensors:
     return (run_layer(tree[path], states),) * copies
 
 
-def _finish(projected: bool, end_id: int, tree: Tree, states: torch.Tensor, input_ids: torch.Tensor) -> Tensors:
+def _finish(projected: bool, end: int, tree: Tree, states: torch.Tensor, input_ids: torch.Tensor) -> Tensors:
     last = tree[_FINAL](states)
-    pooled = pool(last, input_ids, end_id)
+    pooled = pool(last, input_ids, end)
     return (tree["text_projection"](pooled), last) if projected else (last, pooled)

@@ -93,6 +93,12 @@ def condition_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*names, "timestep_cond") if config.get("time_cond_proj_dim") else names
 
 
+def text_width(config: Mapping[str, Any]) -> int:
+    """Width of the text embeddings; some configs list it for each block."""
+    width = config.get("cross_attention_dim", 1280)
+    return int(width if isinstance(width, int) else width[0])
+
+
 def text_time_widths(config: Mapping[str, Any]) -> tuple[int, int]:
     """(width of text_embeds, number of time ids) of an SDXL U-Net: 1280 and 6, or 5 for the refiner.
 
@@ -131,8 +137,7 @@ def _constructor_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    width = config.get("cross_attention_dim", 1280)
-    width = int(width if isinstance(width, int) else width[0])
+    width = text_width(config)
     inputs = [
         TensorSpec("sample", "float32", ("batch_size", int(config.get("in_channels", 4)), "height", "width")),
         TensorSpec("timestep", "float32", ("batch_size",)),

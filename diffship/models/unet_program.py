@@ -39,7 +39,7 @@ class _Walk:
         self.conditions = condition_names(component.config)
         self.builder = Builder(component.inputs, component.outputs)
         self.flow = Sequence2d(self.builder, ("height", "width"), "sample")
-        self.skips: list[tuple[str, int]] = []
+        self.skips: list[str] = []
         self.channels = 0
 
     def program(self) -> Program:
@@ -84,8 +84,7 @@ class _Walk:
 
     def _up(self, path: str, block: Any) -> None:
         for j, resnet in enumerate(block.resnets):
-            skip, _ = self.skips.pop()
-            self._resnet(f"{path}.resnets.{j}", resnet, skip)
+            self._resnet(f"{path}.resnets.{j}", resnet, self.skips.pop())
             self._attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
         for j, sampler in enumerate(block.upsamplers or ()):
             self.flow.scale += 1
@@ -96,7 +95,7 @@ class _Walk:
         self.flow.module(path, channels)
 
     def _push(self) -> None:
-        self.skips.append((self.flow.hidden, self.channels))
+        self.skips.append(self.flow.hidden)
 
     def _resnet(self, path: str, resnet: Any, skip: str | None = None) -> None:
         self.channels = resnet.out_channels
@@ -112,7 +111,7 @@ class _Walk:
         if not isinstance(module, transformer_2d.Transformer2DModel):
             raise UnsupportedError(f"unet: {path} is a {type(module).__name__}; it cannot be cut")
         residual, width = self.flow.hidden, module.inner_dim
-        tokens = ("batch_size", f"tokens_{2**-self.flow.scale}", width)
+        tokens = ("batch_size", self.flow.pixels(), width)
         linear = bool(module.use_linear_projection)
         add, tensor = self.builder.add, self.builder.tensor
         entry = tensor(f"{path}.proj_in.out", *tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import SourceError
 from diffship.core.lazy import lazy, lazy_base
-from diffship.core.strict import bounds, load, plain, unknown
+from diffship.core.strict import bounded, bounds, load, plain, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
+@bounded
 class Widths:
     """inner: channels between the two convolutions of a residual block, by its name. heads: of an attention layer
     (`....transformer_blocks.0.attn1`), by its name. feedforward: channels between the two products of a feed-forward
@@ -68,11 +69,7 @@ class Widths:
 def widths_of(config: Mapping[str, Any]) -> Widths:
     """What a U-Net's config says under `diffship`; raises SourceError for anything that this version does not know."""
     found = config.get(KEY)
-    widths = Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
-    for name, value in (*widths.inner.items(), *widths.heads.items(), *widths.feedforward.items()):
-        if value < 1:
-            raise SourceError(f"unet config: {name} is {value} wide")
-    return widths
+    return Widths() if found is None else load(Widths, found, f"unet config: {KEY}", SourceError)
 
 
 def with_widths(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:

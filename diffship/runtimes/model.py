@@ -15,7 +15,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
 from diffship.core.errors import BundleError, UnsupportedError
 from diffship.core.family import Family
-from diffship.core.manifest import MANIFEST_NAME
+from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.core.runner import Runner
 from diffship.runtimes.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
@@ -50,6 +50,8 @@ class BundleModel:
         self.bundle = bundle
         self.engine = choose_engine(manifest.target, engine)
         self.opener: Opener = make(self.engine, options)
+        if options.get("device", "cpu") == "cpu":
+            _refuse_bfloat16(manifest)
         self.name: str = str(manifest.source.get("id") or bundle.path.name)
         self.family: Family = manifest.family
         self.scheduler: Mapping[str, Any] = dict(manifest.sampler)
@@ -117,12 +119,24 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
     return cast(TorchRunner, make_engine("torch", options)).open_model(source)
 
 
+def _refuse_bfloat16(manifest: Manifest) -> None:
+    narrow = [part.name for part in manifest.parts if part.precision == "bf16"]
+    if narrow and manifest.target == "onnx":
+        raise UnsupportedError(
+            f"{', '.join(narrow)} of this bundle compute in bfloat16, which no engine does on a CPU. "
+            "Export with --precision fp32, or run it on a GPU (--device cuda); `diffship verify` works here"
+        )
+
+
 def _tokenizers(bundle: Bundle) -> dict[str, Tokenizer]:
     """By folder name; only files that the manifest lists are read."""
     found: dict[str, Tokenizer] = {}
     for folder in TOKENIZER_FOLDERS:
         names = [name for name in bundle.manifest.files if name.startswith(f"{folder}/")]
-        files = {name.removeprefix(f"{folder}/"): read_small(bundle.file(name), TOKENIZER_BYTES) for name in names}
+        files = {
+            name.removeprefix(f"{folder}/"): read_small(bundle.file(name), TOKENIZER_BYTES, bundle.hard_links)
+            for name in names
+        }
         if files:
             found[folder] = ClipTokenizer.from_files(files, folder)
     return found

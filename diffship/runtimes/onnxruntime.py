@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from diffship.core.errors import ConfigError, MissingExtra, RunnerError, UnsupportedError
 from diffship.core.lazy import need
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.runtimes.onnx_tune import tuned
 from diffship.runtimes.onnxruntime_sessions import (
@@ -35,6 +35,7 @@ _ERROR = 3  # log severity: errors only
 
 
 @dataclass(frozen=True)
+@bounded
 class OnnxRuntimeRunner:
     """Options of ONNX Runtime.
 

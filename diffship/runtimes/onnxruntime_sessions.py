@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,9 @@ DTYPES = {
     "tensor(bool)": "bool",
 }
 PLACEMENT = "session.record_ep_graph_assignment_info"
-CAPTURED_SHAPES = 8  # combinations of shapes that get a graph; each keeps its activations on the GPU
+CAPTURED_SHAPES = 8  # combinations of shapes that have a graph at a time; each keeps its activations on the GPU
+GRAPHS_EVER = 64  # onnxruntime frees a graph with its session only
+_WORTH = 4  # calls of other shapes, while a graph is not used once, after which theirs replaces it
 _GRAPH_ID = "gpu_graph_id"
 _NO_GRAPH = "-1"
 # where one of these is computed on the host, whole activations travel; shape arithmetic belongs there
@@ -74,18 +76,24 @@ class DeviceSession(CpuSession):
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
         session = self._live()
         try:
-            binding = session.io_binding()
-            for name, feed in feeds.items():
-                if isinstance(feed, np.ndarray):
-                    binding.bind_cpu_input(name, feed)
-                else:
-                    binding.bind_ortvalue_input(name, feed)
-            for name in outputs:
-                binding.bind_output(name, "cpu")
-            session.run_with_iobinding(binding)
-            return list(binding.copy_outputs_to_cpu())
+            return self._plain(session, feeds, outputs)
         except Exception as fault:
             raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
+
+    def _plain(
+        self, session: Any, feeds: Mapping[str, Any], outputs: Sequence[str], options: Any = None
+    ) -> list[np.ndarray]:
+        """One run from and to host memory, without buffers that stay."""
+        binding = session.io_binding()
+        for name, feed in feeds.items():
+            if isinstance(feed, np.ndarray):
+                binding.bind_cpu_input(name, feed)
+            else:
+                binding.bind_ortvalue_input(name, feed)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding, options)
+        return list(binding.copy_outputs_to_cpu())
 
     def keep(self, array: np.ndarray) -> Any:
         return self._runtime.OrtValue.ortvalue_from_numpy(array, *self._device)
@@ -119,14 +127,16 @@ class _Captured:
 class GraphSession(DeviceSession):
     """One CUDA graph for each combination of shapes: a call is two copies and one launch.
 
-    ONNX Runtime captures by itself where a run has a `gpu_graph_id` and all its tensors have fixed addresses. Calls
-    wait for each other, because they share those; combinations beyond CAPTURED_SHAPES run without a graph.
+    ONNX Runtime captures by itself if a run has a `gpu_graph_id` and all its tensors have fixed addresses. Calls wait
+    for each other, because they share those. The first CAPTURED_SHAPES combinations get a graph; another one runs
+    without, until it is called so often that it takes the place of the graph that was used least recently.
     """
 
     def __init__(self, session: Any, runtime: Any, device: str, device_id: int) -> None:
         super().__init__(session, runtime, device, device_id)
-        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()  # the least recently used one first
         self._graphs = 0  # ever begun: an id is never given twice, as its graph stays bound to the buffers of its time
+        self._without: Counter[tuple[Any, ...]] = Counter()  # calls since the oldest graph was used, by shapes
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[np.ndarray]:
@@ -134,14 +144,36 @@ class GraphSession(DeviceSession):
         key = tuple((name, _array(feed).shape) for name, feed in feeds.items())
         with self._lock:
             try:
-                slot = self._captured.get(key) or self._made(session, key, feeds)
+                slot = self._slot(session, key, feeds)
+                if slot is None:
+                    arrays = {name: _array(feed) for name, feed in feeds.items()}
+                    return self._plain(session, arrays, outputs, self._options(_NO_GRAPH))
                 slot.fill(feeds)
                 session.run_with_iobinding(slot.binding, slot.options)
                 # in host memory `numpy` shows the buffer itself, which the next call fills anew
                 return [np.array(slot.outputs[name].numpy()) for name in outputs]
             except Exception as fault:
-                self._captured.pop(key, None)  # its buffers may hold half of a call
+                self._captured.pop(key, None)  # its buffers, or its graph, may hold half of a call
                 raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
+
+    def _slot(self, session: Any, key: tuple[Any, ...], feeds: Mapping[str, Any]) -> _Captured | None:
+        """The buffers and the graph of these shapes; None if they have none and are not to get one now."""
+        if key in self._captured:
+            if key == next(iter(self._captured)):
+                self._without.clear()
+            self._captured.move_to_end(key)
+            return self._captured[key]
+        if self._graphs >= GRAPHS_EVER:
+            return None
+        if len(self._captured) >= CAPTURED_SHAPES:
+            if len(self._without) > GRAPHS_EVER:
+                self._without.clear()
+            self._without[key] += 1
+            if self._without[key] < _WORTH:
+                return None
+            self._captured.popitem(last=False)
+        self._without.clear()
+        return self._made(session, key, feeds)
 
     def keep(self, array: np.ndarray) -> Constant:
         return Constant(array)
@@ -167,8 +199,6 @@ class GraphSession(DeviceSession):
         fixed = _bound(session, inputs)
         for name, value in outputs.items():
             fixed.bind_ortvalue_output(name, value)
-        if self._graphs >= CAPTURED_SHAPES:
-            return _Captured(fixed, self._options(_NO_GRAPH), inputs, outputs)
         self._graphs += 1
         made = self._captured[key] = _Captured(fixed, self._options(str(self._graphs)), inputs, outputs)
         return made

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffship.core.errors import RunnerError
 from diffship.core.lazy import need
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 
 DTYPES = {
@@ -30,6 +30,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+@bounded
 class OpenVinoRunner:
     """Options of OpenVINO.
 

@@ -13,25 +13,35 @@ from diffship.core.errors import RunnerError
 from diffship.core.manifest import Part
 from diffship.runtimes.arrays import as_dtype
 from diffship.runtimes.engine import Engine, Opener
+from diffship.runtimes.onnx_split import SplitStage, split
 from diffship.runtimes.shell import PartRunner
 
 Arrays = dict[str, np.ndarray]
 
 
-def run_in_stages(part: Part, model: Path, engine: Engine, feeds: Arrays, budget: int) -> tuple[int, Arrays]:
-    """(number of stages, outputs by canonical name) of one call with at most one stage loaded.
+def run_in_stages(
+    part: Part, model: Path, engine: Engine, calls: Sequence[Arrays], budget: int, widen: bool = False
+) -> tuple[int, list[Arrays]]:
+    """(number of stages, outputs of each call by canonical name) with at most one stage loaded.
+
+    widen: compute in float32, whatever the precision of the graph.
 
     Raises:
         RunnerError: a single stage does not fit `budget` bytes, or the engine refuses it.
     """
     with tempfile.TemporaryDirectory(prefix="diffship-stages-") as folder:
-        stages = _split(model, _stage_bytes(engine, part.precision, budget), Path(folder))
-        chain = _Chain(part, stages, engine)
-        with PartRunner(part, chain) as runner:
-            return len(stages), runner.run(feeds)
+        size = stage_bytes(engine, "fp32" if widen else part.precision, budget)
+        stages = split(model, size // 2 if widen else size, folder, widen=widen)
+        with PartRunner(part, _Chain(part, stages, engine)) as runner:
+            return len(stages), [runner.run(feeds) for feeds in calls]
 
 
-def _stage_bytes(engine: Engine, precision: str, budget: int) -> int:
+def stage_bytes(engine: Engine, precision: str, budget: int) -> int:
+    """Bytes of weights that a stage may have, so that running it takes at most `budget` bytes of memory.
+
+    Raises:
+        RunnerError: the budget is too small for any stage.
+    """
     fixed = engine.gate_bytes(0, precision)
     growth = (engine.gate_bytes(1 << 30, precision) - fixed) / (1 << 30)
     if budget <= fixed:
@@ -39,16 +49,10 @@ def _stage_bytes(engine: Engine, precision: str, budget: int) -> int:
     return int((budget - fixed) / growth)
 
 
-def _split(model: Path, max_bytes: int, folder: Path) -> Sequence[Any]:
-    from diffship.runtimes.onnx_split import split
-
-    return list(split(model, max_bytes, folder))
-
-
 class _Chain:
     """A Session made of stages that are opened, run and closed one after the other."""
 
-    def __init__(self, part: Part, stages: Sequence[Any], engine: Engine) -> None:
+    def __init__(self, part: Part, stages: Sequence[SplitStage], engine: Engine) -> None:
         self._stages = stages
         self._engine = engine
         natives = {binding.canonical: (binding.native, binding.dtype) for binding in part.bindings}
@@ -70,7 +74,7 @@ class _Chain:
         """Nothing stays open between calls."""
 
 
-def run_stage(engine: Opener, stage: Any, values: Mapping[str, np.ndarray]) -> Arrays:
+def run_stage(engine: Opener, stage: SplitStage, values: Mapping[str, np.ndarray]) -> Arrays:
     """What one stretch makes of `values`, which hold what earlier ones made."""
     path = stage.path  # writes the stretch; its folder holds nothing else
     session = engine.open([path, *(file for file in sorted(path.parent.iterdir()) if file != path)])

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, cast
 
 from diffship.core.errors import MissingExtra, UnsupportedError
 from diffship.core.lazy import need
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.runtimes.engine import Probe, Session, first_line, installed, package_version
 from diffship.sampling.model import Model
 
 
 @dataclass(frozen=True)
+@bounded
 class TorchRunner:
     """Options of torch. `threads`: 0 leaves torch's own choice, which holds for the whole process."""
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
-from diffship.core.errors import BundleError, ConfigError, DiffshipError
+from diffship.core.errors import BundleError, ConfigError, DiffshipError, ParityError
 from diffship.core.job import Progress, available_memory
 from diffship.core.manifest import Golden, GoldenTrajectory, Part
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights
+from diffship.runtimes.blocks import BlockCheck, check_blocks
 from diffship.runtimes.engine import Engine, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.runtimes.stages import run_in_stages
@@ -33,8 +34,9 @@ class PartCheck:
     """What verify found out about one part.
 
     status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
-    was run in (1 = whole). suspects: with `look`, the first stretch of the graph that computes something else, and the
-    node in it.
+    was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K`. blocks: what
+    was found inside it. note: why the proof is weaker than it could be. suspects: with `look`, the first stretch of the
+    graph that computes something else, and the node in it.
     """
 
     part: str
@@ -43,23 +45,38 @@ class PartCheck:
     seconds: float = 0.0
     stages: int = 0
     report: Report | None = None
+    blocks: tuple[BlockCheck, ...] = ()
     reason: str = ""
+    note: str = ""
     suspects: tuple[str, ...] = ()
+
+    def require(self, what: str) -> None:
+        """Raises ParityError, with the figures of what is worst, unless all of it passed."""
+        for block in self.blocks:
+            if not block.passed:
+                raise ParityError(f"{what} does not compute the same: {block.text().removeprefix('FAIL ')}")
+        if self.report is None:
+            raise ParityError(f"{what} could not be proved: {self.reason}")
+        self.report.require(what)
 
     def to_json(self) -> dict[str, object]:
         table: dict[str, object] = {name: getattr(self, name) for name in ("part", "status", "precision", "stages")}
         table["seconds"] = round(self.seconds, 3)
         table["report"] = None if self.report is None else self.report.to_json()
-        return {**table, "reason": self.reason, "suspects": list(self.suspects)}
+        table["blocks"] = [block.to_json() for block in self.blocks]
+        return {**table, "reason": self.reason, "note": self.note, "suspects": list(self.suspects)}
 
     def text(self) -> str:
         head = f"{self.part} ({self.precision}): {self.status}"
-        if self.report is None:
+        if self.report is None and not self.blocks:
             return f"{head}; {self.reason}"
         where = "" if self.stages <= 1 else f" in {self.stages} stages"
-        lines = [f"{head}{where}, {self.seconds:.1f} s, {self.report.tolerance.text()}"]
-        lines += [f"  {line}" for line in self.report.text().splitlines()]
-        lines += [f"  {self.reason}"] if self.reason else []
+        lines = [f"{head}{where}, {self.seconds:.1f} s"]
+        lines += [f"  {block.text()}" for block in self.blocks]
+        if self.report is not None:
+            lines += [f"  whole: {self.report.tolerance.text()}"]
+            lines += [f"  {line}" for line in self.report.text().splitlines()]
+        lines += [f"  {line}" for line in (self.reason, self.note) if line]
         return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
 
 
@@ -161,22 +178,54 @@ def verify(
 def check_part(
     bundle: Bundle, part: Part, engine: Engine, max_bytes: int | None = None, look: Look | None = None
 ) -> PartCheck:
-    """Run one part on its golden inputs and compare; an engine that fails is a failed check, with its words."""
+    """Prove one part: its blocks where the engine takes a graph that can be cut, then the whole on its golden inputs.
+
+    An engine that fails is a failed check, with its words.
+    """
     if part.golden is None:
         reason = "no golden vectors in the bundle: it was exported with --no-verify"
         return PartCheck(part.name, "unproven", part.precision, reason=reason)
     started = time.perf_counter()
-    feeds, expected = read_golden(bundle, part.golden)
+    calls = read_golden(bundle, part.golden)
     budget = _budget() if max_bytes is None else max_bytes
-    files = [bundle.file(name) for name in part.files]
+    blocks: tuple[BlockCheck, ...] = ()
     try:
-        stages, outputs = _compute(bundle, part, engine, files, feeds, budget)
+        if part.golden.blocks is not None:
+            blocks = check_blocks(bundle, part, engine, budget)
+        stages, outputs = _compute(bundle, part, engine, [feeds for feeds, _ in calls], budget)
     except DiffshipError as fault:
-        return PartCheck(part.name, "failed", part.precision, time.perf_counter() - started, reason=str(fault))
-    report = compare(expected, outputs, part.golden.tolerance)
+        spent = time.perf_counter() - started
+        return PartCheck(part.name, "failed", part.precision, spent, blocks=blocks, reason=str(fault))
+    report = _whole(part.golden, [expected for _, expected in calls], outputs)
+    passed = report.passed and all(block.passed for block in blocks)
     seconds = time.perf_counter() - started
-    check = PartCheck(part.name, "passed" if report.passed else "failed", part.precision, seconds, stages, report)
-    return check if report.passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
+    status = "passed" if passed else "failed"
+    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=_note(part))
+    feeds = calls[0][0]
+    return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
+
+
+def _whole(golden: Golden, expected: Sequence[Arrays], outputs: Sequence[Arrays]) -> Report:
+    """The outputs of all calls in one report."""
+    if len(expected) == 1:
+        return compare(expected[0], outputs[0], golden.outputs or golden.tolerance)
+    label = "{}, call {}".format
+    sides = [{label(n, k + 1): a for k, one in enumerate(side) for n, a in one.items()} for side in (expected, outputs)]
+    limits = {label(n, k + 1): limit for k in range(len(expected)) for n, limit in golden.outputs.items()}
+    return compare(sides[0], sides[1], limits)
+
+
+def _note(part: Part) -> str:
+    """What makes this proof weaker than that of a graph which is cut."""
+    assert part.golden is not None
+    if part.golden.blocks is not None:
+        return ""
+    if not part.golden.outputs:
+        return (
+            "weaker proof: made by an older diffship, of whole parts with assumed tolerances. "
+            "Export again to prove it block by block"
+        )
+    return "proved as a whole: this engine cannot be cut, so a fault that its output hides is not seen"
 
 
 def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:
@@ -196,31 +245,40 @@ def _drawn(
 
 
 def _compute(
-    bundle: Bundle, part: Part, engine: Engine, files: list[Path], feeds: Arrays, budget: int
-) -> tuple[int, Arrays]:
+    bundle: Bundle, part: Part, engine: Engine, calls: Sequence[Arrays], budget: int
+) -> tuple[int, list[Arrays]]:
+    files = [bundle.file(name) for name in part.files]
+    widen = part.precision == "bf16" and files[0].suffix == ".onnx"  # no engine here computes ONNX in bfloat16
     size = sum(file.stat().st_size for file in files)
-    if engine.gate_bytes(size, part.precision) > budget:
-        return run_in_stages(part, files[0], engine, feeds, budget)
+    if widen or engine.gate_bytes(size, part.precision) > budget:
+        return run_in_stages(part, files[0], engine, calls, budget, widen)
     with PartRunner(part, engine.open(files), steps_of(bundle, part)) as runner:
-        return 1, runner.run(feeds)
+        return 1, [runner.run(feeds) for feeds in calls]
 
 
-def read_golden(bundle: Bundle, golden: Golden) -> tuple[Arrays, Arrays]:
-    """Inputs and fp32 reference outputs by canonical name.
+def read_golden(bundle: Bundle, golden: Golden) -> list[tuple[Arrays, Arrays]]:
+    """Of each call, inputs and fp32 reference outputs by canonical name.
 
     Raises:
         BundleError: the file holds anything else.
     """
     weights = SafetensorsWeights(bundle.file(golden.file))
-    sides: dict[str, Arrays] = {"in": {}, "out": {}}
+    calls: list[dict[str, Arrays]] = [{"in": {}, "out": {}} for _ in range(golden.calls)]
     for name in weights.names():
-        side, _, tensor = name.partition(".")
-        if side not in sides or not tensor:
-            raise BundleError(f"{golden.file}: {name[:80]!a} is neither in.NAME nor out.NAME")
-        sides[side][tensor] = np.asarray(weights.read(name))
-    if not sides["in"] or not sides["out"]:
+        index, side, tensor = _place(name, golden)
+        if index >= len(calls) or side not in calls[0] or not tensor:
+            raise BundleError(f"{golden.file}: {name[:80]!a} is neither in.NAME nor out.NAME of a call")
+        calls[index][side][tensor] = np.asarray(weights.read(name))
+    if not all(call["in"] and call["out"] for call in calls):
         raise BundleError(f"{golden.file} holds no inputs or no outputs")
-    return sides["in"], sides["out"]
+    return [(call["in"], call["out"]) for call in calls]
+
+
+def _place(name: str, golden: Golden) -> tuple[int, str, str]:
+    """(call, side, tensor) of `K.in.NAME`, or of `in.NAME` in bundles of schema 1."""
+    index, _, rest = name.partition(".") if golden.outputs else ("0", "", name)
+    side, _, tensor = rest.partition(".")
+    return (int(index) if index.isascii() and index.isdigit() and len(index) < 4 else sys.maxsize), side, tensor
 
 
 def _budget() -> int:

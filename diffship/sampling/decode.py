@@ -35,6 +35,11 @@ def decode(model: Model, latents: Any, tiled: bool = False) -> NDArray[np.uint8]
     return pixels
 
 
+def takes_tiles(latents: Any) -> bool:
+    """Whether these latents (channels, height, width) are more than one tile, so that tiles change the picture."""
+    return bool(max(latents.shape[-2:]) > TILE)
+
+
 def to_pixels(sample: Floats) -> NDArray[np.uint8]:
     """(3, height, width) in [-1, 1] to uint8 (height, width, 3), rounded as diffusers does."""
     unit = np.clip(sample / np.float32(2) + np.float32(0.5), 0, 1)
@@ -66,8 +71,12 @@ def decode_tiled(
     return np.asarray(total / weight, np.float32)
 
 
-def encode_image(model: Model, image: NDArray[np.uint8], keep: Floats, noise: Noise) -> tuple[Floats, Noise]:
+def encode_image(
+    model: Model, image: NDArray[np.uint8], keep: Floats, noise: Noise, draw: int = VAE_STEP
+) -> tuple[Floats, Noise]:
     """Latents of `image` (height, width, 3) where `keep` (height, width) is 1 and grey elsewhere, and the noise after.
+
+    `draw` names the draw of noise.
 
     A KL encoder's posterior is sampled (Kingma and Welling 2014), as diffusers does; a tiny VAE gives its latents.
     """
@@ -80,7 +89,7 @@ def encode_image(model: Model, image: NDArray[np.uint8], keep: Floats, noise: No
     latents = parameters[:channels]
     if len(parameters) == 2 * channels:
         deviation = np.exp(np.float32(0.5) * np.clip(parameters[channels:], -30, 20))
-        drawn, noise = noise.draw(latents.shape, VAE_STEP)
+        drawn, noise = noise.draw(latents.shape, draw)
         latents = latents + deviation * drawn
     return (latents - np.float32(model.family.shift_factor)) * np.float32(model.family.scaling_factor), noise
 

@@ -11,7 +11,18 @@ import numpy as np
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.strict import bounds, choices
-from diffship.sampling.samplers import HISTORY, OUTPUT, Coefficients, Sampler, X, as_matrix, denoised, times_of, unit
+from diffship.sampling.samplers import (
+    CONFIG,
+    HISTORY,
+    OUTPUT,
+    Coefficients,
+    Sampler,
+    X,
+    as_matrix,
+    denoised,
+    times_of,
+    unit,
+)
 from diffship.sampling.schedule import F64, SPACINGS, karras, sigma_to_t
 
 _REFUSED = (
@@ -56,9 +67,9 @@ class DpmPP2M(Sampler):
         plain = config.get("variance_type") not in ("learned", "learned_range")
         sampler = super().from_config({**config, "variance_type": False} if plain else config)
         if sampler.algorithm_type not in ("dpmsolver++", "deis"):  # diffusers reads "deis" as dpmsolver++
-            raise UnsupportedError(f"algorithm_type is {sampler.algorithm_type!r}; only dpmsolver++ is built")
+            raise UnsupportedError(f"{CONFIG}: algorithm_type is {sampler.algorithm_type!r}; only dpmsolver++ is built")
         if sampler.solver_order > 2:
-            raise UnsupportedError(f"solver_order is {sampler.solver_order}; only 1 and 2 are built")
+            raise UnsupportedError(f"{CONFIG}: solver_order is {sampler.solver_order}; only 1 and 2 are built")
         return sampler
 
     def timesteps(self, steps: int) -> F64:
@@ -84,6 +95,9 @@ class DpmPP2M(Sampler):
             x_next = x_next + self._second_order(sigmas[step - 1], s, s_next, phi) * (x0 - unit(HISTORY, age))
         history = (x0,) if self.solver_order > 1 else ()
         return Coefficients(1.0, float(times_of(self, steps)[step]), as_matrix(x_next, *history))
+
+    def noising(self, step: int, steps: int) -> tuple[float, float]:
+        return _vp(self.noise_levels(steps)[step])
 
     def noise_levels(self, steps: int) -> list[float]:
         """sigma before each call, and after the last."""

@@ -30,6 +30,9 @@ class _SigmaSampler(Sampler):
         top = max(self.noise_levels(steps))
         return top if self.timestep_spacing in ("linspace", "trailing") else (top * top + 1.0) ** 0.5
 
+    def noising(self, step: int, steps: int) -> tuple[float, float]:
+        return 1.0, self.noise_levels(steps)[step]
+
     def noise_levels(self, steps: int) -> list[float]:
         """sigma before each call, and after the last."""
         return [float(level) for level in np.append(self._levels(steps), self._final()).astype(np.float32)]

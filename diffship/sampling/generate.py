@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
-from diffship.sampling.decode import decode, encode_image
+from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_tiles
 from diffship.sampling.encode import encode, text_parts
+from diffship.sampling.guidance import unheeded
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request as Request
 from diffship.sampling.request import Settled, settle
-from diffship.sampling.rng import INITIAL, Noise, make_noise
+from diffship.sampling.rng import INITIAL, WHOLE_STEP, Noise, make_noise
 from diffship.sampling.tokenizer import check_prompt
-from diffship.sampling.trajectory import SHARED_PARTS, Origin, Trajectory, as_numpy
+from diffship.sampling.trajectory import SHARED_PARTS, Origin, Trajectory, as_numpy, warnings_in
 
 Cancel = Callable[[], bool]
 
@@ -43,6 +44,7 @@ def generate(
         RunnerError: a part's output is not finite, or a picture is black; the part is named.
         Cancelled: `cancel()` was true between two calls.
     """
+    require_parts(model, "vae_decoder")
     return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
 
 
@@ -51,10 +53,20 @@ def generate_many(
 ) -> list[Picture]:
     """Pictures of several requests, in order; those of one size share model calls, whatever their steps or samplers.
 
+    Requests with another `batch` or `memory` are drawn by themselves, as they ask.
+
     Raises as `generate`.
     """
-    batch = [trajectory for request in requests for trajectory in start(model, request)]
-    return draw(model, batch, any(request.memory == "low" for request in requests), None, on_step, cancel)
+    require_parts(model, "vae_decoder")
+    groups: dict[tuple[bool, int | None], list[tuple[int, Request]]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault((request.memory == "low", request.batch), []).append((place, request))
+    drawn: dict[int, list[Picture]] = {}
+    for (low, at_once), members in groups.items():
+        batch = [trajectory for _, request in members for trajectory in start(model, request)]
+        pictures = iter(draw(model, batch, low, at_once, on_step, cancel))
+        drawn |= {place: [next(pictures) for _ in range(request.images)] for place, request in members}
+    return [picture for place in range(len(requests)) for picture in drawn[place]]
 
 
 def draw(
@@ -69,13 +81,17 @@ def draw(
 
     With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
     """
+    require_parts(model, "vae_decoder")
     _stop_if(cancel)
     done = [conditioned(model, trajectory) for trajectory in batch]
     if low:
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
-    denoiser = checked(plain(model.use("unet")))
+    denoiser: Denoiser | None = None
     for places in _chunks(batch, at_once or (1 if low else len(batch))):
+        if all(done[place].done for place in places):
+            continue  # a U-Net is not opened for what is drawn already
+        denoiser = denoiser or checked(plain(model.use("unet")))
         active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory
@@ -88,16 +104,17 @@ def start(
     model: Model, request: Request, image: NDArray[np.uint8] | None = None, mask: NDArray[np.uint8] | None = None
 ) -> list[Trajectory]:
     """The trajectories of a request before the first model call."""
-    settled = settle(request, model.family, model.scheduler)
     _require(model, image, mask)
+    settled = settle(request, model.family, model.scheduler)
     pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
+    ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
     made = []
     for i in range(request.images):
-        latents, noise = _initial(settled, i)
+        latents, noise = _initial(model, settled, i, image)
         trajectory = Trajectory(
             latents=latents,
-            step=0,
+            step=settled.begin,
             steps=settled.steps,
             sampler=settled.sampler,
             noise=noise,
@@ -107,7 +124,7 @@ def start(
             negative=encoded.negative,
             prompt=check_prompt(request.prompt),  # as it is encoded, so that files can hold it
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
-            facts=_facts(model, settled, i, encoded.warnings),
+            facts=_facts(model, settled, i, encoded.warnings + ignored),
             origin=_origin(model),
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
@@ -128,10 +145,21 @@ def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel:
     for trajectory in batch:
         _stop_if(cancel)
         pixels = decode(model, trajectory.latents, tiled=low)
+        if low and takes_tiles(trajectory.latents):
+            trajectory = replace(trajectory, facts=_with_tiles(trajectory.facts))
         pictures.append(Picture(pixels, settings(trajectory), trajectory))
     if low:
         model.release("vae_decoder")
     return pictures
+
+
+def _with_tiles(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts that say how the picture differs from one that is decoded whole."""
+    warning = (
+        f"decoded in tiles of {TILE} latent pixels to save memory: close to, and not equal to, the picture of "
+        "memory=normal"
+    )
+    return {**facts, "decoded": f"tiles of {TILE}, overlap {OVERLAP}", "warnings": [*warnings_in(facts), warning]}
 
 
 def settings(trajectory: Trajectory) -> dict[str, Any]:
@@ -173,14 +201,19 @@ def _chunks(batch: Sequence[Trajectory], at_once: int) -> list[list[int]]:
     return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
 
 
-def _initial(settled: Settled, image: int) -> tuple[Array, Noise]:
-    noise = make_noise(settled.request.rng, settled.request.seed, image)
-    given = settled.request.latents
-    if given is None:
-        latents, noise = noise.draw(settled.latent_shape, INITIAL)
-    else:
-        latents = as_numpy(given[image])
-    return latents * np.float32(settled.sampler.init_noise_sigma(settled.steps)), noise
+def _initial(model: Model, settled: Settled, i: int, image: NDArray[np.uint8] | None) -> tuple[Array, Noise]:
+    """Noise, or below strength 1 the image under noise; drawn in diffusers' order. Given latents are all noise."""
+    noise, given = make_noise(settled.request.rng, settled.request.seed, i), settled.request.latents
+    sigma = np.float32(settled.sampler.init_noise_sigma(settled.steps))
+    if given is not None:
+        return as_numpy(given[i]) * sigma, noise
+    if image is None or settled.strength == 1.0:
+        drawn, noise = noise.draw(settled.latent_shape, INITIAL)
+        return drawn * sigma, noise
+    clean, noise = encode_image(model, image, np.ones(image.shape[:2], np.float32), noise, WHOLE_STEP)
+    drawn, noise = noise.draw(settled.latent_shape, INITIAL)
+    kept, added = map(np.float32, settled.sampler.noising(settled.begin, settled.steps))
+    return clean * kept + drawn * added, noise
 
 
 def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) -> dict[str, Any]:
@@ -189,6 +222,8 @@ def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) 
     facts: dict[str, Any] = {"seed": seed, "rng": request.rng, "model": model.name, "model_digest": model.digest}
     if request.rng != "torch":
         facts["image"] = image
+    if model.family.fills_masks:
+        facts["strength"] = settled.strength
     return {**facts, "warnings": list(warnings)} if warnings else facts
 
 
@@ -204,7 +239,12 @@ def _require(model: Model, image: object, mask: object) -> None:
         raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
     if not inpaint and (image is not None or mask is not None):
         raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
-    missing = {"unet", "vae_decoder", *(("vae_encoder",) if inpaint else ())} - set(model.parts)
+    require_parts(model, "unet", *(("vae_encoder",) if inpaint else ()))
+
+
+def require_parts(model: Model, *names: str) -> None:
+    """Raises UnsupportedError for parts that the model lacks."""
+    missing = set(names) - set(model.parts)
     if missing:
         raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")
 

@@ -6,23 +6,46 @@ Rows are all negatives first, then all positives, as diffusers stacks them (Ho a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
+from diffship.core.family import Family
 from diffship.core.runner import Runner
 from diffship.sampling.kernel import Array, as_float32
 from diffship.sampling.trajectory import Conditioning, Trajectory
 
 _COND_FREQUENCY = 10_000.0
+_LCM_LORA_GUIDANCE = 2.0  # up to here, as its authors recommend (arXiv 2311.05556)
 
 
 def guided(trajectory: Trajectory) -> bool:
     """Whether a trajectory takes two rows. `negative` is None for models that take guidance as an embedding."""
     return trajectory.guidance > 1.0 and trajectory.negative is not None
+
+
+def unheeded(family: Family, scheduler: Mapping[str, Any], guidance: float, negative: str | None) -> tuple[str, ...]:
+    """Warnings: a negative prompt that nothing reads, or guidance that a model for few steps was not made for.
+
+    `scheduler` is the model's own, whatever sampler is used.
+    """
+    found = []
+    if negative and family.time_cond_dim is not None:
+        found.append(
+            "the negative prompt is not used: this model takes guidance as an input, without a negative prompt"
+        )
+    elif negative and guidance <= 1.0:
+        found.append(f"the negative prompt is not used: guidance is {guidance:g}, and it takes guidance above 1")
+    lora = family.time_cond_dim is None and scheduler.get("_class_name") == "LCMScheduler"
+    if lora and guidance > _LCM_LORA_GUIDANCE:
+        found.append(
+            f"guidance is {guidance:g}: this model has its guidance in its weights (LCM-LoRA); from 1 to "
+            f"{_LCM_LORA_GUIDANCE:g} is good, more gives hard contrasts and colours"
+        )
+    return tuple(found)
 
 
 def guide(batch: Sequence[Trajectory], rows: Array) -> list[Array]:
@@ -91,9 +114,12 @@ class FeedMaker:
 def guidance_embedding(w: float, width: int = 256) -> NDArray[np.float32]:
     """LCM's embedding of w = guidance - 1, float32 (width,): sin then cos of 1000 w times falling frequencies.
 
+    `width` is at least 4: one frequency alone has no step to the next.
     Rounded to float32 where diffusers' `get_guidance_scale_embedding` is: the arguments reach thousands of radians.
     """
     half = width // 2
+    if half < 2:
+        raise ConfigError(f"a guidance embedding {width} wide has no frequencies; legal is 4 or more")
     step = np.float32(np.float32(math.log(_COND_FREQUENCY)) / np.float32(half - 1))
     exponent = np.arange(half, dtype=np.float32) * -step
     angle = np.float32(np.float32(w) * np.float32(1000.0)) * np.exp(exponent.astype(np.float64)).astype(np.float32)

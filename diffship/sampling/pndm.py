@@ -47,6 +47,15 @@ class Pndm(Sampler):
         start = [time + shift for time in times[:4] for shift in (half, 0)][1:]  # t0, t1 + half, t1, t2 + half, ...
         return np.concatenate([np.repeat(start, 2)[1:-1], times[3:]])
 
+    def begins_at(self, strength: float, steps: int) -> int:
+        begin = super().begins_at(strength, steps)
+        if begin:
+            raise ConfigError(
+                f"pndm cannot begin at strength {strength:g}: its first calls need each other. Give strength 1, or "
+                "another sampler, such as ddim"
+            )
+        return begin
+
     def memory(self, step: int, steps: int) -> int:
         if self.skip_prk_steps:
             return (0, 2)[step] if step < 2 else min(step - 1, 3)

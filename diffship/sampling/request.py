@@ -29,7 +29,8 @@ class Request:
     or the key (seed, i) (philox). `latents` (images, channels, height, width) replaces the initial noise, unit normal,
     so that two clients can start from the same. `batch` is how many images share a model call (default: all, or one
     with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
-    students are made for trailing, whatever their folders say.
+    students are made for trailing, whatever their folders say. `strength` is for models that fill masks: below 1 they
+    begin with the image under that share of the noise, and leave out the first calls.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Request:
     rng: str = "torch"
     sampler: str | None = None
     spacing: str | None = None
+    strength: float | None = None
     images: int = 1
     memory: str = "normal"
     batch: int | None = None
@@ -54,6 +56,8 @@ class Request:
             check_range("steps", self.steps, *LIMITS.steps)
         if self.guidance is not None:
             check_range("guidance", self.guidance, *LIMITS.guidance)
+        if self.strength is not None:
+            check_range("strength", self.strength, *LIMITS.strength)
         check_range("images", self.images, *LIMITS.images)
         check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images + 1)
         if self.batch is not None:
@@ -77,6 +81,8 @@ class Settled:
     guidance: float
     size: tuple[int, int]
     latent_shape: tuple[int, int, int]  # channels, height, width
+    strength: float = 1.0
+    begin: int = 0  # the first model call
 
 
 def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Settled:
@@ -86,14 +92,24 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
         ConfigError: a size, number of steps, spacing or latents that the model or its sampler cannot take.
         UnsupportedError: a sampler option that is not built.
     """
-    width, height = request.size or (family.default_size, family.default_size)
+    width, height = request.size or family.default_sides
     shape = (family.latent_channels, *family.latent_size(width, height))
     sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
     steps = family.steps_default if request.steps is None else request.steps
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))
     guidance = family.guidance_default if request.guidance is None else float(request.guidance)
-    return Settled(request, sampler, steps, guidance, (width, height), shape)
+    strength = _strength(request, family)
+    begin = sampler.begins_at(strength, steps)
+    return Settled(request, sampler, steps, guidance, (width, height), shape, strength, begin)
+
+
+def _strength(request: Request, family: Family) -> float:
+    if not family.fills_masks:
+        if request.strength is not None:
+            raise ConfigError(f"strength is {request.strength:g}; it is for models that fill masks, and this is none")
+        return 1.0
+    return family.strength_default if request.strength is None else float(request.strength)
 
 
 def _sampler(request: Request, config: Mapping[str, Any]) -> Sampler:

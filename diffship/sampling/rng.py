@@ -19,7 +19,8 @@ from diffship.core.limits import LIMITS, check_range
 
 Floats = NDArray[np.float32]
 INITIAL = 0  # the `step` of the first latents; call i draws at step i + 1
-VAE_STEP = 1 << 32  # the `step` of the VAE's posterior sample
+VAE_STEP = 1 << 32  # the `step` of the VAE's posterior sample of a masked image
+WHOLE_STEP = VAE_STEP + 1  # and of the whole image, where strength is below 1
 _WORDS = 624  # of MT19937's state
 _VECTOR = 16  # from this size on, torch fills in blocks of 16
 

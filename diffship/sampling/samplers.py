@@ -21,8 +21,9 @@ from diffship.core.limits import LIMITS, check_range
 from diffship.core.registry import load as load_class
 from diffship.core.strict import load as load_fields
 from diffship.core.strict import plain
-from diffship.sampling.schedule import F64, Schedule, known
+from diffship.sampling.schedule import F64, Schedule, known, remembered
 
+CONFIG = "scheduler/scheduler_config.json"  # of a model's folder, and of a bundle
 X, OUTPUT, NOISE, HISTORY = 0, 1, 2, 3  # columns of the matrix
 MAX_HISTORY = 5
 
@@ -67,11 +68,29 @@ class Sampler(Schedule):
 
     def calls(self, steps: int) -> int:
         """Number of model calls for `steps` steps."""
-        return len(_timesteps(self, steps))
+        return len(times_of(self, steps))
 
     def init_noise_sigma(self, steps: int) -> float:
         """Standard deviation of the latents before the first call."""
         return 1.0
+
+    def noising(self, step: int, steps: int) -> tuple[float, float]:
+        """(a, b): before call `step` a picture's latents x0 are a x0 + b noise, as diffusers' `add_noise` has them."""
+        alpha = float(self.alphas_cumprod()[int(_timesteps(self, steps)[step])])
+        return alpha**0.5, (1 - alpha) ** 0.5
+
+    def begins_at(self, strength: float, steps: int) -> int:
+        """The first call where only `strength` of the noise is drawn, as diffusers' `get_timesteps` counts it.
+
+        Raises:
+            ConfigError: no call is left.
+        """
+        left = min(int(steps * strength), steps)
+        if left < 1:
+            raise ConfigError(
+                f"strength {strength:g} of {steps} steps leaves no step to draw; give more steps, or strength 1"
+            )
+        return steps - left
 
     def coefficients(self, step: int, steps: int, age: int = 0) -> Coefficients:
         """Coefficients of call `step` (from 0) of `calls(steps)`, with `age` history entries at hand.
@@ -79,7 +98,7 @@ class Sampler(Schedule):
         Raises:
             ConfigError: there is no such call or history, or the schedule has no such number of steps.
         """
-        return _coefficients(self, step, steps, age)
+        return remembered(_coefficients, self, step, steps, age)
 
     def to_config(self) -> dict[str, Any]:
         """A diffusers scheduler config that `make_sampler` reads back to an equal sampler."""
@@ -98,10 +117,11 @@ class Sampler(Schedule):
             if config.get(key, default):
                 absent = "" if key in config else " (diffusers' default where the key is absent)"
                 raise UnsupportedError(
-                    f"{cls.diffusers_class}: {key} is on{absent} and is not supported: set {key} to false in "
-                    "scheduler_config.json, or choose another sampler"
+                    f"{CONFIG}: {key} is on{absent} and is not supported with "
+                    f"{cls.diffusers_class}: choose another sampler, or set {key} to false in the model's "
+                    "folder before it is exported"
                 )
-        return load_fields(cls, known(config, {field.name for field in fields(cls)}), cls.diffusers_class)
+        return load_fields(cls, known(config, {field.name for field in fields(cls)}), CONFIG)
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -142,7 +162,7 @@ def _coefficients(sampler: Sampler, step: int, steps: int, age: int) -> Coeffici
 
 def times_of(sampler: Sampler, steps: int) -> F64:
     """`sampler.timesteps(steps)`, checked and cached; read-only."""
-    return _timesteps(sampler, steps)
+    return remembered(_timesteps, sampler, steps)
 
 
 def unit(column: int, age: int) -> F64:
@@ -183,6 +203,15 @@ _BY_CLASS = {
     "LCMScheduler": "lcm",
     "PNDMScheduler": "pndm",
 }
+# Every class of diffusers whose noise is that of betas: their configs can be taken over by each other.
+WITH_BETAS = (
+    *_BY_CLASS,
+    *("DDPMScheduler", "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"),
+    *("SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler"),
+    *("DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverMultistepInverseScheduler"),
+)
+_OTHER_NOISE = ("sigma_data", "use_flow_sigmas", "use_dynamic_shifting")  # EDM and flow matching, where they are set
 _PROMISED = {  # what a name says, whatever the config says
     "dpmpp-2m": {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
     "dpmpp-2m-karras": {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
@@ -196,13 +225,28 @@ def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
 
     Raises:
         ConfigError: unknown name or class, or a value that diffusers refuses too.
-        UnsupportedError: an option that is not supported, named.
+        UnsupportedError: an option that is not supported, named, or a model whose noise is not that of betas.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"the scheduler config is a {type(config).__name__}; it must be a table")
+    require_betas(config)
     if name is None:
         return _load(_name_of(config)).from_config(config)
     return _load(name).from_config({**config, **_PROMISED.get(name, {})})
+
+
+def require_betas(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError, naming the key, for a model that was not trained on the noise of betas (EDM, flow)."""
+    named = str(config.get("_class_name", ""))
+    odd = [key for key in _OTHER_NOISE if config.get(key)]
+    flow = str(config.get("prediction_type", "")).startswith("flow")
+    if (named in WITH_BETAS or not named) and not odd and not flow:
+        return
+    key = odd[0] if odd else "prediction_type" if flow else "_class_name"
+    raise UnsupportedError(
+        f"{CONFIG}: {key} is {str(config.get(key))[:80]!r}, so the noise that the model was "
+        f"trained on is not that of betas, which all samplers here draw with: {', '.join(SAMPLERS)}"
+    )
 
 
 def noise_schedule(config: Mapping[str, Any]) -> Schedule:
@@ -212,6 +256,7 @@ def noise_schedule(config: Mapping[str, Any]) -> Schedule:
         ConfigError: a value that diffusers refuses too.
         UnsupportedError: a scheduler without betas, such as one of flow matching.
     """
+    require_betas(config)
     name, names = str(config.get("_class_name", "")), {field.name for field in fields(_Trained)} - _DRAWING
     if name not in _BY_CLASS and not ({"beta_start", "trained_betas"} & config.keys()):
         raise UnsupportedError(f"the scheduler {name!r} says nothing of betas; models of diffusion have them")
@@ -237,6 +282,6 @@ def _name_of(config: Mapping[str, Any]) -> str:
     name = str(config.get("_class_name", ""))
     if name not in _BY_CLASS:
         raise ConfigError(
-            f"the model's scheduler is {name!r}, which is not built; name a sampler: {', '.join(SAMPLERS)}"
+            f"{CONFIG}: _class_name is {name!r}, a scheduler that is not built; name a sampler: {', '.join(SAMPLERS)}"
         )
     return _BY_CLASS[name]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("linspace", "leading", "trailing")
 _ALMOST_ZERO_SNR = np.float32(2.0**-24)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+@bounded
 class Schedule:
     """What every scheduler_config.json says of training and of the timestep grid; keys and defaults are diffusers'."""
 
@@ -50,7 +52,7 @@ class Schedule:
 
     def alphas_cumprod(self) -> F32:
         """Product of (1 - beta) up to each timestep, float32 (num_train_timesteps,); read-only."""
-        return _alphas_cumprod(self)
+        return remembered(_alphas_cumprod, self)
 
     def sigmas(self) -> F32:
         """sqrt((1 - a) / a) for each timestep, float32; finite even at zero terminal SNR, as in diffusers."""
@@ -68,6 +70,21 @@ class Schedule:
         if self.timestep_spacing == "leading":
             return np.arange(points, dtype=np.float64)[::-1] * (last // points) + self.steps_offset
         return np.asarray(np.round(np.arange(last, 0, -ratio)) - 1.0, np.float64)
+
+
+def remembered(compute: Callable[..., R], schedule: Schedule, *numbers: int) -> R:
+    """`compute(schedule, *numbers)`, where `compute` is a function with an `lru_cache`.
+
+    A schedule with `trained_betas` keeps its own results instead, and they go when it goes: a client may send as many
+    such schedules as it likes, and each is large and slow to hash.
+    """
+    if schedule.trained_betas is None:
+        return compute(schedule, *numbers)
+    own: dict[Hashable, R] = schedule.__dict__.setdefault("_remembered", {})
+    key = (compute, numbers, tuple(map(type, numbers)))
+    if key not in own:
+        own[key] = compute.__wrapped__(schedule, *numbers)  # type: ignore[attr-defined]
+    return own[key]
 
 
 @lru_cache(maxsize=64)

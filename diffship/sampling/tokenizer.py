@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,16 +46,20 @@ class Tokenizer(Protocol):
 class ClipTokenizer:
     """Start token, at most 75 tokens of text, end token, padding up to 77.
 
-    SD1.x pads with the end token; SD2's and SDXL's second tokenizer pad with "!" (id 0).
+    SD1.x pads with the end token; SD2's and SDXL's second tokenizer pad with "!" (id 0). `added` are the words of
+    textual inversions; one of three vectors has the words `<toy>`, `<toy>_1`, `<toy>_2`, and its prompt says `<toy>`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, pad_token: str = END, length: int = LENGTH) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, pad_token: str = END, length: int = LENGTH, added: Sequence[str] = ()
+    ) -> None:
         self._backend = backend
         self._backend.no_padding()
         self._backend.no_truncation()
         self.length = length
         self._start, self._end = self._id(START), self._id(END)
         self._pad = self._id(pad_token)
+        self._added = added
         # as transformers: a special token counts wherever it stands in a prompt, "!" as SD2's padding included
         self._backend.add_special_tokens([START, END, pad_token])
 
@@ -77,8 +82,9 @@ class ClipTokenizer:
                 backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             else:
                 raise SourceError(f"{where}: has neither tokenizer.json nor vocab.json with merges.txt")
-            add_tokens(backend, added_tokens(files))
-            return cls(backend, pad_token(files), _length(files))
+            added = added_tokens(files)
+            add_tokens(backend, added)
+            return cls(backend, pad_token(files), _length(files), [token.content for token in added])
         except SourceError:
             raise
         except Exception as fault:  # tokenizers raises bare Exception
@@ -99,6 +105,7 @@ class ClipTokenizer:
         return Tokens(np.array(rows, np.int64).reshape(len(rows), self.length), tuple(dict.fromkeys(warnings)))
 
     def _row(self, prompt: str) -> tuple[list[int], str]:
+        prompt = self.expanded(prompt)
         encoding = self._backend.encode(prompt, add_special_tokens=False)
         room = self.length - 2
         ids = [self._start, *encoding.ids[:room], self._end]
@@ -108,6 +115,20 @@ class ClipTokenizer:
         cut = prompt[encoding.offsets[room][0] :].strip()
         shown = cut if len(cut) <= 60 else cut[:57] + "..."
         return ids, f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
+
+    def expanded(self, prompt: str) -> str:
+        """`prompt` with each word of a textual inversion followed by the words of its further vectors, as diffusers'
+        `maybe_convert_prompt` replaces them: wherever the word's letters stand, in those further words too."""
+        if not self._added:
+            return prompt
+        for token in dict.fromkeys(self._backend.encode(prompt, add_special_tokens=False).tokens):
+            if token in self._added:
+                prompt = prompt.replace(token, " ".join([token, *self._further(token)]))
+        return prompt
+
+    def _further(self, token: str) -> list[str]:
+        names = itertools.takewhile(self._added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
+        return list(names)
 
     def _id(self, token: str) -> int:
         found = self._backend.token_to_id(token)

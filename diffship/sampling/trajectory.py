@@ -35,7 +35,7 @@ class Origin:
 
 
 def warnings_in(facts: Mapping[str, Any]) -> list[str]:
-    """Of a trajectory's facts, which are the sender's own: what is no list of warnings is none."""
+    """The warnings in a trajectory's facts. Facts come from the sender, so anything that is not a list is ignored."""
     found = facts.get("warnings")
     return [str(text) for text in found] if isinstance(found, list) else []
 
@@ -109,6 +109,6 @@ def at_step(trajectory: Trajectory, latents: Array, history: tuple[Array, ...], 
 
 
 def as_numpy(array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 numpy copy of any array type."""
-    value = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+    """Any array type as float32 numpy; it may share memory with `array`, so it is not written to."""
+    value = array.detach().float().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
     return np.asarray(value, np.float32)

@@ -58,7 +58,7 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
     Without `embeddings` only the prompts travel, and the receiver encodes them.
 
     Raises:
-        HandoffError: it is larger than the limit, or has values that float16 cannot hold.
+        HandoffError: it or its facts are larger than the limit, or it has values that float16 cannot hold.
         ConfigError: another dtype.
     """
     if dtype not in DTYPES:
@@ -75,7 +75,7 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
         "guidance": trajectory.guidance,
         "prompt": trajectory.prompt,
         "negative_prompt": trajectory.negative_prompt,
-        "facts": trajectory.facts,
+        "facts": _facts(trajectory.facts),
         "noise": noise,
         "origin": _origin_out(trajectory.origin),
     }

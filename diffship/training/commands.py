@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.training.loop import leave
 from diffship.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def run(name: str, options: TrainOptions) -> dict[str, object]:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    return STAGES[name](options)
+    reached = STAGES[name](options)
+    leave()
+    return reached
 
 
 def _data(options: TrainOptions) -> dict[str, object]:

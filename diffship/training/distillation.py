@@ -9,7 +9,7 @@ target of plain training (the noise, or v), f_j and f_Tj paired features:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +168,8 @@ class DistillationTask:
         return (noisy, steps.float(), *conditions), self.forward.target(clean, noise, steps), steps
 
     def _taught(self, feeds: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        kind = next(self.teacher.parameters()).dtype
-        # timesteps and size conditions are not exact in 16 bits; the U-Net casts behind their sinusoids
-        given = [feed.to(kind) if place in (0, 2, 3) else feed for place, feed in enumerate(feeds)]
-        # under autocast a teacher in 16 bits would meet the student's kind of them
-        plain = torch.autocast(given[0].device.type, enabled=False) if kind != torch.float32 else nullcontext()
-        with torch.no_grad(), plain:
+        given = fitted(self.teacher, feeds)
+        with torch.no_grad(), exactly(self.teacher):
             return self.teacher_taps.gather(lambda: self.teacher(*given)[0].float())
 
     def _error(self, output: Tensor, wanted: Tensor, steps: Tensor) -> Tensor:
@@ -181,6 +177,21 @@ class DistillationTask:
             return F.mse_loss(output, wanted)
         errors = F.mse_loss(output, wanted, reduction="none").mean((1, 2, 3))
         return (self.forward.weight(steps) * errors).mean()
+
+
+def fitted(teacher: nn.Module, feeds: Sequence[Tensor]) -> list[Tensor]:
+    """Feeds of a U-Net in the type of its weights, but for timesteps and size conditions, which 16 bits do not hold.
+
+    The U-Net casts these behind their sinusoids.
+    """
+    kind = next(teacher.parameters()).dtype
+    return [feed.to(kind) if place in (0, 2, 3) else feed for place, feed in enumerate(feeds)]
+
+
+def exactly(teacher: nn.Module) -> AbstractContextManager[Any]:
+    """While open, a teacher in 16 bits computes in its own kind of them: under autocast it would meet the student's."""
+    first = next(teacher.parameters())
+    return nullcontext() if first.dtype == torch.float32 else torch.autocast(first.device.type, enabled=False)
 
 
 def feature_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

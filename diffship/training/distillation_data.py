@@ -17,7 +17,7 @@ from diffship.models.pipeline import TEXT_PARTS, Pipeline
 from diffship.sampling.encode import time_ids
 from diffship.sampling.tokenizer import ClipTokenizer
 from diffship.training.paired import PairedPictures
-from diffship.training.saving import save_tensors
+from diffship.training.saving import read_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,8 @@ def make_latents(
     name = f"latents-{digest_of([pictures.digest, pictures.size, flip, *facts])[:40]}"
     if main:
         job.once(name, lambda path: _encode_all(encoder, flip, job, path))
-    held = tensor_file.load_file(_awaited(job.folder / name))
+    remedy = "Remove it, and the same command encodes the pictures anew"
+    held = read_tensors(_awaited(job.folder / name), ("mean", "std"), remedy)
     return HeldLatents(held["mean"], held["std"], len(pictures))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,33 @@ class InTraining(PipelineModel):
         return self._live if part == "unet" else super().use(part)
 
 
-def write_pictures(
-    model: InTraining, prompts: Sequence[str], size: int, steps: int | None, guidance: float | None, file: Path
-) -> None:
-    """A grid of one picture per prompt, with the same noise at every call.
+@dataclass(frozen=True)
+class Look:
+    """What pictures to look at are drawn with: `steps` has one entry for each row of them, None is the model's own."""
+
+    prompts: Sequence[str]
+    size: int
+    steps: tuple[int | None, ...] = (None,)
+    guidance: float | None = None
+
+
+def write_pictures(model: InTraining, look: Look, file: Path) -> None:
+    """A grid of one picture per prompt and number of steps, with the same noise at every call.
 
     Raises:
         RunnerError: the model draws nothing but black, or numbers that are not finite.
     """
-    facts: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": (size, size), "sampler": _sampler(model)}
-    requests = [Request(prompt, seed=seed, **facts) for seed, prompt in enumerate(prompts)]
+    drawn = np.concatenate([_drawn(model, look, steps) for steps in look.steps], axis=0)
+    write_file(file, _png(Image.fromarray(drawn)))
+
+
+def _drawn(model: InTraining, look: Look, steps: int | None) -> NDArray[np.uint8]:
+    facts: dict[str, Any] = {"steps": steps, "guidance": look.guidance, "size": (look.size, look.size)}
+    facts["sampler"] = _sampler(model)
+    requests = [Request(prompt, seed=seed, **facts) for seed, prompt in enumerate(look.prompts)]
     batch = [trajectory for request in requests for trajectory in start(model, request)]
     pictures = [picture.pixels for picture in draw(model, batch, at_once=_AT_ONCE)]
-    write_file(file, _png(Image.fromarray(grid(pictures))))
+    return grid(pictures, _COLUMNS if len(look.steps) == 1 else len(pictures))
 
 
 def _sampler(model: InTraining) -> str | None:
@@ -135,25 +150,13 @@ def _png(image: Image.Image) -> bytes:
 class Report:
     """Called with a step: writes `curve.png` and `validation-STEP.png` into the run's folder."""
 
-    def __init__(
-        self,
-        model: InTraining,
-        prompts: Sequence[str],
-        size: int,
-        few_steps: int,
-        folder: Path,
-        note: Callable[[str], None],
-    ) -> None:
-        self.model, self.prompts, self.size, self.folder, self.note = model, prompts, size, folder, note
-        # a few-step teacher has its guidance in its weights
-        self.steps = few_steps or None
-        self.guidance = 1.0 if few_steps else None
+    def __init__(self, model: InTraining, look: Look, folder: Path, note: Callable[[str], None]) -> None:
+        self.model, self.look, self.folder, self.note = model, look, folder, note
 
     def __call__(self, step: int) -> None:
         write_curve(self.folder / "curve.jsonl", self.folder / "curve.png")
         try:
-            file = self.folder / f"validation-{step:06d}.png"
-            write_pictures(self.model, self.prompts, self.size, self.steps, self.guidance, file)
+            write_pictures(self.model, self.look, self.folder / f"validation-{step:06d}.png")
         except DiffshipError as fault:  # pictures are to look at: training goes on
             self.note(f"no validation pictures at step {step}: {fault}")
         self.model.close()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-
+from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.training.diffusion import (
@@ -18,25 +18,25 @@ from diffship.training.diffusion import (
     Latents,
     caption_variants,
 )
-from diffship.training.loop import Schedule, leave, load_average, train
+from diffship.training.loop import Schedule, load_average, train
 from diffship.training.pictures import Pictures
 from diffship.training.preview import draw, save_grid
-from diffship.training.saving import save_tensors
+from diffship.training.saving import read_tensors, reading, replace_tensors
 from diffship.training.vae import VAE_CONFIG, VaeTask, psnr
 from diffship.training.vocabulary import CONTEXT, train_vocabulary
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors import torch as tensor_file
     from torch import Tensor
     from transformers import CLIPTextModel
 
     from diffship.training.options import TrainOptions
 else:
-    torch, tensor_file = lazy("torch"), lazy("safetensors.torch")
+    torch = lazy("torch")
 
 VOCABULARY = 4096
+_REMEDY = "Remove it, and the same command encodes the pictures anew"
 DEFAULTS = {
     "vae": Schedule(steps=2400, batch=8, rate=1e-3, decay=600, ema=0.995, weight_decay=0.0),
     "decoder": Schedule(steps=4000, batch=8, rate=1e-3, decay=1500, ema=0.995, weight_decay=0.0),
@@ -48,13 +48,12 @@ DEFAULTS = {
 def schedule(stage: str, options: TrainOptions) -> Schedule:
     """The stage's schedule with the user's numbers in place of the defaults."""
     base = DEFAULTS[stage]
-    return Schedule(
+    return replace(
+        base,
         steps=options.steps or base.steps,
         batch=options.batch or base.batch,
         rate=options.rate or base.rate,
         decay=base.decay if options.decay is None else options.decay,
-        ema=base.ema,
-        weight_decay=base.weight_decay,
         seed=options.seed,
     )
 
@@ -77,11 +76,14 @@ def train_vae(options: TrainOptions, decoder_only: bool) -> dict[str, object]:
 
 
 def save_whole(vae: AutoencoderKL, folder: Path, modules: dict[str, torch.nn.Module]) -> None:
-    """`vae.safetensors`: every weight, trained or frozen, with the averages in place of the live ones."""
+    """`vae.safetensors`: every weight, trained or frozen, with the averages in place of the live ones.
+
+    Of several processes the first one writes.
+    """
     load_average(folder / "state.safetensors", modules)
-    tensor_file.save_file(
-        {key: value.contiguous() for key, value in vae.state_dict().items()}, folder / "vae.safetensors"
-    )
+    if first_process():
+        whole = {key: value.contiguous() for key, value in vae.state_dict().items()}
+        replace_tensors(whole, folder / "vae.safetensors")
 
 
 def held_out_psnr(vae: AutoencoderKL, pictures: Pictures) -> float:
@@ -143,7 +145,7 @@ def train_judge(options: TrainOptions) -> dict[str, object]:
 
 
 def _train(task: object, stage: str, options: TrainOptions, folder: Path, validate: object = None) -> int:
-    reached = train(
+    return train(
         task,  # type: ignore[arg-type]
         schedule(stage, options),
         folder,
@@ -151,8 +153,6 @@ def _train(task: object, stage: str, options: TrainOptions, folder: Path, valida
         precision=options.precision,
         stop_after_seconds=options.minutes * 60 if math.isfinite(options.minutes) else math.inf,
     )
-    leave()
-    return reached
 
 
 def new_vae() -> AutoencoderKL:
@@ -167,7 +167,7 @@ def load_vae(out: Path) -> AutoencoderKL:
         file = out / stage / "vae.safetensors"
         if file.exists():
             vae = new_vae()
-            vae.load_state_dict(tensor_file.load_file(file))
+            vae.load_state_dict(read_tensors(file, tuple(vae.state_dict()), f"Run again: diffship train {stage}"))
             return vae.eval()
     raise ConfigError(f"{out} has no trained auto-encoder; run first: diffship train emoji-vae")
 
@@ -200,8 +200,8 @@ def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latent
                 stds.append(posterior.std)
         folder.mkdir(parents=True, exist_ok=True)
         made = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
-        save_tensors(tensor_file.save_file, made, cache, {"of": digest})
-    held = tensor_file.load_file(cache)
+        replace_tensors(made, cache, {"of": digest})
+    held = read_tensors(cache, ("mean", "std"), _REMEDY)
     factor = scaling_factor(held["mean"])
     names = {name: i for i, name in enumerate(sorted({record["concept"] for record in pictures.records}))}
     concept = torch.tensor([names[record["concept"]] for record in pictures.records])
@@ -217,7 +217,7 @@ def _digest(vae: AutoencoderKL, pictures: Pictures) -> str:
 
 
 def _noted(cache: Path) -> str | None:
-    with safe_open(cache, "pt") as file:
+    with reading(cache, _REMEDY) as file:
         return (file.metadata() or {}).get("of")
 
 

@@ -6,26 +6,22 @@ step, so a checkpoint holds weights, moments and averages only, and a killed run
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from safetensors import safe_open
-
-from diffship.core.atomic import sync_folder
-from diffship.core.errors import Cancelled, DiffshipError
+from diffship.core.distributed import note_left
+from diffship.core.errors import Cancelled, DiffshipError, SourceError
 from diffship.core.lazy import lazy
 from diffship.core.quiet import training
-from diffship.training.saving import save_tensors
+from diffship.training.saving import reading, replace_tensors, save_tensors
 
 if TYPE_CHECKING:
     import accelerate
@@ -35,6 +31,9 @@ if TYPE_CHECKING:
 else:
     accelerate, torch = lazy("accelerate"), lazy("torch")
     tensor_file = lazy("safetensors.torch")
+
+
+_REMEDY = "Remove it, and the same command trains from the beginning"
 
 
 class Task(Protocol):
@@ -105,12 +104,14 @@ def train(
     precision: str = "no",
     stop_after_seconds: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
+    follow: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> int:
     """Train until `schedule.steps`, resuming from `folder/state.safetensors` if it is there; returns the step reached.
 
     `validate` sees the averaged weights. `progress(step, steps)` is called after every step (without it, logged steps
-    are printed); if it raises Cancelled, what is done is saved first. Under `torchrun` every process computes its share
-    of the batch and the gradients are averaged once a step; the first process writes.
+    are printed); if it raises Cancelled, what is done is saved first. `follow` is given the averaged weights before the
+    first step, by name; they change in place, so that a task can look at them. Under `torchrun` every process computes
+    its share of the batch and the gradients are averaged once a step; the first process writes.
 
     Raises:
         BusyError: something is timed on this machine, and is not over after ten minutes.
@@ -118,6 +119,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, schedule, folder / "state.safetensors", precision)
+    if follow is not None:
+        follow(run.average)
     started = saved = time.monotonic()
     checkpoints = 0
     with (
@@ -146,26 +149,16 @@ def train(
 
 
 def leave() -> None:
-    """End a distributed run; every process calls it last.
+    """Leave a distributed run; every process calls it once its work is done, writing included.
 
     A process that exits while gloo's thread still holds the tensors of an exchange may abort, and `torchrun` then
-    kills the one that is still writing: the barrier is an exchange that holds none. Even so, 5 of 36 runs on busy cores
-    aborted in what C++ takes down behind the interpreter; a process that has left ends before that.
+    kills the one that is still writing: the barrier is an exchange that holds none. How such a process ends is said in
+    `diffship.core.distributed.end`.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        atexit.register(_end)
-
-
-def _end() -> None:
-    """The other functions of `atexit`, and the end: nothing of C++ is taken down."""
-    atexit.unregister(_end)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(1 if hasattr(sys, "last_type") else 0)  # an exception that nobody caught was printed by then
+        note_left()
 
 
 class _Run:
@@ -183,7 +176,8 @@ class _Run:
         )
         self.optimizer = self.accelerator.prepare(adam)
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self.step = _load(state, self.parameters, self.average, self.optimizer) if state.exists() else 0
+        self.step = self._load() if state.exists() else 0
+        self._written = self.step if state.exists() else -1  # the step whose checkpoint lies on the disk
 
     def advance(self) -> Callable[[], dict[str, float]]:
         """One step; returns what reads its figures, so that a step that is not logged never waits for them."""
@@ -242,8 +236,18 @@ class _Run:
         return bool(wish > 0)
 
     def save(self) -> None:
-        if self.accelerator.is_main_process:
-            _save(self.state, self.step, self.parameters, self.average, self.optimizer)
+        """Write the checkpoint of this step, in the first process and unless it is there."""
+        if self.accelerator.is_main_process and self._written != self.step:
+            scaler = self.accelerator.scaler
+            about = {"step": self.step, "scaler": None if scaler is None else scaler.state_dict()}
+            _save(self.state, about, self.parameters, self.average, self.optimizer)
+            self._written = self.step
+
+    def _load(self) -> int:
+        about = _load(self.state, self.parameters, self.average, self.optimizer)
+        if self.accelerator.scaler is not None and about.get("scaler"):
+            self.accelerator.scaler.load_state_dict(about["scaler"])
+        return int(about["step"])
 
     @contextmanager
     def saved_if_cancelled(self) -> Iterator[None]:
@@ -291,19 +295,19 @@ class averaged:
 
 
 def reached(state: Path) -> int:
-    """The step of a checkpoint, 0 where there is none."""
+    """The step of a checkpoint, 0 where there is none. Raises SourceError: it is damaged."""
     if not state.exists():
         return 0
-    with safe_open(state, "pt") as file:
-        return int(json.loads(file.metadata()["state"])["step"])
+    with reading(state, _REMEDY) as file:
+        return int(_about(file, state)["step"])
 
 
 def load_average(state: Path, modules: Mapping[str, nn.Module]) -> int:
-    """Fill modules with the averaged weights of a checkpoint; returns its step."""
-    with safe_open(state, "pt") as file, torch.no_grad():
+    """Fill modules with the averaged weights of a checkpoint; returns its step. Raises SourceError: it is damaged."""
+    with reading(state, _REMEDY) as file, torch.no_grad():
         for name, value in _parameters(modules).items():
-            value.copy_(file.get_tensor(f"average/{name}"))
-        return int(json.loads(file.metadata()["state"])["step"])
+            value.copy_(_tensor(file, state, f"average/{name}", value.shape))
+        return int(_about(file, state)["step"])
 
 
 def save_start(state: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -323,29 +327,46 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def _save(state: Path, step: int, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> None:
+def _save(
+    state: Path, about: Mapping[str, Any], parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any
+) -> None:
     tensors = {f"live/{name}": value.detach().contiguous() for name, value in parameters.items()}
     tensors |= {f"average/{name}": value.contiguous() for name, value in average.items()}
     for name, value in parameters.items():
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"{key}/{name}"] = moment.contiguous()
-    temporary = state.with_suffix(".partial")
-    save_tensors(tensor_file.save_file, tensors, temporary, {"state": json.dumps({"step": step})})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, state)
-    sync_folder(state.parent)
+    replace_tensors(tensors, state, {"state": json.dumps(about)})
 
 
-def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> int:
-    with safe_open(state, "pt") as file, torch.no_grad():
+def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Fill weights, averages and moments; returns what else the checkpoint notes. Raises SourceError: it is damaged."""
+    with reading(state, _REMEDY) as file, torch.no_grad():
         keys = set(file.keys())
         for name, value in parameters.items():
-            value.copy_(file.get_tensor(f"live/{name}"))
-            average[name].copy_(file.get_tensor(f"average/{name}"))
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            value.copy_(_tensor(file, state, f"live/{name}", value.shape))
+            average[name].copy_(_tensor(file, state, f"average/{name}", value.shape))
+            for key, shape in (("step", ()), ("exp_avg", value.shape), ("exp_avg_sq", value.shape)):
                 if f"{key}/{name}" in keys:
-                    held = file.get_tensor(f"{key}/{name}").to(value.device)
+                    held = _tensor(file, state, f"{key}/{name}", shape).to(value.device)
                     # fused AdamW walks through memory: moments must lie as their weight does (channels last, say)
                     optimizer.state[value][key] = held if key == "step" else torch.empty_like(value).copy_(held)
-        return int(json.loads(file.metadata()["state"])["step"])
+        return _about(file, state)
+
+
+def _about(file: Any, state: Path) -> dict[str, Any]:
+    """What a checkpoint notes beside its tensors: the step, and the scaler of a run in fp16."""
+    try:
+        found: dict[str, Any] = json.loads(file.metadata()["state"])
+        int(found["step"])
+        return found
+    except (TypeError, KeyError, ValueError):
+        raise SourceError(f"{state} is no checkpoint of a training run: its header notes no step") from None
+
+
+def _tensor(file: Any, state: Path, name: str, shape: Sequence[int]) -> Tensor:
+    if name not in file.keys():
+        raise SourceError(f"{state} has no tensor {name}: it is of another run")
+    found: Tensor = file.get_tensor(name)
+    if tuple(found.shape) != tuple(shape):
+        raise SourceError(f"{state}: {name} has shape {tuple(found.shape)}, this run needs {tuple(shape)}")
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffship.benchmarks.machine import code_digest
 from diffship.benchmarks.process import TIMEOUT_CODE, Measured, measure
+from diffship.runtimes.engine import engines_for
 from prove.capabilities import missing
 from prove.catalogue import Catalogue, Checkpoint
 from prove.state import Outcome, State, digest
@@ -145,7 +146,8 @@ class Prover:
 
     def _bench(self, entry: Checkpoint, bundle: Path) -> list[str]:
         picture, box = self._picture(entry), self.box
-        command = [sys.executable, "-m", "diffship", "bench", str(bundle), "--engines", box.engine or "onnxruntime"]
+        engine = box.engine or engines_for(box.target)[0]
+        command = [sys.executable, "-m", "diffship", "bench", str(bundle), "--engines", engine]
         for flag in ("size", "steps"):
             command += [f"--{flag}", str(picture[flag])]
         command += ["--guidance", str(entry.guidance), "--sampler", entry.sampler, "--precision", box.precision]

@@ -260,4 +260,4 @@ def test_an_export_that_only_draws_with_another_sampler_says_so(
     words = ["export", str(tmp_path / "m"), "--parts", "vae_decoder", "--no-verify", "-o", str(tmp_path / "b")]
     assert main(words) == 0
     said = capsys.readouterr().err
-    assert "warning: it draws with --sampler NAME only: the model's scheduler is 'UniPCMultistepScheduler'" in said
+    assert "warning: it draws with --sampler NAME only: scheduler/scheduler_config.json: _class_name is 'UniPC" in said

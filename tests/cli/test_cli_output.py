@@ -3,17 +3,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image, ImageFont
 
 from diffship.benchmarks.grid import grid, png_bytes, wrapped
 from diffship.benchmarks.side_by_side import picture_psnr
+from diffship.cli import doctor
 from diffship.cli.compress import fitting
-from diffship.cli.doctor import satisfies
 from diffship.cli.drawing import file_names, read_prompts, slug
 from diffship.cli.export import _target
 from diffship.cli.flags import add_fields, given_fields, names, setting, size, worded
@@ -176,10 +178,31 @@ def test_picture_psnr() -> None:
         ("10.4", ">=10.4", True),
         ("2026.4.1", ">=2026.0", True),
         ("1.0rc1", "", True),
+        ("2.13.0rc1", ">=2.13.0", False),
+        ("2.14.0.dev20261101", ">=2.13", True),
+        ("1.20.3", "==1.20.*", True),
+        ("1.21", "~=1.20.1", False),
+        ("1.20.5", "!=1.20.5", False),
     ],
 )
-def test_version_bounds(version: str, bounds: str, fits: bool) -> None:
-    assert satisfies(version, bounds) is fits
+def test_an_extra_whose_version_does_not_fit_is_a_conflict(
+    version: str, bounds: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: {"some-package": version}[name])
+    found = doctor._extra("torch", [Requirement(f"some-package{bounds}")])
+    assert (found["ready"], found["installed"]) == (fits, {"some-package": version})
+    assert list(found["conflicts"]) == ([] if fits else ["some-package"])
+
+
+def test_requirements_are_those_of_this_machine_and_extra() -> None:
+    for line, wanted in (
+        ("a>=1; extra == 'torch'", True),
+        ("a>=1; extra == 'onnx'", False),
+        ("a>=1; sys_platform == 'no such system' and extra == 'torch'", False),
+        ("a>=1; python_version >= '3'", False),
+    ):
+        assert doctor.wanted_by(Requirement(line), "torch") is wanted
+    assert {entry.name for entry in doctor._extras()["serve"]} == {"fastapi", "uvicorn", "httpx"}
 
 
 @dataclass(frozen=True)
@@ -218,6 +241,9 @@ def test_help_of_a_pass_lists_its_options(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "criterion       default: magnitude; magnitude, taylor, diff-pruning, random" in text
     assert "data            default: not set" in text and "threshold: of Diff-Pruning" in text
+    assert main(["compress", "--pass", "lcm", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["teacher_precision", "default:"] for line in lines)  # a long name keeps its space
     assert main(["compress", "--help"]) == 0 and "diff-pruning" not in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from diffship.cli.main import main
 from diffship.compression.distill import DistillPass
-from diffship.core.errors import Cancelled, ConfigError
+from diffship.core.errors import Cancelled, ConfigError, SourceError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights, source_digest
 from diffship.models.pipeline import Pipeline
@@ -254,6 +254,17 @@ def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_p
     made = [make_latents(p, step.pictures(p), False, 4.0, job, torch.device("cpu"), True) for p in (base, other)]
     means = [latents.take([0], [False])[0] for latents in made]
     assert torch.equal(*means) == (change == "scheduler")
+
+
+def test_damaged_latents_are_named(tmp_path: Path) -> None:
+    base, job = open_source("arch:tiny-sd"), Job(tmp_path / "job")
+    step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "steps": 1, "teacher": "arch:tiny-sd"})
+    make_latents(base, step.pictures(base), False, 4.0, job, torch.device("cpu"), True)
+    (held,) = job.folder.glob("latents-*")
+    for kept in (100, 0):
+        held.write_bytes(held.read_bytes()[:kept])
+        with pytest.raises(SourceError, match=rf"{held.name}: not a valid .*Remove it, and .* encodes the pictures"):
+            make_latents(base, step.pictures(base), False, 4.0, job, torch.device("cpu"), True)
 
 
 def test_a_tensor_that_the_module_lacks_is_left_out_after_training(tmp_path: Path) -> None:

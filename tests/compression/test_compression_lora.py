@@ -55,6 +55,12 @@ def by_hand(weight: np.ndarray, down: torch.Tensor, up: torch.Tensor, scale: flo
     return total.numpy()
 
 
+# names in the original checkpoints, for one layer a level
+ORIGINAL = {
+    ATTENTION: "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    CONV: "input_blocks.4.0.in_layers.2",
+}
+COMFYUI = {"unet": "diffusion_model", "text_encoder": "clip_l.transformer"}
 KOHYA: Callable[[str], str] = lambda layer: layer.replace(".", "_")  # noqa: E731
 STYLES: dict[str, Callable[[str, str, torch.Tensor, torch.Tensor], Tensors]] = {
     "kohya": lambda part, layer, down, up: {
@@ -73,6 +79,18 @@ STYLES: dict[str, Callable[[str, str, torch.Tensor, torch.Tensor], Tensors]] = {
     "diffusers": lambda part, layer, down, up: {
         f"{part}.{layer}.lora.down.weight": down,
         f"{part}.{layer}.lora.up.weight": up,
+    },
+    "lcm script": lambda part, layer, down, up: {
+        f"{part}.base_model.model.{layer}.lora_A.weight": down,
+        f"{part}.base_model.model.{layer}.lora_B.weight": up,
+    },
+    "onetrainer": lambda part, layer, down, up: {
+        f"lora_{'unet' if part == 'unet' else 'te1'}.{layer}.lora_down.weight": down,
+        f"lora_{'unet' if part == 'unet' else 'te1'}.{layer}.lora_up.weight": up,
+    },
+    "comfyui": lambda part, layer, down, up: {
+        f"{COMFYUI[part]}.{ORIGINAL.get(layer, layer)}.lora_A.weight": down,
+        f"{COMFYUI[part]}.{ORIGINAL.get(layer, layer)}.lora_B.weight": up,
     },
     "text encoder": lambda part, layer, down, up: {
         f"{part}.{layer.removeprefix('text_model.')}.lora_linear_layer.down.weight": down,
@@ -227,6 +245,19 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
         "ranks": (STYLES["kohya"]("unet", ATTENTION, down[:2].contiguous(), up), "ranks differ: down"),
         "half a pair": ({k: v for k, v in kohya.items() if "up" not in k}, "no up matrix"),
         "twice": ({**kohya, f"unet.{ATTENTION}.lora_A.weight": down.clone()}, "are the same tensor of one layer"),
+        "textual inversions": (
+            {**kohya, "bundle_emb.toy.clip_l": up.clone()},
+            r"1 keys \(bundle_emb.*textual inversions that OneTrainer packs",
+        ),
+        "no tensors": ({}, "has no tensors: .*ZeRO-3"),
+        "sharded": (
+            {f"{key}.lora_down.weight": torch.zeros(0), f"{key}.lora_up.weight": torch.zeros(0)},
+            r"2 tensors \(.*\) of no elements",
+        ),
+        "rank 0": (
+            STYLES["kohya"]("unet", ATTENTION, down[:0].contiguous(), up[:, :0].contiguous()),
+            r"2 tensors \(.*\) of no elements.*rank is 0",
+        ),
         "alpha": ({**kohya, f"{key}.alpha": torch.tensor([float("nan")])}, "is not one number"),
     }
 
@@ -236,6 +267,7 @@ def _wrong(base: Pipeline) -> dict[str, tuple[Tensors, str]]:
     [
         *("another family", "dora", "bias", "never trained", "other widths"),
         *("ranks", "half a pair", "twice", "alpha"),
+        *("textual inversions", "no tensors", "sharded", "rank 0"),
     ],
 )
 def test_a_wrong_file_is_refused_before_work(base: Pipeline, case: str, tmp_path: Path) -> None:
@@ -308,3 +340,18 @@ def test_layout_and_lora_chain_in_a_recipe(base: Pipeline, tmp_path: Path, capsy
     assert main(["compress", "--recipe", str(recipe), "-o", str(tmp_path / "out"), "--quiet"]) == 0
     capsys.readouterr()
     assert [entry["pass"] for entry in open_source(str(tmp_path / "out")).history] == ["layout", "lora"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_files_without_values_are_refused_by_name(base: Pipeline, style: str, tmp_path: Path) -> None:
+    """What a rank of 0 gives, and parameters that lay on several GPUs when they were saved."""
+    down, up = torch.zeros(0, 16), torch.zeros(16, 0)
+    flat = (torch.zeros(0), torch.zeros(0))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 3}')
+    for matrices in ((down, up), flat):
+        save_file(STYLES[style]("unet", ATTENTION, *matrices), tmp_path / "empty.safetensors")
+        with pytest.raises(SourceError, match=r"empty\.safetensors has 2 tensors \(.*\) of no elements: its rank is 0"):
+            compress(base, [LoraPass((str(tmp_path / "empty.safetensors"),))])
+    save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(SourceError, match=r"none\.safetensors has no tensors: .* save it again"):
+        compress(base, [LoraPass((str(tmp_path / "none.safetensors"),))])

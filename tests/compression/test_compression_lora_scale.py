@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffship.compress import compress
 from diffship.compression.lora import LoraPass
+from diffship.compression.lora_file import LoraFile
+from diffship.compression.lora_names import Names
 from diffship.compression.lora_scale import ADAPTER, METADATA, read_notes
 from diffship.compression.stored import options_key
 from diffship.core.errors import SourceError
+from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 
@@ -125,6 +130,12 @@ def test_peft_s_file_without_its_config_is_refused(base: Pipeline, tmp_path: Pat
         ({"lora_alpha": 8, "peft_type": "LOHA"}, "of the kind LOHA"),
         ({"lora_alpha": 8, "use_dora": True}, "of the kind DORA"),
         ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_16"}, "belongs to other weights"),
+        *(
+            ({"lora_alpha": 8, "init_lora_weights": start}, "belongs to other weights")
+            for start in ("lora_ga", "olora", "corda", "loftq", "a beginning of tomorrow")
+        ),
+        ({"lora_alpha": 8, "kasa_config": {"beta": 1e-4}}, "kasa_config: plain LoRA alone"),
+        ({"lora_alpha": 8, "fan_in_fan_out": True}, "fan_in_fan_out: plain LoRA alone"),
         ({"lora_alpha": 8, "alpha_pattern": {"down.*": 4}}, "no regular expressions"),
         ({"lora_alpha": 8, "alpha_pattern": [4]}, "alpha_pattern is to name layers"),
         ({"lora_alpha": 8, "alpha_pattern": {"to_q": "4"}}, "alpha of to_q is '4'"),
@@ -134,6 +145,95 @@ def test_notes_that_cannot_be_are_refused(notes: dict[str, Any], message: str, t
     (tmp_path / ADAPTER).write_text(json.dumps(notes))
     with pytest.raises(SourceError, match=message):
         read_notes(tmp_path / "adapter_model.safetensors", ("base_model.model.conv_in.lora_A.weight",), {})
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_beginnings_that_leave_the_base_alone_are_fused(start: Any, base: Pipeline, tmp_path: Path) -> None:
+    save_file(tensors("base_model.model."), tmp_path / "adapter_model.safetensors")
+    (tmp_path / ADAPTER).write_text(json.dumps({"lora_alpha": 2, "r": 2, "init_lora_weights": start}))
+    assert LoraPass((str(tmp_path / "adapter_model.safetensors"),)).check(base) == []
+
+
+def test_files_of_mixed_ranks_that_diffusers_saved_again_are_fused(base: Pipeline, saved: Path, tmp_path: Path) -> None:
+    """diffusers 0.42 names their layers in full behind a `^`; it reads such a file back itself."""
+    draw = torch.Generator().manual_seed(0)
+    file = {}
+    for name, rank in (("to_q", 4), ("to_k", 4), ("to_v", 8)):
+        file[f"{LAYER}.{name}.lora_A.weight"] = torch.randn(rank, 16, generator=draw) * 0.1
+        file[f"{LAYER}.{name}.lora_B.weight"] = torch.randn(16, rank, generator=draw) * 0.1
+    unet = unet_of(saved)
+    unet.load_lora_adapter(file, adapter_name="a", prefix=None)
+    unet.save_lora_adapter(tmp_path, adapter_name="a")
+    unet.fuse_lora()
+    unet.unload_lora()
+    fused = compress(base, [LoraPass((str(tmp_path / "pytorch_lora_weights.safetensors"),))])
+    worst, changed = differences(fused, base, unet.state_dict())
+    assert worst < 1e-5 and changed == 3
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        (
+            {"alpha_pattern": {f"{LAYER}.processor.to_q_lora.down.weight": 8}},
+            r"1 names \(.*\) of alpha_pattern are of no",
+        ),
+        ({"alpha_pattern": {"^to_q": 8}}, r"1 names \(\^to_q\) of alpha_pattern are of no layer"),
+        ({"r": 4}, "says rank 4 for .*to_q, whose tensors have rank 2"),
+        ({"r": 2, "rank_pattern": {f"^{LAYER}.to_q": 8}}, "says rank 8 for .*to_q, whose tensors have rank 2"),
+    ],
+)
+def test_notes_that_are_of_another_file_are_refused(
+    notes: dict[str, Any], message: str, base: Pipeline, tmp_path: Path
+) -> None:
+    save_file(tensors("base_model.model."), tmp_path / "adapter_model.safetensors")
+    (tmp_path / ADAPTER).write_text(json.dumps({"lora_alpha": 8, **notes}))
+    (problem,) = LoraPass((str(tmp_path / "adapter_model.safetensors"),)).check(base)
+    assert re.search(message, str(problem))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_peft_s_files_of_text_encoders_are_fused_as_peft_merges_them(part: str, tmp_path: Path) -> None:
+    """transformers 5 leaves a level of the names out, and nothing in the file says which of two encoders it is of: here
+    shapes do."""
+    base = open_source("arch:tiny-sdxl")
+    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    config = kind.config_class(**{k: v for k, v in base.components[part].config.items() if k != "architectures"})
+    torch.manual_seed(0)
+    model = kind(config)
+    weights = base.components[part].weights
+    names = {name.removeprefix("text_model."): name for name in weights.names()}
+    state = {key: torch.from_numpy(weights.read(names[key.removeprefix("text_model.")])) for key in model.state_dict()}
+    model.load_state_dict(state)
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    fused = compress(base, [LoraPass((str(file),))])
+    for key, value in wrapped.merge_and_unload().state_dict().items():
+        mine = fused.components[part].weights.read(names[key.removeprefix("text_model.")])
+        np.testing.assert_allclose(mine, value.numpy(), atol=1e-6)
+
+
+def test_an_encoder_that_neither_names_nor_shapes_tell_is_told_by_its_folder(tmp_path: Path) -> None:
+    layer = "encoder.layers.0.self_attn.q_proj"
+    save_file({f"text_model.{layer}.weight": torch.zeros(8, 8)}, tmp_path / "model.safetensors")
+    model = dict.fromkeys(("text_encoder", "text_encoder_2"), SafetensorsWeights(tmp_path / "model.safetensors"))
+    names = Names({part: held.names() for part, held in model.items()}, {})
+    file = {f"base_model.model.{layer}.lora_{side}.weight": torch.ones(shape) for side, shape in _SIDES.items()}
+    for folder in ("text_encoder_2", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        save_file(file, tmp_path / folder / "adapter_model.safetensors")
+        (tmp_path / folder / ADAPTER).write_text(json.dumps({"lora_alpha": 2}))
+    found = LoraFile(tmp_path / "text_encoder_2" / "adapter_model.safetensors", names, model).deltas(1.0)
+    assert list(found) == [("text_encoder_2", f"text_model.{layer}")]
+    with pytest.raises(SourceError, match="name no part, and text_encoder and text_encoder_2 have such layers"):
+        LoraFile(tmp_path / "elsewhere" / "adapter_model.safetensors", names, model)
+
+
+_SIDES = {"A": (2, 8), "B": (8, 2)}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, " " * (1 << 21)])

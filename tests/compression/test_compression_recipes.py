@@ -86,7 +86,8 @@ def conv_in(pipeline: Pipeline) -> float:
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     assert [path.stem for path in RECIPES] == [
-        *("bk-tiny", "emoji-25", "emoji-58", "emoji-small", "hybrid-224m", "koala-700m")
+        *("bk-tiny", "emoji-25", "emoji-58", "emoji-lcm-lora", "emoji-small-lcm-lora", "emoji-small"),
+        *("hybrid-224m", "koala-700m"),
     ]
 
 
@@ -270,6 +271,18 @@ def test_a_folder_counts_by_what_is_in_it(tmp_path: Path) -> None:
     assert options_key(Scale(1.0, "\0" * 3))["file"] == "\0" * 3
     assert options_key(Scale(1.0, report="one")) == options_key(Scale(1.0, report="other"))
     assert options_key(LoraPass((str(tmp_path / "data" / "a"),)))["files"] != [str(tmp_path / "data" / "a")]
+
+
+def test_what_is_text_is_no_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt `cat`, a layout `bk-tiny`: what lies under such names in the current folder has no say."""
+    monkeypatch.chdir(tmp_path)
+    steps = [DistillPass("data", prompts=("cat",)), LayoutPass("bk-tiny")]
+    before = [options_key(step) for step in steps]
+    for name in ("cat", "bk-tiny", "blocks", "none"):
+        (tmp_path / name).mkdir()
+    assert [options_key(step) for step in steps] == before
+    (tmp_path / "data").mkdir()
+    assert options_key(steps[0]) != before[0]
 
 
 def test_a_key_is_of_every_tensor() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffship.compression.distill import DistillPass
 from diffship.compression.layout import LayoutPass
 from diffship.compression.lora import LoraPass
 from diffship.compression.significance import SignificancePass
-from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.job import Job
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.layouts import shape_of
@@ -99,7 +100,7 @@ def test_betas_are_read_whatever_the_scheduler_draws_with(changes: dict[str, Any
         np.testing.assert_allclose(noise_schedule({**own, "_class_name": name}).alphas_cumprod(), theirs, **CLOSE)
     defaults = LCMScheduler().alphas_cumprod.numpy()
     np.testing.assert_allclose(noise_schedule({"_class_name": "LCMScheduler"}).alphas_cumprod(), defaults, **CLOSE)
-    with pytest.raises(UnsupportedError, match="says nothing of betas"):
+    with pytest.raises(UnsupportedError, match=r"_class_name is .FlowMatch.* not that of betas"):
         noise_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
@@ -217,3 +218,32 @@ def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: 
 def test_a_dry_run_opens_no_data_and_knows_the_size() -> None:
     found = foresee("arch:tiny-sd", [DistillPass("nowhere", **SMALL)], timing=False)
     assert found.steps[-1].after is not None
+
+
+def lora_file(folder: Path) -> str:
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{layer}.lora_A.weight": torch.ones(2, 16), f"unet.{layer}.lora_B.weight": torch.ones(16, 2)}
+    save_file(tensors, folder / "style.safetensors")
+    return str(folder / "style.safetensors")
+
+
+def test_a_fused_lora_is_not_trained_away(tmp_path: Path) -> None:
+    """The default teacher is the source, which lacks it: run and dry run refuse, and name what to type."""
+    data = str(pictures_in(tmp_path / "data"))
+    untaught = {**SMALL, "steps": 1, "teacher": None}
+    passes = [LoraPass((lora_file(tmp_path),)), DistillPass(data, **untaught)]
+    for refused in (compress, partial(foresee, timing=False)):
+        with pytest.raises(ConfigError, match=r"style\.safetensors\) was fused before.*teacher=DIR"):
+            refused("arch:tiny-sd", passes)
+    fused = compress("arch:tiny-sd", passes[:1], tmp_path / "fused")
+    taught = DistillPass(data, **{**SMALL, "steps": 1, "teacher": str(tmp_path / "fused")})
+    assert taught.check(fused) == []
+    again = open_source(str(tmp_path / "fused"))  # a source that has it already: its own folder must be named
+    assert taught.check(again) == []
+
+
+def test_a_model_of_few_steps_does_not_learn_from_one_of_many(tmp_path: Path) -> None:
+    lcm = compress("arch:tiny-sd", [LoraPass((lora_file(tmp_path),), sampler="lcm")])
+    step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "teacher": "arch:tiny-sd"})
+    (problem,) = step.check(lcm)
+    assert "draws in few steps (LCMScheduler), and its teacher arch:tiny-sd does not" in str(problem)

@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffship.core import bundle_check
-from diffship.core.bundle import Bundle, Manifest, Part, write_bundle
+from diffship.core.atomic import partial_prefix
+from diffship.core.bundle import Bundle, Manifest, Part, require_place, write_bundle
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import BundleError, ConfigError
+from diffship.core.leftovers import claim_folder, remove_leftovers
 from diffship.core.limits import LIMITS
 from diffship.core.safetensors_file import write_safetensors
 
@@ -275,7 +278,36 @@ def test_overwrite_of_a_damaged_bundle(bundle: Bundle, manifest: Manifest, fill:
     Bundle.open(bundle.path).verify()
 
 
-@pytest.mark.parametrize("case", ["notes", "extra", "file", "link", "foreign"])
+@pytest.mark.parametrize(
+    "change",
+    [{"schema": 99}, {"family": {"name": "sd", "steps_default": 200}}, {"parts": [{"name": "unet", "files": []}]}],
+)
+def test_overwrite_of_a_bundle_that_no_longer_opens(
+    change: dict[str, Any], bundle: Bundle, manifest: Manifest, fill: Fill
+) -> None:
+    path = bundle.path / "diffship.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError):
+        Bundle.open(bundle.path)
+    (bundle.path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"never replaced: .*does not list: 'notes.txt'"):
+        require_place(bundle.path, overwrite=True)
+    (bundle.path / "notes.txt").unlink()
+    with write_bundle(bundle.path, overwrite=True) as draft:
+        fill(draft.folder, 2)
+        draft.finish(manifest)
+    assert Bundle.open(bundle.path).file("unet/config.json").read_text() == '{"value": 2}'
+
+
+def test_a_manifest_that_cannot_be_read_back_never_appears(tmp_path: Path, manifest: Manifest, fill: Fill) -> None:
+    with pytest.raises(BundleError, match="history is 'none'; it must be a list"):
+        with write_bundle(tmp_path / "place") as draft:
+            fill(draft.folder, 1)
+            draft.finish(replace(manifest, history="none"))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["notes", "extra", "file", "link", "foreign", "other"])
 def test_overwrite_never_touches_anything_else(case: str, bundle: Bundle, tmp_path: Path) -> None:
     place = tmp_path / "place"
     if case == "notes":
@@ -290,7 +322,9 @@ def test_overwrite_never_touches_anything_else(case: str, bundle: Bundle, tmp_pa
         place.symlink_to(bundle.path)
     else:
         place.mkdir()
-        (place / "diffship.json").write_text("{}")
+        other = json.dumps({"schema": 1, "target": "onnx", "family": {}, "parts": [], "files": {"notes.txt": {}}})
+        (place / "diffship.json").write_text("{}" if case == "foreign" else other)
+        (place / "notes.txt").write_text("mine")
     before = listing(tmp_path)
     with pytest.raises(ConfigError, match="never replaced"), write_bundle(place, overwrite=True):
         pass
@@ -334,6 +368,7 @@ def test_paths_are_refused_before_any_open(bundle: Bundle) -> None:
     code = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
 root = Path(sys.argv[1])
@@ -472,3 +507,36 @@ def test_the_current_folder_is_refused(inside: bool, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "here" / ("below" if inside else ""))
     with pytest.raises(ConfigError, match="current folder"), write_bundle(tmp_path / "here"):
         pass
+
+
+def test_long_names_that_begin_alike_do_not_share_leftovers(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / ("m" * 90 + "-fp16"), tmp_path / ("m" * 90 + "-fp32")
+    aside = tmp_path / (partial_prefix(theirs).replace(".partial-", ".old-") + "deadbeef")
+    aside.mkdir()
+    (aside / "owner").write_text("theirs")
+    assert remove_leftovers(ours) == [] and not ours.exists()
+    assert remove_leftovers(theirs) == [aside] and (theirs / "owner").read_text() == "theirs"
+    longest = tmp_path / ("m" * 255)
+    with claim_folder(longest) as folder:
+        assert folder.is_dir()
+
+
+def test_another_writer_does_not_bring_back_what_is_moved_aside(
+    bundle: Bundle, manifest: Manifest, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fcntl")
+    replace_path, came = os.replace, []
+
+    def between(source: Path, target: Path) -> None:
+        replace_path(source, target)
+        if ".old-" in str(target):  # the old bundle is aside, the new one not there yet
+            came.extend(remove_leftovers(bundle.path))
+
+    monkeypatch.setattr("diffship.core.bundle.exchange", lambda *_: False)
+    monkeypatch.setattr("diffship.core.bundle.os.replace", between)
+    with write_bundle(bundle.path, overwrite=True) as draft:
+        fill(draft.folder, 2)
+        draft.finish(manifest)
+    assert came == []
+    assert Bundle.open(bundle.path).file("unet/config.json").read_text() == '{"value": 2}'
+    assert [path.name for path in bundle.path.parent.iterdir()] == ["bundle"]

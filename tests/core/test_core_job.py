@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 from diffship.core import job as job_module
 from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
-from diffship.core.job import Job, available_memory, require_disk, require_memory
+from diffship.core.job import Job, available_memory, digest_of, require_disk, require_memory
 
 DIGEST = "0123456789abcdef"
 
@@ -139,3 +141,15 @@ def test_the_cache_survives_a_file_system_that_cannot_sync_folders(
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert Job(tmp_path).once(DIGEST, lambda path: path.write_text("x")).read_text() == "x"
+
+
+def test_digests_take_plain_data_only(tmp_path: Path) -> None:
+    facts = {"path": tmp_path, "table": MappingProxyType({"a": [1, (2, None)]})}
+    assert digest_of(facts) == digest_of({"path": str(tmp_path), "table": {"a": [1, [2, None]]}})
+    # the text of a large array leaves its middle out
+    first = np.arange(5000)
+    second = first.copy()
+    second[2500] = -1
+    assert str(first) == str(second)
+    with pytest.raises(TypeError, match="ndarray"):
+        digest_of({"x": first})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffship.core import family as family_module
 from diffship.core import registry
-from diffship.core.errors import ConfigError, MissingExtra
+from diffship.core.errors import ConfigError, MissingExtra, RunnerError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.recipe import parse_recipe, read_recipe
@@ -216,7 +216,7 @@ def test_row_is_read_back_and_refuses_nonsense() -> None:
     assert Row("a", "b", "c", None, status="skipped").value is None
     with pytest.raises(ConfigError, match="not finite"):
         Row("a", "b", "c", float("nan"))
-    with pytest.raises(ConfigError, match="status 'good'"):
+    with pytest.raises(ConfigError, match=r"Row\.status: unknown value 'good'"):
         Row("a", "b", "c", 1.0, status="good")
 
 
@@ -227,3 +227,30 @@ def test_spec_binds_and_resolves() -> None:
     assert spec.resolve(sizes) == (2, 3, 64, 5) and spec.axes() == ("batch_size", "latent_height", "width")
     assert TensorSpec.from_json(spec.to_json()) == spec
     assert spec.text({"latent_height": 8}) == "(batch_size, 3, latent_height * 8=64, width / 2)"
+
+
+def test_a_product_of_axes_binds_with_what_is_known() -> None:
+    tokens = TensorSpec("tokens", "float32", ("batch_size", "height * width / 4", 32))
+    plane = TensorSpec("plane", "float32", ("batch_size", 32, "height / 2", "width / 2"))
+    assert tokens.axes() == ("batch_size", "height", "width")
+    assert tokens.resolve({"batch_size": 2, "height": 8, "width": 12}) == (2, 24, 32)
+    sizes = {"batch_size": 2, "height": 8, "width": 12}
+    # whichever comes first; one known factor tells the other
+    assert tokens.bind((2, 24, 32), plane.bind((2, 32, 4, 6))) == sizes
+    assert plane.bind((2, 32, 4, 6), tokens.bind((2, 24, 32))) == {**sizes, "height * width": 96}
+    assert tokens.bind((2, 24, 32), {"height": 8}) == sizes
+    alone = tokens.bind((2, 24, 32))
+    assert tokens.resolve(alone) == (2, 24, 32)
+    assert tokens.text(sizes) == "(batch_size=2, height * width / 4=24, 32)"
+    for known, shape in (({"height": 8, "width": 12}, (2, 25, 32)), ({"height": 7}, (2, 24, 32))):
+        with pytest.raises(RunnerError, match="tokens: got shape"):
+            tokens.bind(shape, known)
+    with pytest.raises(RunnerError, match="plane: got shape"):
+        plane.bind((2, 32, 4, 7), tokens.bind((2, 24, 32)))
+    with pytest.raises(ConfigError, match="height \\* width has no size"):
+        tokens.resolve({"batch_size": 2, "height": 8})
+    with pytest.raises(ConfigError, match="not a multiple of 4"):
+        tokens.resolve({"batch_size": 1, "height": 3, "width": 5})
+    for axis in ("height *width", "height * ", "4 * height", "height * width * 4 / 2", "height / width"):
+        with pytest.raises(ConfigError, match="axis"):
+            TensorSpec("x", "float32", (axis,))

@@ -195,7 +195,7 @@ def test_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"a": np.zeros(1000, np.float32)}, path)
     header = read_header(path)
     os.truncate(path, 500)
-    with pytest.raises(SourceError, match="cut short"):
+    with pytest.raises(SourceError, match="was changed since it was opened"):
         read_tensor(header, "a")
 
 
@@ -310,3 +310,26 @@ def test_classify_the_rest(tmp_path: Path) -> None:
     kinds = {path.name: classify(path) for path in tmp_path.iterdir()}
     assert kinds == {"w.safetensors": "safetensors", "README.md": "unknown", "pipe.bin": "unknown"}
     assert classify(tmp_path) == "folder" and classify(tmp_path / "none") == "unknown"
+
+
+def _file_of(path: Path, value: float) -> None:
+    write_safetensors(path, {"w": TensorMeta("float32", (4,))}, lambda _: np.full(4, value, np.float32))
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over", "gone"])
+def test_a_file_that_changes_between_header_and_tensor_is_never_read(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    _file_of(path, 1.0)
+    header = read_header(path)
+    assert read_tensor(header, "w").tolist() == [1.0] * 4
+    time.sleep(0.02)  # the clock of file systems is coarse
+    if how == "replaced":  # by one of equal size
+        _file_of(tmp_path / "b.safetensors", 2.0)
+        os.replace(tmp_path / "b.safetensors", path)
+    elif how == "gone":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-16] + np.full(4, 2, "<f4").tobytes())
+    with pytest.raises(SourceError, match=r"a\.safetensors: (was changed since|cannot be read)"):
+        read_tensor(header, "w")

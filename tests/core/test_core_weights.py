@@ -175,3 +175,43 @@ def test_seeded_refuses_what_it_cannot_draw() -> None:
         SeededWeights({"a": TensorMeta("bfloat16", (1,))}, 0)
     with pytest.raises(ConfigError, match="dtype 'float128' is unknown"):
         TensorMeta("float128", ())
+
+
+def nearest(values: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    """Of `legal` (rising, entries of even place have an even mantissa), the value nearest to each; ties to even."""
+    above = np.clip(np.searchsorted(legal, values), 1, len(legal) - 1)
+    low, high = legal[above - 1], legal[above]
+    down, up = values - low, high - values
+    even = np.where((above - 1) % 2 == 0, low, high)
+    return np.where(down < up, low, np.where(down > up, high, even))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float64_is_rounded_once(dtype: str) -> None:
+    kind = np.dtype(np.float16) if dtype == "float16" else np.dtype(ml_dtypes.bfloat16)
+    legal = np.arange(0x7C00 if dtype == "float16" else 0x7F80, dtype=np.uint16).view(kind).astype(np.float64)
+    rng = np.random.default_rng(1)
+    places = rng.integers(1, len(legal) - 2, 20_000)
+    middle = (legal[places] + legal[places + 1]) / 2  # exact ties, and values that float32 makes ties of
+    values = np.concatenate([middle, middle * (1 + 2.0**-40), middle * (1 - 2.0**-40), rng.random(1000) * legal[-2]])
+    found = cast(MemoryWeights({"w": values}), dtype).read("w").view(kind).astype(np.float64)
+    assert np.array_equal(found, nearest(values, legal))
+    assert np.array_equal(cast(MemoryWeights({"w": -values}), dtype).read("w").view(kind).astype(np.float64), -found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_float64_value_that_does_not_fit_is_refused(dtype: str) -> None:
+    with pytest.raises(ConfigError, match=r"tensor w: the value 1e\+39 does not fit"):
+        cast(MemoryWeights({"w": np.array([1.0, -1e39])}), dtype).read("w")
+    kept = cast(MemoryWeights({"w": np.array([np.inf, np.nan, 1.5])}), dtype).read("w")
+    assert np.array_equal(to_float32(kept, dtype), np.array([np.inf, np.nan, 1.5], np.float32), equal_nan=True)
+    with pytest.raises(ConfigError, match="does not fit float32"):
+        to_float32(np.array([1e39]))
+
+
+def test_arrays_in_memory_cannot_be_changed_through_what_is_read() -> None:
+    source = np.zeros(3, np.float32)
+    read = MemoryWeights({"w": source}).read("w")
+    with pytest.raises(ValueError, match="read-only"):
+        read[0] = 7
+    source[0] = 1  # the owner still may

@@ -159,7 +159,7 @@ def test_options_change_the_digest_of_a_graph(tiny_sd: Pipeline) -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"opset": 17}, {"opset": 24}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="legal"):
+    with pytest.raises(ConfigError, match=r"legal|did you mean"):
         Onnx(**options)
 
 

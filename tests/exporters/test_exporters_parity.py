@@ -23,7 +23,7 @@ from diffship.models.sources import open_source
 from diffship.models.unet import UNet, unet
 
 FP32 = Tolerance(atol=1e-4, rtol=1e-3, psnr_db=60.0)
-FP16 = Tolerance(psnr_db=35.0)
+FP16 = Tolerance(psnr_db=65.0)
 SIZES_PX = (64, 128, 192)
 Arrays = dict[str, Any]
 
@@ -98,16 +98,16 @@ def test_text_encoder_equals_torch_at_any_length(tiny_sd: Pipeline, tiny_sd_bund
 
 def test_golden_vectors_say_proved(tiny_sd_bundle: Bundle) -> None:
     for part in tiny_sd_bundle.manifest.parts:
-        assert part.golden is not None and part.golden.tolerance == FP32
+        assert part.golden is not None and part.golden.tolerance.psnr_db == 100
         assert part.proof["status"] == "proved"
         assert part.proof["max_abs"] <= 1e-4
-        assert part.proof["psnr_db"] >= 60
+        assert part.proof["psnr_db"] >= 100
 
 
-def test_fp16_parts_keep_35_db_and_their_types(tiny_sd_fp16: Bundle) -> None:
+def test_fp16_parts_keep_to_what_the_format_costs_and_their_types(tiny_sd_fp16: Bundle) -> None:
     for part in tiny_sd_fp16.manifest.parts:
-        assert part.golden is not None and part.golden.tolerance == FP16
-        assert part.proof["psnr_db"] >= 35
+        assert part.golden is not None and 60 < (part.golden.tolerance.psnr_db or 0) < 90
+        assert part.proof["psnr_db"] >= (part.golden.tolerance.psnr_db or 0)
         assert {spec.dtype for spec in part.outputs} == {"float16"}
     half = tiny_sd_fp16.file("vae_decoder/model.onnx_data").stat().st_size
     assert half < 0.6 * 4 * sum(meta_count(tiny_sd_fp16))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from diffship.cli.main import main
 from diffship.core.bundle import Bundle
-from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
+from diffship.core.errors import Cancelled, ConfigError, DeadlineError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts
@@ -45,7 +47,7 @@ def emoji() -> Pipeline:
         ({"sm": (87,)}, "--sm 87 is unknown; legal: 75, 86, 89, 120, 121"),
         ({"flavour": "trt", "sm": (89,)}, "leave it out"),
         ({"strip": True}, "give both"),
-        ({"opset": 30}, "opset 30 is not legal"),
+        ({"opset": 30}, "opset is 30; legal is from 18 to 23"),
         ({"min_shapes": ("sample:2xy",)}, "is not NAME:AxBx"),
         ({"opt_shapes": ("sample",)}, "is not NAME:AxBx"),
         ({"max_shapes": ("sample:1x4x8x8", "sample:2x4x8x8")}, "names sample twice"),
@@ -252,6 +254,21 @@ def test_what_the_library_refuses_is_its_own_reason(rtx: Any, tmp_path: Path) ->
     with pytest.raises(UnsupportedError, match="TensorRT"):
         process.run_build(order(tmp_path, shapes=wrong), "unet", Job())
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_silent_build_hears_that_it_is_stopped_and_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(process.child, "command", lambda *_: silent)
+    asked = iter([False, True])
+    begin = time.monotonic()
+    with pytest.raises(Cancelled):
+        process.run_build(order(tmp_path), "unet", Job(cancel=lambda: next(asked)))
+    monkeypatch.setattr(process, "SILENT_SECONDS", 0.3)
+    with pytest.raises(DeadlineError, match=r"the build of unet said nothing for 0\.3 s"):
+        process.run_build(order(tmp_path), "unet", Job())
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     assert sizes["batch_size"] == 1
     golden = write_trajectory(emoji, sizes, tmp_path, 1, "fp16", ROOM)
     trajectory = unpack((tmp_path / golden.start).read_bytes())
-    assert trajectory.guidance == 1.0 and trajectory.negative is None and golden.tolerance.psnr_db == 35
+    assert trajectory.guidance == 1.0 and trajectory.negative is None and 60 < (golden.tolerance.psnr_db or 0) < 100
     eight = TensorRt(**{f"{kind}_shapes": ("unet.sample:8x4x16x16",) for kind in ("min", "opt", "max")})
     assert why_not(emoji, eight.golden_sizes(emoji.components["unet"], emoji.family, 2)) == (
         "the U-Net takes neither one row nor two"

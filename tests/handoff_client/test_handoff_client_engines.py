@@ -30,9 +30,10 @@ from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.profile import measure_profile
 from diffship.runtimes.model import open_model
 from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.connections import bind
 from diffship.runtimes.serve.opened import open_served
 from diffship.runtimes.serve.options import ServeOptions
-from diffship.runtimes.serve.server import HttpServer, bind
+from diffship.runtimes.serve.server import HttpServer
 from diffship.runtimes.serve.service import Service
 from diffship.sampling.generate import Request, generate
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffship.core.errors import ConfigError
+from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 from diffship.sampling.generate import generate
@@ -45,3 +49,48 @@ def test_a_picture_on_torch(name: str) -> None:
     assert first.shape == (64, 64, 3) and first.dtype == np.uint8
     assert np.array_equal(first, second)
     assert first.std() > 0
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that was written a while ago, and a cache of its own."""
+    monkeypatch.setenv("DIFFSHIP_CACHE", str(tmp_path / "cache"))
+    folder = arch("tiny-sd").save(tmp_path / "model")
+    for file in folder.rglob("*.safetensors"):
+        os.utime(file, ns=(0, time.time_ns() - 10**11))
+    return folder
+
+
+def test_weights_are_hashed_once_while_their_files_stay(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_source(str(saved)).model()
+    assert first.digests == arch("tiny-sd").model().digests  # of the seed, and of files: the same tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWeights, "read", lambda *_: pytest.fail("a tensor was read"))
+        assert open_source(str(saved)).model().digest == first.digest
+    # another U-Net of the same size, a while ago
+    file = next((saved / "unet").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(0, time.time_ns() - 10**10))
+    changed = open_source(str(saved))
+    assert changed.model().digests["unet"] == changed.components["unet"].digest != first.digests["unet"]
+    assert changed.model().digests["text_encoder"] == first.digests["text_encoder"]
+
+
+def test_a_file_of_this_moment_and_a_damaged_cache_are_not_trusted(saved: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "digests"
+    for file in (saved / "unet").glob("*.safetensors"):
+        os.utime(file)
+    pipeline = open_source(str(saved))
+    digests = pipeline.model().digests
+    assert digests == {name: part.digest for name, part in pipeline.components.items()}
+    assert len(list(kept.iterdir())) == len(digests) - 1
+    for file in kept.iterdir():
+        file.write_text("half")
+    assert open_source(str(saved)).model().digests == digests
+
+
+def test_a_home_that_cannot_be_written_to_is_no_fault(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert open_source(str(saved)).model().digests["unet"] == arch("tiny-sd").components["unet"].digest

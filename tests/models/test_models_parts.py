@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffship.core.errors import RunnerError, SourceError, UnsupportedError
 from diffship.core.runner import Runner
+from diffship.core.spec import TensorSpec
 from diffship.core.weights import MemoryWeights, SeededWeights, renamed, subset
 from diffship.models.autoencoder import KL, autoencoder
-from diffship.models.component import Component, read_tensor, weight_metas
-from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.clip_names import end_id
+from diffship.models.component import Component, read_tensor, unexpected, weight_metas
+from diffship.models.pipeline import Pipeline, assemble
+from diffship.models.sources import find_material, open_source, with_base
+from diffship.models.stages import cut
 from diffship.models.text import clip_text_config, text_encoder
 from diffship.models.unet import unet
 
@@ -279,3 +283,83 @@ def test_examples_are_equal_for_equal_seeds() -> None:
     assert first["time_ids"].shape == (2, 6)
     ids = part("tiny-sd", "text_encoder").example(0, {"batch_size": 8})["input_ids"]
     assert ids.min() >= 0 and ids.max() == 999 and (ids[:, 0] == 998).all() and (ids[:, -1] == 999).all()
+
+
+@pytest.mark.parametrize("which", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("end", [None, 2, 990])
+def test_whole_and_stages_and_transformers_agree_on_the_end_token(which: str, end: int | None) -> None:
+    given = part("tiny-sdxl", which)
+    config = {key: value for key, value in given.config.items() if key != "eos_token_id"}
+    config |= {"vocab_size": 49410 if end is None else given.config["vocab_size"]}
+    if end is not None:
+        config["eos_token_id"] = end
+    empty = text_encoder(which, given.class_name, config, given.weights, True)
+    component = text_encoder(which, given.class_name, config, SeededWeights(weight_metas(empty.meta), 3), True)
+    feeds = component.example(0, {"batch_size": 2})
+    whole, values = component.load().run(feeds), dict(feeds)
+    for stage in cut(component, ["text_model.encoder.layers.0"]):
+        values.update(stage.load().run({spec.name: values[spec.name] for spec in stage.inputs}))
+    kind = CLIPTextModelWithProjection if which == "text_encoder_2" else CLIPTextModel
+    stock = kind(CLIPTextConfig(**config)).eval()
+    stock.load_state_dict(stock_names(state(component), stock))
+    with torch.no_grad():
+        expected = stock(torch.from_numpy(feeds["input_ids"]))
+    name = "text_embeds" if which == "text_encoder_2" else "pooler_output"
+    assert difference(whole[name], getattr(expected, name)) < 1e-5
+    assert np.abs(whole[name] - values[name]).max() < 1e-5
+
+
+def stock_names(tensors: dict[str, torch.Tensor], stock: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Classic names as this version of transformers has them."""
+    known = stock.state_dict()
+    return {name if name in known else name.removeprefix("text_model."): value for name, value in tensors.items()}
+
+
+def test_the_end_token_of_a_config_without_one_is_that_of_transformers() -> None:
+    assert end_id({}) == CLIPTextConfig().eos_token_id == end_id({"eos_token_id": None})
+
+
+class _Computed(torch.nn.Module):
+    """A part with a table that is computed when it is made, and lies in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.inner(x) * self.table,)
+
+
+def _linear(build: Any, **more: np.ndarray) -> Component:
+    arrays = {"weight": np.eye(2, dtype=np.float32), "bias": np.zeros(2, np.float32), **more}
+    ports = [(TensorSpec(name, "float32", ("b", 2)),) for name in ("x", "y")]
+    return Component("part", "Part", {}, build, MemoryWeights(arrays), *ports, {"b": 1})
+
+
+def test_a_buffer_that_no_file_holds_is_refused_before_it_is_run() -> None:
+    with pytest.raises(UnsupportedError, match=r"part \(Part\): the buffer table is computed"):
+        _linear(_Computed).load()
+
+
+def test_training_a_part_leaves_its_source_alone() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+
+    component = _linear(Plain, extra=np.ones(3, np.float32))
+    module = component.module()
+    with torch.no_grad():
+        module.inner.weight.add_(5)
+    assert np.array_equal(component.weights.read("weight"), np.eye(2))
+    assert unexpected(component.meta, component.weights) == ["extra"]
+
+
+def test_a_base_fits_a_unet_that_lists_its_text_width_by_block() -> None:
+    whole = find_material("arch:tiny-sd", None)
+    unet_module = whole.modules["unet"]
+    listed = replace(unet_module, config={**unet_module.config, "cross_attention_dim": [32] * 4})
+    alone = replace(whole, modules={"unet": listed}, tokenizers={}, scheduler=None, index={})
+    made = assemble(with_base(alone, whole))
+    assert made.family.text_width == 32 and set(made.components) >= {"text_encoder", "unet", "vae_decoder"}

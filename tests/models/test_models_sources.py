@@ -461,3 +461,63 @@ def test_a_default_dpm_solver_of_diffusers_exports_as_json(folder: Path) -> None
     json.dumps(scheduler, allow_nan=False)
     theirs = DPMSolverMultistepScheduler.from_config(dict(scheduler)).config
     assert theirs["lambda_min_clipped"] == float("-inf") and scheduler["_class_name"] == "DPMSolverMultistepScheduler"
+
+
+def edited(folder: Path, file: str, change: dict[str, Any]) -> str:
+    """`folder` with some keys of one of its JSON files changed, as a source."""
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    return str(folder)
+
+
+SCHEDULER, UNET, VAE, INDEX = (
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "model_index.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (SCHEDULER, {"prediction_type": None}, "prediction_type is None; it must be a string"),
+        (SCHEDULER, {"prediction_type": "v-prediction"}, "prediction_type: .*did you mean 'v_prediction'"),
+        (
+            UNET,
+            {"sample_size": 1024},
+            "sample_size is 1024; the default side of a picture, 8 times that, is 8192; legal",
+        ),
+        (VAE, {"scaling_factor": 0}, "scaling_factor is 0; legal is from"),
+        (VAE, {"scaling_factor": -0.18215}, "scaling_factor is -0.18215; legal is from"),
+        (VAE, {"scaling_factor": [0.1, 0.2]}, "scaling_factor is .*must be a number"),
+        (VAE, {"shift_factor": 1e9}, "shift_factor is 1000000000.0; legal"),
+        (UNET, {"sample_size": [64, 1024]}, "sample_size is .*legal is from 8 to 4096"),
+        (INDEX, {"_diffship": {"guidance_default": 50}}, "_diffship.guidance_default is 50; legal is from 0.0 to 35.0"),
+        (INDEX, {"_diffship": {"steps_default": 400}}, "_diffship.steps_default is 400; legal is from 1 to 150"),
+        (INDEX, {"_diffship": {"steps_default": 4.5}}, "_diffship.steps_default is 4.5; it must be a whole number"),
+        (SCHEDULER, {"foo": float("nan")}, "foo is nan"),
+        (SCHEDULER, {"trained_betas": [0.1, float("nan")]}, "trained_betas is nan"),
+        (VAE, {"act": {"slope": float("inf")}}, "act.slope is inf"),
+    ],
+)
+def test_facts_that_no_bundle_may_hold_are_refused_when_the_source_is_read(
+    folder: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SourceError, match=rf"{file}: {said}"):
+        open_source(edited(folder, file, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "flow_prediction"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    ],
+)
+def test_models_trained_by_flow_matching_are_refused(folder: Path, change: dict[str, Any]) -> None:
+    if "_class_name" in change:
+        edited(folder, INDEX, {"scheduler": ["diffusers", change["_class_name"]]})
+    with pytest.raises(UnsupportedError, match=r"scheduler_config\.json: .*flow matching, which is not built"):
+        open_source(edited(folder, SCHEDULER, change))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffship.core import child as core_child
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError, PeerError, RunnerError
 from diffship.runtimes.isolated import engine, frames
@@ -226,7 +227,8 @@ class Loud:
     """An engine that fails in every way a child must carry over."""
 
     def open(self, files: Any) -> Any:
-        raise {"memory": MemoryError("7 GB"), "refused": RunnerError("no")}[Path(files[0]).name]
+        faults = {"memory": MemoryError("7 GB"), "refused": RunnerError("no"), "odd": KeyError("sample")}
+        raise faults[Path(files[0]).name]
 
 
 def test_errors_become_replies() -> None:
@@ -234,6 +236,35 @@ def test_errors_become_replies() -> None:
     answers = [sessions.answer({"do": "open", "files": [name], "session": 1}, ())[0] for name in ("memory", "refused")]
     assert answers[0] == {"error": ["RunnerError"], "message": "not enough memory: 7 GB"}
     assert answers[1]["error"][:2] == ["RunnerError", "DiffshipError"] and answers[1]["message"] == "no"
+
+
+def test_a_fault_of_our_own_takes_one_call_and_not_the_process(capsys: pytest.CaptureFixture[str]) -> None:
+    sessions = Sessions(Loud())  # type: ignore[arg-type]
+    odd = sessions.answer({"do": "open", "files": ["odd"], "session": 1}, ())[0]
+    unknown = sessions.answer({"do": "run", "session": 7, "feeds": [], "outputs": []}, ())[0]
+    assert odd == {"error": ["RunnerError"], "message": "the engine failed: KeyError: 'sample'"}
+    assert unknown["error"] == ["RunnerError"] and "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [MemoryError("7 GB"), KeyboardInterrupt()])
+def test_an_answer_that_was_not_read_whole_is_not_taken_for_the_next_one(
+    fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipe holds the rest of it: only another process gives answers that belong to their questions."""
+    process = engine._Process(core_child.command("diffship.runtimes.isolated.child", "onnxruntime", "{}"), 30)
+    whole = engine.receive
+    try:
+        with pytest.raises(RunnerError, match="the engine failed"):
+            process.ask({"do": "close", "session": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "receive", lambda stream: (_ for _ in ()).throw(fault))
+            with pytest.raises(type(fault)):
+                process.ask({"do": "close", "session": 2})
+        assert engine.receive is whole and not process.alive()
+        with pytest.raises(PeerError, match="the engine's process"):
+            process.ask({"do": "close", "session": 3})
+    finally:
+        process.end()
 
 
 ARRAYS = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -218,3 +219,14 @@ def test_edge_process_without_torch_draws_the_same_picture(tiny_bundle: Path, or
     assert done.returncode == 0, done.stderr[-2000:]
     pixels = generate(ort_model, REQUEST)[0].pixels
     assert done.stdout.split() == ["onnxruntime", "(64,", "64,", "3)", hashlib.sha256(pixels.tobytes()).hexdigest()]
+
+
+def test_a_bundle_whose_files_are_hard_links_is_drawn_with_where_it_was_opened_so(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Installers such as uv share the data of a package with their cache."""
+    linked = shutil.copytree(tiny_bundle, tmp_path / "linked", copy_function=os.link)
+    with pytest.raises(BundleError, match="hard link"):
+        Bundle.open(linked)
+    with BundleModel(Bundle.open(linked, hard_links=True), "onnxruntime", threads=1) as model:
+        assert set(model.tokenizers) == {"tokenizer"}

@@ -79,13 +79,48 @@ def test_each_combination_of_shapes_has_a_graph_of_its_own(watched: Watched) -> 
     assert watched.ids == ["-1", "1", "-1", "2", "1", "2"], "a run without a graph tells the shapes, once"
 
 
-def test_beyond_the_limit_there_is_no_graph(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CAPTURED_SHAPES", 1)
+def called(session: GraphSession, watched: Watched, *batches: int) -> list[str | None]:
+    """The graph ids of calls of these batches, whose results are right."""
+    before = len(watched.ids)
+    for batch in batches:
+        (found,) = session.run(feeds(batch, seed=before), ["out_sample"])
+        np.testing.assert_array_equal(found, right(watched, feeds(batch, seed=before)))
+    return watched.ids[before:]
+
+
+def test_beyond_the_limit_a_call_is_one_run_without_a_graph(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPTURED_SHAPES", 2)
     session = GraphSession(watched, runtime, "cpu", 0)
-    for batch in (1, 2, 2):
-        (found,) = session.run(feeds(batch), ["out_sample"])
-        np.testing.assert_array_equal(found, right(watched, feeds(batch)))
-    assert watched.ids == ["-1", "1", *["-1"] * 4]
+    kept = session.keep(feeds(3)["encoder_hidden_states"])
+    assert called(session, watched, 1, 2) == ["-1", "1", "-1", "2"]
+    (found,) = session.run({**feeds(3), "encoder_hidden_states": kept}, ["out_sample"])
+    np.testing.assert_array_equal(found, right(watched, feeds(3)))
+    # three combinations by turns, two of them with a graph: none pushes another one out
+    assert called(session, watched, *[1, 2, 3] * 5) == ["1", "2", "-1"] * 5
+
+
+def test_shapes_of_now_take_the_graph_of_shapes_of_long_ago(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPTURED_SHAPES", 2)
+    session = GraphSession(watched, runtime, "cpu", 0)
+    called(session, watched, 1, 2, 1)
+    assert called(session, watched, 3, 3, 3, 3, 3) == ["-1", "-1", "-1", "-1", "3", "3"], "2 was used least recently"
+    assert called(session, watched, 1, 2) == ["1", "-1"]
+    assert len(session._captured) == 2
+
+
+def test_faults_do_not_switch_graphs_off(watched: Watched) -> None:
+    session = GraphSession(watched, runtime, "cpu", 0)
+    for _ in range(2 * module.CAPTURED_SHAPES):
+        with pytest.raises(RunnerError, match="onnxruntime stopped"):
+            session.run(feeds(1), ["no such output"])
+    (probe, graph, again) = called(session, watched, 1, 1)
+    assert probe == "-1" and graph == again != "-1"
+
+
+def test_graphs_that_nothing_frees_are_bounded(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRAPHS_EVER", 1)
+    session = GraphSession(watched, runtime, "cpu", 0)
+    assert called(session, watched, 1, 2, 2, 1) == ["-1", "1", "-1", "-1", "1"]
 
 
 def test_a_constant_is_copied_when_it_changes(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_golden_files_hold_nothing_else(bundle: Bundle) -> None:
 
     golden = bundle.part("unet").golden
     assert golden is not None
-    inputs, outputs = read_golden(bundle, golden)
+    ((inputs, outputs),) = read_golden(bundle, golden)
     assert set(inputs) == {"sample", "timestep", "encoder_hidden_states"} and set(outputs) == {"out_sample"}
     for arrays, message in (
         ({"x.y": np.zeros(1)}, "neither in.NAME nor out.NAME"),

@@ -133,7 +133,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def make_pipe(kind: str, folder: Path, prediction: str = "epsilon") -> Any:
-    """`kind` is sd, lcm, inpaint or sdxl; random weights, fixed by a seed."""
+    """`kind` is sd, lcm, inpaint, sdxl or sdxl-inpaint; random weights, fixed by a seed."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,13 +145,19 @@ def make_pipe(kind: str, folder: Path, prediction: str = "epsilon") -> Any:
             "text_encoder": make_text(CLIPTextModel),
             "scheduler": scheduler,
         }
-        if kind == "sdxl":
+        if kind.startswith("sdxl"):
             second = {"text_encoder_2": make_text(CLIPTextModelWithProjection), "tokenizer_2": parts["tokenizer"]}
-            pipe = diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+            xl = (
+                diffusers.StableDiffusionXLInpaintPipeline if "inpaint" in kind else diffusers.StableDiffusionXLPipeline
+            )
+            pipe = xl(**parts, **second, add_watermarker=False)
         else:
             safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            inpaint = diffusers.StableDiffusionInpaintPipeline
-            pipe = (inpaint if kind == "inpaint" else diffusers.StableDiffusionPipeline)(**parts, **safety)
+            kinds = {
+                "inpaint": diffusers.StableDiffusionInpaintPipeline,
+                "lcm": diffusers.LatentConsistencyModelPipeline,
+            }
+            pipe = kinds.get(kind, diffusers.StableDiffusionPipeline)(**parts, **safety)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -164,16 +170,16 @@ def make_unet(kind: str) -> Any:
     }
     return diffusers.UNet2DConditionModel(
         sample_size=8,
-        in_channels=9 if kind == "inpaint" else 4,
+        in_channels=9 if "inpaint" in kind else 4,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=2 * WIDTH if kind == "sdxl" else WIDTH,
+        cross_attention_dim=2 * WIDTH if kind.startswith("sdxl") else WIDTH,
         time_cond_proj_dim=256 if kind == "lcm" else None,
-        **(xl if kind == "sdxl" else {}),
+        **(xl if kind.startswith("sdxl") else {}),
     ).eval()
 
 

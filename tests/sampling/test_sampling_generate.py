@@ -15,7 +15,8 @@ from sampling_toy import WIDTH, ToyModel, text
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.sampling.decode import decode_tiled
 from diffship.sampling.encode import time_ids
-from diffship.sampling.generate import Request, generate, generate_many, start
+from diffship.sampling.generate import Request, draw, generate, generate_many, start
+from diffship.sampling.loop import denoise, plain
 from diffship.sampling.rng import torch_randn
 
 ASKED: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "seed": 11, "sampler": "euler-a"}
@@ -86,6 +87,32 @@ def test_many_requests_share_calls_and_keep_their_order() -> None:
         assert np.array_equal(picture.pixels, generate(ToyModel(), request)[0].pixels)
 
 
+def test_a_picture_of_tiles_says_so_and_one_of_one_tile_does_not() -> None:
+    """Decoding in tiles is close to decoding at once and not equal: whoever draws it again must know."""
+    for side, tiled in ((256, False), (320, True)):
+        (picture,) = generate(ToyModel(), Request(**{**ASKED, "size": (64, side)}, memory="low"))
+        told = [text for text in picture.settings.get("warnings", ()) if "tiles of 32 latent pixels" in text]
+        assert bool(told) == tiled == ("decoded" in picture.settings)
+        (whole,) = generate(ToyModel(), Request(**{**ASKED, "size": (64, side)}))
+        assert "decoded" not in whole.settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        ("sd", {"strength": 0.5}, "strength is 0.5; it is for models that fill masks"),
+        ("inpaint", {"strength": 0.1, "steps": 4}, "strength 0.1 of 4 steps leaves no step to draw"),
+        ("inpaint", {"strength": 0.5, "steps": 4, "sampler": "pndm"}, "pndm cannot begin at strength 0.5"),
+        ("inpaint", {"strength": 1.5}, "strength"),
+    ],
+)
+def test_a_strength_that_cannot_be_is_refused(kind: str, asked: dict[str, Any], message: str) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    given = {"image": pixels, "mask": pixels[..., 0]} if kind == "inpaint" else {}
+    with pytest.raises(ConfigError, match=message):
+        generate(ToyModel(kind), Request("x", size=(64, 64), **asked), **given)
+
+
 def test_low_memory_releases_each_part_when_its_work_is_done() -> None:
     model = ToyModel()
     generate(model, Request(**ASKED, memory="low"))
@@ -117,6 +144,40 @@ def test_time_condition_takes_guidance_instead_of_rows() -> None:
     weak, strong = (generate(model, Request("x", steps=2, sampler="lcm", guidance=g))[0] for g in (2.0, 9.0))
     assert model.use("unet").calls[0]["timestep_cond"] == (1, 256)
     assert not np.array_equal(weak.trajectory.latents, strong.trajectory.latents)
+
+
+LCM = {"_class_name": "LCMScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "asked", "told"),
+    [
+        ("sd", {}, {"negative": "pear", "guidance": 7.5}, None),
+        ("sd", {}, {"negative": "pear", "guidance": 1.0}, "negative prompt is not used: guidance is 1"),
+        ("sd", {}, {"negative": "", "guidance": 1.0}, None),
+        ("sd", {}, {"guidance": 7.5, "sampler": "lcm"}, None),  # of a model that was not made for few steps
+        ("sd", LCM, {"guidance": 2.0, "negative": "pear"}, None),
+        ("sd", LCM, {"guidance": 2.5}, "guidance is 2.5: this model has its guidance in its weights"),
+        ("sd", LCM, {"guidance": 2.5, "sampler": "euler-a"}, "from 1 to 2 is good"),
+        ("lcm", LCM, {"guidance": 9.0}, None),
+        ("lcm", LCM, {"guidance": 9.0, "negative": "pear"}, "negative prompt is not used: this model takes guidance"),
+    ],
+)
+def test_what_nothing_reads_and_guidance_that_is_too_strong_are_told(
+    kind: str, scheduler: dict[str, Any], asked: dict[str, Any], told: str | None
+) -> None:
+    picture = generate(ToyModel(kind, **scheduler), Request("x", steps=2, **asked))[0]
+    warnings = picture.settings.get("warnings", [])
+    assert len(warnings) == (told is not None), warnings
+    assert told is None or told in warnings[0]
+
+
+def test_guidance_up_to_two_draws_away_from_the_negative_prompt_in_a_few_steps() -> None:
+    model = ToyModel("sd", **LCM)
+    drawn = [generate(model, Request("x", steps=4, guidance=2.0, negative=text))[0] for text in ("pear", "plum")]
+    assert drawn[0].settings["sampler"] == "lcm"
+    assert not np.array_equal(drawn[0].trajectory.latents, drawn[1].trajectory.latents)
+    assert model.use("unet").calls[0]["sample"][0] == 2
 
 
 def test_sdxl_conditioning() -> None:
@@ -312,3 +373,38 @@ def test_a_decomposed_prompt_is_the_composed_one() -> None:
     typed = Request("cafe\N{COMBINING ACUTE ACCENT}", negative="e\N{COMBINING ACUTE ACCENT}")
     assert (typed.prompt, typed.negative) == ("caf\xe9", "\xe9")
     assert start(ToyModel(), typed)[0].prompt == typed.prompt
+
+
+def test_trajectories_that_are_done_open_no_unet() -> None:
+    model = ToyModel()
+    done = denoise(start(model, Request(**ASKED)), plain(model.use("unet")))
+    whole = generate(ToyModel(), Request(**ASKED))
+
+    class Decoder(ToyModel):
+        def use(self, part: str) -> Any:
+            assert part == "vae_decoder", part
+            return super().use(part)
+
+    (picture,) = draw(Decoder(), done)
+    assert np.array_equal(picture.pixels, whole[0].pixels)
+
+
+def test_many_requests_keep_their_own_batch_and_memory() -> None:
+    model = ToyModel()
+    requests = [
+        Request(**{**ASKED, "images": 2, "batch": 1}),
+        Request(**{**ASKED, "seed": 5, "images": 3}),
+        Request(**{**ASKED, "seed": 7, "memory": "low"}),
+        Request(**{**ASKED, "seed": 9}),
+    ]
+    pictures = generate_many(model, requests)
+    assert [picture.settings["seed"] for picture in pictures] == [11, 12, 5, 6, 7, 7, 9]
+    rows = {call["sample"][0] for call in model.runners["unet"].calls}
+    # two rows an image: one alone (batch 1, and low memory), and the four images of the others together
+    assert rows == {2, 8}
+    alone = [picture for request in requests for picture in generate(ToyModel(), request)]
+    for ours, theirs in zip(pictures, alone, strict=True):
+        assert np.array_equal(ours.trajectory.latents, theirs.trajectory.latents)
+    calm = ToyModel()
+    generate_many(calm, [requests[1], requests[3]])
+    assert calm.released == []

@@ -11,12 +11,13 @@ from diffusers import StableDiffusionPipeline
 from sampling_toy import ToyModel, unet
 
 from diffship.core.errors import Cancelled, ConfigError
+from diffship.core.family import Family
 from diffship.sampling.generate import Request, start
 from diffship.sampling.guidance import guidance_embedding, guide
 from diffship.sampling.kernel import apply_matrix
 from diffship.sampling.loop import advance, denoise, plain
 from diffship.sampling.samplers import SAMPLERS
-from diffship.sampling.trajectory import Trajectory
+from diffship.sampling.trajectory import Trajectory, as_numpy
 
 
 def one(name: str, steps: int, seed: int, guidance: float = 5.0, model: ToyModel | None = None) -> Trajectory:
@@ -86,12 +87,27 @@ def test_a_denoiser_must_answer_for_all() -> None:
         advance([one("ddim", 4, 1)], lambda batch: [])
 
 
-@pytest.mark.parametrize(("guidance", "width"), [(8.5, 256), (1.0, 256), (14.99, 256), (4.0, 33)])
+@pytest.mark.parametrize(("guidance", "width"), [(8.5, 256), (1.0, 256), (14.99, 256), (4.0, 33), (4.0, 4)])
 def test_guidance_embedding_equals_diffusers(guidance: float, width: int) -> None:
     w = torch.tensor(guidance - 1).repeat(1)
     theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=width)[0].numpy()
     # the argument is up to 14 000 radians in float32: one ulp of it is 1e-3
     assert np.abs(guidance_embedding(guidance - 1, width) - theirs).max() <= 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_guidance_embedding_without_two_frequencies_is_refused(width: int) -> None:
+    with pytest.raises(ConfigError, match="legal is 4 or more"):
+        guidance_embedding(3.0, width)
+    with pytest.raises(ConfigError, match=r"time_cond_dim is .*legal is from 4"):
+        Family("sd", time_cond_dim=width)
+
+
+def test_any_array_becomes_float32_numpy() -> None:
+    values = torch.tensor([1.5, -2.0], requires_grad=True)
+    for array in (values, values.to(torch.bfloat16), values.half(), [1.5, -2.0], np.array([1.5, -2.0])):
+        found = as_numpy(array)
+        assert found.dtype == np.float32 and found.tolist() == [1.5, -2.0]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

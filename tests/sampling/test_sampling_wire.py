@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import math
 import random
 import re
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -346,3 +348,27 @@ def assert_taken_or_refused(data: bytes) -> bool:
         trajectory.require_fit(trajectory.origin.family)
     assert unpack(pack(trajectory)).prompt == trajectory.prompt
     return True
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp-2m", "pndm", "lcm"])
+def test_a_schedule_that_travelled_goes_when_its_trajectory_does(sampler: str) -> None:
+    """A client may send any number of schedules with betas of their own; none of them may stay."""
+    begun = start(ToyModel(), Request("a", steps=4, sampler=sampler))[0]
+    betas = tuple(np.linspace(1e-4, 0.02, begun.sampler.num_train_timesteps).tolist())
+    own = make_sampler({**begun.sampler.to_config(), "trained_betas": betas})
+    arrived = unpack(pack(replace(begun, sampler=own)))
+    first = arrived.sampler.coefficients(0, 4)
+    assert arrived.sampler.coefficients(0, 4) is first, "what was computed once is kept while it is used"
+    assert first == own.coefficients(0, 4) == make_sampler(own.to_config()).coefficients(0, 4)
+    kept = weakref.ref(arrived.sampler)
+    del arrived
+    gc.collect()
+    assert kept() is None
+
+
+def test_facts_that_no_reader_takes_are_not_packed() -> None:
+    begun = start(ToyModel(), Request("an apple", steps=2))[0]
+    room = 16 * 1024 - len(json.dumps({"note": ""}))
+    assert unpack(pack(replace(begun, facts={"note": "x" * room}))).facts == {"note": "x" * room}
+    with pytest.raises(HandoffError, match="facts are not a table of at most 16384 bytes"):
+        pack(replace(begun, facts={"note": "x" * (room + 1)}))

@@ -224,3 +224,15 @@ def test_the_last_document_of_an_output() -> None:
     assert last_document('{"a": 1}\nnoise {"b": 2}\n{\n "c": {\n  "d": 3\n }\n}\n') == {"c": {"d": 3}}
     assert last_document('{"a": 1}\n{broken\n') == {"a": 1}
     assert last_document("nothing\n") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "expected"),
+    [("onnx", None, "onnxruntime"), ("tensorrt", None, "tensorrt"), ("onnx", "openvino", "openvino")],
+)
+def test_an_engine_that_reads_the_target_is_timed(
+    tmp_path: Path, target: str, engine: str | None, expected: str
+) -> None:
+    job, _ = prover(tmp_path, Fake(tmp_path), row("tiny"), target=target, engine=engine)
+    command = job._bench(job.catalogue.checkpoints["tiny"], tmp_path)
+    assert command[command.index("--engines") + 1] == expected

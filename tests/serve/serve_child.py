@@ -8,8 +8,9 @@ from collections import deque
 from serve_toy import HeldModel
 
 from diffship.core.errors import DiffshipError
+from diffship.runtimes.serve.connections import bind
 from diffship.runtimes.serve.options import ServeOptions
-from diffship.runtimes.serve.server import bind, serve_until_asked
+from diffship.runtimes.serve.server import serve_until_asked
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 

@@ -14,11 +14,12 @@ import numpy as np
 from sampling_toy import ToyModel
 
 from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.connections import bind
 from diffship.runtimes.serve.forms import GenerateForm
 from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Order, generate_order
-from diffship.runtimes.serve.server import HttpServer, bind
+from diffship.runtimes.serve.server import HttpServer
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served, Worker
 from diffship.sampling.generate import Request, generate

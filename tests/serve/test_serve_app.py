@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import re
@@ -31,6 +32,7 @@ from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import denoise, plain
+from diffship.sampling.picture import Picture
 from diffship.sampling.wire import pack, unpack
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -71,7 +73,8 @@ def test_generate_gives_the_bytes_of_generate() -> None:
 
 
 def test_warnings_that_no_header_holds_are_whole_json_still() -> None:
-    drawn = Drawn(pictures=((b"", {"warnings": [f"{i}: " + "\xe9" * 100 for i in range(20)]}),))
+    settings = {"warnings": [f"{i}: " + "\xe9" * 100 for i in range(20)]}
+    drawn = Drawn([Picture(np.zeros((8, 8, 3), np.uint8), settings)])
     made = SimpleNamespace(
         name="toy", created=0.0, started=0.0, ended_at=1.0, order=SimpleNamespace(warnings=("first",))
     )
@@ -203,11 +206,120 @@ def test_a_deadline_ends_a_stream_with_its_error() -> None:
 
 def test_openai_form() -> None:
     with toy_service() as service:
-        answer = ask(service, "POST", "/v1/images/generations", json={"prompt": "cat", "n": 2, "size": "128x64"})
+        body = {"prompt": "cat", "n": 2, "size": "128x64", "seed": 3}
+        answer = ask(service, "POST", "/v1/images/generations", json=body)
     document = answer.json()
     assert answer.status_code == 200 and document["created"] > 1_600_000_000
     pictures = [base64.b64decode(entry["b64_json"]) for entry in document["data"]]
-    assert pictures == drawn_alone("cat", images=2, size=(128, 64))
+    assert pictures == drawn_alone("cat", images=2, size=(128, 64), seed=3)
+
+
+def test_openai_form_takes_what_its_clients_send_and_names_what_it_does_not_use() -> None:
+    harmless = {
+        "n": None,
+        "size": "auto",
+        "quality": "standard",
+        "style": "vivid",
+        "user": "u1",
+        "moderation": "low",
+        "background": "auto",
+        "output_format": "png",
+        "response_format": None,
+        "stream": False,
+        "partial_images": 0,
+    }
+    with toy_service() as service:
+        answer = ask(service, "POST", "/v1/images/generations", json={"prompt": "cat", **harmless})
+        assert answer.json()["warnings"] == ["not used here: quality, style, moderation, user"]
+        assert json.loads(answer.headers["x-warnings"]) == answer.json()["warnings"]
+        for refused in ({"response_format": "url"}, {"stream": True}, {"background": "transparent"}, {"mask": "x"}):
+            message = ask(service, "POST", "/v1/images/generations", json={"prompt": "cat", **refused})
+            assert next(iter(refused)) in error_of(message, 422, "invalid_request")
+
+
+def test_openai_form_draws_a_seed_and_tells_it() -> None:
+    with toy_service() as service:
+        first, second = (
+            ask(service, "POST", "/v1/images/generations", json={"prompt": "cat"}).json()["data"][0] for _ in range(2)
+        )
+        again = {"prompt": "cat", "seed": first["settings"]["seed"]}
+        third = ask(service, "POST", "/v1/images/generations", json=again).json()["data"][0]
+        retries = [
+            ask(service, "POST", "/v1/images/generations", json={"prompt": "cat"}, headers={"idempotency-key": "k"})
+            for _ in range(2)
+        ]
+    assert first["b64_json"] != second["b64_json"] and first["b64_json"] == third["b64_json"]
+    assert retries[0].json()["data"] == retries[1].json()["data"], "a retry draws no other picture"
+
+
+def test_one_model_by_its_name() -> None:
+    with toy_service() as service:
+        assert ask(service, "GET", "/v1/models/toy").json() == ask(service, "GET", "/v1/models").json()["data"][0]
+        assert "toy" in error_of(ask(service, "GET", "/v1/models/tow"), 404, "not_found")
+
+
+def test_a_compressed_body_is_told_as_such() -> None:
+    body = gzip.compress(b'{"prompt": "cat"}')
+    kind = {"content-type": "application/json", "content-encoding": "gzip"}
+    with toy_service() as service:
+        answer = ask(service, "POST", "/v1/generate", content=body, headers=kind)
+        assert "Content-Encoding is 'gzip'" in error_of(answer, 415, "unsupported_content_encoding")
+        plain_body = {"content": b'{"prompt": "cat", "steps": 1}', "headers": {**kind, "content-encoding": "identity"}}
+        assert ask(service, "POST", "/v1/generate", **plain_body).status_code == 200
+
+
+def test_json_has_a_limit_of_its_own() -> None:
+    """A prompt of 2000 characters takes 24 kB at most; megabytes are for trajectories."""
+    with toy_service() as service:
+        fits = {"prompt": "\U0001f60a" * 2000, "negative_prompt": "\U0001f60a" * 2000, "steps": 1}
+        assert len(json.dumps(fits)) > 48_000
+        assert ask(service, "POST", "/v1/generate", json=fits).status_code == 200
+        long = ask(service, "POST", "/v1/generate", content=b" " * 70_000, headers={"content-type": "application/json"})
+        assert "at most 65536" in error_of(long, 413, "body_too_large")
+
+
+def test_bodies_of_all_requests_together_are_bounded() -> None:
+    """One is held back with three quarters of what may be read; a second of half as much finds no room."""
+    held = asyncio.Event()
+
+    async def slowly() -> Any:
+        yield bytes(1536)
+        await held.wait()
+        yield bytes(512)
+
+    async def run(service: Service) -> list[httpx.Response]:
+        transport = httpx.ASGITransport(application(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
+            headers = {**BYTES, "content-length": "2048"}
+            first = asyncio.ensure_future(client.post("/v1/resume", content=slowly(), headers=headers))
+            await asyncio.sleep(0.1)
+            second = await client.post("/v1/resume", content=bytes(1024), headers=BYTES)
+            held.set()
+            return [await first, second, await client.post("/v1/resume", content=bytes(1024), headers=BYTES)]
+
+    with toy_service(bodies_bytes=2048) as service:
+        first, second, third = asyncio.run(run(service))
+    assert "ask again" in error_of(second, 503, "busy") and second.headers["retry-after"] == "1"
+    assert error_of(first, 422, "invalid_trajectory") and error_of(third, 422, "invalid_trajectory")
+
+
+def test_health_checks_without_a_host_line_are_answered_and_nothing_else() -> None:
+    async def asked(path: str) -> int:
+        seen: list[int] = []
+
+        async def send(message: Any) -> None:
+            seen.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        with toy_service() as service:
+            scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "state": {}}
+            await application(service)({**scope, "http_version": "1.0", "root_path": ""}, receive, send)
+        return seen[0]
+
+    statuses = {path: asyncio.run(asked(path)) for path in ("/live", "/ready", "/v1/models", "/metrics")}
+    assert statuses == {"/live": 200, "/ready": 200, "/v1/models": 403, "/metrics": 403}
 
 
 def test_models_say_what_is_legal() -> None:
@@ -382,9 +494,9 @@ def test_case_38_a_retry_with_the_same_key_draws_once_and_gets_identical_bytes()
 
 
 def test_case_35_live_at_once_and_ready_only_after_the_warm_up_and_while_files_are_there() -> None:
-    model, there = HeldModel(), [True]
+    model, lost = HeldModel(), [""]
     model.gate.clear()
-    service = Service([Served("toy", model, present=lambda: there[0])], ServeOptions())
+    service = Service([Served("toy", model, lost=lambda: lost[0])], ServeOptions())
     assert ask(service, "GET", "/live").status_code == 200
     service.start()
     until(model.in_call.is_set)  # warming up
@@ -395,8 +507,10 @@ def test_case_35_live_at_once_and_ready_only_after_the_warm_up_and_while_files_a
     model.gate.set()
     until(service.ready)
     assert ask(service, "GET", "/ready").json() == {"ready": True, "models": {"toy": "ready"}}
-    there[0] = False
+    lost[0] = "missing"
     assert ask(service, "GET", "/ready").json() == {"ready": False, "models": {"toy": "missing"}}
+    lost[0] = "replaced"  # the engine has read the old ones, and draws what it says that it draws
+    assert ask(service, "GET", "/ready").json() == {"ready": True, "models": {"toy": "replaced"}}
     assert ask(service, "GET", "/live").status_code == 200
     service.close()
 
@@ -445,9 +559,11 @@ def test_case_37_a_host_from_elsewhere_is_403(host: str) -> None:
         assert error_of(answer, 403, "host_not_allowed")
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8765", "127.0.0.1:1", "[::1]:8765", "10.0.0.7", "gpu.lan:80"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8765", "127.0.0.1:1", "[::1]:8765", "10.0.0.7", "gpu.lan:80", "GPU.lan."]
+)
 def test_case_37_addresses_and_named_hosts_are_served(host: str) -> None:
-    with toy_service(allow_hosts=("gpu.lan",)) as service:
+    with toy_service(allow_hosts=("GPU.Lan.",)) as service:
         assert ask(service, "GET", "/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -482,3 +598,65 @@ def test_the_document_is_served() -> None:
     with toy_service() as service:
         document = ask(service, "GET", "/openapi.json").json()
     assert document["openapi"].startswith("3.1") and "/v1/generate" in document["paths"]
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"_class_name": "UniPCMultistepScheduler"}, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}]
+)
+def test_a_model_whose_scheduler_takes_no_single_step_is_served(scheduler: dict[str, Any]) -> None:
+    """One that is not built, and one that needs four steps: whoever names another sampler is drawn for."""
+    with toy_service(ToyModel(**scheduler)) as service:
+        answer = ask(service, "POST", "/v1/generate", json={"prompt": "cat", "steps": 2, "sampler": "euler"})
+        assert answer.status_code == 200 and answer.content == drawn_alone("cat", steps=2, sampler="euler")[0]
+        assert (
+            ask(service, "GET", "/v1/models").json()["data"][0]["facts"]["scheduler"]
+            == service.workers["toy"].served.model.scheduler
+        )
+        error_of(ask(service, "POST", "/v1/generate", json={"prompt": "cat", "steps": 2}), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("lacks", ["vae_decoder", "text_encoder"])
+def test_half_a_model_serves_what_it_can(lacks: str) -> None:
+    """Without a decoder it hands over, without a text encoder it goes on from what others encoded."""
+    whole, half = ToyModel(), ToyModel()
+    half.runners.pop(lacks)
+    half.parts = frozenset(half.runners)
+    begun = pack(start(whole, Request("cat", steps=3))[0])
+    expected = denoise([unpack(begun)], plain(whole.use("unet")))[0].latents
+    with toy_service(half) as service:
+        given = ask(service, "POST", "/v1/resume?until=3", content=begun, headers=BYTES)
+        np.testing.assert_array_equal(unpack(given.content).latents, expected)
+        message = error_of(ask(service, "POST", "/v1/generate", json={"prompt": "cat"}), 422, "invalid_request")
+        assert lacks.replace("_", " ") in message.replace("_", " ")
+        handed = ask(service, "POST", "/v1/handoff", json={"prompt": "cat", "steps": 3, "split": 3})
+        resumed = ask(service, "POST", "/v1/resume", content=begun, headers=BYTES)
+        assert (handed.status_code, resumed.status_code) == ((200, 422) if lacks == "vae_decoder" else (422, 200))
+
+
+def test_png_files_are_made_by_no_thread_that_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the one that drives the engine nor by the one that answers connections."""
+    made: list[str] = []
+    plain_png = Picture.png
+
+    def noted(picture: Picture) -> bytes:
+        made.append(threading.current_thread().name)
+        return plain_png(picture)
+
+    monkeypatch.setattr(Picture, "png", noted)
+    body = {"prompt": "cat", "steps": 2, "seed": 1}
+    with toy_service(previews=True) as service:
+        here = threading.current_thread().name
+        for more in ({}, {"response": "json"}, {"response": "events", "previews": 1}):
+            assert ask(service, "POST", "/v1/generate", json={**body, **more}).status_code == 200
+        asked = {"prompt": "cat", "size": "64x64", "n": 2}
+        assert ask(service, "POST", "/v1/images/generations", json=asked).status_code == 200
+    assert len(made) == 6 and not [name for name in made if name == here or name.startswith("worker-")]
+
+
+def test_a_result_is_encoded_once_and_its_pixels_are_let_go() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    drawn = Drawn([Picture(pixels, {"seed": 1})])
+    assert drawn.size_bytes == pixels.nbytes
+    (file, settings), again = drawn.pictures[0], drawn.pictures
+    assert again[0][0] is file and settings == {"seed": 1} and drawn.size_bytes == len(file)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), pixels)

@@ -179,7 +179,7 @@ def test_case_30_the_form_takes_nothing_that_its_schema_refuses(values: dict[str
 def test_the_openapi_document_names_every_route_and_field() -> None:
     document = openapi_document(ServeOptions(), True)
     assert document["paths"].keys() == {
-        "/live", "/ready", "/metrics", "/v1/models", "/v1/generate", "/v1/handoff", "/v1/resume",
+        "/live", "/ready", "/metrics", "/v1/models", "/v1/models/{name}", "/v1/generate", "/v1/handoff", "/v1/resume",
         "/v1/images/generations",
     }  # fmt: skip
     for path, (form, _) in FORMS.items():

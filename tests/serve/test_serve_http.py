@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serve_toy import HeldModel, drawn_alone, toy_server, until
+from serve_toy import HeldModel, drawn_alone, toy_server, toy_service, until
 
 from diffship.core.errors import ConfigError
-from diffship.runtimes.serve.server import bind, check_exposure
+from diffship.runtimes.serve import connections
+from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.connections import bind
+from diffship.runtimes.serve.log import Throttle
+from diffship.runtimes.serve.options import ServeOptions
+from diffship.runtimes.serve.server import HttpServer, check_exposure
 
 TOKEN = "a-token-of-twenty-ch"
 CHUNKS = b"1\r\na\r\n" * 9999
@@ -173,6 +183,168 @@ def test_case_29_idle_connections_do_not_keep_the_others_out() -> None:
         assert job.result().status_code == 200, "and not who is being answered"
 
 
+def unread(url: str, path: str = "/openapi.json", times: int = 1) -> socket.socket:
+    """A client that asks and reads nothing; its own buffer holds next to nothing either."""
+    place = urlsplit(url)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(10)
+    client.connect((place.hostname, place.port))
+    client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * times)
+    return client
+
+
+def gone(client: socket.socket, within: float) -> bool:
+    """Whether the server hangs up in time, by a client that looks without reading."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        try:
+            client.send(b"x")
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes four kilobytes of an answer, not megabytes, so that little is enough to fill it."""
+    accept = connections.Door.accept
+
+    def small(door: connections.Door) -> tuple[socket.socket, object]:
+        client, address = accept(door)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return client, address
+
+    monkeypatch.setattr(connections.Door, "accept", small)
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_case_29_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "_SLOWEST", 4096)
+    with toy_server(write_seconds=0.5) as (url, _), unread(url) as client, connect(url) as slow:
+        assert not gone(client, 0.2) and gone(client, 5)
+        slow.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        whole, begin = b"", time.monotonic()
+        while part := slow.recv(1024):  # slower than all at once, yet it reads
+            whole += part
+            time.sleep(0.02)
+        head, _, body = whole.partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}".encode() in head.lower() and time.monotonic() - begin > 0.5
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_case_29_clients_that_read_nothing_do_not_keep_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_STILL_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "_LOOK_SECONDS", 0.05)
+    with toy_server(connections=8) as (url, _), ExitStack() as stack:
+        held = [stack.enter_context(unread(url, times=1 + number % 2)) for number in range(12)]
+        time.sleep(0.5)
+        for _ in range(3):
+            assert httpx.get(f"{url}/live", timeout=10).status_code == 200
+            answer = httpx.post(f"{url}/v1/generate", json={"prompt": "cat", "steps": 1}, timeout=10)
+            assert answer.status_code == 200
+        assert sum(gone(client, 0.1) for client in held) >= 5
+
+
+def test_case_29_requests_in_advance_are_few() -> None:
+    """One may follow at once; whoever sends thousands keeps the server busy for nobody."""
+    with toy_server() as (url, _), connect(url) as client:
+        with suppress(OSError):
+            client.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        assert 1 <= answer_of(client).count(b"200 OK") <= 3
+        assert httpx.get(f"{url}/live").status_code == 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="counts descriptors")
+def test_a_lack_of_descriptors_closes_idle_connections_and_fills_no_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where none is left at all, whoever comes is hung up on; others go on, and a line or two says so."""
+    accept, empty = socket.socket.accept, [True]
+    first = Throttle(0.1, 3)
+    monkeypatch.setattr(connections.LOG, "filters", [first])
+
+    def lacking(door: socket.socket) -> tuple[socket.socket, object]:
+        if empty and os.path.exists(f"/dev/fd/{door._reserve}"):  # type: ignore[attr-defined]
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(door)
+
+    with toy_server() as (url, _), httpx.Client(base_url=url) as known:
+        assert known.get("/live").status_code == 200
+        monkeypatch.setattr(socket.socket, "accept", lacking)
+        for _ in range(20):
+            with connect(url) as client:
+                assert answer_of(client) == b""
+        assert known.get("/live").status_code == 200
+        empty.clear()
+        assert httpx.get(f"{url}/live").status_code == 200
+    said = [record.getMessage() for record in caplog.records if "descriptor" in record.getMessage()]
+    assert 1 <= len(said) <= 3
+
+
+def test_connections_are_as_many_as_the_limit_of_open_files_allows(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    script = (
+        "import resource, sys; from diffship.runtimes.serve.connections import affordable\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))\n"
+        "print(affordable(256), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = 1024 if hard == resource.RLIM_INFINITY else min(hard, 1024)
+
+    def told(soft: int, hard: int) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", script, str(soft), str(hard)], capture_output=True, check=True)
+        return [int(word) for word in done.stdout.split()]
+
+    assert told(100, most)[0] == 256 and told(100, most)[1] >= 256 + 32, "the own limit is raised"
+    allowed, limit = told(64, 64)
+    assert limit == 64 and 8 <= allowed <= 64 - 32
+
+
+def test_localhost_is_both_of_its_addresses() -> None:
+    try:
+        bind("::1", 0).__exit__()
+    except ConfigError:
+        pytest.skip("no IPv6 here")
+    addresses = {entry[4][0] for entry in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
+    with toy_service() as service, bind("localhost", 0) as doors:
+        assert {door.getsockname()[0] for door in doors} == addresses
+        with HttpServer(doors, application(service), service.options) as server:
+            for url in server.urls:
+                assert httpx.get(f"{url}/live").status_code == 200
+
+
+def test_an_address_that_this_machine_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("203.0.113.7", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    with bind("gpu.lan", 0) as doors:
+        assert [door.getsockname()[0] for door in doors] == ["127.0.0.1"]
+
+
+def test_an_idle_connection_stays_as_long_as_it_is_told_to() -> None:
+    with toy_server(keep_alive=1.0) as (url, _), connect(url) as client:
+        client.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        begin = time.monotonic()
+        answer_of(client)
+        assert 0.5 < time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "*", "*.example.org", "https://art.example.org", "art.example.org:8443", "a b", "a..b", "-a/"]
+)
+def test_names_that_no_host_header_can_hold_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-host"):
+        ServeOptions(allow_hosts=(name,))
+
+
+def test_names_are_kept_as_host_headers_have_them() -> None:
+    given = ("ART.Example.org.", "b\xfccher.example", "gpu_1.lan", "10.0.0.7")
+    expected = ("art.example.org", "xn--bcher-kva.example", "gpu_1.lan", "10.0.0.7")
+    assert ServeOptions(allow_hosts=given).allow_hosts == expected
+
+
 def test_a_token_over_the_wire() -> None:
     with toy_server(token=TOKEN) as (url, _):
         assert httpx.get(f"{url}/v1/models").status_code == 401
@@ -181,7 +353,7 @@ def test_a_token_over_the_wire() -> None:
 
 def test_case_36_a_port_in_use_is_a_clear_message() -> None:
     with bind("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
+        port = listener.port
         with pytest.raises(ConfigError, match=f"port {port}: Address already in use; --port 0"):
             bind("127.0.0.1", port)
 
@@ -201,7 +373,7 @@ def test_case_36_ipv6_loopback() -> None:
     except ConfigError:
         pytest.skip("no IPv6 here")
     with listener:
-        assert listener.family == socket.AF_INET6
+        assert [door.family for door in listener] == [socket.AF_INET6]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", ""])

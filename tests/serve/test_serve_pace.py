@@ -12,7 +12,7 @@ from serve_toy import POISON, Bench, HeldModel
 from diffship.runtimes.serve.admission import Busy
 from diffship.runtimes.serve.forms import HandoffForm, ResumeForm
 from diffship.runtimes.serve.order import Order, handoff_order, resume_order
-from diffship.runtimes.serve.pace import Pace
+from diffship.runtimes.serve.pace import Pace, blended
 from diffship.sampling.generate import Request, start
 from diffship.sampling.wire import pack
 
@@ -53,13 +53,21 @@ def resumed(bench: Bench, embeddings: bool = True, **words: Any) -> Order:
 
 
 def test_one_measurement_counts_for_twice_the_known_pace_at_most() -> None:
-    known = Pace(call=1.0)
-    known.learn("call", 1000.0)
-    assert known.call == pytest.approx(1.2)
-    known.learn("call", 1.2)
-    assert known.call == pytest.approx(1.2)
-    known.learn("end", 5.0)
-    assert known.end == 5.0, "the first one is all that is known"
+    known = Pace()
+    for seconds, expected in ((1.0, 1.0), (1000.0, 1.2), (1.2, 1.2)):
+        known.learn_call(2, seconds)
+        assert known.call(2) == pytest.approx(expected)
+    assert blended(0.0, 5.0) == 5.0, "the first one is all that is known"
+    assert blended(5.0, 1e9) == 5.0 + 0.2 * 5.0
+
+
+def test_a_call_of_many_rows_is_judged_by_calls_of_as_many() -> None:
+    known = Pace()
+    assert known.call(4) == 0.0
+    known.learn_call(2, 1.0)
+    assert (known.call(1), known.call(2), known.call(4)) == (1.0, 1.0, 2.0), "in proportion until more is known"
+    known.learn_call(8, 2.5)
+    assert (known.call(5), known.call(8), known.call(16)) == (1.75, 2.5, 5.0)
 
 
 def test_a_call_that_stalled_once_does_not_close_the_door() -> None:
@@ -111,7 +119,7 @@ def test_an_idle_server_lets_a_request_in_whatever_its_pace_says() -> None:
     bench.finish()
     assert pace(bench)["call_ms"] == 100_000
     assert bench.put(steps=4, deadline=5).state == "waiting"
-    with pytest.raises(Busy, match=r"this request 400\.8 s"):
+    with pytest.raises(Busy, match=r"the queue needs 400\.8 s, this request 400\.8 s alone"):
         bench.put(steps=4, deadline=5)
     bench.clock.now += 6
     bench.worker.turn()  # the one that was let in is late, and holds nobody up any more
@@ -146,3 +154,75 @@ def test_a_resume_teaches_nothing_of_encoding_unless_it_encodes() -> None:
     assert bench.worker.backlog() == 4.5 + 2.0 + 0.25
     bench.finish()
     assert pace(bench) == {"begin_ms": 250, "call_ms": 1000, "end_ms": 500}
+
+
+def by_rows(bench: Bench, seconds: Callable[[int], float]) -> None:
+    """A U-Net whose calls take `seconds` of their rows."""
+    runner = bench.model.runners["unet"]
+    plain = runner.function
+
+    def slow(feeds: Any) -> Any:
+        bench.clock.now += seconds(len(feeds["sample"]))
+        return plain(feeds)
+
+    runner.function = slow
+
+
+def test_guidance_is_two_rows_a_call() -> None:
+    """An engine that is full: each row takes a second."""
+    bench = Bench(batch=1)
+    by_rows(bench, float)
+    bench.put(steps=4, guidance=1.0)
+    bench.finish()
+    running = bench.put(steps=1, guidance=1.0)
+    with pytest.raises(Busy, match=r"this request 40\.0 s alone and 41\.0 s behind it"):
+        bench.put(steps=20, guidance=7.5, deadline=30)
+    fits = bench.put(steps=20, guidance=1.0, deadline=30)
+    bench.finish()
+    assert (running.state, fits.state) == ("done", "done")
+    bench.put(steps=4, guidance=7.5)
+    bench.finish()
+    (found,) = bench.worker.paces()
+    assert (found["call_ms"], found["guided_call_ms"]) == (1000, 2000)
+
+
+def test_a_batch_that_costs_one_call_is_not_charged_for_eight() -> None:
+    """An engine with room: a call takes a second whatever its rows."""
+    bench = Bench(batch=8)
+    by_rows(bench, lambda rows: 1.0)
+    for _ in range(8):
+        bench.put(steps=10)
+    bench.finish()
+    for _ in range(7):
+        bench.put(steps=10)
+    assert bench.worker.backlog() == pytest.approx(10.0)
+    began = bench.clock.now
+    last = bench.put(steps=10, deadline=11)
+    bench.finish()
+    assert last.state == "done" and bench.clock.now - began == pytest.approx(10.0)
+    assert bench.worker.backlog() == 0.0
+
+
+def test_a_short_request_joins_a_long_one_and_need_not_see_its_end() -> None:
+    bench = Bench(batch=8)
+    by_rows(bench, lambda rows: 1.0)
+    bench.put(steps=10, images=4)
+    bench.finish()
+    bench.put(steps=100, deadline=500)
+    assert bench.worker.backlog() == pytest.approx(100.0), "one image makes all its calls, however many a call holds"
+    short = bench.put(steps=4, deadline=5)
+    with pytest.raises(Busy, match=r"this request 40\.0 s alone and 40\.0 s behind it; its deadline is in 30\.0 s"):
+        bench.put(steps=40, deadline=30)
+    bench.finish()
+    assert short.state == "done"
+
+
+def test_what_is_being_encoded_counts_whole() -> None:
+    bench = timed(batch=1)
+    bench.put(steps=4)
+    bench.finish()
+    seen: list[float] = []
+    lasting(bench, "text_encoder", lambda: seen.append(bench.worker.backlog()) or 0.0)
+    bench.put(steps=4)
+    bench.finish()
+    assert seen == [4.75, 4.75]

@@ -26,9 +26,10 @@ from serve_toy import until
 
 from diffship.cli.main import main
 from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.runtimes.serve.connections import bind
 from diffship.runtimes.serve.opened import named
 from diffship.runtimes.serve.options import ServeOptions
-from diffship.runtimes.serve.server import bind, serve_until_asked
+from diffship.runtimes.serve.server import serve_until_asked
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 
@@ -249,7 +250,7 @@ def test_case_36_bad_usage_is_exit_code_2(name: str, capsys: pytest.CaptureFixtu
 
 def test_case_36_a_port_in_use_ends_the_verb_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0) as listener:
-        assert main(["serve", "D", "--port", str(listener.getsockname()[1])]) == 2
+        assert main(["serve", "D", "--port", str(listener.port)]) == 2
     assert "in use" in capsys.readouterr().err
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -492,3 +494,28 @@ def test_one_of_two_listeners_leaving_cancels_nothing() -> None:
 def test_what_only_the_model_knows_is_refused_before_the_queue(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate_order(GenerateForm(**{"prompt": "cat", "response": "json", **words}), ToyModel())
+
+
+@pytest.mark.parametrize("end", ["cancel", "expire"])
+def test_what_ends_while_it_waits_lets_go_of_what_it_was_made_of(end: str) -> None:
+    """A retry's key holds the request for minutes, and with it megabytes of a trajectory that came in."""
+    bench = Bench(batch=1)
+    bench.put(steps=2)
+    bench.worker.turn()
+    trajectory = start(bench.model, Request("cat", steps=4))[0]
+    waiting = bench.submit(resume_order(pack(trajectory), ResumeForm(), bench.model))
+    kept = weakref.ref(waiting.order.begin)
+    getattr(waiting, end)()
+    gc.collect()
+    assert kept() is None
+    bench.finish()
+    assert waiting.state == ("cancelled" if end == "cancel" else "expired")
+
+
+def test_what_ends_between_the_queue_and_its_first_step_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    taken = bench.put(steps=2)
+    begin = taken.begin
+    taken.begin = lambda: (taken.cancel(), begin())  # type: ignore[method-assign,assignment,func-returns-value]
+    bench.finish()
+    assert taken.state == "cancelled" and bench.worker.running() == 0 and not caplog.records

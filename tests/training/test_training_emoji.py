@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from diffship.core.errors import ConfigError
+from diffship.core.errors import ConfigError, SourceError
+from diffship.training import emoji_stages
 from diffship.training import judge as judging
 from diffship.training.commands import STAGES, run
 from diffship.training.diffusion import alphas_cumprod, caption_variants, loss_weight
@@ -161,3 +163,18 @@ def test_prepare_counts_pictures_without_a_second_style(tmp_path: Path) -> None:
     _archives(tmp_path)
     files = [tmp_path / f"{stem}-1.tgz" for stem in ("lobehub-fluent-emoji-3d", "emojibase-data")]
     assert prepare(files[0], files[1], tmp_path / "out", size=32) == 14
+
+
+def test_a_stage_keeps_every_setting_that_the_user_does_not_name() -> None:
+    given = TrainOptions(data=Path(), out=Path(), steps=7, seed=3)
+    for stage, base in emoji_stages.DEFAULTS.items():
+        assert emoji_stages.schedule(stage, given) == replace(base, steps=7, seed=3)
+    assert emoji_stages.schedule("unet", given).validate_every == 4
+
+
+def test_damaged_latents_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "latents.safetensors"
+    cache.write_bytes(b"\x10" + bytes(7) + b'{"mean"')
+    monkeypatch.setattr(emoji_stages, "_digest", lambda vae, pictures: "same")
+    with pytest.raises(SourceError, match=r"latents\.safetensors: not a valid .*encodes the pictures anew"):
+        emoji_stages.encode(None, None, tmp_path)  # type: ignore[arg-type]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffship.core import quiet
-from diffship.core.errors import BusyError, Cancelled
+from diffship.core.errors import BusyError, Cancelled, SourceError
 from diffship.training import loop
 from diffship.training.loop import DivergedError, Schedule, load_average, reached, step_generator, train
 
@@ -178,3 +182,73 @@ def test_no_step_is_made_while_something_is_timed(
     assert train(task, Schedule(3, 4, 1e-2), tmp_path / "run") == 3
     with (tmp_path / "lock").open("w", encoding="utf-8") as other:  # and lets go of it in the end
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_every_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    whole = loop._save
+
+    def noted(state: Path, about: Mapping[str, Any], *rest: Any) -> None:
+        written.append(about["step"])
+        whole(state, about, *rest)
+
+    monkeypatch.setattr(loop, "_save", noted)
+    train(Line(), Schedule(steps=3, batch=4, rate=1e-2), tmp_path)
+    assert written == [3]
+    train(Line(), Schedule(steps=3, batch=4, rate=1e-2), tmp_path)  # nothing is left to do, nor to write
+    assert written == [3]
+    train(Line(), Schedule(steps=5, batch=4, rate=1e-2, save_seconds=0), tmp_path)
+    assert written == [3, 4, 5]
+
+
+def test_a_resumed_run_in_fp16_has_the_scale_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale grows every three good steps: one that began anew would be another one."""
+    plain = loop.new_accelerator
+
+    def scaling(precision: str) -> Any:
+        made = plain(precision)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        return made
+
+    def noted(folder: Path) -> dict[str, Any]:
+        with safe_open(folder / "state.safetensors", "pt") as file:
+            found: dict[str, Any] = json.loads(file.metadata()["state"])["scaler"]
+        return found
+
+    monkeypatch.setattr(loop, "new_accelerator", scaling)
+    whole, first, second = Line(), Line(), Line()
+    train(whole, Schedule(8, 4, 1e-2), tmp_path / "whole")
+    train(first, Schedule(5, 4, 1e-2), tmp_path / "parts")
+    assert (noted(tmp_path / "parts")["scale"], noted(tmp_path / "parts")["_growth_tracker"]) == (4.0, 2)
+    train(second, Schedule(8, 4, 1e-2), tmp_path / "parts")
+    assert noted(tmp_path / "whole") == noted(tmp_path / "parts")
+    assert noted(tmp_path / "parts")["scale"] == 2.0 * 2 ** (8 // 3)
+    assert torch.equal(_weights(whole), _weights(second))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 60, -1], ids=["empty", "half a length", "half a header", "a byte short"])
+def test_a_damaged_checkpoint_is_named_and_says_what_to_do(tmp_path: Path, kept: int) -> None:
+    state = tmp_path / "state.safetensors"
+    train(Line(), Schedule(2, 4, 1e-2), tmp_path)
+    state.write_bytes(state.read_bytes()[:kept])
+    for opened in (
+        lambda: train(Line(), Schedule(4, 4, 1e-2), tmp_path),
+        lambda: load_average(state, Line().modules),
+        lambda: reached(state),
+    ):
+        with pytest.raises(SourceError, match=r"state\.safetensors: not a valid .*Remove it, and the same command"):
+            opened()
+
+
+def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
+    state, other = tmp_path / "state.safetensors", Line()
+    other.net = nn.Sequential(nn.Linear(1, 9), nn.Tanh(), nn.Linear(9, 1))
+    other.modules = {"net": other.net}
+    train(other, Schedule(2, 4, 1e-2), tmp_path)
+    with pytest.raises(SourceError, match=r"net/0\.weight has shape \(9, 1\), this run needs \(8, 1\)"):
+        train(Line(), Schedule(4, 4, 1e-2), tmp_path)
+    save_file({"live/net/0.weight": torch.ones(8, 1)}, state)
+    with pytest.raises(SourceError, match=r"has no tensor average/net/0\.weight: it is of another run"):
+        load_average(state, Line().modules)
+    with pytest.raises(SourceError, match="its header notes no step"):
+        reached(state)

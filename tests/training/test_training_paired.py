@@ -278,3 +278,101 @@ def test_a_name_that_is_too_long_for_the_file_system_is_refused_as_such(tmp_path
 def test_a_folder_called_like_a_shard_is_a_folder_of_pictures(tmp_path: Path) -> None:
     found = PairedPictures.open(write(tmp_path, {"x.tar/a.png": RED, "x.tar/a.txt": "red"}), 8)
     assert found.captions(0) == ["red"]
+
+
+def jpeg() -> bytes:
+    return encoded(plain((255, 0, 0)), "JPEG")
+
+
+def captioned(files: Mapping[str, bytes]) -> dict[str, bytes | str]:
+    """`files`, and a caption beside each."""
+    return {**files, **{f"{Path(name).with_suffix('')}.txt": f"picture {name}" for name in files}}
+
+
+def test_every_suffix_of_a_jpeg_is_read(tmp_path: Path) -> None:
+    found = PairedPictures.open(
+        write(tmp_path, captioned({f"{s}.{s}": jpeg() for s in ("jpg", "jfif", "jpe", "JPEG")})), 8
+    )
+    assert len(found) == 4 and found.told.endswith("4 pictures are used")
+
+
+def test_one_picture_that_is_not_read_is_told_and_more_than_a_tenth_refused(tmp_path: Path) -> None:
+    few = {f"{number}.png": RED for number in range(3)}
+    one = PairedPictures.open(write(tmp_path / "one", captioned({**few, "x.bmp": b"BM"})), 8)
+    assert len(one) == 3 and "3 pictures are used; left: 1 .bmp files, which are not read" in one.told
+    with pytest.raises(
+        SourceError, match=r"3 pictures are used; left: 1 \.bmp files.*1 \.gif files.*a tenth may be left"
+    ):
+        PairedPictures.open(write(tmp_path / "two", captioned({**few, "x.bmp": b"BM", "y.gif": b"GIF"})), 8)
+    many = {f"{number}.png": RED for number in range(30)}
+    some = PairedPictures.open(write(tmp_path / "many", captioned({**many, "x.bmp": b"BM", "y.gif": b"GIF"})), 8)
+    assert len(some) == 30 and "1 .gif files" in some.told
+
+
+def test_captions_without_a_picture_are_counted_and_notices_are_none(tmp_path: Path) -> None:
+    files = captioned({f"{number}.png": RED for number in range(3)})
+    found = PairedPictures.open(write(tmp_path / "one", {**files, "README.txt": "of this folder", "lost.txt": "x"}), 8)
+    assert found.told.endswith("3 pictures are used; left: 1 captions without a picture")
+    with pytest.raises(SourceError, match="left: 2 captions without a picture"):
+        PairedPictures.open(write(tmp_path / "two", {**files, "lost.txt": "x", "gone.txt": "x"}), 8)
+
+
+def test_what_systems_and_editors_leave_is_passed_over_and_counted(tmp_path: Path) -> None:
+    junk = {
+        "._a.png": b"\0\5\x16\7",
+        "__MACOSX/._a.png": b"\0",
+        ".ipynb_checkpoints/a-checkpoint.png": RED,
+        "Thumbs.db": b"",
+    }
+    found = PairedPictures.open(write(tmp_path / "folder", {**captioned({"a.png": RED}), **junk}), 8)
+    assert len(found) == 1 and found.told.endswith("left: 4 hidden or system files")
+    members = {"a.png": RED, "a.txt": b"red", "__MACOSX/._a.png": b"\0", "._a.txt": b"\0\xff"}
+    packed = PairedPictures.open(shard(tmp_path / "shards" / "0.tar", members), 8)
+    assert len(packed) == 1 and packed.told.endswith("left: 2 hidden or system files")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            "a.png,a red apple, on a table, lit\nb.png,a cup\n",
+            "line 2: has 4 fields for the 2 columns file_name, text",
+        ),
+        ('a.png,"a sign that says \\"open, come in\\" in red"\nb.png,a cup\n', "line 2: .*expected after"),
+        ('a.png,"a plate of 6 inches\nb.png,a cup\n', "line 3: unexpected end of data"),
+        ("a.png\nb.png,a cup\n", "line 2: has 1 fields"),
+    ],
+)
+def test_a_row_that_is_no_csv_is_refused_by_its_line(rows: str, message: str, tmp_path: Path) -> None:
+    table = {"a.png": RED, "b.png": GREEN, "metadata.csv": f"file_name,text\n{rows}"}
+    with pytest.raises(SourceError, match=message + r".*are doubled"):
+        PairedPictures.open(write(tmp_path, table), 8)
+
+
+def test_pictures_that_a_table_does_not_name_are_counted(tmp_path: Path) -> None:
+    table = {"a.png": RED, "b.png": GREEN, "metadata.jsonl": lines({"file_name": "a.png", "text": "red"})}
+    found = PairedPictures.open(write(tmp_path, table), 8)
+    assert found.told.endswith("1 pictures are used; left: 1 that metadata.jsonl does not name")
+
+
+def test_names_with_dots_in_a_shard_are_whole(tmp_path: Path) -> None:
+    members = {f"img.{number}.{end}": data for number in range(3) for end, data in (("png", RED), ("txt", b"red"))}
+    found = PairedPictures.open(shard(tmp_path / "0.tar", members), 8)
+    assert len(found) == 3 and found.told.endswith("3 pictures are used")
+    shard(tmp_path / "lost" / "0.tar", {"a.png": RED, "a.txt": b"red", "b.txt": b"x", "c.json": b"{}"})
+    with pytest.raises(SourceError, match="left: 2 captions without a picture"):
+        PairedPictures.open(tmp_path / "lost", 8)
+
+
+def test_a_picture_has_as_many_captions_as_are_given(tmp_path: Path) -> None:
+    said = ["a red apple", "an  apple"]
+    records = ({"file_name": "a.png", "text": said}, {"file_name": "b.png", "text": "", "caption": "green"})
+    table = write(tmp_path / "list", {"a.png": RED, "b.png": GREEN, "metadata.jsonl": lines(*records)})
+    beside = write(tmp_path / "lines", {"a.png": RED, "a.txt": "a red apple\n\n an apple \n"})
+    packed = shard(tmp_path / "shard" / "0.tar", {"a.png": RED, "a.json": json.dumps({"text": said}).encode()})
+    for folder in (table, beside, packed):
+        assert PairedPictures.open(folder, 8).captions(0) == ["a red apple", "an apple"]
+    assert PairedPictures.open(table, 8).captions(1) == ["green"]
+    record = {"file_name": "a.png", "text": ["a", 5]}
+    with pytest.raises(SourceError, match=r"line 1: text is a list of .*; legal is text, or a list of texts"):
+        PairedPictures.open(write(tmp_path / "odd", {"a.png": RED, "metadata.jsonl": lines(record)}), 8)

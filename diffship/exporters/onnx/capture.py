@@ -1,15 +1,18 @@
 """torch.export of a component whose weights do not exist: every tensor is fake, only shapes and dtypes are real.
 
-A part is traced twice, at two sets of sizes; a number that differs between the two programs is a free size. That takes
-half the time of one trace with symbolic sizes, most of which sympy spends on the shapes behind strided convolutions.
+A part is traced at three sets of sizes; a number that differs between the programs is a free size. That takes three
+quarters of the time of one trace with symbolic sizes, most of which sympy spends on the shapes behind strided
+convolutions. Two sets would do for numbers that follow an axis; the third shows those that only seem to, such as
+`min(height, 100)`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.errors import UnsupportedError
@@ -24,13 +27,17 @@ else:
     torch, fake_tensor = lazy("torch"), lazy("torch._subclasses.fake_tensor")
     Module = lazy_base("torch.nn", "Module")
 
-Programs: TypeAlias = "tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]"
+Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
+NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard", "aten.lift_fresh")  # nodes that no graph needs
+# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. Small: a
+# VAE's tensors must stay below 2**31 elements, from where on diffusers takes another way
+_RATIOS = ((3, 17, 2), (5, 11, 31), (7, 13, 37), (23, 29, 41), (19, 43, 47))
 
 
 def capture(
     module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Sequence[Mapping[str, int]], dtype: torch.dtype
 ) -> Programs:
-    """The programs of `module` (on the meta device) at both `sizes`, equal but for numbers that depend on a size.
+    """The programs of `module` (on the meta device) at all `sizes`, equal but for numbers that depend on a size.
 
     Parameters and float inputs take `dtype`; `timestep` stays float32. In bfloat16, inputs and outputs stay float32.
 
@@ -42,24 +49,47 @@ def capture(
         narrow = dtype == torch.bfloat16
         fake = _Float32Around(part, [spec.name for spec in inputs]) if narrow else _Positional(part)
         outer = torch.float32 if narrow else dtype
-        first, second = (_export(fake, tuple(_feed(spec, known, outer) for spec in inputs)) for known in sizes)
-        return first, second
+        return tuple(_export(fake, tuple(_feed(spec, known, outer) for spec in inputs)) for known in sizes)
 
 
-def trace_sizes(smallest: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Two legal sizes for each axis, with a ratio of its own, so that no two axes, halves or products look alike."""
-    ratios = ((3, 17), (5, 11), (7, 13), (23, 29), (19, 31))
-    first, second = {}, {}
-    for (axis, least), (a, b) in zip(sorted(smallest.items(), key=_by_axis), ratios, strict=False):
-        step = 1 if axis == "sequence_length" else least
-        first[axis], second[axis] = a * step, b * step
-    return first, second
+def decomposed(programs: Programs, known: Collection[str]) -> Programs:
+    """`programs` whose operators are `known` (such as `aten.linear.default`), as far as torch can take others apart."""
+    if not any(_is_unknown(node, known) for node in programs[0].graph.nodes):
+        return programs
+    table = torch.export.default_decompositions()
+    for operator in list(table):
+        if str(operator) in known:
+            del table[operator]
+    with _quiet():
+        return tuple(program.run_decompositions(table) for program in programs)
+
+
+def _is_unknown(node: torch.fx.Node, known: Collection[str]) -> bool:
+    name = str(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and name not in known and not name.startswith(NO_EFFECT)
+
+
+def trace_sizes(smallest: Mapping[str, int]) -> tuple[dict[str, int], ...]:
+    """Three legal sizes for each axis, with ratios of its own, so that no two axes, halves or products look alike."""
+    axes = sorted(smallest.items(), key=_by_axis)
+    ratios = [ratio for ratio, _ in zip(chain(_RATIOS, _further_ratios()), axes, strict=False)]
+    steps = {axis: 1 if axis == "sequence_length" else least for axis, least in axes}
+    return tuple(
+        {axis: ratio[i] * steps[axis] for (axis, _), ratio in zip(axes, ratios, strict=True)} for i in range(3)
+    )
+
+
+def _further_ratios() -> Iterator[tuple[int, int, int]]:
+    """Primes above those of _RATIOS, three by three."""
+    primes = (n for n in count(53) if all(n % d for d in range(2, int(n**0.5) + 1)))
+    while True:
+        yield next(primes), next(primes), next(primes)
 
 
 def _by_axis(item: tuple[str, int]) -> tuple[int, str]:
-    # the sequence gets the fourth ratio: two lengths below the 77 positions that a text encoder has
-    order = {"batch_size": 0, "sequence_length": 3}
-    return (order.get(item[0], 1 if "height" in item[0] else 2), item[0])
+    # the sequence comes before axes of other names: a text encoder has 77 positions, and ratios grow
+    kinds = ("batch", "height", "width", "sequence")
+    return next((place for place, kind in enumerate(kinds) if kind in item[0]), len(kinds)), item[0]
 
 
 def _export(module: torch.nn.Module, feeds: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from diffship import models
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
@@ -15,43 +18,50 @@ from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
 from diffship.core.spec import PRECISIONS, TensorSpec
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
-from diffship.exporters.onnx.capture import capture, trace_sizes
+from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
-from diffship.exporters.onnx.translate import Translation
-from diffship.exporters.onnx.widen import widen
-from diffship.models.component import INNER, Component, torch_dtype
+from diffship.exporters.onnx.translate import OPERATORS, Translation
+from diffship.models.component import INNER, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
+from diffship.models.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
 else:
     onnx = lazy("onnx")
 
-REVISION = 1  # of what this code makes of equal inputs; part of the key of cached graphs
+_NAMED = 8  # unused tensors that are named
 _BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
 
 @dataclass(frozen=True)
+@bounded
 class Onnx:
     """ONNX files in the layout of optimum's ONNX Runtime pipelines.
 
-    precision: type of weights and of float inputs and outputs (`timestep` is float32 in both). "bf16" is for graphs
-    that TensorRT builds from; their inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
+    precision: type of weights and of float inputs and outputs (`timestep` is float32 in all). "bf16" is for graphs
+    that GPU engines are built from: no CPU engine runs it, so it is proved in float32 arithmetic with the weights as
+    they were rounded; its inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
     says that float16 is too narrow for it (`force_upcast`) stays in fp32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
     name: ClassVar[str] = "onnx"
     extra: ClassVar[str] = "onnx"
+    proved_here: ClassVar[bool] = True
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
     precision: str = field(
-        default="fp32", metadata={**choices("fp32", "fp16"), "help": "of weights and of float inputs and outputs"}
+        default="fp32",
+        metadata={
+            **choices(*PRECISIONS),
+            "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take",
+        },
     )
     opset: int = field(
         default=23,
@@ -59,10 +69,6 @@ class Onnx:
     )
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r} is not possible with ONNX; legal: {', '.join(PRECISIONS)}")
-        if self.opset not in IR_VERSION:
-            raise ConfigError(f"opset {self.opset!r} is not legal; legal: {min(IR_VERSION)} to {max(IR_VERSION)}")
         if self.precision == "bf16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
 
@@ -80,8 +86,12 @@ class Onnx:
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
-        """A graph takes every legal size: the smallest."""
-        return {**component.smallest_sizes(), "batch_size": batch}
+        """Twice the least height by three times the least width: height is not width, no attention has one token."""
+        factors = {"height": 2, "width": 3}
+        sizes = {
+            axis: least * factors.get(axis.rpartition("_")[2], 1) for axis, least in component.smallest_sizes().items()
+        }
+        return {**sizes, "batch_size": batch}
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
@@ -129,6 +139,7 @@ class Onnx:
             "nodes": len(model.graph.node),
             "data_bytes": data_bytes(model),
             "parameters": count,
+            **_left_out(component),
         }
         return Part(
             name=component.name,
@@ -140,16 +151,6 @@ class Onnx:
             extra=extra,
         )
 
-    def runnable(self, part: Part, folder: Path) -> Part:
-        """`part`, below `folder`, as engines on this machine compute it: bf16, which none of them does, as float32."""
-        if self.precision != "bf16":
-            return part
-        inner = folder / part.name / "float32"
-        inner.mkdir()
-        widen(folder / part.files[0], inner)
-        files = tuple(f"{part.name}/float32/{name}" for name in (MODEL_FILE, DATA_FILE))
-        return replace(part, files=files, precision="fp32")
-
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
         write_pipeline_files(pipeline, out)
@@ -158,16 +159,18 @@ class Onnx:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
         dtype = torch_dtype(PRECISIONS[self.precision])
-        programs = capture(component.meta, specs, trace_sizes(component.smallest_sizes()), dtype)
+        module = component.meta
+        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), dtype)
         need("onnx")  # teaches numpy bfloat16
-        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER))
-        model = translation.run(specs, component.outputs, "diffship")
+        translation = Translation(decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER))
+        points = point_paths(component, module.get_submodule("inner"))
+        model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
     def graph_digest(self, component: Component) -> str:
         """Names everything that `graph` depends on."""
         facts = {
-            "revision": REVISION,
+            "code": _code_digest(),
             "options": asdict(self),
             "part": [component.name, component.class_name],
             "config": component.config,
@@ -180,6 +183,12 @@ class Onnx:
         if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
             return spec
         return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
+
+
+def _left_out(component: Component) -> dict[str, object]:
+    """What the manifest says of weights that the part does not take."""
+    names = unexpected(component.meta, component.weights)
+    return {"unused_tensors": {"count": len(names), "first": names[:_NAMED]}} if names else {}
 
 
 def _check_weights(component: Component) -> list[Problem]:
@@ -195,6 +204,15 @@ def _check_weights(component: Component) -> list[Problem]:
                 Problem(component.name, f"{source} has shape {found}, its config asks for {tuple(tensor.shape)}")
             )
     return problems
+
+
+@cache
+def _code_digest() -> str:
+    """sha256 over the source of everything that makes a graph: this room and `models`."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.glob("*.py")]):
+        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> Mapping[str, str]:

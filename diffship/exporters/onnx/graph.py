@@ -34,7 +34,8 @@ TYPES: dict[str, int] = {
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
 
-Dim = int | tuple[int, int]  # a free size is what it was in the first and in the second trace
+Dim = int | tuple[int, ...]  # a free size is what it was in each trace
+FREE: Dim = (-1, -2, -3)  # a size that nothing asks for
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Size:
-    """A number that depends on the input's size, as it was in the first and in the second trace."""
+    """A number that depends on the input's size, as it was in each trace."""
 
-    pair: tuple[int, int]
+    values: tuple[int, ...]
 
 
 @dataclass
@@ -130,15 +131,16 @@ class Graph:
         model.ir_version = IR_VERSION[self.opset]
         return model
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a node's output the name of a graph output."""
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors that nodes make new names (old -> new)."""
         for node in self.nodes:
             for side in (node.input, node.output):
                 for i, name in enumerate(side):
-                    if name == old:
-                        side[i] = new
-        if old in self.values:
-            self.values[new] = self.values.pop(old)
+                    if name in names:
+                        side[i] = names[name]
+        for old, new in names.items():
+            if old in self.values:
+                self.values[new] = self.values.pop(old)
 
     def _drop_unused(self, outputs: Sequence[str]) -> None:
         needed, kept = set(outputs), []

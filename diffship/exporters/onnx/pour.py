@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, from_float32, to_float32
+from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights, source_digest
@@ -116,13 +116,11 @@ def _asked(place: _Place) -> tuple[int, ...]:
 
 
 def _as_float(array: NDArray[np.generic], dtype: str, wanted: str, label: str) -> NDArray[np.generic]:
-    plain = array if dtype == wanted else to_float32(array, dtype)
+    plain = array if dtype in (wanted, "float64") else to_float32(array, dtype)
     if not np.isfinite(plain).all():
         bad = int(plain.size - np.isfinite(plain).sum())
         raise SourceError(f"{label} holds {bad} NaN or infinite of {plain.size} values; the source is damaged")
-    if dtype == wanted:
-        return array
     try:
-        return from_float32(np.asarray(plain, np.float32), wanted)
+        return convert(array, dtype, wanted)
     except ConfigError as fault:
         raise ConfigError(f"{label}: {fault}. Run with: --precision fp32") from None

@@ -6,8 +6,10 @@ second where that takes half a minute (SD1.5's U-Net), and leaves nothing to cle
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +17,22 @@ import numpy as np
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.exporters.onnx.capture import Programs
+from diffship.exporters.onnx.capture import NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
+from diffship.exporters.onnx.points import module_outputs
 
 if TYPE_CHECKING:
     import onnx
     import torch
+    from onnx import shape_inference
     from torch.export import graph_signature
 else:
-    torch, graph_signature = lazy("torch"), lazy("torch.export.graph_signature")
+    shape_inference, torch = lazy("onnx.shape_inference"), lazy("torch")
+    graph_signature = lazy("torch.export.graph_signature")
 
 Operator = Callable[..., Any]
 OPERATORS: dict[str, Operator] = {}
 _PREFIX = "part."
-_NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard", "aten.lift_fresh")
 
 
 def implements(*names: str) -> Callable[[Operator], Operator]:
@@ -48,10 +52,11 @@ class Translation:
         self.graph = Graph(opset)
         self.opset = opset
         self._program = programs[0]
-        self._twins = _paired(*programs)
+        self._twins = _matched(programs)
         self._weight_name = weight_name
         self._known: dict[torch.fx.Node, Any] = {}
-        self._lengths: dict[tuple[int, int], str] = {}
+        self._lengths: dict[tuple[int, ...], str] = {}
+        self._points: dict[str, str] = {}
         self.node: torch.fx.Node
 
     # what operators use
@@ -91,7 +96,7 @@ class Translation:
         if isinstance(value, Weight):
             return self.graph.weight(value)
         if isinstance(value, torch.Tensor):
-            return self.graph.constant(value.detach().numpy())
+            return self.graph.constant(_real(value).numpy())
         if isinstance(value, Size):
             return self.emit("Squeeze", self.sizes([value]), self.graph.ints([0]), dtype="int64", shape=())
         return self.graph.constant(np.array(value, dtype or self.dtype))
@@ -116,8 +121,17 @@ class Translation:
 
     # the walk
 
-    def run(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], producer: str) -> onnx.ModelProto:
-        """The model with the names, dtypes and axis names of the specs."""
+    def run(
+        self,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        producer: str,
+        modules: Collection[str] = (),
+    ) -> onnx.ModelProto:
+        """The model with the names, dtypes and axis names of the specs.
+
+        What a module in `modules` (paths) gives is called `<path>.out`, so that others can find it in the graph.
+        """
         ports = self._take_inputs(inputs)
         results: Sequence[Any] = ()
         for node in self._program.graph.nodes:
@@ -128,8 +142,20 @@ class Translation:
                 self._measure(self._known[node])
             elif node.op == "output":
                 results = node.args[0]
+        self._points = self._name_modules(modules)
         named = self._name_outputs(outputs, results)
-        return self.graph.model(ports, named, producer)
+        return _legal(self.graph.model(ports, named, producer))
+
+    def _name_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """Old name -> new name of the tensors that modules give; the innermost module names a tensor of several."""
+        names: dict[str, str] = {}
+        made = {name for node in self.graph.nodes for name in node.output}
+        for path, node in module_outputs(self._program).items() if modules else ():
+            value = self._known.get(node)
+            if path in modules and isinstance(value, Value) and value.name in made and value.name not in names:
+                names[value.name] = f"{path}.out"
+        self.graph.rename(names)
+        return names
 
     def _take_inputs(self, specs: Sequence[TensorSpec]) -> list[onnx.ValueInfoProto]:
         ports: list[onnx.ValueInfoProto] = []
@@ -164,32 +190,35 @@ class Translation:
 
     def _call(self, node: torch.fx.Node) -> Any:
         target = str(node.target)
-        if target.startswith(_NO_EFFECT):
+        if target.startswith(NO_EFFECT):
             return None
-        twin = self._twins[node]
-        arguments = self._resolved(node.args, twin.args)
+        twins = self._twins[node]
+        arguments = self._resolved(*(twin.args for twin in twins))
         keywords = {
-            key: self._resolved(value, twin.kwargs[key]) for key, value in node.kwargs.items() if key not in _PLACEMENT
+            key: self._resolved(*(twin.kwargs[key] for twin in twins)) for key in node.kwargs if key not in _IDLE
         }
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         if _foldable(arguments) and _foldable(keywords):
-            return node.target(*_off_device(arguments), **keywords)  # type: ignore[operator]
+            given = {key: value for key, value in node.kwargs.items() if key not in _PLACEMENT}
+            return node.target(*_off_device(arguments), **{**given, **keywords})  # type: ignore[operator]
         if target not in OPERATORS:
             raise UnsupportedError(f"no ONNX form for {target} in {self.graph.scope or 'the part itself'}")
-        return OPERATORS[target](self, *arguments, **keywords)
+        return _checked_call(OPERATORS[target], self, _meaningful(node.target, arguments), keywords)
 
-    def _resolved(self, first: Any, second: Any) -> Any:
-        """An argument with nodes replaced by what they became, and numbers that differ by Sizes."""
+    def _resolved(self, *values: Any) -> Any:
+        """One argument as it is in each trace: nodes are replaced by what they became, numbers that differ by Sizes."""
+        first = values[0]
         if isinstance(first, torch.fx.Node):
             return self._known[first]
         if isinstance(first, (tuple, list)):
-            return [self._resolved(a, b) for a, b in zip(first, second, strict=True)]
-        if type(first) is int and first != second:
-            return Size((first, second))
-        if first != second:
-            raise UnsupportedError(f"{self.node.target} depends on the input's size by {first!r}, then {second!r}")
-        return first
+            return [self._resolved(*entries) for entries in zip(*values, strict=True)]
+        if all(type(value) is type(first) and value == first for value in values):
+            return first
+        if all(type(value) is int for value in values):
+            return Size(values)
+        told = ", then ".join(map(repr, values))
+        raise UnsupportedError(f"{self.node.target} depends on the input's size by {told}")
 
     def _measure(self, value: Any) -> None:
         """Take each free size where it first appears; sizes that nobody asks for are dropped with their nodes."""
@@ -201,16 +230,16 @@ class Translation:
                         self._lengths[dim] = self.graph.emit("Shape", [tensor.name], "int64", (1,), **cut).name
 
     def _length(self, size: Size) -> str:
-        if size.pair not in self._lengths:
-            raise UnsupportedError(f"{self.node.target} needs the size {size.pair}, which no tensor before it has")
-        return self._lengths[size.pair]
+        if size.values not in self._lengths:
+            told = ", then ".join(map(str, size.values))
+            raise UnsupportedError(
+                f"{self.node.target} needs the number {told} at growing sizes, which no tensor before it is long"
+            )
+        return self._lengths[size.values]
 
     def _shapes(self, node: torch.fx.Node) -> list[tuple[Dim, ...]]:
-        pairs = zip(_results(node), _results(self._twins[node]), strict=True)
-        return [
-            tuple(a if a == b else (a, b) for a, b in zip(map(int, one.shape), map(int, two.shape), strict=True))
-            for one, two in pairs
-        ]
+        traces = zip(*(_results(twin) for twin in self._twins[node]), strict=True)
+        return [tuple(map(_dim, zip(*(map(int, one.shape) for one in same), strict=True))) for same in traces]
 
     def _name_outputs(self, specs: Sequence[TensorSpec], results: Sequence[Any]) -> list[onnx.ValueInfoProto]:
         entries = self._program.graph_signature.output_specs
@@ -225,22 +254,65 @@ class Translation:
         ports, names = [], dict[str, str]()
         for spec, node in zip(specs, wanted, strict=True):
             value = self.value(self._known[node])
+            value = replace(value, name=self._points.get(value.name, value.name))
             self._name_output(value, spec.name, names)
             ports.append(port(spec.name, value.dtype, spec.shape))
         return ports
 
     def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
-        """Rename the tensor itself; an Identity only where it is an input, or an output already."""
+        """Rename the tensor itself; an Identity only where it has a name of its own: inputs, outputs, modules."""
         made = any(value.name in node.output for node in self.graph.nodes)
-        if made and value.name not in names:
-            self.graph.rename(value.name, name)
+        if made and value.name not in names and value.name not in self._points.values():
+            self.graph.rename({value.name: name})
             names[value.name] = name
         else:
             now = names.get(value.name, value.name)
-            self.graph.rename(self.graph.emit("Identity", [now], value.dtype, value.shape).name, name)
+            self.graph.rename({self.graph.emit("Identity", [now], value.dtype, value.shape).name: name})
 
 
+# arguments, as ATen names them, that change no value, or whose meaning lies in the result's type
 _PLACEMENT = ("device", "pin_memory", "layout", "non_blocking", "memory_format", "copy")
+_IDLE = {*_PLACEMENT, "dtype", "half_to_float", "implicit"}
+_IDLE |= {"cudnn_enable", "cudnn_enabled", "padding_idx", "scale_grad_by_freq", "sparse"}
+
+
+def _meaningful(target: Any, arguments: Sequence[Any]) -> list[Any]:
+    """`arguments` without those at their end that say nothing to a graph."""
+    names = [argument.name for argument in target._schema.arguments[: len(arguments)]]
+    kept = len(names)
+    while kept and names[kept - 1] in _IDLE:
+        kept -= 1
+    return list(arguments[:kept])
+
+
+def _checked_call(function: Operator, t: Translation, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    """The operator's function, unless it does not know an argument: leaving one out would be a wrong graph."""
+    try:
+        inspect.signature(function).bind(t, *arguments, **keywords)
+    except TypeError as fault:
+        raise UnsupportedError(f"{t.node.target} has no ONNX form with these arguments: {fault}") from None
+    return function(t, *arguments, **keywords)
+
+
+def _legal(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model`, unless a type or shape in it is not what the ONNX standard gives for its operators.
+
+    Raises:
+        UnsupportedError: naming the first node that is not legal.
+    """
+    try:
+        shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (shape_inference.InferenceError, TypeError) as fault:
+        raise UnsupportedError(f"the part has no legal ONNX graph: {' '.join(str(fault).split())[:300]}") from None
+    return model
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a constant: torch.export keeps those of fake tensors beside them."""
+    found = getattr(tensor, "constant", tensor)
+    if found is None:
+        raise UnsupportedError(f"a constant of shape {tuple(tensor.shape)} has no values while a part is traced")
+    return found.detach()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -254,15 +326,17 @@ def scope_of(node: torch.fx.Node) -> str:
     return ".".join(path[sum(name == wrapper for name, wrapper in zip(path, ("part", "inner"), strict=False)) :])
 
 
-def _paired(first: torch.export.ExportedProgram, second: torch.export.ExportedProgram) -> dict[Any, torch.fx.Node]:
-    """Node of the first program -> node of the second."""
-    nodes = [list(program.graph.nodes) for program in (first, second)]
-    same = len(nodes[0]) == len(nodes[1]) and all(
-        (a.name, str(a.target)) == (b.name, str(b.target)) for a, b in zip(*nodes, strict=True)
-    )
-    if not same:
+def _matched(programs: Programs) -> dict[torch.fx.Node, tuple[torch.fx.Node, ...]]:
+    """Node of the first program -> what it is in each program, the first included."""
+    nodes = [list(program.graph.nodes) for program in programs]
+    told = [[(node.name, str(node.target)) for node in listed] for listed in nodes]
+    if any(other != told[0] for other in told):
         raise UnsupportedError("the part does other operations at other sizes, so it has no graph for all sizes")
-    return dict(zip(*nodes, strict=True))
+    return {same[0]: same for same in zip(*nodes, strict=True)}
+
+
+def _dim(sizes: tuple[int, ...]) -> Dim:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _results(node: torch.fx.Node) -> list[Any]:

@@ -20,10 +20,10 @@ from diffship.core.limits import MIB
 from diffship.core.manifest import Part
 from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
-from diffship.core.strict import bounds, choices
-from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, library
+from diffship.core.strict import bounded, bounds, choices
+from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, journal, library
 from diffship.exporters.onnx import Onnx
-from diffship.exporters.onnx.graph import NAMES
+from diffship.exporters.onnx.graph import IR_VERSION, NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
@@ -46,6 +46,7 @@ def _option(text: str, default: Any, legal: Mapping[str, Any] = MappingProxyType
 
 
 @dataclass(frozen=True)
+@bounded
 class TensorRt:
     """TensorRT engines ("plans"), strongly typed: the graph says in which precision everything is computed.
 
@@ -69,13 +70,13 @@ class TensorRt:
     max_shapes: tuple[str, ...] = _option("largest sizes", ())
     refit: bool = _option("weights can be replaced in the engine", False)
     strip: bool = _option("leave the weights out until the first run; with --refit", False)
-    opset: int = _option("of the graph that is built from", 23)
+    opset: int = _option("of the graph that is built from", 23, bounds(min(IR_VERSION), max(IR_VERSION)))
 
     def __post_init__(self) -> None:
-        check_sm(self.flavour, self.sm)
-        _ = self._graphs
-        _ = self._asked
-        if self.precision == "bf16" and any(sm < _BF16_SM for sm in check_sm(self.flavour, self.sm)):
+        capabilities = self._capabilities
+        self._graphs()  # it refuses an opset, and `_asked` a shape, that cannot be
+        self._asked()
+        if self.precision == "bf16" and any(sm < _BF16_SM for sm in capabilities):
             raise ConfigError(
                 f"GPUs below SM {_BF16_SM} have no bfloat16: take --precision fp16, or leave them out of --sm"
             )
@@ -96,16 +97,16 @@ class TensorRt:
             raise UnsupportedError(
                 "--refit and --strip build on a machine with an NVIDIA driver only; leave them out, or export there"
             )
-        check_names(pipeline.components.values(), self._asked)
+        check_names(pipeline.components.values(), self._asked())
         for component in pipeline.components.values():
             self.ranges(component, pipeline.family)
-        return self._graphs.check(pipeline)
+        return self._graphs().check(pipeline)
 
     def disk_bytes(self, component: Component) -> int:
         """What the plan takes at the most, and the graph that it is built from while it is."""
         weights = self.through(component).disk_bytes(component)
         twin = 2 * weights if self.precision == "bf16" else 0  # in float32, which can be proved here
-        return (1 + max(1, len(check_sm(self.flavour, self.sm)))) * weights + twin
+        return (1 + max(1, len(self._capabilities))) * weights + twin
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that a build takes beside this process."""
@@ -113,21 +114,25 @@ class TensorRt:
 
     def ranges(self, component: Component, family: Family) -> dict[str, Range]:
         """What the engine of a part takes, by input."""
-        return profile(component, family, self._asked)
+        return profile(component, family, self._asked())
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
         """The smallest sizes that the engine takes, and as near to `batch` samples as it does."""
-        ranges = axis_ranges(component, family, self._asked)
+        ranges = axis_ranges(component, family, self._asked())
         low, _, high = (ranges[kind].get("batch_size", batch) for kind in KINDS)
         return {**ranges["min"], "batch_size": min(max(batch, low), high)}
 
     @property
+    def _capabilities(self) -> tuple[int, ...]:
+        """The compute capabilities to build for, rising; raises ConfigError for those that cannot be."""
+        return check_sm(self.flavour, self.sm)
+
     def _graphs(self) -> Onnx:
         return Onnx(precision=self.precision, opset=self.opset)
 
     def through(self, component: Component) -> Onnx:
         """The exporter of the graph that a part's engine is built from: in float32 where float16 would overflow."""
-        return self._graphs.of(component)
+        return self._graphs().of(component)
 
     def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
         """Write `<part>/model_<flavour>_sm<...>_<precision>.plan` and its metadata below `out`.
@@ -149,7 +154,7 @@ class TensorRt:
         def make(place: Path) -> None:
             order = Order(
                 str(model), str(place), self.flavour, {name: shapes.to_json() for name, shapes in ranges.items()},
-                check_sm(self.flavour, self.sm), self.refit, self.strip, self._timing(job),
+                self._capabilities, self.refit, self.strip, self._timing(job),
             )  # fmt: skip
             made.update(run_build(order, component.name, job))
 
@@ -172,7 +177,7 @@ class TensorRt:
 
     def stem(self, precision: str) -> str:
         """`model_rtx_sm89-sm120_fp16`."""
-        sm = "-".join(f"sm{value}" for value in check_sm(self.flavour, self.sm)) or "local"
+        sm = "-".join(f"sm{value}" for value in self._capabilities) or "local"
         return f"model_{self.flavour}_{sm}_{precision}"
 
     def key(self, graph: Part, model: Path, ranges: Mapping[str, Range]) -> str:
@@ -180,13 +185,12 @@ class TensorRt:
         facts = {
             "graph": hashlib.sha256(model.read_bytes()).hexdigest(),  # without its weights, which lie beside it
             "weights": graph.source_digest,
-            "options": [self.flavour, check_sm(self.flavour, self.sm), self.refit, self.strip, graph.precision],
+            "options": [self.flavour, self._capabilities, self.refit, self.strip, graph.precision],
             "shapes": {name: shapes.to_json() for name, shapes in ranges.items()},
             "library": str(library(self.flavour).__version__),
         }
         return f"plan-{digest_of(facts)}"
 
-    @property
     def _asked(self) -> dict[str, dict[str, Shape]]:
         flags = zip(KINDS, (self.min_shapes, self.opt_shapes, self.max_shapes), strict=True)
         return {kind: parse_shapes(kind, entries) for kind, entries in flags}
@@ -200,7 +204,7 @@ class TensorRt:
         return PlanFacts(
             flavour=self.flavour,
             version=str(library(self.flavour).__version__),
-            sm=check_sm(self.flavour, self.sm),
+            sm=self._capabilities,
             precision=graph.precision,
             refit=self.refit,
             stripped=self.strip,
@@ -218,10 +222,11 @@ def refuse_operators(trt: Any, flavour: str, model: Path) -> None:
     """
     graph = onnx.load(str(model), load_external_data=False)
     used = {node.op_type for node in _nodes(graph.graph)}
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    log = journal(trt)
+    builder = trt.Builder(log)
     if not builder:
         return  # TensorRT without a GPU: the build says so
-    parser = trt.OnnxParser(builder.create_network(0), trt.Logger(trt.Logger.ERROR))
+    parser = trt.OnnxParser(builder.create_network(0), log)
     missing = sorted(name for name in used if not parser.supports_operator(name))
     if missing:
         raise UnsupportedError(

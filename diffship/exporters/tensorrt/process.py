@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import queue
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from diffship.core import child
-from diffship.core.errors import UnsupportedError
+from diffship.core.errors import DeadlineError, UnsupportedError
 from diffship.core.job import Job
 from diffship.exporters.tensorrt.build import Order
+
+SILENT_SECONDS = 1800.0  # a builder tells each of its steps; one that says nothing for so long hangs
+_ASK_SECONDS = 0.2
 
 
 def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
@@ -19,6 +26,7 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
     Raises:
         UnsupportedError: the library refuses, or the process died (for want of memory, say).
         Cancelled: the job was stopped; so is the process.
+        DeadlineError: the process said nothing for SILENT_SECONDS.
     """
     command = child.command("diffship.exporters.tensorrt.child", json.dumps(asdict(order)))
     with subprocess.Popen(
@@ -41,7 +49,7 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
 def _followed(process: subprocess.Popen[str], part: str, job: Job) -> dict[str, Any]:
     """The last word of the process; its progress goes to the job."""
     found: dict[str, Any] = {}
-    for line in process.stdout or ():
+    for line in _lines(process, part, job):
         document = _document(line)
         if "phase" in document:
             job.progress(f"build {part}: {document['phase']}", int(document["done"]), int(document["total"]))
@@ -50,6 +58,38 @@ def _followed(process: subprocess.Popen[str], part: str, job: Job) -> dict[str, 
         elif line.strip() and "made" not in found:
             found = {"last": " ".join(line.split())[:300]}
     return found
+
+
+def _lines(process: subprocess.Popen[str], part: str, job: Job) -> Iterator[str]:
+    """What the process prints; between lines the job is asked whether to go on.
+
+    Raises:
+        Cancelled: the job was stopped.
+        DeadlineError: nothing came for SILENT_SECONDS.
+    """
+    said: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_hear, args=(process, said), daemon=True).start()
+    heard = time.monotonic()
+    while True:
+        try:
+            line = said.get(timeout=_ASK_SECONDS)
+        except queue.Empty:
+            job.check()
+            if time.monotonic() - heard > SILENT_SECONDS:
+                raise DeadlineError(
+                    f"the build of {part} said nothing for {SILENT_SECONDS:g} s; it was stopped"
+                ) from None
+            continue
+        if line is None:
+            return
+        heard = time.monotonic()
+        yield line
+
+
+def _hear(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:
+    for line in process.stdout or ():
+        said.put(line)
+    said.put(None)
 
 
 def _document(line: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffship.core.atomic import write_file
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS, MIB
-from diffship.core.strict import bounds, choices, load, plain
+from diffship.core.strict import bounded, bounds, choices, load, plain
 
 SCHEMA = 1
 BUDGETS = ("cloud-ms", "quality", "latency")
@@ -20,6 +20,7 @@ _MS = bounds(0.0, 1e9)
 
 
 @dataclass(frozen=True)
+@bounded
 class SplitProfile:
     """What one picture costs on both sides, measured; times in milliseconds.
 
@@ -57,6 +58,7 @@ class SplitProfile:
 
 
 @dataclass(frozen=True)
+@bounded
 class QualityPoint:
     """A judge's figure of pictures whose first `cloud_calls` calls the cloud made; `low` to `high` is its interval."""
 
@@ -67,6 +69,7 @@ class QualityPoint:
 
 
 @dataclass(frozen=True)
+@bounded
 class QualityCurve:
     """A judge's figure against the split, as a benchmark measured it for one pair at one number of steps.
 

@@ -180,7 +180,7 @@ class HybridClient:
         """The request with the small model's own size and guidance where it leaves them open."""
         family = self.small.family
         guidance = family.guidance_default if request.guidance is None else request.guidance
-        size = request.size or (family.default_size, family.default_size)
+        size = request.size or family.default_sides
         family.check_size(*size)
         return replace(request, steps=steps, size=size, guidance=float(guidance))
 

@@ -149,8 +149,7 @@ def begin(
     if router.split is None:
         return start(router.starter, request, image, mask)
     steps = check_split(router.split, len(router.models), request.steps)
-    default = router.starter.family.default_size
-    size = request.size or (default, default)
+    size = request.size or router.starter.family.default_sides
     facts = []
     for model, share in zip(router.models, router.split, strict=True):
         model.family.check_size(*size)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,20 @@ class Sessions:
         self._opened: dict[int, Session] = {}
 
     def answer(self, asked: dict[str, Any], arrays: Sequence[np.ndarray]) -> Reply:
-        """What `asked` ("open", "run" or "close") gives; an expected error is a reply too."""
+        """What `asked` ("open", "run" or "close") gives; an error is a reply too, whichever it is.
+
+        To end of one would take the other requests of the batch along, and every session that is open here.
+        """
         try:
             return getattr(self, f"_{asked['do']}")(asked, arrays)  # type: ignore[no-any-return]
         except DiffshipError as fault:
             return {"error": kinds(fault), "message": str(fault)}, ()
         except MemoryError as fault:
             return {"error": [RunnerError.__name__], "message": f"not enough memory: {first_line(fault)}"}, ()
+        except Exception as fault:
+            traceback.print_exc()  # on stderr, where the log is
+            message = f"the engine failed: {type(fault).__name__}: {first_line(fault)}"
+            return {"error": [RunnerError.__name__], "message": message}, ()
 
     def _open(self, asked: dict[str, Any], arrays: Sequence[np.ndarray]) -> Reply:
         session = self._engine.open([Path(file) for file in asked["files"]])

@@ -180,6 +180,9 @@ class _Process:
                 answer, made = receive(self._stream("stdout"))
             except (OSError, EOFError, ValueError) as fault:
                 raise PeerError(self._gone(fault)) from None
+            except BaseException as fault:  # out of memory, Ctrl-C: half a message lies in a pipe
+                self._gone(fault)  # else the next call would get the rest of this one's answer
+                raise
             finally:
                 self._call = None
         if "error" in answer:
@@ -221,13 +224,13 @@ class _Process:
                 self._reason = f"the engine's process was ended: a call took more than {call[1]:g} s"
                 self._process.kill()
 
-    def _gone(self, fault: Exception) -> str:
+    def _gone(self, fault: BaseException) -> str:
         """Why there will be no more answers; the process is ended where it is not."""
         if not self._reason:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
             code = self._process.poll()
-            how = f"answered with {fault}" if code is None else f"ended with code {code}"
+            how = f"ended with code {code}" if code is not None else f"answered with {fault or type(fault).__name__}"
             self._reason = f"the engine's process {how}"
         self._process.kill()
         self._process.wait(_END_SECONDS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffship.core.errors import BusyError
 from diffship.runtimes.serve.batcher import Strand
 from diffship.runtimes.serve.jobs import Generation
 from diffship.runtimes.serve.options import ServeOptions
-from diffship.runtimes.serve.pace import Paces
+from diffship.runtimes.serve.pace import Paces, Work
 
 
 class Busy(BusyError):
@@ -35,13 +35,9 @@ class Crowd:
             {generation: strands for generation, strands in list(running.items()) if not generation.ended},
         )
 
-    def seconds(self, paces: Paces) -> float:
+    def seconds(self, paces: Paces, batch: int) -> float:
         """Until all of it is done, by the pace so far; 0 while nothing is known."""
-        seconds = sum(paces.seconds(generation.order) for generation in self.waiting)
-        for generation, strands in self.running.items():
-            calls = sum(max(strand.goal - strand.trajectory.step, 0) for strand in strands)
-            seconds += paces.seconds_left(generation.order, len(strands), calls)
-        return seconds
+        return paces.seconds(self._works(), batch)
 
     def require_room(self, generation: Generation, paces: Paces, options: ServeOptions) -> None:
         """Raises Busy: the queue is full, or too long for the deadline.
@@ -51,15 +47,30 @@ class Crowd:
         """
         if not (self.waiting or self.running):
             return
-        wait, own = self.seconds(paces), paces.seconds(generation.order)
-        if self._without_room(generation, options.batch) > options.queue:
+        wait, queued = self.seconds(paces, options.batch), self._without_room(generation, options.batch)
+        if queued > options.queue:
             raise Busy(f"the queue is full: {options.queue} requests wait", wait)
-        if wait + own > generation.seconds_left():
+        works, own = self._works(), Work.of(generation.order)
+        if not queued:  # it joins at once, and need not see the end of those that have more calls to make
+            works = [replace(work, calls=min(work.calls, own.calls)) for work in works]
+        needed, left = paces.seconds([*works, own], options.batch), generation.seconds_left()
+        if needed > left:
+            alone = paces.seconds([own], options.batch)
             raise Busy(
-                f"the queue needs {wait:.1f} s and this request {own:.1f} s; its deadline is in "
-                f"{generation.seconds_left():.1f} s",
+                f"the queue needs {wait:.1f} s, this request {alone:.1f} s alone and {needed:.1f} s behind it; its "
+                f"deadline is in {left:.1f} s",
                 wait,
             )
+
+    def _works(self) -> list[Work]:
+        works = [Work.of(generation.order) for generation in self.waiting]
+        for generation, strands in self.running.items():
+            if strands:
+                calls = max(max(strand.goal - strand.trajectory.step, 0) for strand in strands)
+                works.append(Work(generation.order, len(strands), calls, encodes=False))
+            else:  # its prompt is being encoded
+                works.append(Work.of(generation.order))
+        return works
 
     def _without_room(self, last: Generation, batch: int) -> int:
         """How many wait, with `last`, once every one that a batch has room for is taken.

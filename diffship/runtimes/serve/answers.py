@@ -21,6 +21,7 @@ from diffship.core.errors import (
 )
 from diffship.runtimes.serve.jobs import ConflictError, Generation, Progress
 from diffship.runtimes.serve.order import Drawn
+from diffship.sampling.picture import Picture
 from diffship.sampling.trajectory import warnings_in
 
 TRAJECTORY = "application/octet-stream"
@@ -110,14 +111,14 @@ def headers_of(generation: Generation, drawn: Drawn) -> dict[str, str]:
 
 def warnings_of(generation: Generation, drawn: Drawn) -> list[str]:
     """Each once: of the models that share a picture, and of prompts that were cut."""
-    cut = [text for _, about in drawn.pictures for text in warnings_in(about)]
+    cut = [text for about in drawn.settings for text in warnings_in(about)]
     return list(dict.fromkeys([*generation.order.warnings, *cut]))
 
 
-def openai_document(drawn: Drawn) -> dict[str, Any]:
-    """What OpenAI's clients read."""
-    data = [{"b64_json": base64.b64encode(png).decode()} for png, _ in drawn.pictures]
-    return {"created": int(time.time()), "data": data}
+def openai_document(generation: Generation, drawn: Drawn) -> dict[str, Any]:
+    """What OpenAI's clients read; and, where they look for it, the settings of each picture and the warnings."""
+    data = [{"b64_json": base64.b64encode(png).decode(), "settings": about} for png, about in drawn.pictures]
+    return {"created": int(time.time()), "data": data, "warnings": warnings_of(generation, drawn)}
 
 
 def seconds_of(generation: Generation) -> dict[str, float]:
@@ -133,7 +134,8 @@ def event(name: str, content: Mapping[str, Any]) -> bytes:
 
 
 def progress_event(made: Progress) -> bytes:
+    """The event of a step; its previews become PNG files here."""
     content: dict[str, Any] = {"step": made.step, "calls": made.calls}
     if made.previews:
-        content["previews"] = [base64.b64encode(png).decode() for png in made.previews]
+        content["previews"] = [base64.b64encode(Picture(pixels).png()).decode() for pixels in made.previews]
     return event("progress", content)

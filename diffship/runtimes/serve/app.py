@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.core.strict import unknown
 from diffship.runtimes.handoff.pair import ModelFacts
 from diffship.runtimes.serve.answers import (
     TRAJECTORY,
@@ -25,6 +26,7 @@ from diffship.runtimes.serve.answers import (
     refusal_of,
     result_document,
 )
+from diffship.runtimes.serve.bodies import Bodies, client_left
 from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ImagesForm, ResumeForm, read_body, read_query
 from diffship.runtimes.serve.guard import Guard
 from diffship.runtimes.serve.jobs import Generation, Progress
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 else:
     fastapi = lazy("fastapi")
 
+Asked = tuple[Worker, Order, str]
 LOG = logging.getLogger("diffship.serve")
 _KEY_CHARS = 128
 _HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is alive
@@ -52,30 +55,42 @@ def application(service: Service, token: str | None = None) -> FastAPI:
         MissingExtra: fastapi is not installed.
     """
     routes = Routes(service)
-    app = fastapi.FastAPI(title="diffship", docs_url=None, redoc_url=None, redirect_slashes=False)
-    document = openapi_document(service.options, token is not None)
-    app.openapi = lambda: document  # type: ignore[method-assign]
-    table = routes.table()
+    app = fastapi.FastAPI(title="diffship", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    document = json_bytes(openapi_document(service.options, token is not None))
+
+    async def openapi(request: Request) -> Response:
+        return fastapi.Response(document, media_type="application/json")
+
+    table = {**routes.table(), "/openapi.json": ("GET", openapi)}
     for path, (method, handler) in table.items():
         app.add_route(path, _answered(handler), methods=[method])
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
-    paths = frozenset({*table, "/openapi.json"})
     app.add_middleware(
         Guard,
         options=service.options,
         metrics=service.metrics,
         token=token,
-        routes=paths,
+        routes=frozenset(table),
     )
     return app
 
 
+@dataclass(frozen=True)
+class Accepted:
+    """A request in the queue, who follows it, and the form of its answer."""
+
+    generation: Generation
+    follower: Follower
+    response: str
+
+
 class Routes:
-    """Handlers by path. A request's body is read in chunks, within a length and a time."""
+    """Handlers by path."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.bodies = Bodies(service.options)
 
     def table(self) -> dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]]:
         return {
@@ -83,6 +98,7 @@ class Routes:
             "/ready": ("GET", self.ready),
             "/metrics": ("GET", self.metrics),
             "/v1/models": ("GET", self.models),
+            "/v1/models/{name}": ("GET", self.model),
             "/v1/generate": ("POST", self.generate),
             "/v1/handoff": ("POST", self.handoff),
             "/v1/resume": ("POST", self.resume),
@@ -103,74 +119,81 @@ class Routes:
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [model_facts(worker) for worker in self.service.workers.values()]})
 
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.service.workers:
+            raise Refusal(404, "not_found", unknown("model", name, self.service.workers))
+        return _json(model_facts(self.service.workers[name]))
+
     async def generate(self, request: Request) -> Response:
-        body = await self._json_body(request)
+        return await self._reply(request, await self._accepted(request, self._generate))
+
+    async def handoff(self, request: Request) -> Response:
+        return await self._reply(request, await self._accepted(request, self._handoff))
+
+    async def resume(self, request: Request) -> Response:
+        return await self._reply(request, await self._accepted(request, self._resume, TRAJECTORY))
+
+    async def images(self, request: Request) -> Response:
+        accepted = await self._accepted(request, self._images)
+        drawn = await ended(request, accepted.generation, accepted.follower)
+        document = await asyncio.to_thread(openai_document, accepted.generation, drawn)
+        return _json(document, 200, headers_of(accepted.generation, drawn))
+
+    # what a body asks for: the worker, the order, the form of the answer
+
+    def _generate(self, request: Request, body: bytes) -> Asked:
         form = read_body(GenerateForm, body)
         worker = self.service.worker(form.model)
         _check_previews(form.previews, worker)
-        order = generate_order(form, worker.served.model)
-        return await self._reply(request, worker, order, body, form.response)
+        return worker, generate_order(form, worker.served.model), form.response
 
-    async def handoff(self, request: Request) -> Response:
-        body = await self._json_body(request)
+    def _handoff(self, request: Request, body: bytes) -> Asked:
         form = read_body(HandoffForm, body)
         worker = self.service.worker(form.model)
-        order = handoff_order(form, worker.served.model)
-        return await self._reply(request, worker, order, body, form.response)
+        return worker, handoff_order(form, worker.served.model), form.response
 
-    async def resume(self, request: Request) -> Response:
-        body = await self._body(request, TRAJECTORY)
+    def _resume(self, request: Request, body: bytes) -> Asked:
         form = read_query(ResumeForm, request.query_params.multi_items())
         worker = self.service.worker(form.model)
         _check_previews(form.previews, worker)
-        # a body of megabytes is hashed here, so not on the event loop
-        order = await asyncio.to_thread(resume_order, body, form, worker.served.model)
-        return await self._reply(request, worker, order, body, form.response)
+        return worker, resume_order(body, form, worker.served.model), form.response
 
-    async def images(self, request: Request) -> Response:
-        body = await self._json_body(request)
+    def _images(self, request: Request, body: bytes) -> Asked:
         form = read_body(ImagesForm, body)
         worker = self.service.worker(form.model)
         order = generate_order(form.drawing(), worker.served.model)
-        drawn = await ended(request, *self._submit(request, worker, order, body))
-        return _json(await asyncio.to_thread(openai_document, drawn))
+        return worker, replace(order, warnings=(*order.warnings, *form.warnings())), "json"
 
-    async def _reply(self, request: Request, worker: Worker, order: Order, body: bytes, response: str) -> Response:
-        generation, follower = self._submit(request, worker, order, body)
-        if response == "events":
+    async def _reply(self, request: Request, accepted: Accepted) -> Response:
+        generation, follower = accepted.generation, accepted.follower
+        if accepted.response == "events":
             return Stream(generation, follower, request.state.request_id)  # type: ignore[return-value]
         drawn = await ended(request, generation, follower)
         if drawn.trajectory:
             return _trajectory(generation, drawn)
-        return _png(generation, drawn) if response == "png" else await _document(generation, drawn)
+        return await (_png if accepted.response == "png" else _document)(generation, drawn)
 
-    def _submit(self, request: Request, worker: Worker, order: Order, body: bytes) -> tuple[Generation, Follower]:
+    async def _accepted(
+        self, request: Request, ask: Callable[[Request, bytes], Asked], media: str = "application/json"
+    ) -> Accepted:
+        """The body read, understood and put in the queue; none of it is held any longer then.
+
+        Raises:
+            Refusal: another content type, more bytes than the limit, or slower than the limit.
+            BusyError: no capacity now.
+            DiffshipError: what is asked for is not legal.
+        """
         key = request.headers.get("idempotency-key")
         if key is not None and not (0 < len(key) <= _KEY_CHARS and key.isascii() and key.isprintable()):
             raise ConfigError(f"Idempotency-Key has {len(key)} characters; legal is 1 to {_KEY_CHARS} of plain ASCII")
-        content = b"\n".join((request.url.path.encode(), str(request.url.query).encode(), body))
-        follower = Follower()
-        return self.service.submit(worker, order, key, content, follower), follower
-
-    async def _json_body(self, request: Request) -> bytes:
-        return await self._body(request, "application/json")
-
-    async def _body(self, request: Request, media: str) -> bytes:
-        """Raises Refusal: another content type, more bytes than the limit, or slower than the limit."""
-        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if given != media:  # a page of another origin cannot send ours without asking first
-            raise Refusal(415, "unsupported_media_type", f"Content-Type is {given[:60]!a}; it must be {media}")
-        options, body = self.service.options, bytearray()
-        close = (("Connection", "close"),)
-        try:
-            async with asyncio.timeout(options.body_seconds):
-                async for chunk in _chunks(request):
-                    body += chunk
-                    if len(body) > options.body_bytes:
-                        raise Refusal(413, "body_too_large", f"at most {options.body_bytes} bytes are read", close)
-        except TimeoutError:
-            raise Refusal(408, "body_too_slow", f"not here within {options.body_seconds:g} s", close) from None
-        return bytes(body)
+        _check_content(request, media)
+        async with self.bodies.reading(request, json=media != TRAJECTORY) as body:
+            # megabytes are hashed, schedules computed: not on the event loop
+            worker, order, response = await asyncio.to_thread(ask, request, body)
+            content = b"\n".join((request.url.path.encode(), str(request.url.query).encode(), body))
+            follower = Follower()
+            return Accepted(self.service.submit(worker, order, key, content, follower), follower, response)
 
 
 async def ended(request: Request, generation: Generation, follower: Follower) -> Drawn:
@@ -185,7 +208,7 @@ async def ended(request: Request, generation: Generation, follower: Follower) ->
         left = max(generation.seconds_left(), 0)
         await asyncio.wait({end, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not generation.ended:
-            raise _left()
+            raise client_left()
         generation.expire()  # unless it has ended
         return generation.result(0)
     finally:
@@ -209,7 +232,7 @@ async def events(generation: Generation, follower: Follower, name: str) -> Async
             yield b": still here\n\n"
             continue
         if made is not None:
-            yield progress_event(made)
+            yield await asyncio.to_thread(progress_event, made) if made.previews else progress_event(made)
     try:
         drawn = generation.result(0)
     except Exception as fault:
@@ -294,19 +317,15 @@ def _check_previews(previews: int, worker: Worker) -> None:
         raise ConfigError(f"model {worker.served.name} has no tiny decoder, so that previews are off: previews is 0")
 
 
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    more = True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise _left()
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
-
-
-def _left() -> Refusal:
-    """An answer that nobody reads; the log and the metrics do."""
-    return Refusal(499, "client_left", "the client left")
+def _check_content(request: Request, media: str) -> None:
+    """Raises Refusal: another content type, or a compressed body."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != media:  # a page of another origin cannot send ours without asking first
+        raise Refusal(415, "unsupported_media_type", f"Content-Type is {given[:60]!a}; it must be {media}")
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        message = f"Content-Encoding is {coding[:60]!a}; send the body as it is"
+        raise Refusal(415, "unsupported_content_encoding", message, (("Connection", "close"),))
 
 
 async def _disconnect(request: Request) -> None:
@@ -314,8 +333,9 @@ async def _disconnect(request: Request) -> None:
         continue
 
 
-def _png(generation: Generation, drawn: Drawn) -> Response:
-    return fastapi.Response(drawn.pictures[0][0], 200, headers_of(generation, drawn), "image/png")
+async def _png(generation: Generation, drawn: Drawn) -> Response:
+    pictures = await asyncio.to_thread(lambda: drawn.pictures)
+    return fastapi.Response(pictures[0][0], 200, headers_of(generation, drawn), "image/png")
 
 
 def _trajectory(generation: Generation, drawn: Drawn) -> Response:

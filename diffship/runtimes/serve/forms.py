@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.strict import bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load
 from diffship.runtimes.serve.options import DEADLINE_SECONDS
 from diffship.sampling.rng import NOISES
 from diffship.sampling.samplers import SAMPLERS
@@ -21,9 +22,11 @@ from diffship.sampling.wire import DTYPES
 
 T = TypeVar("T")
 _SIDE = bounds(*LIMITS.size_px)
+_SEEDS = 1 << 32  # of those that the server draws; every client holds such a number exactly
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class Drawing:
     """What is drawn; what is not given is the model's own choice. `width` and `height` come together."""
 
@@ -71,6 +74,7 @@ class HandoffForm(Drawing):
 
 
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ResumeForm:
     """Query of `/v1/resume`: with `until` the trajectory comes back before that call, without it the picture.
 
@@ -95,19 +99,37 @@ class ResumeForm:
             raise ConfigError("with until the answer is a trajectory; response is png (its bytes) or events")
 
 
+_UNUSED = ("quality", "style", "moderation", "user")  # of ImagesForm
+
+
 @dataclass(frozen=True, kw_only=True)
+@bounded
 class ImagesForm:
-    """Body of `/v1/images/generations`, the part of OpenAI's form that means something here."""
+    """Body of `/v1/images/generations`, OpenAI's form. `seed` is ours; without it every request draws other pictures.
+
+    `quality`, `style`, `moderation` and `user` say nothing here; the answer's `warnings` name those that were given.
+    """
 
     prompt: str = field(metadata={"chars": (1, LIMITS.prompt_chars)})
     model: str | None = field(default=None, metadata={"chars": (1, 64)})
-    n: int = field(default=1, metadata=bounds(*LIMITS.images))
+    n: int | None = field(default=None, metadata=bounds(*LIMITS.images))
     size: str | None = field(default=None, metadata={"chars": (3, 9)})
-    response_format: str = field(default="b64_json", metadata=choices("b64_json"))
-    seed: int = field(default=0, metadata=bounds(*LIMITS.seed))
+    response_format: str | None = field(default=None, metadata=choices("b64_json"))
+    output_format: str | None = field(default=None, metadata=choices("png"))
+    output_compression: int | None = field(default=None, metadata=bounds(100, 100))
+    background: str | None = field(default=None, metadata=choices("auto", "opaque"))
+    stream: bool | None = None
+    partial_images: int | None = field(default=None, metadata=bounds(0, 0))
+    quality: str | None = field(default=None, metadata={"chars": (0, 64)})
+    style: str | None = field(default=None, metadata={"chars": (0, 64)})
+    moderation: str | None = field(default=None, metadata={"chars": (0, 64)})
+    user: str | None = field(default=None, metadata={"chars": (0, 512)})
+    seed: int | None = field(default=None, metadata=bounds(*LIMITS.seed))
 
     def __post_init__(self) -> None:
         check_chars(self)
+        if self.stream:
+            raise ConfigError("stream is true; pictures come whole here. /v1/generate has events: response=events")
 
     def drawing(self) -> GenerateForm:
         """The same in our own words. Raises ConfigError for a size that is not WxH."""
@@ -115,12 +137,17 @@ class ImagesForm:
         return GenerateForm(
             prompt=self.prompt,
             model=self.model,
-            images=self.n,
+            images=1 if self.n is None else self.n,
             width=width,
             height=height,
-            seed=self.seed,
+            seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
             response="json",
         )
+
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked for and does nothing."""
+        given = [name for name in _UNUSED if getattr(self, name) not in (None, "auto")]
+        return (f"not used here: {', '.join(given)}",) if given else ()
 
 
 def read_body(cls: type[T], data: bytes) -> T:
@@ -202,7 +229,7 @@ def check_response(response: str, images: int, previews: int) -> None:
 
 
 def _sides(size: str | None) -> tuple[int | None, int | None]:
-    if size is None:
+    if size is None or size == "auto":
         return None, None
     width, cross, height = size.partition("x")
     if not cross or not (width.isdecimal() and height.isdecimal() and size.isascii()):

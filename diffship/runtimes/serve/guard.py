@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffship.runtimes.serve.answers import Refusal, error_body
+from diffship.runtimes.serve.log import REQUESTS
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import ServeOptions
 
-LOG = logging.getLogger("diffship.serve")
+LOG, REST = logging.getLogger("diffship.serve"), logging.getLogger(REQUESTS)
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -63,7 +64,8 @@ class Guard:
         size = sum(len(key) + len(value) + 4 for key, value in scope["headers"])
         if size > self.options.header_bytes:
             return Refusal(431, "headers_too_large", f"headers have {size} bytes; at most {self.options.header_bytes}")
-        if not allowed_host(headers.get("host", ""), self.options.allow_hosts):
+        nameless = "host" not in headers and scope["path"] in OPEN  # HTTP/1.0, as health checks of proxies speak it
+        if not nameless and not allowed_host(headers.get("host", ""), self.options.allow_hosts):
             return Refusal(403, "host_not_allowed", "this Host is not served; see --allow-host")
         if "origin" in headers and not same_origin(headers["origin"], headers.get("host", "")):
             return Refusal(403, "origin_not_allowed", "requests from other web origins are refused")
@@ -94,7 +96,8 @@ class Guard:
         route = scope["path"] if scope["path"] in self.routes else "other"
         self.metrics.count("diffship_requests_total", route=route, status=str(status))
         self.metrics.observe("diffship_request_seconds", seconds, route=route)
-        LOG.info("%s %s %s %d %.3f s", name, scope["method"][:16], route, status, seconds)
+        log = LOG if scope["method"] == "POST" and status == 200 else REST
+        log.info("%s %s %s %d %.3f s", name, scope["method"][:16], route, status, seconds)
 
 
 async def _refuse(refusal: Refusal, name: str, send: Send) -> None:
@@ -125,7 +128,7 @@ def allowed_host(host: str, names: tuple[str, ...]) -> bool:
         ipaddress.ip_address(name)
         return True
     except ValueError:
-        return name == "localhost" or name in {known.lower() for known in names}
+        return name.removesuffix(".") in ("localhost", *names)
 
 
 def same_origin(origin: str, host: str) -> bool:

@@ -10,10 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diffship.core.errors import Cancelled, ConfigError, DeadlineError, DiffshipError, RunnerError
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.order import Drawn, Order
 
+Pixels = NDArray[np.uint8]  # (height, width, 3)
 Clock = Callable[[], float]
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 CANCELLED, EXPIRED = "cancelled", "expired"
@@ -25,11 +29,11 @@ class ConflictError(ConfigError):
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `calls` model calls are made; `previews` are PNG files, one an image, where they were asked for."""
+    """`step` of `calls` model calls are made; `previews` are pixels, one an image, where they were asked for."""
 
     step: int
     calls: int
-    previews: tuple[bytes, ...] = ()
+    previews: tuple[Pixels, ...] = ()
 
 
 Listener = Callable[[Progress | None], None]  # None: it has ended
@@ -134,9 +138,11 @@ class Generation:
                 return False
             self.state, self.drawn, self.fault, self.ended_at = state, drawn, fault, self._clock()
             self._over.set()
-            listeners = list(self._listeners)
+            listeners, begun = list(self._listeners), self.started is not None
         if self._on_end is not None:
             self._on_end(self)
+        if not begun:  # else the worker that draws it lets go
+            self.release()
         for listener in listeners:
             listener(None)
         return True

@@ -28,7 +28,7 @@ _ERRORS = {
     "409": "the Idempotency-Key came with another request before",
     "411": "no Content-Length",
     "413": "the body is too large",
-    "415": "another Content-Type",
+    "415": "another Content-Type, or a compressed body",
     "422": "a value that is not legal; the message names what is",
     "431": "the headers are too large",
     "500": "the model failed on this request",
@@ -59,6 +59,7 @@ def openapi_document(options: ServeOptions, token: bool) -> dict[str, Any]:
             "/ready": _get("every model takes requests", {"application/json": _OBJECT}, "503"),
             "/metrics": _get("Prometheus' text form", {"text/plain": _TEXT}),
             "/v1/models": _get("what is served", {"application/json": _OBJECT}),
+            "/v1/models/{name}": _named(_get("one of them", {"application/json": _OBJECT})),
             "/v1/generate": _post("a prompt to pictures", _json_body(GenerateForm), picture),
             "/v1/handoff": _post("a prompt to a trajectory", _json_body(HandoffForm), {**trajectory, **events}),
             "/v1/resume": _post(
@@ -82,6 +83,16 @@ def _get(summary: str, content: dict[str, Any], *errors: str) -> dict[str, Any]:
     responses = {"200": {"description": "ok", "content": content}}
     return {
         "get": {"summary": summary, "responses": responses | {code: _also(content) for code in errors} | _guarded()}
+    }
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """With the parameter of its path, and the answer where nothing has that name."""
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    none = {"404": _error("nothing has that name")}
+    return {
+        method: {**about, "parameters": [name], "responses": about["responses"] | none}
+        for method, about in entry.items()
     }
 
 

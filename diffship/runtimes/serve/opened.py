@@ -14,6 +14,7 @@ from diffship.core.limits import MIB
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.runtimes.isolated.engine import IsolatedEngine
 from diffship.runtimes.model import BundleModel, open_model
+from diffship.runtimes.serve.files import Files, identity
 from diffship.runtimes.serve.worker import Served
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
@@ -52,28 +53,28 @@ def open_served(sources: Mapping[str, str], engine: str | None, options: Mapping
 def _served(stack: ExitStack, name: str, source: str, engine: str | None, options: Mapping[str, Any]) -> Served:
     if not (Path(source) / MANIFEST_NAME).is_file():
         return Served(name, stack.enter_context(open_model(source, engine, **options)), engine="torch")
+    manifest = identity(Path(source) / MANIFEST_NAME)
     bundle = Bundle.open(source)
+    files = Files(bundle, manifest)
     model = stack.enter_context(BundleModel(bundle, engine, make=IsolatedEngine, **options))
     process = cast(IsolatedEngine, model.opener)
+
+    def restart() -> None:
+        files.require_same()  # else other weights would draw under the old names
+        process.restart()
+        files.require_same()
+
     return Served(
         name,
         model,
-        present=lambda: _present(bundle),
-        previews=_decoder_bytes(bundle) <= _TINY_BYTES,
+        lost=files.lost,
+        loaded=files.require_same,
+        previews=0 < _decoder_bytes(bundle) <= _TINY_BYTES,
         engine=model.engine,
         alive=process.alive,
-        restart=process.restart,
+        restart=restart,
         kill=process.kill,
     )
-
-
-def _present(bundle: Bundle) -> bool:
-    """Whether the files of the parts are there, in their sizes."""
-    try:
-        names = [name for part in bundle.manifest.parts for name in part.files]
-        return all((bundle.path / name).stat().st_size == bundle.manifest.files[name].size for name in names)
-    except OSError:
-        return False
 
 
 def _decoder_bytes(bundle: Bundle) -> int:

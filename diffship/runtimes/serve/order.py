@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +11,41 @@ from typing import Any
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.serve.forms import Drawing, GenerateForm, HandoffForm, ResumeForm
-from diffship.sampling.generate import conditioned, finish, start
+from diffship.sampling.generate import conditioned, finish, require_parts, start
 from diffship.sampling.model import Model
+from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request, Settled, settle
 from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack, unpack
 
 
-@dataclass(frozen=True, eq=False)
 class Drawn:
-    """What a request gave: PNG files with their settings, or the bytes of a trajectory."""
+    """What a request gave: pictures, or the bytes of a trajectory.
 
-    pictures: tuple[tuple[bytes, dict[str, Any]], ...] = ()
-    trajectory: bytes = b""
+    The engine's thread hands over pixels. Whoever first asks for `pictures` makes PNG files of them, which takes up to
+    half a second each: no thread that others wait for asks.
+    """
+
+    def __init__(self, pictures: Sequence[Picture] = (), trajectory: bytes = b"") -> None:
+        self.trajectory = trajectory
+        self.settings: tuple[dict[str, Any], ...] = tuple(picture.settings for picture in pictures)
+        self._pixels = [Picture(picture.pixels, picture.settings) for picture in pictures]
+        self._files: tuple[bytes, ...] = ()
+        self._lock = threading.Lock()
+
+    @property
+    def pictures(self) -> tuple[tuple[bytes, dict[str, Any]], ...]:
+        """PNG files with their settings."""
+        with self._lock:
+            if self._pixels:
+                self._files, self._pixels = tuple(picture.png() for picture in self._pixels), []
+        return tuple(zip(self._files, self.settings, strict=True))
 
     @property
     def size_bytes(self) -> int:
-        return len(self.trajectory) + sum(len(png) for png, _ in self.pictures)
+        """What it takes up now."""
+        pixels = sum(picture.pixels.nbytes for picture in self._pixels)
+        return len(self.trajectory) + pixels + sum(map(len, self._files))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +54,8 @@ class Order:
 
     `until` is the call to stop before (None: the end). `deadline` in seconds, None for the server's.
     `previews`: one every so many calls, 0 for none. `warnings` are for the client. `encodes`, `decodes`: whether it
-    begins with text to encode and ends with pictures to decode, which is what takes time there.
+    begins with text to encode and ends with pictures to decode, which is what takes time there. `guided`: whether a
+    call computes two rows an image.
     """
 
     begin: Callable[[Model], list[Trajectory]]
@@ -49,6 +69,7 @@ class Order:
     warnings: tuple[str, ...] = ()
     encodes: bool = True
     decodes: bool = True
+    guided: bool = False
 
     def goal(self, trajectory: Trajectory) -> int:
         return trajectory.calls if self.until is None else min(self.until, trajectory.calls)
@@ -59,8 +80,9 @@ def generate_order(form: GenerateForm, model: Model) -> Order:
 
     Raises:
         ConfigError: what the form cannot know but the model does: a size, number of steps or seed that does not fit.
-        UnsupportedError: a sampler option that is not built.
+        UnsupportedError: a sampler option that is not built; the model has no decoder.
     """
+    require_parts(model, "vae_decoder")
     settled = _settled(form, model, form.images)
     return Order(
         begin=lambda opened: start(opened, settled.request),
@@ -70,6 +92,7 @@ def generate_order(form: GenerateForm, model: Model) -> Order:
         shape=settled.latent_shape,
         deadline=form.deadline_seconds,
         previews=form.previews,
+        guided=_guided(settled.guidance, model),
     )
 
 
@@ -88,6 +111,7 @@ def handoff_order(form: HandoffForm, model: Model) -> Order:
         until=form.split,
         deadline=form.deadline_seconds,
         decodes=False,
+        guided=_guided(settled.guidance, model),
     )
 
 
@@ -97,7 +121,10 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
     Raises:
         HandoffError: the bytes are damaged, or made for another model.
         ConfigError: `until` lies behind where the trajectory stands, or past its end.
+        UnsupportedError: a picture is asked for, and the model has no decoder.
     """
+    if form.until is None:
+        require_parts(model, "vae_decoder")
     trajectory = unpack(data)
     warnings = check_arrival(trajectory, model, form.shared_latents)
     _require_legible(trajectory)
@@ -116,6 +143,7 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
         warnings=warnings,
         encodes=trajectory.positive is None and not trajectory.done,
         decodes=form.until is None,
+        guided=_guided(trajectory.guidance, model),
     )
 
 
@@ -136,6 +164,10 @@ def _settled(form: Drawing, model: Model, images: int) -> Settled:
     return settle(request, model.family, model.scheduler)
 
 
+def _guided(guidance: float, model: Model) -> bool:
+    return guidance > 1.0 and model.family.time_cond_dim is None
+
+
 def _require_legible(trajectory: Trajectory) -> None:
     """Facts go into the picture's texts; what no text can hold is refused here rather than after all calls."""
     try:
@@ -145,7 +177,7 @@ def _require_legible(trajectory: Trajectory) -> None:
 
 
 def _pictures(model: Model, batch: Sequence[Trajectory]) -> Drawn:
-    return Drawn(tuple((picture.png(), picture.settings) for picture in finish(model, batch)))
+    return Drawn(finish(model, batch))
 
 
 def _packing(form: HandoffForm | ResumeForm) -> Callable[[Model, Sequence[Trajectory]], Drawn]:

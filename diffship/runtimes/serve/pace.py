@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from diffship.runtimes.serve.order import Order
 
@@ -10,19 +12,51 @@ _BLEND = 0.2  # weight of the newest measurement
 _MOST = 2.0  # times the known pace that one measurement counts for: a stall is no pace
 
 
+def blended(known: float, seconds: float) -> float:
+    """What is known after one more measurement; 0 is nothing."""
+    return known + _BLEND * (min(seconds, _MOST * known) - known) if known else seconds
+
+
 @dataclass
 class Pace:
-    """Seconds an image of one size: to encode, of a model call, to decode; 0 while nothing is known."""
+    """Seconds of one size: an image's encoding and decoding, and a model call by its rows; 0 while nothing is known.
+
+    An image has two rows in a call with guidance, one without. A call of eight rows takes less than eight calls of one.
+    """
 
     begin: float = 0.0
-    call: float = 0.0
     end: float = 0.0
+    calls: dict[int, float] = field(default_factory=dict)
 
-    def learn(self, name: str, seconds: float) -> None:
-        known = getattr(self, name)
-        if known:
-            seconds = known + _BLEND * (min(seconds, _MOST * known) - known)
-        setattr(self, name, seconds)
+    def learn_call(self, rows: int, seconds: float) -> None:
+        self.calls[rows] = blended(self.calls.get(rows, 0.0), seconds)
+
+    def call(self, rows: float) -> float:
+        """Seconds of a call of `rows`: between what was measured linear, below it the least, above it in proportion."""
+        known = sorted(self.calls.copy().items())  # the worker may be adding one
+        at = bisect_left(known, (rows, 0.0))
+        if not known or at == 0:
+            return known[0][1] if known else 0.0
+        below, least = known[at - 1]
+        if at == len(known):
+            return least * rows / below
+        above, most = known[at]
+        return least + (most - least) * (rows - below) / (above - below)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a request: `calls` for each of `images`, and whether it begins with text and ends in pictures."""
+
+    order: Order
+    images: int
+    calls: int
+    encodes: bool
+
+    @classmethod
+    def of(cls, order: Order) -> Work:
+        """The whole of it."""
+        return cls(order, order.images, order.calls, order.encodes)
 
 
 class Paces:
@@ -34,26 +68,36 @@ class Paces:
     def of(self, order: Order) -> Pace:
         return self._known.setdefault(order.shape, Pace())
 
-    def seconds(self, order: Order) -> float:
-        """What the whole of it takes."""
-        begin = order.images * self.of(order).begin if order.encodes else 0.0
-        return begin + self.seconds_left(order, order.images, order.images * order.calls)
+    def seconds(self, works: Iterable[Work], batch: int) -> float:
+        """Until all of it is done, `batch` images of a size sharing a call, and the sizes taking turns."""
+        sizes: dict[tuple[int, ...], list[Work]] = {}
+        for work in works:
+            sizes.setdefault(work.order.shape, []).append(work)
+        return sum(self._of_a_size(together, batch) for together in sizes.values())
 
-    def seconds_left(self, order: Order, images: int, calls: int) -> float:
-        """What is left once it is encoded: `calls` of all `images` together."""
-        pace = self.of(order)
-        return calls * pace.call + (images * pace.end if order.decodes else 0.0)
+    def _of_a_size(self, works: list[Work], batch: int) -> float:
+        pace = self.of(works[0].order)
+        around = sum(work.images * (work.encodes * pace.begin + work.order.decodes * pace.end) for work in works)
+        images = sum(work.images * work.calls for work in works)  # one call each
+        if not images:
+            return around
+        at_once = min(batch, sum(work.images for work in works if work.calls))
+        calls = max(images / at_once, *(work.calls * work.images / min(batch, work.images) for work in works))
+        rows = sum(work.images * work.calls * (1 + work.order.guided) for work in works)
+        return around + calls * pace.call(rows / calls)
 
     def listed(self, factor: int) -> list[dict[str, float]]:
-        """What has been measured, by size in pixels (`factor` a latent): ms an image to encode, a call, to decode."""
+        """What has been measured, by size in pixels (`factor` a latent), in ms: an image's encoding and decoding, the
+        model call of one image without and with guidance."""
         return [
             {
                 "width": shape[-1] * factor,
                 "height": shape[-2] * factor,
                 "begin_ms": round(1000 * pace.begin, 3),
-                "call_ms": round(1000 * pace.call, 3),
+                "call_ms": round(1000 * pace.call(1), 3),
+                "guided_call_ms": round(1000 * pace.call(2), 3),
                 "end_ms": round(1000 * pace.end, 3),
             }
             for shape, pace in list(self._known.items())
-            if pace.begin or pace.call or pace.end
+            if pace.begin or pace.calls or pace.end
         ]

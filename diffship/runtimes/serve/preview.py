@@ -1,10 +1,9 @@
-"""What a picture looks like before it is done."""
+"""What a picture looks like before it is done, where decoding is cheap."""
 
 from __future__ import annotations
 
-import io
-
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from diffship.core.errors import PeerError, RunnerError
 from diffship.sampling.decode import decode
@@ -12,13 +11,10 @@ from diffship.sampling.model import Model
 from diffship.sampling.trajectory import Trajectory
 
 
-def preview(model: Model, trajectory: Trajectory) -> bytes:
-    """A PNG of the noisy latents, scaled to unit variance as the model's own input is; empty where there is none."""
+def preview(model: Model, trajectory: Trajectory) -> NDArray[np.uint8] | None:
+    """Pixels of the noisy latents, scaled to unit variance as the model's own input is; None where there are none."""
     now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
     try:
-        pixels = decode(model, trajectory.latents * now.input_scale)
+        return decode(model, trajectory.latents * now.input_scale)
     except (RunnerError, PeerError):  # a black image; or the engine died, which the next call finds out
-        return b""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+        return None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError, DeadlineError, DiffshipError, RunnerError
 from diffship.core.lazy import lazy
 from diffship.runtimes.serve.app import application
+from diffship.runtimes.serve.connections import Doors, affordable, protocol
 from diffship.runtimes.serve.options import ServeOptions
 from diffship.runtimes.serve.service import Service
 
@@ -27,33 +27,8 @@ else:
     uvicorn = lazy("uvicorn")
 
 TOKEN_CHARS = (16, 512)
-_BACKLOG = 128
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.2
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        ConfigError: the port is in use or not ours to take, or the address is not of this machine.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as fault:  # IDNA has no form of an empty label, or of one of 64 letters
-        reason = getattr(fault, "strerror", None) or "not a host's name"
-        raise ConfigError(f"--host {host[:80]!a}: {reason}; give an address of this machine, or localhost") from None
-    try:
-        if os.name == "posix":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as fault:
-        listener.close()
-        raise ConfigError(f"{host} port {port}: {fault.strerror}; --port 0 takes a free one") from None
-    return listener
 
 
 def check_exposure(host: str, token: str | None) -> None:
@@ -72,29 +47,33 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 class HttpServer:
-    """uvicorn over an application, in a thread, for a `with` block; `url` is where it answers."""
+    """uvicorn over an application, in a thread, for a `with` block; `urls` are where it answers, `url` the first.
 
-    def __init__(self, listener: socket.socket, app: Any, options: ServeOptions) -> None:
-        self._listener = listener
+    `connections` are those that this process has descriptors for.
+    """
+
+    def __init__(self, doors: Doors, app: Any, options: ServeOptions) -> None:
+        self.connections = affordable(options.connections)
         config = uvicorn.Config(
             app,
-            http=_protocol(options.header_seconds, options.connections),
+            http=protocol(options, self.connections),
+            loop="asyncio",
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=options.connections,
+            limit_concurrency=self.connections,
             h11_max_incomplete_event_size=options.header_bytes,
-            timeout_keep_alive=5,
+            timeout_keep_alive=math.ceil(options.keep_alive),
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)
         # not the main thread, so that uvicorn leaves the signals alone
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True)
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._thread = threading.Thread(target=self._server.run, args=(list(doors),), name="http", daemon=True)
+        self.urls = doors.urls
+        self.url = self.urls[0]
 
     def __enter__(self) -> HttpServer:
         self._thread.start()
@@ -133,7 +112,7 @@ class Signals:
 
 def serve_until_asked(
     service: Service,
-    listener: socket.socket,
+    doors: Doors,
     token: str | None = None,
     said: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> None:
@@ -145,9 +124,11 @@ def serve_until_asked(
     """
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        server = stack.enter_context(HttpServer(listener, application(service, token), service.options))
+        server = stack.enter_context(HttpServer(doors, application(service, token), service.options))
         stack.callback(service.close)  # first, so that what is cut off gets its answer
-        said(f"listening on {server.url}, loading {', '.join(service.workers)}")
+        if server.connections < service.options.connections:
+            said(f"at most {server.connections} connections: the limit of open files allows no more (ulimit -n)")
+        said(f"listening on {' and '.join(server.urls)}, loading {', '.join(service.workers)}")
         service.start(on_ready=lambda: said(f"ready on {server.url}"))
         while not signals.asked.wait(_POLL_SECONDS):
             if service.broken.is_set():
@@ -169,46 +150,3 @@ def _loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-@cache
-def _protocol(header_seconds: float, connections: int) -> Any:
-    """uvicorn's HTTP over h11, and what it lacks: a clock for headers that come byte by byte, a place beside idlers."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class TimedProtocol(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._late = self.loop.call_later(header_seconds, self._hang_up)
-            self._asked = self.loop.time()  # or, before the first request, when it came
-            self._make_place()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
-                self._late.cancel()
-                self._asked = self.loop.time()
-            elif self._late.cancelled():  # the first bytes of the connection's next request
-                self._late = self.loop.call_later(header_seconds, self._hang_up)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._late.cancel()
-            super().connection_lost(exc)
-
-        def _make_place(self) -> None:
-            """Hang up on whoever has asked for nothing for longest: idle clients must not keep the others out."""
-            others: list[Any] = [other for other in self.connections if not other.transport.is_closing()]
-            idle = [other for other in others if other is not self and other.unused()]
-            if idle and len(others) >= connections:
-                min(idle, key=lambda other: other._asked)._hang_up()
-
-        def unused(self) -> bool:
-            """No request of it is being read or answered."""
-            return self.cycle is None or self.cycle.response_complete
-
-        def _hang_up(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.close()
-
-    return TimedProtocol

@@ -91,9 +91,9 @@ class Service:
         return not self._draining and all(worker.ready() for worker in self.workers.values())
 
     def states(self) -> dict[str, str]:
-        """State of each model, `missing` where its files are gone."""
+        """State of each model; `missing` or `replaced` where its files are no longer those that it was opened with."""
         return {
-            name: "missing" if worker.state == READY and not worker.served.present() else worker.state
+            name: (worker.served.lost() if worker.state == READY else "") or worker.state
             for name, worker in self.workers.items()
         }
 

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from diffship.core.errors import BusyError, DiffshipError, RunnerError, UnsupportedError
 from diffship.runtimes.serve.admission import Busy, Crowd
 from diffship.runtimes.serve.batcher import Batcher, Strand
-from diffship.runtimes.serve.jobs import Clock, Generation, Progress
+from diffship.runtimes.serve.files import MISSING, ReplacedError
+from diffship.runtimes.serve.jobs import Clock, Generation, Pixels, Progress
 from diffship.runtimes.serve.metrics import Metrics
 from diffship.runtimes.serve.options import DEADLINE_SECONDS, ServeOptions
-from diffship.runtimes.serve.pace import Paces
+from diffship.runtimes.serve.pace import Paces, blended
 from diffship.runtimes.serve.preview import preview
 from diffship.runtimes.serve.restarts import Restarts
-from diffship.sampling.generate import checked, generate
+from diffship.runtimes.serve.warm_up import warm_up
+from diffship.sampling.generate import checked
+from diffship.sampling.guidance import guided
 from diffship.sampling.loop import plain
 from diffship.sampling.model import Model
-from diffship.sampling.request import Request
 
 LOADING, READY, RESTARTING, BROKEN = "loading", "ready", "restarting", "broken"
 DRAINING, STOPPED = "draining", "stopped"
@@ -34,7 +36,9 @@ _LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 
 @dataclass(frozen=True)
 class Served:
-    """A model under the name that requests use. `present()`: its files are there; `previews`: decoding is cheap.
+    """A model under the name that requests use. `lost()`: what its files are (missing, replaced), empty while they are
+    those that it was opened with; `loaded()` is called once all of them were read, and raises ReplacedError where one
+    was replaced meanwhile. `previews`: decoding is cheap.
 
     Where its engine has a process of its own: `alive()`: that has not died; `restart()` makes another; `kill()` ends it
     for good, also in the middle of a call.
@@ -42,7 +46,8 @@ class Served:
 
     name: str
     model: Model
-    present: Callable[[], bool] = lambda: True
+    lost: Callable[[], str] = lambda: ""
+    loaded: Callable[[], None] = lambda: None
     previews: bool = False
     engine: str = ""
     alive: Callable[[], bool] = lambda: True
@@ -103,17 +108,20 @@ class Worker:
     def backlog(self) -> float:
         """Seconds until all that is here is done, by the pace so far; 0 while nothing is known."""
         with self._wake:
-            return self._crowd().seconds(self._paces)
+            return self._crowd().seconds(self._paces, self._options.batch)
 
     def paces(self) -> list[dict[str, float]]:
         """What has been measured, by size."""
         return self._paces.listed(self.served.model.family.vae_factor)
 
     def ready(self) -> bool:
-        """Loaded, its files still there, and no call that takes longer than any deadline."""
+        """Loaded, its files still there, and no call that takes longer than any deadline.
+
+        Files that were replaced change nothing while the engine lives: it has read those that it was started with.
+        """
         since = self._calling
         hangs = since is not None and self._clock() - since > DEADLINE_SECONDS[1]
-        return self.state == READY and not hangs and self.served.alive() and self.served.present()
+        return self.state == READY and not hangs and self.served.alive() and self.served.lost() != MISSING
 
     def drain(self) -> None:
         """Take nothing new, refuse what waits; what runs goes on."""
@@ -147,7 +155,7 @@ class Worker:
     # what the worker's thread does
 
     def load(self) -> None:
-        """Open every part and draw one small step, which also fills the engine's caches.
+        """Open every part and call it once, which also fills the engine's caches.
 
         Raises:
             UnsupportedError: a model that fills masks.
@@ -156,8 +164,10 @@ class Worker:
         model = self.served.model
         if model.family.unet_channels != model.family.latent_channels:
             raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
-        generate(model, Request("warm-up", steps=1))
-        self._batcher = Batcher(checked(plain(model.use("unet"))), self._options.batch)
+        denoiser = checked(plain(model.use("unet")))
+        warm_up(model, denoiser)
+        self.served.loaded()
+        self._batcher = Batcher(denoiser, self._options.batch)
         self._become(READY, LOADING)
 
     def turn(self) -> bool:
@@ -199,6 +209,9 @@ class Worker:
             self._metrics.count("diffship_restarts_total", model=self.served.name)
             try:
                 self.served.restart()
+            except ReplacedError:  # what is under way was begun with other weights
+                self.served.kill()
+                raise
             except (DiffshipError, OSError, MemoryError) as fault:  # no process, no memory: there may be later
                 LOG.error("%s does not start again: %s", self.served.name, fault)
         if self.served.alive():
@@ -282,13 +295,17 @@ class Worker:
         """Encode; none where that fails."""
         since, order = self._clock(), generation.order
         generation.begin()
+        if generation.ended:  # since it was taken; of such an order nothing is left
+            self._forget(generation)
+            return []
         try:
             trajectories = order.begin(self.served.model)
         except Exception as fault:
             self._fail(generation, fault)
             return []
         if order.encodes:
-            self._paces.of(order).learn("begin", (self._clock() - since) / len(trajectories))
+            pace = self._paces.of(order)
+            pace.begin = blended(pace.begin, (self._clock() - since) / len(trajectories))
         strands = [Strand(made, order.goal(made), generation, place) for place, made in enumerate(trajectories)]
         self._running[generation] = strands
         self._opened().add(strand for strand in strands if not strand.arrived)
@@ -302,7 +319,8 @@ class Worker:
         if moved:
             seconds = self._clock() - since
             if self.served.alive() and all(strand.fault is None for strand in moved):  # else it is no pace
-                self._paces.of(moved[0].owner.order).learn("call", seconds / len(moved))
+                rows = sum(1 + guided(strand.trajectory) for strand in moved)
+                self._paces.of(moved[0].owner.order).learn_call(rows, seconds)
             self._metrics.observe("diffship_model_call_images", len(moved), model=self.served.name)
             self._metrics.observe("diffship_model_call_seconds", seconds, model=self.served.name)
         return moved
@@ -331,7 +349,8 @@ class Worker:
                 drawn = generation.order.end(self.served.model, [strand.trajectory for strand in strands])
                 generation.finish(drawn)
                 if generation.order.decodes:
-                    self._paces.of(generation.order).learn("end", (self._clock() - since) / len(strands))
+                    pace = self._paces.of(generation.order)
+                    pace.end = blended(pace.end, (self._clock() - since) / len(strands))
         except Exception as fault:
             self._fail(generation, fault)
         else:
@@ -348,12 +367,13 @@ class Worker:
         self._running.pop(generation, None)
         generation.release()
 
-    def _previews(self, generation: Generation, strands: Iterable[Strand]) -> tuple[bytes, ...]:
+    def _previews(self, generation: Generation, strands: Iterable[Strand]) -> tuple[Pixels, ...]:
         every = generation.order.previews
         if not every:
             return ()
         due = [s.trajectory for s in strands if s.trajectory.step % every == 0 and not s.arrived]
-        return tuple(png for trajectory in due if (png := preview(self.served.model, trajectory)))
+        shown = [preview(self.served.model, trajectory) for trajectory in due]
+        return tuple(pixels for pixels in shown if pixels is not None)
 
     def _opened(self) -> Batcher:
         if self._batcher is None:
@@ -361,7 +381,7 @@ class Worker:
         return self._batcher
 
 
-def _progress(strands: Iterable[Strand], previews: tuple[bytes, ...] = ()) -> Progress:
+def _progress(strands: Iterable[Strand], previews: tuple[Pixels, ...] = ()) -> Progress:
     """The slowest image's; all of a request's images share their calls unless the batch is smaller than they are."""
     last = min(strands, key=lambda strand: strand.trajectory.step)
     return Progress(last.trajectory.step, last.trajectory.calls, previews)

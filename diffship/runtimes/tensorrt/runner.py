@@ -11,7 +11,7 @@ import numpy as np
 
 from diffship.core.errors import BundleError, DiffshipError, MissingExtra, UnsupportedError
 from diffship.core.plan import PlanFacts, read_facts
-from diffship.core.strict import bounds, choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.core.tensorrt import MODULES, PACKAGES, capability_text, library
 from diffship.runtimes.engine import Probe
 from diffship.runtimes.tensorrt.device import Device, cuda_runtime, gpu_count
@@ -23,6 +23,7 @@ from diffship.runtimes.tensorrt.weights import read_weights
 
 
 @dataclass(frozen=True)
+@bounded
 class TensorRtRunner:
     """Options of TensorRT-RTX and TensorRT.
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
-from diffship.exporters.onnx.graph import Value, Weight
+from diffship.exporters.onnx.graph import FREE, Size, Value, Weight
 from diffship.exporters.onnx.translate import Translation, dtype_name, implements
 
 if TYPE_CHECKING:
@@ -31,23 +31,26 @@ def _same(t: Translation, a: Any, b: Any, neutral: float) -> Value | None:
 
 @implements("aten.add.Tensor", "aten.add.Scalar")
 def add(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
-    scaled = b if alpha == 1 else t.emit("Mul", t.cast(b, t.dtype), t.value(alpha))
+    scaled = _scaled(t, b, alpha)
     return _same(t, a, scaled, 0) or _binary(t, "Add", a, scaled)
 
 
 @implements("aten.sub.Tensor", "aten.sub.Scalar")
 def sub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
-    return _sub(t, a, b, alpha)
-
-
-def _sub(t: Translation, a: Any, b: Any, alpha: float) -> Value:
-    scaled = b if alpha == 1 else t.emit("Mul", t.cast(b, t.dtype), t.value(alpha))
+    scaled = _scaled(t, b, alpha)
     return _same(t, a, scaled, 0) or _binary(t, "Sub", a, scaled)
 
 
 @implements("aten.rsub.Scalar")
 def rsub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
-    return _sub(t, b, a, alpha)
+    return _binary(t, "Sub", b, _scaled(t, a, alpha))
+
+
+def _scaled(t: Translation, x: Any, factor: float) -> Any:
+    if factor == 1:
+        return x
+    found = t.cast(x, t.dtype)
+    return t.emit("Mul", found, t.value(factor), shape=found.shape)
 
 
 @implements("aten.mul.Tensor", "aten.mul.Scalar")
@@ -62,7 +65,8 @@ def div(t: Translation, a: Any, b: Any) -> Value:
 
 @implements("aten.pow.Tensor_Scalar")
 def power(t: Translation, a: Any, b: float) -> Value:
-    return t.emit("Mul", a, a) if b == 2 else _binary(t, "Pow", a, b)
+    base = t.cast(a, t.dtype)
+    return t.emit("Mul", base, base) if b == 2 else t.emit("Pow", base, t.cast(b, t.dtype))
 
 
 def _elementwise(aten: str, op: str) -> None:
@@ -78,7 +82,6 @@ for _aten, _op in {
     "cos": "Cos",
     "tanh": "Tanh",
     "sigmoid": "Sigmoid",
-    "relu": "Relu",
     "sqrt": "Sqrt",
     "neg": "Neg",
     "abs": "Abs",
@@ -86,9 +89,24 @@ for _aten, _op in {
     "floor": "Floor",
     "reciprocal": "Reciprocal",
     "logical_not": "Not",
-    "bitwise_not": "Not",
 }.items():
     _elementwise(f"aten.{_aten}.default", _op)
+
+
+@implements("aten.relu.default")
+def relu(t: Translation, x: Any) -> Value:
+    """ONNX Runtime has no Relu of 64-bit integers."""
+    return t.emit("Relu", x) if t.dtype.startswith(("float", "bfloat")) else t.emit("Clip", x, t.value(0))
+
+
+@implements("aten.rsqrt.default")
+def rsqrt(t: Translation, x: Any) -> Value:
+    return t.emit("Reciprocal", t.emit("Sqrt", t.cast(x, t.dtype)))
+
+
+@implements("aten.bitwise_not.default")
+def bitwise_not(t: Translation, x: Any) -> Value:
+    return t.emit("Not" if t.dtype == "bool" else "BitwiseNot", x)
 
 
 def _comparison(aten: str, op: str) -> None:
@@ -106,6 +124,8 @@ def _common(t: Translation, a: Any, b: Any) -> str:
 
 
 def _stand_in(value: Any) -> Any:
+    if isinstance(value, Size):
+        return 1
     if not isinstance(value, (Value, Weight)):
         return value
     return torch.empty((1,) * len(value.shape), dtype=getattr(torch, value.dtype))
@@ -116,14 +136,24 @@ for _aten, _op in {"le": "LessOrEqual", "lt": "Less", "ge": "GreaterOrEqual", "g
 _comparison("ne", "Equal")
 
 
-@implements("aten.logical_and.default", "aten.bitwise_and.Tensor")
+@implements("aten.logical_and.default")
 def logical_and(t: Translation, a: Any, b: Any) -> Value:
-    return t.emit("And", a, b)
+    return t.emit("And", t.cast(a, "bool"), t.cast(b, "bool"))
 
 
-@implements("aten.logical_or.default", "aten.bitwise_or.Tensor")
+@implements("aten.logical_or.default")
 def logical_or(t: Translation, a: Any, b: Any) -> Value:
-    return t.emit("Or", a, b)
+    return t.emit("Or", t.cast(a, "bool"), t.cast(b, "bool"))
+
+
+@implements("aten.bitwise_and.Tensor", "aten.bitwise_and.Scalar")
+def bitwise_and(t: Translation, a: Any, b: Any) -> Value:
+    return _binary(t, "And" if t.dtype == "bool" else "BitwiseAnd", a, b)
+
+
+@implements("aten.bitwise_or.Tensor", "aten.bitwise_or.Scalar")
+def bitwise_or(t: Translation, a: Any, b: Any) -> Value:
+    return _binary(t, "Or" if t.dtype == "bool" else "BitwiseOr", a, b)
 
 
 @implements("aten.where.self")
@@ -139,7 +169,7 @@ def masked_fill(t: Translation, x: Any, mask: Any, value: float) -> Value:
 @implements("aten.clamp.default")
 def clamp(t: Translation, x: Any, low: float | None = None, high: float | None = None) -> Value:
     bounds = [None if bound is None else t.value(bound) for bound in (low, high)]
-    return t.emit("Clip", x, *bounds)
+    return t.emit("Clip", t.cast(x, t.dtype), *bounds)
 
 
 @implements("aten.silu.default")
@@ -160,22 +190,32 @@ def gelu(t: Translation, x: Any, approximate: str = "none") -> Value:
 
 
 @implements("aten.softmax.int", "aten._softmax.default")
-def softmax(t: Translation, x: Any, axis: int, dtype: Any = None) -> Value:
+def softmax(t: Translation, x: Any, axis: int) -> Value:
     return t.emit("Softmax", t.cast(x, t.dtype), axis=axis)
 
 
 @implements("aten.argmax.default")
-def argmax(t: Translation, x: Any, axis: int = -1, keepdim: bool = False) -> Value:
+def argmax(t: Translation, x: Any, axis: int | None = None, keepdim: bool = False) -> Value:
+    """Index of the greatest value, of the first one if several are; without `axis`, in the flattened tensor."""
     found = t.value(x)
-    counted = t.cast(found, "int64") if found.dtype == "bool" else found
-    return t.emit("ArgMax", counted, axis=axis, keepdims=int(keepdim))
+    if axis is not None:
+        return t.emit("ArgMax", found, axis=axis, keepdims=int(keepdim))
+    flat = t.emit("Reshape", found, t.graph.ints([-1]), dtype=found.dtype, shape=(FREE,))
+    index = t.emit("ArgMax", flat, axis=0, keepdims=0, shape=())
+    return t.emit("Reshape", index, t.graph.ints([1] * len(found.shape))) if keepdim else index
 
 
-@implements("aten.mean.dim")
-def mean(t: Translation, x: Any, axes: list[int], keepdim: bool = False, dtype: Any = None) -> Value:
-    return t.emit("ReduceMean", t.cast(x, t.dtype), t.graph.ints(axes), keepdims=int(keepdim))
+@implements("aten.mean.default", "aten.mean.dim")
+def mean(t: Translation, x: Any, axes: list[int] | None = None, keepdim: bool = False) -> Value:
+    return _reduce(t, "ReduceMean", x, axes, keepdim)
 
 
 @implements("aten.sum.dim_IntList")
-def sum_(t: Translation, x: Any, axes: list[int], keepdim: bool = False, dtype: Any = None) -> Value:
-    return t.emit("ReduceSum", t.cast(x, t.dtype), t.graph.ints(axes), keepdims=int(keepdim))
+def sum_(t: Translation, x: Any, axes: list[int] | None, keepdim: bool = False) -> Value:
+    return _reduce(t, "ReduceSum", x, axes, keepdim)
+
+
+def _reduce(t: Translation, op: str, x: Any, axes: list[int] | None, keepdim: bool) -> Value:
+    """No axes are all axes, in torch as in ONNX."""
+    over = [t.graph.ints(axes)] if axes else []
+    return t.emit(op, t.cast(x, t.dtype), *over, keepdims=int(keepdim))

@@ -14,15 +14,13 @@ import numpy as np
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
-from diffship.exporters.onnx.graph import Dim, Size, Value, Weight
+from diffship.exporters.onnx.graph import FREE, Dim, Size, Value, Weight
 from diffship.exporters.onnx.translate import Translation, implements
 
 if TYPE_CHECKING:
     import torch
 else:
     torch = lazy("torch")
-
-_FREE = (-1, -2)  # a size that nothing asks for
 
 
 @implements("aten.linear.default")
@@ -36,6 +34,8 @@ def linear(t: Translation, x: Any, weight: Any, bias: Any = None) -> Value:
 def _transposed(t: Translation, x: Any) -> Value:
     """The last two axes swapped."""
     found = t.value(x)
+    if len(found.shape) < 2:
+        raise UnsupportedError("a product with a weight of one axis has no ONNX form here")
     rank = len(found.shape)
     order = [*range(rank - 2), rank - 1, rank - 2]
     return t.emit("Transpose", found, perm=order, dtype=found.dtype, shape=tuple(found.shape[i] for i in order))
@@ -57,8 +57,6 @@ def conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Value:
-    if isinstance(padding, str):
-        raise UnsupportedError(f"a convolution with padding={padding!r} has no ONNX form here")
     kernel = t.value(weight)
     stride, padding, dilation = (_pair(value) for value in (stride, padding, dilation))
     return t.emit(
@@ -80,7 +78,7 @@ def _pair(values: Sequence[int]) -> list[int]:
 
 @implements("aten.layer_norm.default")
 def layer_norm(
-    t: Translation, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    t: Translation, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Value:
     scale = _ones(t, shape) if weight is None else weight
     return t.emit("LayerNormalization", x, scale, *([] if bias is None else [bias]), axis=-len(shape), epsilon=eps)
@@ -91,9 +89,7 @@ def _ones(t: Translation, shape: Sequence[int], value: float = 1.0) -> Value:
 
 
 @implements("aten.group_norm.default")
-def group_norm(
-    t: Translation, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Value:
+def group_norm(t: Translation, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Value:
     found = t.value(x)
     channels = [_fixed(found.shape[1], "channels")]
     scale = _ones(t, channels) if weight is None else t.value(weight)
@@ -105,7 +101,7 @@ def group_norm(
 
 def _plain_group_norm(t: Translation, x: Value, groups: int, scale: Value, shift: Value, eps: float) -> Value:
     """Each group as one instance (Wu and He 2018, "Group Normalization", figure 2)."""
-    split = t.emit("Reshape", x, t.graph.ints([0, groups, -1]), shape=(x.shape[0], groups, _FREE))
+    split = t.emit("Reshape", x, t.graph.ints([0, groups, -1]), shape=(x.shape[0], groups, FREE))
     ones, zeros = _ones(t, [groups]), _ones(t, [groups], 0.0)
     even = t.emit("InstanceNormalization", split, ones, zeros, epsilon=eps, shape=split.shape)
     back = t.emit("Reshape", even, t.emit("Shape", x, dtype="int64", shape=(len(x.shape),)))
@@ -123,27 +119,24 @@ def attention(
     query: Any,
     key: Any,
     value: Any,
-    mask: Any = None,
-    dropout: float = 0.0,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
-    attn_mask: Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dropout_p: float = 0.0,
 ) -> Value:
     """softmax(scale Q K^T + mask) V over (batch, heads, length, width); scale is 1/sqrt(width) by default."""
-    mask = attn_mask if mask is None else mask
-    if dropout or dropout_p or enable_gqa:
+    if dropout_p or enable_gqa:
         raise UnsupportedError("attention with dropout or grouped heads has no ONNX form here")
-    if t.opset < 23:
-        return _plain_attention(t, t.value(query), t.value(key), value, mask, is_causal, scale)
+    if t.opset < 23 or len(t.shape) != 4:  # of three axes, ONNX's own operator takes the last for heads and widths
+        return _plain_attention(t, t.value(query), t.value(key), value, attn_mask, is_causal, scale)
     options: dict[str, Any] = {"is_causal": 1} if is_causal else {}
     if scale is not None and not math.isclose(
         scale, _fixed(t.value(query).shape[-1], "head widths") ** -0.5, rel_tol=1e-6
     ):
         options["scale"] = float(scale)
-    return t.emit("Attention", query, key, value, *([] if mask is None else [mask]), **options)
+    return t.emit("Attention", query, key, value, *([] if attn_mask is None else [attn_mask]), **options)
 
 
 def _plain_attention(
@@ -206,8 +199,17 @@ def upsample_nearest(t: Translation, x: Any, sizes: Sequence[Any] | None, scales
 
 @implements("aten.avg_pool2d.default")
 def avg_pool(
-    t: Translation, x: Any, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0), *_: Any
+    t: Translation,
+    x: Any,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
 ) -> Value:
+    if ceil_mode or divisor_override is not None:
+        raise UnsupportedError("average pooling with ceil_mode or divisor_override has no ONNX form here")
     ends = _pair(padding)
     return t.emit(
         "AveragePool",
@@ -215,5 +217,5 @@ def avg_pool(
         kernel_shape=_pair(kernel),
         strides=_pair(stride or kernel),
         pads=[*ends, *ends],
-        count_include_pad=1,
+        count_include_pad=int(count_include_pad),
     )

@@ -5,40 +5,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from diffship.core.errors import UnsupportedError
 from diffship.exporters.onnx.graph import Dim, Size, Value
 from diffship.exporters.onnx.translate import Translation, implements
 
 _END = 2**63 - 1
+_WRAP_OPSET = 19  # the first whose Pad goes round
 
 
 @implements(
-    "aten.dropout.default",
     "aten.contiguous.default",
     "aten.clone.default",
     "aten.detach.default",
     "aten.detach_.default",
     "aten.alias.default",
 )
-def unchanged(t: Translation, x: Any, *_: Any, **__: Any) -> Value:
+def unchanged(t: Translation, x: Any) -> Value:
     return t.value(x)
 
 
-@implements("aten.to.dtype", "aten.to.device", "aten.to.other", "aten._to_copy.default", "aten.type_as.default")
-def convert(t: Translation, x: Any, *_: Any, **__: Any) -> Value:
+@implements("aten.dropout.default")
+def dropout(t: Translation, x: Any, share: float, train: bool) -> Value:
+    if train and share:
+        raise UnsupportedError("dropout that is on has no ONNX form here: call eval() first")
+    return t.value(x)
+
+
+@implements("aten.to.dtype", "aten.to.device", "aten._to_copy.default")
+def convert(t: Translation, x: Any) -> Value:
     return t.cast(x, t.dtype)
 
 
-@implements("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int")
-def reshape(t: Translation, x: Any, asked: Sequence[Any] = (), *rest: Any) -> Value:
-    sizes = rest[0] if rest else asked
-    return _reshape(t, t.value(x), list(sizes) if len(sizes) == len(t.shape) else [None] * len(t.shape))
+@implements("aten.to.other", "aten.type_as.default")
+def convert_like(t: Translation, x: Any, other: Any) -> Value:
+    """`other` gives its type, which is the result's."""
+    return t.cast(x, t.dtype)
+
+
+@implements("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+def reshape(t: Translation, x: Any, sizes: Sequence[Any]) -> Value:
+    return _reshape(t, t.value(x), list(sizes))
+
+
+@implements("aten.unflatten.int")
+def unflatten(t: Translation, x: Any, axis: int, sizes: Sequence[Any]) -> Value:
+    asked: list[Any] = [None] * len(t.shape)
+    place = axis % len(t.value(x).shape)
+    asked[place : place + len(sizes)] = sizes
+    return _reshape(t, t.value(x), asked)
 
 
 @implements("aten.flatten.using_ints")
 def flatten(t: Translation, x: Any, start: int = 0, end: int = -1) -> Value:
+    """The result's shape says what `start` and `end` do."""
     return _reshape(t, t.value(x), [None] * len(t.shape))
 
 
@@ -71,6 +90,8 @@ def unsqueeze(t: Translation, x: Any, axis: int) -> Value:
 def squeeze(t: Translation, x: Any, axes: int | Sequence[int]) -> Value:
     found = t.value(x)
     listed = [axes] if isinstance(axes, int) else list(axes)
+    if not all(isinstance(found.shape[axis], int) for axis in listed):
+        raise UnsupportedError("squeezing an axis that may have any size has no ONNX form: at size 1 it would go")
     ones = [axis for axis in listed if found.shape[axis] == 1]
     return t.emit("Squeeze", found, t.graph.ints(ones)) if ones else found
 
@@ -90,11 +111,11 @@ def transpose(t: Translation, x: Any, first: int, second: int) -> Value:
 
 @implements("aten.t.default")
 def matrix_transpose(t: Translation, x: Any) -> Value:
-    return t.emit("Transpose", x, perm=[1, 0])
+    return t.emit("Transpose", x, perm=[1, 0]) if len(t.shape) == 2 else t.value(x)
 
 
 @implements("aten.expand.default", "aten.broadcast_to.default")
-def expand(t: Translation, x: Any, sizes: Sequence[Any], implicit: bool = False) -> Value:
+def expand(t: Translation, x: Any, sizes: Sequence[Any]) -> Value:
     """A vector is always expanded: `timestep` may hold one value where the program saw one per sample."""
     found = t.value(x)
     if found.shape == t.shape and len(found.shape) != 1:
@@ -103,31 +124,34 @@ def expand(t: Translation, x: Any, sizes: Sequence[Any], implicit: bool = False)
     return t.emit("Expand", found, t.sizes([1 if isinstance(size, int) and size == -1 else size for size in sizes]))
 
 
+@implements("aten.repeat.default")
+def repeat(t: Translation, x: Any, times: Sequence[Any]) -> Value:
+    found = t.value(x)
+    more = len(times) - len(found.shape)
+    wide = t.emit("Unsqueeze", found, t.graph.ints(list(range(more))), shape=(1,) * more + found.shape)
+    return t.emit("Tile", wide if more else found, t.sizes(times))
+
+
 @implements("aten.slice.Tensor")
 def slice_(t: Translation, x: Any, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     found = t.value(x)
+    whole = start in (None, 0) and (end is None or end == _END or isinstance(found.shape[axis], int))
     if found.shape == t.shape and step == 1:
+        if not whole and not isinstance(end, Size):
+            raise UnsupportedError(f"a slice up to {end} of an axis that may be longer has no ONNX form here")
         return found
     ends = [t.sizes([value]) for value in (0 if start is None else start, _END if end is None else end)]
     return t.emit("Slice", found, *ends, t.graph.ints([axis]), t.graph.ints([step]))
 
 
 @implements("aten.select.int")
-def select(t: Translation, x: Any, axis: int, index: int) -> Value:
-    return t.emit("Gather", x, t.graph.constant(np.array(index, np.int64)), axis=axis)
+def select(t: Translation, x: Any, axis: int, index: Any) -> Value:
+    return t.emit("Gather", x, t.value(index, "int64"), axis=axis)
 
 
-@implements("aten.chunk.default")
-def chunk(t: Translation, x: Any, count: int, axis: int = 0) -> list[Value]:
-    return _split(t, x, axis)
-
-
-@implements("aten.split.Tensor", "aten.split_with_sizes.default")
+@implements("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default")
 def split(t: Translation, x: Any, sizes: Any, axis: int = 0) -> list[Value]:
-    return _split(t, x, axis)
-
-
-def _split(t: Translation, x: Any, axis: int) -> list[Value]:
+    """The results' shapes say how long the pieces are, whatever `sizes` gives: a number of pieces, or lengths."""
     found = t.value(x)
     lengths = [shape[axis] for shape in t.shapes]
     if not all(isinstance(length, int) for length in lengths):
@@ -147,17 +171,18 @@ def cat(t: Translation, parts: Sequence[Any], axis: int = 0) -> Value:
 def stack(t: Translation, parts: Sequence[Any], axis: int = 0) -> Value:
     at = t.graph.ints([axis % len(t.shape)])
     shape = tuple(1 if i == axis % len(t.shape) else dim for i, dim in enumerate(t.shape))
-    return t.emit("Concat", *(t.emit("Unsqueeze", part, at, shape=shape) for part in parts), axis=axis)
+    return t.emit("Concat", *(t.emit("Unsqueeze", t.cast(part, t.dtype), at, shape=shape) for part in parts), axis=axis)
 
 
 @implements("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
-def arange(t: Translation, *bounds: Any, dtype: Any = None) -> Value:
-    start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1)}.get(len(bounds), bounds)
-    return t.emit("Range", *(t.cast(t.value(value, "int64"), t.dtype) for value in (start, end, step)))
+def arange(t: Translation, first: Any, second: Any = None, step: Any = 1) -> Value:
+    """Of one bound it is the end, of two the start and the end."""
+    start, end = (0, first) if second is None else (first, second)
+    return t.emit("Range", *(t.cast(value, t.dtype) for value in (start, end, step)))
 
 
 @implements("aten.full.default")
-def full(t: Translation, sizes: Sequence[Any], value: Any, dtype: Any = None) -> Value:
+def full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
     return _full(t, sizes, value)
 
 
@@ -166,12 +191,12 @@ def _full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
 
 
 @implements("aten.zeros.default", "aten.ones.default")
-def filled(t: Translation, sizes: Sequence[Any], dtype: Any = None) -> Value:
+def filled(t: Translation, sizes: Sequence[Any]) -> Value:
     return _full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
 
 
 @implements("aten.embedding.default")
-def embedding(t: Translation, table: Any, ids: Any, *_: Any, **__: Any) -> Value:
+def embedding(t: Translation, table: Any, ids: Any) -> Value:
     return t.emit("Gather", table, ids, axis=0)
 
 
@@ -180,9 +205,12 @@ def index(t: Translation, x: Any, indices: Sequence[Any]) -> Value:
     """Rows by one index tensor, or elements by index tensors for the first axes, all of one shape."""
     if any(entry is None for entry in indices):
         raise UnsupportedError("indexing that skips an axis has no ONNX form here")
+    found = [t.value(entry) for entry in indices]
+    if any(entry.dtype not in ("int64", "int32") for entry in found):
+        raise UnsupportedError("indexing by a mask has no ONNX form here: the result's size would depend on values")
     if len(indices) == 1:
-        return t.emit("Gather", x, indices[0], axis=0)
-    found = [t.cast(entry, "int64") for entry in indices]
+        return t.emit("Gather", x, found[0], axis=0)
+    found = [t.cast(entry, "int64") for entry in found]
     if len({value.shape for value in found}) != 1:
         raise UnsupportedError("indexing by tensors of unequal shapes has no ONNX form here")
     last = t.graph.ints([-1])
@@ -191,20 +219,29 @@ def index(t: Translation, x: Any, indices: Sequence[Any]) -> Value:
     return t.emit("GatherND", x, joined)
 
 
-@implements("aten.constant_pad_nd.default", "aten.pad.default")
-def pad(t: Translation, x: Any, amounts: Sequence[int], mode: Any = "constant", value: float | None = None) -> Value:
+@implements("aten.constant_pad_nd.default")
+def constant_pad(t: Translation, x: Any, amounts: Sequence[Any], value: float = 0) -> Value:
+    return _pad(t, x, amounts, "constant", t.value(value))
+
+
+@implements("aten.pad.default")
+def pad(t: Translation, x: Any, amounts: Sequence[Any], mode: str = "constant", value: float | None = None) -> Value:
+    if mode == "constant":
+        return _pad(t, x, amounts, mode, t.value(value or 0))
+    if mode == "circular" and t.opset < _WRAP_OPSET:
+        raise UnsupportedError(f"circular padding has no form in opset {t.opset}; take {_WRAP_OPSET} or more")
+    return _pad(t, x, amounts, {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode])
+
+
+def _pad(t: Translation, x: Any, amounts: Sequence[Any], mode: str, *fill: Value) -> Value:
     """torch counts pairs from the last axis; ONNX takes all beginnings, then all ends."""
-    if not isinstance(mode, str):
-        mode, value = "constant", mode
     rank = len(t.shape)
     begins, ends = [0] * rank, [0] * rank
     for i in range(len(amounts) // 2):
         begins[rank - 1 - i], ends[rank - 1 - i] = amounts[2 * i], amounts[2 * i + 1]
-    style = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
-    fill = [t.value(value or 0.0)] if style == "constant" else []
-    return t.emit("Pad", x, t.graph.ints([*begins, *ends]), *fill, mode=style)
+    return t.emit("Pad", x, t.sizes([*begins, *ends]), *fill, mode=mode)
 
 
 @implements("aten.triu.default", "aten.tril.default")
-def triangle(t: Translation, x: Any, diagonal: int = 0) -> Value:
-    return t.emit("Trilu", x, t.graph.constant(np.array(diagonal, np.int64)), upper=int("triu" in str(t.node.target)))
+def triangle(t: Translation, x: Any, diagonal: Any = 0) -> Value:
+    return t.emit("Trilu", x, t.value(diagonal, "int64"), upper=int("triu" in str(t.node.target)))

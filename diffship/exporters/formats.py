@@ -1,0 +1,152 @@
+"""What a number format costs: torch computes as the format does, and the difference to float32 is measured.
+
+Every operator runs in float32 and its result is rounded to the format, as 16-bit kernels do that accumulate in
+float32. So it is the same on every CPU, whatever kernels that has. Weights are rounded first. Sinusoids of timesteps
+and sizes stay exact, as every deployment of these networks has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.errors import ConfigError
+from diffship.core.lazy import lazy, lazy_base
+from diffship.core.spec import PRECISIONS
+from diffship.models.component import Component
+from diffship.models.stages import memory_stages
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils import _pytree as tree
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    torch, tree = lazy("torch"), lazy("torch.utils._pytree")
+    TorchDispatchMode = lazy_base("torch.utils._python_dispatch", "TorchDispatchMode")
+
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
+_EXACT = ("Timesteps",)  # class names of modules that compute in float32 in every deployment
+
+
+def round_weights(module: nn.Module, precision: str) -> None:
+    """Give every float parameter and buffer of `module` the nearest value that `precision` has, in place."""
+    kind = _kind(precision)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(kind).to(tensor.dtype))
+
+
+@contextmanager
+def rounding(module: nn.Module, precision: str) -> Iterator[None]:
+    """Within it, every float result of every operator is rounded to `precision`, but inside exact modules of `module`.
+
+    What an exact module gives is rounded once, where a deployment casts it. Constants are rounded as in `constants`.
+    """
+    with constants(module, precision), _outside_exact(module, _Rounding(_kind(precision))):
+        yield
+
+
+@contextmanager
+def constants(module: nn.Module, precision: str) -> Iterator[None]:
+    """Within it, numbers that code adds or multiplies with are rounded to `precision`, as constants of a graph are."""
+    with _outside_exact(module, _Constants(_kind(precision))):
+        yield
+
+
+@contextmanager
+def _outside_exact(module: nn.Module, mode: _Constants | _Rounding) -> Iterator[None]:
+    exact = [part for part in module.modules() if type(part).__name__ in _EXACT]
+    hooks = [part.register_forward_pre_hook(mode.pause) for part in exact]
+    hooks += [part.register_forward_hook(mode.resume) for part in exact]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds Python floats among the operands of elementwise arithmetic; attributes such as epsilon stay exact."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = kind
+        self.paused = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self.paused and func.overloadpacket.__name__.rstrip("_") in _ARITHMETIC:
+            args = tuple(float(torch.tensor(v, dtype=self.kind)) if isinstance(v, float) else v for v in args)
+        return func(*args, **(kwargs or {}))
+
+    def pause(self, *_: Any) -> None:
+        self.paused += 1
+
+    def resume(self, *_: Any) -> torch.Tensor | None:
+        self.paused -= 1
+        return None
+
+
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds results in place where the operator wrote in place, passes views on, and else replaces them."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = kind
+        self.paused = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
+        aliases = [entry.alias_info for entry in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return out
+        written = any(alias is not None for alias in aliases)
+        return tree.tree_map(lambda value: self._round(value, written), out)
+
+    def _round(self, value: Any, written: bool) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        rounded = value.to(self.kind).to(torch.float32)
+        return value.copy_(rounded) if written else rounded
+
+    def pause(self, *_: Any) -> None:
+        self.paused += 1
+
+    def resume(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        self.paused -= 1
+        return output if self.paused else output.to(self.kind).to(output.dtype)
+
+
+def _kind(precision: str) -> torch.dtype:
+    kind: torch.dtype = getattr(torch, PRECISIONS[precision])
+    return kind
+
+
+def simulated_forward(
+    component: Component, feeds: Mapping[str, NDArray[np.generic]], max_bytes: int, precision: str
+) -> dict[str, NDArray[np.generic]]:
+    """Outputs of a part in `precision`, float32 arrays, with at most `max_bytes` of its weights loaded at once."""
+    try:
+        stages: Sequence[Component] = memory_stages(component, max_bytes)
+    except ConfigError:  # a stage itself cannot be cut again
+        stages = [component]
+    values = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+    for stage in stages:
+        module = stage.module()
+        round_weights(module, precision)
+        with torch.no_grad(), rounding(module, precision):
+            made = module(*(values[spec.name] for spec in stage.inputs))
+        values.update((spec.name, tensor) for spec, tensor in zip(stage.outputs, made, strict=True))
+    return {spec.name: values[spec.name].numpy() for spec in component.outputs}

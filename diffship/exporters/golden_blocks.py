@@ -1,0 +1,206 @@
+"""Golden blocks: what torch gives at every point of a part, each layer fed with the reference's own input.
+
+A fault in one block of a large network may not show at its output; at the output of its own block it does. Inputs of
+layers are rounded to eight bits of mantissa, so that engines in float32, float16 and bfloat16 take the very same ones;
+what comes out is kept as a sketch (core.sketch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.compare import Tolerance
+from diffship.core.dtype import TensorMeta, from_float32, meta_of, to_float32
+from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.lazy import lazy
+from diffship.core.manifest import GoldenBlocks
+from diffship.core.safetensors_file import write_safetensors
+from diffship.core.sketch import sketch
+from diffship.core.spec import PRECISIONS
+from diffship.exporters.formats import constants, round_weights, rounding
+from diffship.exporters.tolerances import exact, measured
+from diffship.models.component import Component
+from diffship.models.points import OUT, layer_points, point_paths
+from diffship.models.program import Layer, Tree
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = lazy("torch")
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass
+class _Found:
+    """What one way of computing gave: sketches by point, and tensors that flow on within it alone."""
+
+    sketches: Arrays = field(default_factory=dict)
+    loose: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def write_blocks(
+    component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: str, max_bytes: int
+) -> GoldenBlocks | None:
+    """`golden/<part>.blocks.safetensors` below `out`; None for a part whose layers are not known (a stage).
+
+    The file holds `in.NAME` (float32 or bfloat16, what is fed), `graph.NAME` (sketches of torch in float32 on weights
+    rounded to `precision`) and, unless that is fp32, `out.NAME` (sketches on the true weights).
+
+    Raises:
+        UnsupportedError: the part overflows in `precision`.
+    """
+    walk = _Walk(component, feeds, precision)
+    if not walk.possible:
+        return None
+    walk.run(max_bytes)
+    limits = walk.graph_limits(), walk.engine_limits()
+    file = f"golden/{component.name}.blocks.safetensors"
+    tensors, metas = walk.tensors()
+    (out / "golden").mkdir(exist_ok=True)
+    write_safetensors(out / file, metas, tensors.__getitem__)
+    return GoldenBlocks(file, tuple(walk.cut), *limits)
+
+
+class _Walk:
+    """One pass over the layers of a part, each loaded once and run in up to three ways."""
+
+    def __init__(self, component: Component, feeds: Mapping[str, NDArray[np.generic]], precision: str) -> None:
+        from diffship.models.blocks import program_of
+
+        self.component, self.precision = component, precision
+        inner = component.meta.get_submodule("inner")
+        self.paths = point_paths(component, inner)
+        try:
+            self.program = program_of(component, inner)
+        except ConfigError:
+            self.possible = False
+            return
+        self.possible = True
+        self.feeds = dict(feeds)
+        self.cut: dict[str, NDArray[np.generic]] = {}  # bfloat16 bits
+        self.ways = {"true": _Found()} if precision == "fp32" else {k: _Found() for k in ("true", "rounded", "format")}
+        self._forced: dict[str, torch.Tensor] = {name: torch.from_numpy(np.array(a)) for name, a in feeds.items()}
+        self._between = layer_points(self.program, self.paths)
+
+    def run(self, max_bytes: int) -> None:
+        from diffship.models.stages import memory_stages
+
+        for stage in memory_stages(self.component, max_bytes):
+            module = stage.module()
+            names = set(stage.layers)
+            layers = [layer for layer in self.program.layers if layer.name in names]
+            with torch.no_grad():
+                self._stage(module, layers)
+
+    def _stage(self, module: nn.Module, layers: Sequence[Layer]) -> None:
+        inner = module.get_submodule("inner")
+        for layer in layers:
+            self._layer(inner, layer, "true")
+        if self.precision == "fp32":
+            return
+        round_weights(module, self.precision)
+        for layer in layers:
+            with constants(module, self.precision):
+                self._layer(inner, layer, "rounded")
+            with rounding(module, self.precision):
+                self._layer(inner, layer, "format")
+
+    def _layer(self, inner: nn.Module, layer: Layer, way: str) -> None:
+        found = self.ways[way]
+        given = [self._forced[name] if name in self._forced else found.loose[name] for name in layer.reads]
+        called: dict[str, torch.Tensor] = {}
+        hooks = [self._watch(inner, path, called) for path in self._below(inner, layer)]
+        try:
+            written = layer.apply(Tree(inner), *given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, tensor in zip(layer.writes, written, strict=True):
+            found.loose[name] = tensor
+            # an output that only hands on a module's tensor is that point under another name
+            handed_on = any(tensor is other for other in called.values())
+            if name in self._between or (name in self.program.outputs and not handed_on):
+                called[name] = tensor
+        for name, tensor in called.items():
+            found.sketches[name] = sketch(name, tensor.numpy())
+        if way == "true":
+            self._force({name: found.loose[name] for name in layer.writes}, called)
+
+    def _force(self, written: Mapping[str, torch.Tensor], called: Mapping[str, torch.Tensor]) -> None:
+        """Later layers read rounded copies of what this one writes at points of the graph.
+
+        A layer may write the sum of what its modules give under the name of one of them: that is no point.
+        """
+        for name, tensor in written.items():
+            if called.get(name) is tensor and name.endswith(OUT):
+                bits = from_float32(tensor.numpy(), "bfloat16")
+                self.cut[name] = bits
+                self._forced[name] = torch.from_numpy(to_float32(bits, "bfloat16"))
+
+    def _below(self, inner: nn.Module, layer: Layer) -> list[str]:
+        roots = [path for path in layer.modules if _has(inner, path)]
+        return [
+            path
+            for path in self.paths
+            if any(path == root or path.startswith(f"{root}.") for root in roots) and _has(inner, path)
+        ]
+
+    def _watch(self, inner: nn.Module, path: str, called: dict[str, torch.Tensor]) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            # of modules that hand one tensor on, the innermost names it, as in the graph
+            if isinstance(tensor, torch.Tensor) and not any(tensor is other for other in called.values()):
+                called[path + OUT] = tensor
+
+        return inner.get_submodule(path).register_forward_hook(keep)
+
+    def tensors(self) -> tuple[Arrays, dict[str, TensorMeta]]:
+        """What the file holds, and as which types."""
+        arrays: Arrays = {f"in.{name}": array for name, array in self.feeds.items()}
+        metas = {name: meta_of(array) for name, array in arrays.items()}
+        for name, bits in self.cut.items():
+            arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta("bfloat16", bits.shape)
+        sides = {"graph": "true"} if self.precision == "fp32" else {"graph": "rounded", "out": "true"}
+        for side, way in sides.items():
+            for name, array in self.ways[way].sketches.items():
+                arrays[f"{side}.{name}"], metas[f"{side}.{name}"] = array, meta_of(array)
+        return arrays, metas
+
+    def graph_limits(self) -> dict[str, Tolerance]:
+        """For the graph in float32 arithmetic, by point."""
+        side = self.ways["true" if self.precision == "fp32" else "rounded"].sketches
+        return {name: exact(array) for name, array in side.items()}
+
+    def engine_limits(self) -> dict[str, Tolerance]:
+        """For an engine in the format, by point; none for fp32, where they are the graph's.
+
+        Raises:
+            UnsupportedError: the format turns finite values into infinity or NaN.
+        """
+        if self.precision == "fp32":
+            return {}
+        true, formatted = (self.ways[way].sketches for way in ("true", "format"))
+        for name, array in formatted.items():
+            if not np.isfinite(array).all():
+                raise UnsupportedError(
+                    f"{self.component.name} overflows {PRECISIONS[self.precision]} at {name.removesuffix(OUT)}: "
+                    "export it with --precision fp32"
+                )
+        return {name: measured(array, formatted[name]) for name, array in true.items()}
+
+
+def _has(inner: nn.Module, path: str) -> bool:
+    owner: Any = inner
+    for name in path.split("."):
+        owner = getattr(owner, "_modules", {}).get(name)
+        if owner is None:
+            return False
+    return True

@@ -1,0 +1,126 @@
+"""Feeds of golden vectors that a part meets in use: real text embeddings, latents at two noise levels, token ids.
+
+Unit normals in place of text embeddings hide faults of the cross-attention: attention to normal keys is nearly even.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.exporters.gated import GatedModel
+from diffship.exporters.golden import SEED
+from diffship.models.component import Component
+from diffship.models.pipeline import TEXT_PARTS, Pipeline
+from diffship.sampling.encode import encode
+from diffship.sampling.guidance import guidance_embedding
+from diffship.sampling.trajectory import Conditioning
+
+PROMPTS = (
+    "a photograph of an apple on a table",
+    # 77 tokens, so that every position of the text is used
+    "an oil painting of two red foxes and a small grey rabbit that sit beside a river under tall old trees in the "
+    "evening light of a cold autumn day, with mist over the water, yellow leaves on the ground, a wooden bridge, "
+    "snow on the mountains far behind them, a full moon in the clouds, highly detailed, soft shadows, warm colours, "
+    "wide view, masterpiece, by a famous old master",
+)
+TIMESTEPS = ((981.0, 701.0), (241.0, 21.0))  # by call and sample: two noise levels, no two samples alike
+_GUIDANCE = 7.5
+Arrays = dict[str, NDArray[np.generic]]
+
+
+class GoldenFeeds:
+    """Feeds for the parts of one pipeline; prompts are encoded once, with at most `max_bytes` of weights loaded."""
+
+    def __init__(self, pipeline: Pipeline, max_bytes: int) -> None:
+        self._pipeline = pipeline
+        self._max_bytes = max_bytes
+        self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
+
+    def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
+        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a U-Net, one of others."""
+        if component.name in TEXT_PARTS:
+            return [self._tokens(component, sizes)]
+        if component.name != "unet":
+            return [self._pictures(component, sizes)]
+        return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
+
+    def _tokens(self, component: Component, sizes: Mapping[str, int]) -> Arrays:
+        name = component.name.replace("text_encoder", "tokenizer")
+        known = {**component.smallest, **sizes}
+        tokens = GatedModel(self._pipeline, self._max_bytes).tokenizers.get(name)
+        if tokens is None or known["sequence_length"] != len(tokens([""]).ids[0]):
+            return component.example(SEED, sizes)
+        return {"input_ids": tokens([PROMPTS[i % len(PROMPTS)] for i in range(known["batch_size"])]).ids}
+
+    def _pictures(self, component: Component, sizes: Mapping[str, int]) -> Arrays:
+        """Smooth pictures in [-1, 1] for an encoder, smooth latents of the family's scale for a decoder."""
+        (spec,) = component.inputs
+        shape = spec.resolve({**component.smallest, **sizes})
+        smooth = _smooth(shape, SEED)
+        family = self._pipeline.family
+        if component.name == "vae_encoder":
+            return {spec.name: np.tanh(smooth)}
+        return {spec.name: (smooth / family.scaling_factor + family.shift_factor).astype(np.float32)}
+
+    def _denoising(self, component: Component, sizes: Mapping[str, int], call: int) -> Arrays:
+        known = {**component.smallest, **sizes}
+        rows = known["batch_size"]
+        feeds: Arrays = component.example(SEED + call, sizes)
+        times = np.resize(np.array(TIMESTEPS[call], np.float32), rows)
+        feeds["timestep"] = times
+        feeds["sample"] = self._latents(feeds["sample"], times, SEED + call)
+        size = (known["width"] * self._pipeline.family.vae_factor, known["height"] * self._pipeline.family.vae_factor)
+        conditions = [self._conditions(size)[row % len(PROMPTS)] for row in range(rows)]
+        given = {"encoder_hidden_states": "embeddings", "text_embeds": "pooled", "time_ids": "time_ids"}
+        for name, attribute in given.items():
+            arrays = [getattr(condition, attribute) for condition in conditions]
+            if (
+                name in feeds
+                and all(array is not None for array in arrays)
+                and feeds[name].shape[1:] == arrays[0].shape
+            ):
+                feeds[name] = np.stack(arrays).astype(np.float32)
+        if "timestep_cond" in feeds:
+            width = feeds["timestep_cond"].shape[1]
+            feeds["timestep_cond"] = np.stack([guidance_embedding(_GUIDANCE - 1.0 - row, width) for row in range(rows)])
+        return feeds
+
+    def _latents(self, noise: NDArray[Any], times: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+        """sqrt(a) z + sqrt(1 - a) noise, with sqrt(a) = cos(pi t / 2000); masks and masked latents are smooth too."""
+        level = np.cos(math.pi / 2 * times / 1000.0)[:, None, None, None]
+        family, clean = self._pipeline.family, _smooth(noise.shape, seed)
+        mixed = level * clean + np.sqrt(1 - level**2) * noise
+        if family.fills_masks:
+            mixed[:, family.latent_channels] = clean[:, family.latent_channels] > 0
+            mixed[:, family.latent_channels + 1 :] = clean[:, family.latent_channels + 1 :]
+        latents: NDArray[np.float32] = mixed.astype(np.float32)
+        return latents
+
+    def _conditions(self, size: tuple[int, int]) -> Sequence[Conditioning]:
+        """Of each prompt; without a text encoder, conditions of none."""
+        if size not in self._encoded:
+            model = GatedModel(self._pipeline, self._max_bytes)
+            try:
+                if not set(TEXT_PARTS) & model.parts:
+                    return [Conditioning(None) for _ in PROMPTS]
+                self._encoded[size] = [encode(model, prompt, None, size, 1.0).positive for prompt in PROMPTS]
+            finally:
+                model.close()
+        return self._encoded[size]
+
+
+def _smooth(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """Seeded waves of unit variance, other ones in every channel, none alike along height and width."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    rows, columns = (np.arange(side) / side for side in shape[2:])
+    total = np.zeros(shape)
+    for _ in range(6):
+        down, across, phase = (rng.uniform(low, 4, shape[:2])[..., None, None] for low in (0.5, -4, 0))
+        total += np.sin(2 * math.pi * (down * rows[:, None] + across * columns[None, :]) + phase * math.pi)
+    waves: NDArray[np.float32] = (total / np.sqrt(3)).astype(np.float32)
+    return waves

@@ -1,0 +1,67 @@
+"""Tolerances that are measured: the error of the number format itself, and a stated margin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffship.core.compare import Tolerance, compare
+
+MARGIN_DB = 6.0  # an engine may err twice as much (root mean square) as the format does in torch
+ELEMENT_MARGIN = 4.0  # and four times as much in one element, since a maximum varies more than a mean
+# Between two float32 engines only the order of sums differs. Measured on the test models and `emoji`, block by block:
+# at least 115 dB, and 2e-5 of the peak in one element.
+EXACT_DB = 100.0
+EXACT_ELEMENT = 1e-4  # of the peak
+_ANY = Tolerance(atol=1e30)
+
+
+def exact(reference: NDArray[np.generic]) -> Tolerance:
+    """For an engine that computes in float32 what `reference` holds."""
+    return _tolerance(EXACT_DB, EXACT_ELEMENT * float(np.abs(reference).max(initial=0.0)))
+
+
+def measured(reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> Tolerance:
+    """For an engine in a format, which turned `reference` into `formatted` in torch.
+
+    Never tighter than for float32. Both are finite.
+    """
+    found = compare({"": reference}, {"": formatted}, _ANY).outputs[0]
+    least = exact(reference)
+    assert least.psnr_db is not None and least.atol is not None
+    return _tolerance(min(least.psnr_db, found.psnr_db - MARGIN_DB), max(least.atol, ELEMENT_MARGIN * found.max_abs))
+
+
+def loosest(tolerances: Iterable[Tolerance]) -> Tolerance:
+    """One that passes whatever any of them passes."""
+    listed = list(tolerances)
+    return Tolerance(
+        atol=max(tolerance.atol or 0.0 for tolerance in listed),
+        psnr_db=min(tolerance.psnr_db or 0.0 for tolerance in listed),
+    )
+
+
+def method(precision: str) -> Mapping[str, Any]:
+    """How the tolerances of a part were found, for the manifest."""
+    if precision == "fp32":
+        return {"format": precision, "psnr_db": EXACT_DB, "element_of_peak": EXACT_ELEMENT}
+    return {
+        "format": precision,
+        "measured": "torch in float32 on rounded weights, the result of every operator rounded",
+        "margin_db": MARGIN_DB,
+        "element_margin": ELEMENT_MARGIN,
+    }
+
+
+def _tolerance(psnr_db: float, atol: float) -> Tolerance:
+    """Rounded outwards to what a manifest shows."""
+    digits = 3 - math.floor(math.log10(atol)) if atol > 0 else 0
+    return Tolerance(atol=math.ceil(atol * 10**digits) / 10**digits if atol > 0 else 0.0, psnr_db=_down(psnr_db))
+
+
+def _down(value: float) -> float:
+    return math.floor(value * 100) / 100

@@ -1,0 +1,43 @@
+"""The one reading of configs: a key that a config.json does not have takes the default of the class that it is for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from diffship.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import diffusers
+    import transformers
+else:
+    diffusers, transformers = lazy("diffusers"), lazy("transformers")
+
+_TEXT = "CLIPText"
+# Of every network that is run here the config says this itself; without it a file is likely no such config at all.
+_STATED = {"UNet2DConditionModel": ("block_out_channels",)}
+
+
+def completed(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` and, for each key that it lacks, the default in the signature of diffusers' or transformers' class.
+
+    A key that stands there with null stays null, as it does for the class.
+    """
+    return {**class_defaults(class_name), **config}
+
+
+@cache
+def class_defaults(class_name: str) -> dict[str, Any]:
+    """Keys and defaults of a class's config; lists where the class has tuples, as JSON gives them."""
+    if class_name.startswith(_TEXT):
+        made = transformers.CLIPTextConfig()
+        return {key: getattr(made, key) for key in vars(transformers.CLIPTextConfig)["__annotations__"]}
+    given = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    left = _STATED.get(class_name, ())
+    return {key: _plain(one.default) for key, one in given.items() if key not in left and one.default is not one.empty}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,42 @@
+"""The first call of every part, which opens it, fills its engine's caches and finds out that it works."""
+
+from __future__ import annotations
+
+from diffship.sampling.ddim import Ddim
+from diffship.sampling.decode import decode
+from diffship.sampling.encode import encode, text_parts
+from diffship.sampling.loop import Denoiser
+from diffship.sampling.model import Model
+from diffship.sampling.rng import INITIAL, make_noise
+from diffship.sampling.trajectory import Trajectory
+
+
+def warm_up(model: Model, denoiser: Denoiser) -> None:
+    """Encode a prompt, make one call of `denoiser` and decode, at the model's usual size and guidance.
+
+    No sampler steps: the model's own scheduler may be one that is not built, or one that takes no single step. A part
+    that is missing is left out, and so is the U-Net's call without a text encoder, whose output it needs.
+
+    Raises:
+        RunnerError: an engine does not open a part, or its output is not finite.
+    """
+    family = model.family
+    size = (family.default_size, family.default_size)
+    shape = (family.latent_channels, *family.latent_size(*size))
+    latents, noise = make_noise("philox", 0, 0).draw(shape, INITIAL)
+    if text_parts(model):
+        encoded = encode(model, "warm-up", None, size, family.guidance_default)
+        start = Trajectory(
+            latents=latents,
+            step=0,
+            steps=1,
+            sampler=Ddim(),
+            noise=noise,
+            size=size,
+            guidance=family.guidance_default,
+            positive=encoded.positive,
+            negative=encoded.negative,
+        )
+        denoiser([start])
+    if "vae_decoder" in model.parts:
+        decode(model, latents)
