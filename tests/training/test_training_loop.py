@@ -166,6 +166,24 @@ def test_without_an_average_a_checkpoint_holds_the_live_weights(tmp_path: Path) 
         assert torch.equal(held[f"average/net/{name}"], value)
 
 
+def test_no_step_is_made_while_something_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(quiet.PLACE, str(tmp_path / "lock"))
+    monkeypatch.setattr(loop, "training", partial(quiet.training, wait=0.1))
+    task = Line()
+    with (tmp_path / "lock").open("w", encoding="utf-8") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("serving, process 1")
+        other.flush()
+        with pytest.raises(BusyError, match=r"no training starts while something is timed \(serving, process 1\)"):
+            train(task, Schedule(3, 4, 1e-2), tmp_path / "run")
+    assert task.calls == 0 and "the training waits for its end" in capsys.readouterr().err
+    assert train(task, Schedule(3, 4, 1e-2), tmp_path / "run") == 3
+    with (tmp_path / "lock").open("w", encoding="utf-8") as other:  # and lets go of it in the end
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_every_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     whole = loop._save
@@ -234,21 +252,3 @@ def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
         load_average(state, Line().modules)
     with pytest.raises(SourceError, match="its header notes no step"):
         reached(state)
-
-
-def test_no_step_is_made_while_something_is_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(quiet.PLACE, str(tmp_path / "lock"))
-    monkeypatch.setattr(loop, "training", partial(quiet.training, wait=0.1))
-    task = Line()
-    with (tmp_path / "lock").open("w", encoding="utf-8") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        other.write("serving, process 1")
-        other.flush()
-        with pytest.raises(BusyError, match=r"no training starts while something is timed \(serving, process 1\)"):
-            train(task, Schedule(3, 4, 1e-2), tmp_path / "run")
-    assert task.calls == 0 and "the training waits for its end" in capsys.readouterr().err
-    assert train(task, Schedule(3, 4, 1e-2), tmp_path / "run") == 3
-    with (tmp_path / "lock").open("w", encoding="utf-8") as other:  # and lets go of it in the end
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
