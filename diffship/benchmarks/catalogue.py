@@ -67,6 +67,7 @@ FILES = {
             suite="export",
         ),
         ResultsFile("layout-export", "layout_export", verbs=("export",), data=()),
+        ResultsFile("mutation", "mutation.__main__"),
         ResultsFile("engine-build", "engine_build", uses=("onnx", "tensorrt")),
         ResultsFile("serving", "serving", verbs=("serve",)),
         ResultsFile("reliability", "reliability", verbs=("serve",)),

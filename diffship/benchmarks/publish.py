@@ -4,8 +4,8 @@
 
 A page holds markers, and what stands between them is written here:
 
-    <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences of results/cpu-edge.json,
-                                       or koala | lcm of all files
+    <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences | proof of a file
+                                       in results, or koala | lcm of all files
     <!-- end table -->
     <!-- figure: cold-start / emoji, 4 steps* / cold_start_seconds_median -->2.1 s<!-- end figure -->
 
@@ -34,6 +34,7 @@ from diffship.benchmarks.entry import EXPERIMENTS
 from diffship.benchmarks.experiment import read_experiment
 from diffship.benchmarks.freshness import digest
 from diffship.benchmarks.hardware import koala_form, lcm_form
+from diffship.benchmarks.mutation.table import proof_table
 from diffship.benchmarks.plots import draw_all
 from diffship.benchmarks.record import Results, read_result, runners
 from diffship.benchmarks.suite import FOLDER, read_suite
@@ -62,6 +63,7 @@ FORMS: dict[str, Callable[[Results], Table]] = {
     "figures": figures_table,
     "matrix": matrix_table,
     "differences": differences_table,
+    "proof": proof_table,
 }
 MERGED: dict[str, Callable[[Sequence[Results]], Table]] = {"koala": koala_form, "lcm": lcm_form}
 

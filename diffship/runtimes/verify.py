@@ -51,7 +51,13 @@ class PartCheck:
     suspects: tuple[str, ...] = ()
 
     def require(self, what: str) -> None:
-        """Raises ParityError, with the figures of what is worst, unless all of it passed."""
+        """Raises Refused, with the figures of what is worst, unless all of it passed."""
+        try:
+            self._require(what)
+        except ParityError as fault:
+            raise Refused(str(fault), self) from None
+
+    def _require(self, what: str) -> None:
         for block in self.blocks:
             if not block.passed:
                 raise ParityError(f"{what} does not compute the same: {block.text().removeprefix('FAIL ')}")
@@ -78,6 +84,14 @@ class PartCheck:
             lines += [f"  {line}" for line in self.report.text().splitlines()]
         lines += [f"  {line}" for line in (self.reason, self.note) if line]
         return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
+
+
+class Refused(ParityError):
+    """A part did not pass; `check` has all that was found."""
+
+    def __init__(self, text: str, check: PartCheck) -> None:
+        super().__init__(text)
+        self.check = check
 
 
 @dataclass(frozen=True)
