@@ -99,7 +99,7 @@ def export(
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
-    steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory)
+    steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
         truth = against or whole
@@ -204,7 +204,12 @@ def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
 
 
 def _steps(
-    exporter: Exporter | BuiltFromGraph, whole: Pipeline, sizes: dict[str, int] | None, verify: bool, asked: int | None
+    exporter: Exporter | BuiltFromGraph,
+    whole: Pipeline,
+    sizes: dict[str, int] | None,
+    verify: bool,
+    asked: int | None,
+    job: Job,
 ) -> int:
     """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
 
@@ -214,8 +219,10 @@ def _steps(
 
     reason = "the proof is skipped" if not verify else "the U-Net is not exported"
     if verify and sizes is not None:
-        reason = why_not(whole, sizes)
+        reason = why_not(whole, sizes, exporter.trajectory_steps if asked is None else asked)
     if asked is None:
+        if reason and verify and exporter.trajectory_steps:
+            job.progress(f"no golden trajectory: {reason}", 1, 1)
         return 0 if reason else int(exporter.trajectory_steps)
     check_range("trajectory", asked, 0, LIMITS.steps[1])
     if asked and reason:

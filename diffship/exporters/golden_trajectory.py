@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import meta_of
-from diffship.core.errors import ConfigError, SourceError
+from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.manifest import GoldenTrajectory
 from diffship.core.safetensors_file import write_safetensors
@@ -21,6 +21,7 @@ from diffship.models.pipeline import Pipeline
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import latents_by_step, plain
+from diffship.sampling.request import settle
 from diffship.sampling.wire import pack
 
 PROMPT, NEGATIVE = "a photograph of an apple on a table", "blurry"
@@ -66,16 +67,22 @@ def write_trajectory(
     return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=loosest(limits).psnr_db))
 
 
-def why_not(pipeline: Pipeline, sizes: Mapping[str, int]) -> str:
-    """Why the source, or an engine that takes `sizes`, has no trajectory; empty where it has one."""
+def why_not(pipeline: Pipeline, sizes: Mapping[str, int], steps: int = 0) -> str:
+    """Why the source, or an engine that takes `sizes`, has no trajectory of `steps` steps; empty if it has one."""
     encoder = ("vae_encoder",) if pipeline.family.fills_masks else ()
     missing = {"unet", "vae_decoder", *encoder} - set(pipeline.components)
     if missing or not any(name.startswith("text_encoder") for name in pipeline.components):
         return f"the source has no {', '.join(sorted(missing)) or 'text encoder'}; --base can supply it"
+    size = _pixels(pipeline.family, sizes)
     try:
-        pipeline.family.check_size(*_pixels(pipeline.family, sizes))
+        pipeline.family.check_size(*size)
     except ConfigError as fault:
-        return f"the least shapes of the U-Net are no picture: {fault}"
+        return f"the engine's least shapes are not a legal picture size: {fault}"
+    try:
+        if steps:
+            settle(Request(PROMPT, steps=steps, size=size), pipeline.family, pipeline.scheduler)
+    except (ConfigError, UnsupportedError) as fault:
+        return f"the model's own scheduler does not draw it: {fault}"
     return "" if sizes["batch_size"] in (1, 2) else "the U-Net takes neither one row nor two"
 
 

@@ -81,7 +81,7 @@ def read_trajectory(bundle: Bundle, golden: GoldenTrajectory) -> tuple[Trajector
         BundleError: the files hold anything else.
     """
     try:
-        trajectory = unpack(read_small(bundle.file(golden.start), LIMITS.trajectory_bytes))
+        trajectory = unpack(read_small(bundle.file(golden.start), LIMITS.trajectory_bytes, bundle.hard_links))
         trajectory.require_fit(bundle.manifest.family)
     except HandoffError as fault:
         raise BundleError(f"{golden.start}: {fault}") from None

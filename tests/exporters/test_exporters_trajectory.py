@@ -168,3 +168,22 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     assert why_not(emoji, eight.golden_sizes(emoji.components["unet"], emoji.family, 2)) == (
         "the U-Net takes neither one row nor two"
     )
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_a_scheduler_that_is_not_built_is_told_before_any_engine_is(steps: int | None) -> None:
+    """A trajectory takes the model's own scheduler: with another one, engines were built first and then lost."""
+    from diffship.export import _steps
+
+    tiny = open_source("arch:tiny-sd")
+    strange = replace(tiny, scheduler={**tiny.scheduler, "_class_name": "DEISMultistepScheduler"})
+    made, told = TensorRt(), list[str]()
+    sizes = made.golden_sizes(strange.components["unet"], strange.family, 2)
+    job = Job(progress=lambda label, *_: told.append(label))
+    if steps is None:
+        assert _steps(made, strange, sizes, True, None, job) == 0
+        assert len(told) == 1 and "no golden trajectory: the model's own scheduler" in told[0]
+    else:
+        with pytest.raises(ConfigError, match="there can be no golden trajectory: the model's own scheduler"):
+            _steps(made, strange, sizes, True, steps, job)
+    assert _steps(made, tiny, sizes, True, None, job) == 4
