@@ -37,6 +37,7 @@ class Binding:
 
 
 @dataclass(frozen=True)
+@bounded
 class GoldenBlocks:
     """References inside a part, in a bundle-relative file: `in.NAME` is fed, `graph.NAME` and `out.NAME` are sketches.
 

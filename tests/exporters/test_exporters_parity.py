@@ -106,7 +106,7 @@ def test_golden_vectors_say_proved(tiny_sd_bundle: Bundle) -> None:
 
 def test_fp16_parts_keep_to_what_the_format_costs_and_their_types(tiny_sd_fp16: Bundle) -> None:
     for part in tiny_sd_fp16.manifest.parts:
-        assert part.golden is not None and 60 < (part.golden.tolerance.psnr_db or 0) < 90
+        assert part.golden is not None and 50 < (part.golden.tolerance.psnr_db or 0) < 90
         assert part.proof["psnr_db"] >= (part.golden.tolerance.psnr_db or 0)
         assert {spec.dtype for spec in part.outputs} == {"float16"}
     half = tiny_sd_fp16.file("vae_decoder/model.onnx_data").stat().st_size
