@@ -11,6 +11,7 @@ from diffship.cli import main as entry
 from diffship.cli.main import VERBS, main
 from diffship.cli.train import STAGES
 from diffship.core import errors
+from diffship.runtimes.verify import Refused
 
 
 def leaves(tree: type[errors.DiffshipError]) -> list[type[errors.DiffshipError]]:
@@ -93,7 +94,7 @@ def test_every_error_of_the_tree_has_its_exit_code(
     kind: type[errors.DiffshipError], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(options: object) -> None:
-        raise kind("the reason")
+        raise kind("the reason", None) if kind is Refused else kind("the reason")  # type: ignore[call-arg]
 
     monkeypatch.setattr(entry.VERBS["doctor"], "run", fail)
     assert main(["doctor"]) == kind.exit_code
