@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,7 +140,7 @@ class Graph:
                         side[i] = names[name]
         for old, new in names.items():
             if old in self.values:
-                self.values[new] = self.values.pop(old)
+                self.values[new] = replace(self.values.pop(old), name=new)
 
     def _drop_unused(self, outputs: Sequence[str]) -> None:
         needed, kept = set(outputs), []
