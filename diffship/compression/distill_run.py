@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffship.compression.distill import DistillPass
+    from diffship.compression.lcm import LcmPass
 else:
     torch = lazy("torch")
 
@@ -60,7 +61,7 @@ def train_student(
     report = Report(model, look, folder, lambda text: job.progress(text, 0, 1))
     train(
         task,
-        schedule(options),
+        schedule(options, options.rate),
         folder,
         validate=report,
         precision=MIXED[options.precision],
@@ -96,12 +97,12 @@ def make_task(
     )
 
 
-def schedule(options: DistillPass) -> Schedule:
-    """AdamW as published: betas .9 and .999."""
+def schedule(options: DistillPass | LcmPass, rate: float) -> Schedule:
+    """AdamW as published: betas .9 and .999. `rate` is the learning rate, which a pass may choose by itself."""
     return Schedule(
         steps=options.steps,
         batch=options.batch,
-        rate=options.rate,
+        rate=rate,
         warmup=options.warmup,
         decay=options.decay,
         weight_decay=options.weight_decay,

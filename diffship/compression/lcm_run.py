@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.compression.distill_run import MIXED, require_one_folder, spread_captions
+from diffship.compression.distill_run import MIXED, require_one_folder, schedule, spread_captions
 from diffship.compression.lora_write import TrainedLora
 from diffship.compression.trained import averaged_weights, trained_schedule
 from diffship.core.dtype import TensorMeta
@@ -24,7 +24,7 @@ from diffship.training.consistency_task import ConsistencyTask, GuidedDraws
 from diffship.training.distillation import Draws
 from diffship.training.distillation_data import Captions, make_latents
 from diffship.training.distillation_report import InTraining, Look, Report
-from diffship.training.loop import Schedule, new_accelerator, train
+from diffship.training.loop import new_accelerator, train
 from diffship.training.paired import PairedPictures
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train_consistency(
     model = InTraining(student, task.student, str(device))
     train(
         task,
-        schedule(options),
+        schedule(options, options.learning_rate),
         folder,
         validate=Report(model, look, folder, lambda text: job.progress(text, 0, 1)),
         precision=MIXED[options.precision],
@@ -113,25 +113,6 @@ def _frozen(options: LcmPass, teacher: Pipeline, device: torch.device) -> nn.Mod
     if options.form == "lora" and options.teacher is None:
         return None
     return teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision])
-
-
-def schedule(options: LcmPass) -> Schedule:
-    """AdamW as published: betas .9 and .999."""
-    return Schedule(
-        steps=options.steps,
-        batch=options.batch,
-        rate=options.learning_rate,
-        warmup=options.warmup,
-        decay=options.decay,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        ema=options.ema,
-        seed=options.seed,
-        save_seconds=options.save_seconds,
-        validate_every=options.validate_every,
-        accumulate=options.accumulate,
-        betas=(0.9, 0.999),
-    )
 
 
 def lora_of(options: LcmPass, state: SafetensorsWeights) -> TrainedLora:

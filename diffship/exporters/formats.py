@@ -48,19 +48,19 @@ def rounding(module: nn.Module, precision: str) -> Iterator[None]:
 
     What an exact module gives is rounded once, where a deployment casts it. Constants are rounded as in `constants`.
     """
-    with constants(module, precision), _outside_exact(module, _Rounding(_kind(precision))):
+    with _outside_exact(module, _Format(_kind(precision), results=True)):
         yield
 
 
 @contextmanager
 def constants(module: nn.Module, precision: str) -> Iterator[None]:
     """Within it, numbers that code adds or multiplies with are rounded to `precision`, as constants of a graph are."""
-    with _outside_exact(module, _Constants(_kind(precision))):
+    with _outside_exact(module, _Format(_kind(precision), results=False)):
         yield
 
 
 @contextmanager
-def _outside_exact(module: nn.Module, mode: _Constants | _Rounding) -> Iterator[None]:
+def _outside_exact(module: nn.Module, mode: _Format) -> Iterator[None]:
     exact = [part for part in module.modules() if type(part).__name__ in _EXACT]
     hooks = [part.register_forward_pre_hook(mode.pause) for part in exact]
     hooks += [part.register_forward_hook(mode.resume) for part in exact]
@@ -72,45 +72,28 @@ def _outside_exact(module: nn.Module, mode: _Constants | _Rounding) -> Iterator[
             hook.remove()
 
 
-class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds Python floats among the operands of elementwise arithmetic; attributes such as epsilon stay exact."""
+class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds Python floats among the operands of elementwise arithmetic, and with `results` what operators give.
 
-    def __init__(self, kind: torch.dtype) -> None:
+    Attributes such as epsilon stay exact. A result is rounded in place if the operator wrote in place; views are passed
+    on, and other results replaced.
+    """
+
+    def __init__(self, kind: torch.dtype, results: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kind = kind
-        self.paused = 0
+        self._kind, self._results = kind, results
+        self._paused = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.paused and func.overloadpacket.__name__.rstrip("_") in _ARITHMETIC:
-            args = tuple(float(torch.tensor(v, dtype=self.kind)) if isinstance(v, float) else v for v in args)
-        return func(*args, **(kwargs or {}))
-
-    def pause(self, *_: Any) -> None:
-        self.paused += 1
-
-    def resume(self, *_: Any) -> torch.Tensor | None:
-        self.paused -= 1
-        return None
-
-
-class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds results in place where the operator wrote in place, passes views on, and else replaces them."""
-
-    def __init__(self, kind: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kind = kind
-        self.paused = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.rstrip("_") in _ARITHMETIC:
+            args = tuple(float(torch.tensor(v, dtype=self._kind)) if isinstance(v, float) else v for v in args)
         out = func(*args, **(kwargs or {}))
-        if self.paused:
-            return out
         aliases = [entry.alias_info for entry in func._schema.returns]
-        if any(alias is not None and not alias.is_write for alias in aliases):
+        if not self._results or any(alias is not None and not alias.is_write for alias in aliases):
             return out
         written = any(alias is not None for alias in aliases)
         return tree.tree_map(lambda value: self._round(value, written), out)
@@ -118,15 +101,17 @@ class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _round(self, value: Any, written: bool) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
-        rounded = value.to(self.kind).to(torch.float32)
+        rounded = value.to(self._kind).to(torch.float32)
         return value.copy_(rounded) if written else rounded
 
     def pause(self, *_: Any) -> None:
-        self.paused += 1
+        """An exact module begins."""
+        self._paused += 1
 
     def resume(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        self.paused -= 1
-        return output if self.paused else output.to(self.kind).to(output.dtype)
+        """An exact module ends; what the outermost gives is a result."""
+        self._paused -= 1
+        return output.to(self._kind).to(output.dtype) if self._results and not self._paused else output
 
 
 def _kind(precision: str) -> torch.dtype:

@@ -28,7 +28,7 @@ from diffship.exporters.formats import constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
 from diffship.models.component import Component
 from diffship.models.points import OUT, layer_points, point_paths
-from diffship.models.program import Layer, Tree
+from diffship.models.program import Layer, Program, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,14 @@ def write_blocks(
     Raises:
         UnsupportedError: the part overflows in `precision`.
     """
-    walk = _Walk(component, feeds, precision)
-    if not walk.possible:
+    from diffship.models.blocks import program_of
+
+    inner = component.meta.get_submodule("inner")
+    try:
+        program = program_of(component, inner)
+    except ConfigError:
         return None
+    walk = _Walk(component, program, point_paths(component, inner), feeds, precision)
     walk.run(max_bytes)
     limits = walk.graph_limits(), walk.engine_limits()
     file = f"golden/{component.name}.blocks.safetensors"
@@ -90,18 +95,15 @@ def write_blocks(
 class _Walk:
     """One pass over the layers of a part, each loaded once and run in up to three ways."""
 
-    def __init__(self, component: Component, feeds: Mapping[str, NDArray[np.generic]], precision: str) -> None:
-        from diffship.models.blocks import program_of
-
-        self.component, self.precision = component, precision
-        inner = component.meta.get_submodule("inner")
-        self.paths = point_paths(component, inner)
-        try:
-            self.program = program_of(component, inner)
-        except ConfigError:
-            self.possible = False
-            return
-        self.possible = True
+    def __init__(
+        self,
+        component: Component,
+        program: Program,
+        paths: frozenset[str],
+        feeds: Mapping[str, NDArray[np.generic]],
+        precision: str,
+    ) -> None:
+        self.component, self.program, self.paths, self.precision = component, program, paths, precision
         self.feeds = dict(feeds)
         self.cut: dict[str, NDArray[np.generic]] = {}  # float8 bits
         self.scales: dict[str, int] = {}  # by power of two
