@@ -31,6 +31,8 @@ from diffship.benchmarks.record import write_result
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.job import Job
+from diffship.export import export
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
@@ -246,12 +248,24 @@ def test_export_catches_a_spoilt_module_and_a_blind_one_does_not(
     sd: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutant = component_mutants("source", sd.components["text_encoder"])["causal mask off"][-1]
-    caught = try_module(sd, mutant, "fp16", tmp_path)
+    caught = try_module(sd, mutant, "fp16", tmp_path, Job())
     assert (caught.status, caught.by, caught.whole) == (CAUGHT, "graph", True)
     assert caught.margin_db is not None and caught.margin_db < -20
     blind_the_proof(monkeypatch)
-    assert try_module(sd, mutant, "fp16", tmp_path).status == SURVIVED
+    assert try_module(sd, mutant, "fp16", tmp_path, Job()).status == SURVIVED
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_spoilt_weights_use_the_sound_graph_and_a_spoilt_module_never(sd: Pipeline, tmp_path: Path) -> None:
+    found = component_mutants("source", sd.components["text_encoder"])
+    work, job = tmp_path / "work", Job(tmp_path / "job")
+    work.mkdir()
+    export(sd, "onnx", tmp_path / "sound", parts=["text_encoder"], job=job)
+    graphs = sorted(job.folder.iterdir())
+    for kind in ("tensor zeroed", "Q and K exchanged", "causal mask off"):
+        assert try_module(sd, found[kind][0], "fp32", work, job).status == CAUGHT
+        assert sorted(job.folder.iterdir()) == graphs
 
 
 def test_a_file_that_the_engine_refuses_is_no_merit_of_the_proof(tiny: Bundle, text: Taps, tmp_path: Path) -> None:

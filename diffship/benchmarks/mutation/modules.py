@@ -54,11 +54,16 @@ def component_mutants(source: str, component: Component, first_text: int = 0) ->
     return {kind: mutants for kind, mutants in found.items() if mutants}
 
 
+def spoils_weights(mutant: Mutant) -> bool:
+    """Whether a fault of a network lies in its weights alone, so that its graph is the sound one's."""
+    return mutant.kind not in KINDS
+
+
 def spoilt(component: Component, mutant: Mutant) -> Component:
     """`component` with the fault."""
-    if mutant.kind in KINDS:
-        return replace(component, build=partial(_build, component.build, mutant))
-    return replace(component, weights=_Spoilt(component.weights, mutant))
+    if spoils_weights(mutant):
+        return replace(component, weights=_Spoilt(component.weights, mutant))
+    return replace(component, build=partial(_build, component.build, mutant))
 
 
 def _build(build: Callable[[], nn.Module], mutant: Mutant) -> nn.Module:

@@ -125,7 +125,7 @@ class Run:
             return try_sound(random_pipeline(trial.seed), trial.precision, self.work)
         if mutant.way == GRAPH:
             return try_graph(self.bundle(mutant.source, trial.precision), mutant, self.work)
-        return try_module(self.pipeline(mutant.source), mutant, trial.precision, self.work)
+        return try_module(self.pipeline(mutant.source), mutant, trial.precision, self.work, self._job)
 
     def _bundle(self, source: str, precision: str) -> Bundle:
         name = "".join(letter if letter.isalnum() else "-" for letter in source)

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffship.benchmarks.mutation.files import edited_bundle
-from diffship.benchmarks.mutation.modules import spoilt
+from diffship.benchmarks.mutation.modules import spoils_weights, spoilt
 from diffship.benchmarks.mutation.mutant import Mutant, Outcome
 from diffship.core.bundle import Bundle
 from diffship.core.errors import DiffshipError, ParityError, UnsupportedError
+from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
@@ -28,12 +29,16 @@ _REASON = 200
 _TOLD = {"the graph has no tensor": "points", "NaN": "whole", "infinite": "whole"}
 
 
-def try_module(pipeline: Pipeline, mutant: Mutant, precision: str, work: Path) -> Outcome:
-    """Export the spoilt part; torch's references come from `pipeline`."""
+def try_module(pipeline: Pipeline, mutant: Mutant, precision: str, work: Path, job: Job) -> Outcome:
+    """Export the spoilt part; torch's references come from `pipeline`.
+
+    Of spoilt weights the graph is the sound part's, which `job` keeps; any other fault needs a graph of its own.
+    """
     parts = {mutant.part: spoilt(pipeline.components[mutant.part], mutant)}
     wrong = replace(pipeline, components=parts)
+    kept = job if spoils_weights(mutant) else None
     with _folder(work) as folder:
-        return _timed(lambda: _exported(wrong, pipeline, mutant.part, precision, folder / "bundle"))
+        return _timed(lambda: _exported(wrong, pipeline, mutant.part, precision, folder / "bundle", kept))
 
 
 def try_graph(bundle: Bundle, mutant: Mutant, work: Path) -> Outcome:
@@ -62,9 +67,9 @@ def judged(check: PartCheck) -> Outcome:
     return Outcome(CAUGHT if by else SURVIVED, by, None if margin is None else round(margin, 2), closest, whole)
 
 
-def _exported(wrong: Pipeline, sound: Pipeline, part: str, precision: str, out: Path) -> Outcome:
+def _exported(wrong: Pipeline, sound: Pipeline, part: str, precision: str, out: Path, job: Job | None) -> Outcome:
     try:
-        bundle = export(wrong, "onnx", out, parts=[part], against=sound, precision=precision)
+        bundle = export(wrong, "onnx", out, parts=[part], against=sound, precision=precision, job=job)
     except Refused as fault:
         return judged(fault.check)
     except ParityError as fault:
