@@ -9,7 +9,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.strict import bounded, bounds, choices, load
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def check_facts(unet: Config, vae: Config, scheduler: Config, own: Config, facto
 def _refuse_flow(scheduler: Config) -> None:
     signs = {
         "_class_name": str(scheduler.get("_class_name", "")).startswith("FlowMatch"),
-        "prediction_type": scheduler.get("prediction_type") == "flow_prediction",
+        "prediction_type": str(scheduler.get("prediction_type")).startswith("flow"),
         "use_flow_sigmas": bool(scheduler.get("use_flow_sigmas")),
     }
     for key, found in signs.items():

@@ -170,7 +170,7 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
         "negative_prompt": trajectory.negative_prompt or "",
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.name,
-        "spacing": trajectory.sampler.timestep_spacing,
+        **({"spacing": trajectory.sampler.spacing} if trajectory.sampler.spacing else {}),
         "guidance": trajectory.guidance,
         "width": width,
         "height": height,

@@ -14,11 +14,13 @@ from diffship.core.limits import LIMITS, check_range
 from diffship.core.strict import unknown
 from diffship.sampling.kernel import Array
 from diffship.sampling.rng import NOISES
-from diffship.sampling.samplers import SAMPLERS, Sampler, make_sampler
+from diffship.sampling.sampler import Sampler
+from diffship.sampling.samplers import SAMPLERS, make_sampler
 from diffship.sampling.schedule import SPACINGS
 from diffship.sampling.tokenizer import check_prompt
 
 MEMORY = ("normal", "low")
+PATCH = 2  # latent pixels a side of one token: so in every model of flow matching that shifts with the size
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,7 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
     width, height = request.size or family.default_sides
     shape = (family.latent_channels, *family.latent_size(width, height))
     sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
+    sampler = sampler.sized(shape[-2] // PATCH * (shape[-1] // PATCH))
     steps = family.steps_default if request.steps is None else request.steps
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))
@@ -116,8 +119,8 @@ def _sampler(request: Request, config: Mapping[str, Any]) -> Sampler:
     if request.spacing is None:
         return make_sampler(config, request.sampler)
     made = make_sampler({**config, "timestep_spacing": request.spacing}, request.sampler)
-    if made.name == "lcm":
-        raise ConfigError("the lcm sampler takes its timesteps from distillation; spacing has no say in it")
+    if not made.spaced:
+        raise ConfigError(f"the {made.name} sampler has timesteps of its own; spacing has no say in it")
     return made
 
 

@@ -16,7 +16,7 @@ from diffship.core.strict import bounded, bounds, choices
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS_OF_BETAS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("linspace", "leading", "trailing")
 _ALMOST_ZERO_SNR = np.float32(2.0**-24)
 R = TypeVar("R")
@@ -32,7 +32,7 @@ class Schedule:
     beta_end: float = field(default=0.02, metadata=bounds(1e-12, 0.999))
     beta_schedule: str = field(default="linear", metadata=choices("linear", "scaled_linear", "squaredcos_cap_v2"))
     trained_betas: tuple[float, ...] | None = None
-    prediction_type: str = field(default="epsilon", metadata=choices(*PREDICTIONS))
+    prediction_type: str = field(default="epsilon", metadata=choices(*PREDICTIONS_OF_BETAS))
     timestep_spacing: str = field(default="leading", metadata=choices(*SPACINGS))
     steps_offset: int = field(default=0, metadata=bounds(0, 1000))
 
@@ -72,18 +72,18 @@ class Schedule:
         return np.asarray(np.round(np.arange(last, 0, -ratio)) - 1.0, np.float64)
 
 
-def remembered(compute: Callable[..., R], schedule: Schedule, *numbers: int) -> R:
-    """`compute(schedule, *numbers)`, where `compute` is a function with an `lru_cache`.
+def remembered(compute: Callable[..., R], owner: Hashable, *numbers: int) -> R:
+    """`compute(owner, *numbers)`, where `owner` is a schedule or a sampler and `compute` has an `lru_cache`.
 
-    A schedule with `trained_betas` keeps its own results instead, and they go when it goes: a client may send as many
+    An owner with `trained_betas` keeps its own results instead, and they go when it goes: a client may send as many
     such schedules as it likes, and each is large and slow to hash.
     """
-    if schedule.trained_betas is None:
-        return compute(schedule, *numbers)
-    own: dict[Hashable, R] = schedule.__dict__.setdefault("_remembered", {})
+    if getattr(owner, "trained_betas", None) is None:
+        return compute(owner, *numbers)
+    own: dict[Hashable, R] = owner.__dict__.setdefault("_remembered", {})
     key = (compute, numbers, tuple(map(type, numbers)))
     if key not in own:
-        own[key] = compute.__wrapped__(schedule, *numbers)  # type: ignore[attr-defined]
+        own[key] = compute.__wrapped__(owner, *numbers)  # type: ignore[attr-defined]
     return own[key]
 
 
@@ -106,16 +106,19 @@ def _betas(schedule: Schedule) -> F32:
     if schedule.trained_betas is not None:
         return np.array(schedule.trained_betas, np.float32)
     if schedule.beta_schedule == "linear":
-        return _linspace(start, end, count)
+        return linspace(start, end, count)
     if schedule.beta_schedule == "scaled_linear":
-        return _linspace(start**0.5, end**0.5, count) ** 2
+        return linspace(start**0.5, end**0.5, count) ** 2
     cosine = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
     return np.array([min(1 - cosine[i + 1] / cosine[i], 0.999) for i in range(count)], np.float32)
 
 
-def _linspace(start: float, end: float, count: int) -> F32:
+def linspace(start: float, end: float, count: int) -> F32:
+    """torch.linspace in float32, bit for bit."""
     # torch counts from both ends in float32 with fused multiply-add; one float64 rounding is the same
     first, last = np.float32(start), np.float32(end)
+    if count == 1:
+        return np.array([first])
     step = np.float64((last - first) / np.float32(count - 1))
     index = np.arange(count)
     rising, falling = first + step * index, last - step * (count - 1 - index)
@@ -132,21 +135,6 @@ def _zero_terminal_snr(betas: F32) -> F32:
     root = (root - last) * (first / (first - last))
     bar = root**2
     return np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
-
-
-def karras(low: float, high: float, points: int, rho: float = 7.0) -> F64:
-    """Sigmas from `high` to `low` (Karras et al. 2022, equation 5)."""
-    ramp = np.linspace(0, 1, points)
-    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
-
-
-def sigma_to_t(sigmas: F64, table: F32) -> F64:
-    """Fractional timesteps at which the schedule's `table` of sigmas has these values, by log interpolation."""
-    logs = np.log(table)
-    log_sigma = np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip((log_sigma[None, :] - logs[:, None] >= 0).cumsum(0).argmax(0), 0, len(logs) - 2)
-    weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
-    return np.asarray((1 - weight) * low + weight * (low + 1))
 
 
 def known(config: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

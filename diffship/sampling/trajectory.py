@@ -11,7 +11,7 @@ import numpy as np
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.sampling.rng import Noise
-from diffship.sampling.samplers import Sampler
+from diffship.sampling.sampler import Sampler
 
 Array = Any
 SHARED_PARTS = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
@@ -87,7 +87,7 @@ class Trajectory:
         except ConfigError as fault:
             raise HandoffError(f"the trajectory does not fit this model: {fault}") from None
         _same("latents", tuple(self.latents.shape), (family.latent_channels, height, width))
-        _same("prediction type", self.sampler.prediction_type, family.prediction_type)
+        _same("prediction type", self.sampler.process.prediction, family.prediction_type)
         _same("mask present", self.mask is not None and self.masked_latents is not None, family.fills_masks)
         for condition in (self.positive, self.negative):
             if condition is not None:

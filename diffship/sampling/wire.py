@@ -22,8 +22,9 @@ from diffship.core.errors import ConfigError, DiffshipError, HandoffError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.strict import unknown
+from diffship.sampling.matrix import MAX_HISTORY
 from diffship.sampling.rng import Noise, Philox, TorchGenerator, TorchNoise
-from diffship.sampling.samplers import MAX_HISTORY, make_sampler
+from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
 from diffship.sampling.trajectory import SHARED_PARTS, Conditioning, Origin, Trajectory, as_numpy
 

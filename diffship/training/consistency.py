@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffship.core.lazy import lazy
+from diffship.sampling.process import Level
 
 if TYPE_CHECKING:
     import torch
@@ -52,18 +53,15 @@ class Diffusion:
     prediction: str
 
     def mix(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        alpha, sigma = self._at(times, clean)
-        return alpha * clean + sigma * noise
+        mixed: Tensor = self._at(times, clean).mix(clean, noise)
+        return mixed
 
     def split(self, output: Tensor, noisy: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self._at(times, noisy)
-        if self.prediction == "v_prediction":
-            return alpha * noisy - sigma * output, alpha * output + sigma * noisy
-        return (noisy - sigma * output) / alpha, output
+        return self._at(times, noisy).split(self.prediction, noisy, output)
 
-    def _at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _at(self, times: Tensor, like: Tensor) -> Level:
         alpha = per_sample(self.alphas.to(times.device)[times], like)
-        return alpha.sqrt(), (1 - alpha).sqrt()
+        return Level(alpha.sqrt(), (1 - alpha).sqrt())
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
+from diffship.sampling.process import Level
 from diffship.training.diffusion import loss_weight
 from diffship.training.distillation_data import Captions, Latents
 from diffship.training.distillation_pairs import Pair, Taps
@@ -94,23 +95,22 @@ class Forward:
     prediction: str
 
     def noisy(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        alpha = self._at(steps)
-        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        mixed: Tensor = self._at(steps).mix(clean, noise)
+        return mixed
 
     def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """What the U-Net is to give: noise, v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022), or x_0."""
-        alpha = self._at(steps)
-        if self.prediction == "v_prediction":
-            return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        return noise if self.prediction == "epsilon" else clean
+        wanted: Tensor = self._at(steps).target(self.prediction, clean, noise)
+        return wanted
 
     def weight(self, steps: Tensor) -> Tensor:
         """(n,) min-SNR weights of the squared noise error."""
         alpha = self.alphas.to(steps.device)[steps]
         return loss_weight(alpha / (1 - alpha))
 
-    def _at(self, steps: Tensor) -> Tensor:
-        return self.alphas.to(steps.device)[steps][:, None, None, None]
+    def _at(self, steps: Tensor) -> Level:
+        alpha = self.alphas.to(steps.device)[steps][:, None, None, None]
+        return Level(alpha.sqrt(), (1 - alpha).sqrt())
 
 
 class DistillationTask:

@@ -254,10 +254,10 @@ def test_an_export_that_only_draws_with_another_sampler_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = open_source("arch:tiny-sd")
-    index = {**model.model_index, "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
-    scheduler = {**model.scheduler, "_class_name": "UniPCMultistepScheduler"}
+    index = {**model.model_index, "scheduler": ["diffusers", "LMSDiscreteScheduler"]}
+    scheduler = {**model.scheduler, "_class_name": "LMSDiscreteScheduler"}
     replace(model, scheduler=scheduler, model_index=index).save(tmp_path / "m")
     words = ["export", str(tmp_path / "m"), "--parts", "vae_decoder", "--no-verify", "-o", str(tmp_path / "b")]
     assert main(words) == 0
     said = capsys.readouterr().err
-    assert "warning: it draws with --sampler NAME only: scheduler/scheduler_config.json: _class_name is 'UniPC" in said
+    assert "warning: it draws with --sampler NAME only: scheduler/scheduler_config.json: _class_name is 'LMS" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
 import pkgutil
 import typing
@@ -21,12 +22,12 @@ RULES = {"low", "high", "choices"}
 
 
 def _bounded_classes() -> list[type[Any]]:
-    """Every dataclass of the package that has a bounded field."""
+    """Every dataclass of the package that has a bounded field and that can be made."""
     found = {}
     for info in pkgutil.walk_packages(diffship.__path__, "diffship."):
         if not info.name.endswith("__main__"):
             for value in vars(importlib.import_module(info.name)).values():
-                if isinstance(value, type) and dataclasses.is_dataclass(value):
+                if isinstance(value, type) and dataclasses.is_dataclass(value) and not inspect.isabstract(value):
                     if any(entry.metadata.keys() & RULES for entry in dataclasses.fields(value)):
                         found[f"{value.__module__}.{value.__qualname__}"] = value
     return [found[name] for name in sorted(found)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffship.core.family import Family
+from diffship.core.registry import SAMPLERS, load
 from diffship.core.runner import Handle
 from diffship.core.spec import TensorSpec
 from diffship.sampling.tokenizer import Tokens
@@ -21,6 +22,13 @@ SD = {
     "steps_offset": 1,
     "skip_prk_steps": True,
 }
+# schedulers of models that were trained on another noise than that of betas
+OTHERS = {
+    "edm": {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"},
+    "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+}
+# one sampler of each behaviour: plain, with history, with noise, with several calls a step
+SOME = ("ddim", "dpmpp-2m", "dpmpp-sde", "euler-a", "heun", "lcm", "pndm", "unipc")
 WIDTH = 8
 Feeds = Mapping[str, Any]
 
@@ -82,7 +90,7 @@ def vae_encode(feeds: Feeds) -> dict[str, Any]:
 
 
 class ToyModel:
-    """`kind` is sd, sdxl, lcm or inpaint."""
+    """`kind` is sd, sdxl, lcm, inpaint, or, for the noise of an sd model, edm or flow."""
 
     def __init__(self, kind: str = "sd", **scheduler: Any) -> None:
         self.name, self.digest = f"toy-{kind}", "0123456789abcdef" * 4
@@ -96,8 +104,9 @@ class ToyModel:
             unet_channels=9 if kind == "inpaint" else 4,
             force_zeros_for_empty_prompt=kind == "sdxl",
             steps_default=4,
+            prediction_type={"edm": "v_prediction", "flow": "flow"}.get(kind, "epsilon"),
         )
-        self.scheduler = {**SD, **scheduler}
+        self.scheduler = {**OTHERS.get(kind, SD), **scheduler}
         self.released: list[str] = []
         self.runners = self._runners(kind)
         self.parts = frozenset(self.runners)
@@ -136,6 +145,12 @@ class ToyModel:
         if kind == "lcm":
             inputs["timestep_cond"] = ("batch_size", 256)
         return {**runners, "unet": ToyRunner(inputs, ["out_sample"], unet)}
+
+
+def toy_for(sampler: str) -> ToyModel:
+    """A model that `sampler` can draw with."""
+    noise = load(SAMPLERS, sampler).noise
+    return ToyModel("sd" if noise == "betas" else noise)
 
 
 def letters(prompts: Any) -> Tokens:

@@ -57,6 +57,8 @@ def _euler(**keys: Any) -> tuple[str, dict[str, Any]]:
 
 
 _DPM, _ANCESTRAL, _LCM = "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"
+_SDE, _END = "sde-dpmsolver++", {"final_sigmas_type": "sigma_min"}
+_EDM = "EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}
 _CHECKER = {INDEX: {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}}
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 _BARE_UNET = dict.fromkeys(("flip_sin_to_cos", "freq_shift", "act_fn", "mid_block_type", "in_channels"), GONE)
@@ -82,21 +84,37 @@ CASES = (
     Case("Euler, Karras sigmas", "sd", _euler(use_karras_sigmas=True)),
     Case("Euler, trailing, 1 step, guidance 0 (SD Turbo)", "sd", _euler(timestep_spacing="trailing"),
          ask={"guidance": 0.0}, steps=1),
-    Case("Euler, beta sigmas", "sd", _euler(use_beta_sigmas=True), refused=(SCHEDULER, "use_beta_sigmas")),
+    Case("Euler, exponential sigmas", "sd", _euler(use_exponential_sigmas=True)),
+    Case("Euler, log-linear interpolation", "sd", _euler(interpolation_type="log_linear"),
+         refused=(SCHEDULER, "interpolation_type")),
     Case("Euler ancestral", "sd", (_ANCESTRAL, {"steps_offset": 1})),
     Case("DPM-Solver++", "sd", (_DPM, {"steps_offset": 1})),
     Case("DPM-Solver++, Karras sigmas, steps_offset absent", "sd", (_DPM, {"use_karras_sigmas": True})),
     Case("DPM-Solver++, leading, steps_offset 0", "sd", (_DPM, {"timestep_spacing": "leading", "steps_offset": 0})),
-    Case("DPM-Solver++, order 3", "sd", (_DPM, {"solver_order": 3}), refused=(SCHEDULER, "solver_order")),
-    Case("SDE-DPM-Solver++", "sd", (_DPM, {"algorithm_type": "sde-dpmsolver++"}),
+    Case("DPM-Solver++, order 3", "sd", (_DPM, {"solver_order": 3}), steps=6),
+    Case("DPM-Solver++, Lu's lambdas", "sd", (_DPM, {"use_lu_lambdas": True})),
+    Case("DPM-Solver, which predicts noise", "sd", (_DPM, {"algorithm_type": "dpmsolver", **_END}),
          refused=(SCHEDULER, "algorithm_type")),
-    Case("DEIS", "sd", ("DEISMultistepScheduler", {"steps_offset": 1}), refused=(SCHEDULER, "_class_name")),
+    Case("SDE-DPM-Solver++, Karras sigmas", "sd", (_DPM, {"algorithm_type": _SDE, "use_karras_sigmas": True})),
+    Case("DPM-Solver++ in single steps", "sd", ("DPMSolverSinglestepScheduler", {})),
+    Case("SDE-DPM-Solver++ in single steps", "sd", ("DPMSolverSinglestepScheduler", {"algorithm_type": _SDE})),
+    Case("DEIS", "sd", ("DEISMultistepScheduler", {"steps_offset": 1})),
     Case("DEIS, --sampler dpmpp-2m", "sd", ("DEISMultistepScheduler", {"steps_offset": 1}),
          sampler=("dpmpp-2m", _DPM)),
     Case("PNDM, steps_offset absent, --sampler ddim", "sd", _pndm(steps_offset=GONE),
          sampler=("ddim", "DDIMScheduler")),
-    Case("UniPC", "sd", ("UniPCMultistepScheduler", {}), refused=(SCHEDULER, "_class_name")),
-    Case("Heun", "sd", ("HeunDiscreteScheduler", {}), refused=(SCHEDULER, "_class_name")),
+    Case("UniPC", "sd", ("UniPCMultistepScheduler", {}), quick=True),
+    Case("UniPC, order 3, exponential sigmas", "sd", ("UniPCMultistepScheduler", {
+        "solver_order": 3, "use_exponential_sigmas": True,
+    }), steps=6),
+    Case("Heun", "sd", ("HeunDiscreteScheduler", {})),
+    Case("KDPM2", "sd", ("KDPM2DiscreteScheduler", {})),
+    Case("KDPM2 ancestral, Karras sigmas", "sd", ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True})),
+    Case("DDPM, clip_sample absent", "sd", ("DDPMScheduler", {})),
+    Case("TCD", "sd", ("TCDScheduler", {}), ask={"guidance": 1.0}),
+    Case("LMS", "sd", ("LMSDiscreteScheduler", {}), refused=(SCHEDULER, "_class_name")),
+    Case("PNDM, steps_offset absent, --sampler unipc", "sd", _pndm(steps_offset=GONE),
+         sampler=("unipc", "UniPCMultistepScheduler")),
     Case("LCM scheduler over a plain U-Net, guidance 1", "sd", (_LCM, {}), ask={"guidance": 1.0}),
     Case("LCM pipeline at its defaults", "lcm", (_LCM, {}), steps=None, quick=True),
     Case("sample_size 32 from before diffusers 0.9", "sd", _pndm(), {
@@ -128,8 +146,9 @@ CASES = (
     Case("SDXL: Euler ancestral, trailing, 1 step, guidance 0 (SDXL Turbo)", "sdxl",
          (_ANCESTRAL, {"timestep_spacing": "trailing"}), ask={"guidance": 0.0}, steps=1),
     Case("SDXL: DDIM, clip_sample absent", "sdxl", _ddim(clip_sample=GONE), refused=(SCHEDULER, "clip_sample")),
-    Case("SDXL: EDM (as CosXL)", "sdxl", ("EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}),
-         sampler=("euler", ""), refused=(SCHEDULER, "sigma_data")),
+    Case("SDXL: EDM (as CosXL)", "sdxl", _EDM),
+    Case("SDXL: EDM DPM-Solver++", "sdxl", ("EDMDPMSolverMultistepScheduler", {**_EDM[1], "solver_order": 3}), steps=6),
+    Case("SDXL: EDM, --sampler euler", "sdxl", _EDM, sampler=("euler", ""), refused=(SCHEDULER, "sigma_data")),
     Case("SDXL: latents_mean and latents_std (as Playground 2.5)", "sdxl", ("EDMDPMSolverMultistepScheduler", {}), {
         VAE: {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4},
     }, refused=(VAE, "latents_mean")),
@@ -146,6 +165,7 @@ CASES = (
     Case("SDXL inpainting: Euler, its strength and guidance", "sdxl-inpaint", _euler(), quick=True),
     Case("SDXL inpainting: DPM-Solver++", "sdxl-inpaint", (_DPM, {})),
     Case("SDXL inpainting: Euler ancestral, strength 0.5", "sdxl-inpaint", (_ANCESTRAL, {}), ask={"strength": 0.5}),
+    Case("SDXL inpainting: Heun, strength 0.5", "sdxl-inpaint", ("HeunDiscreteScheduler", {}), ask={"strength": 0.5}),
     Case("SDXL inpainting: PNDM, whose first calls need each other", "sdxl-inpaint", _pndm(),
          refused=("pndm", "strength")),
 )  # fmt: skip

@@ -274,7 +274,7 @@ def test_a_black_picture_is_refused() -> None:
         ({"negative": "x" * 2001}, "negative"),
         ({"rng": "mt"}, "rng"),
         ({"memory": "lowest"}, "memory"),
-        ({"sampler": "heun"}, "sampler"),
+        ({"sampler": "huen"}, "sampler"),
         ({"batch": 0}, "batch"),
     ],
 )
@@ -348,12 +348,12 @@ def test_the_room_needs_no_torch() -> None:
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from sampling_toy import ToyModel\n"
+        "from sampling_toy import toy_for\n"
         "from diffship.sampling.generate import Request, generate\n"
         "from diffship.sampling.samplers import SAMPLERS\n"
         "from diffship.sampling.wire import pack, unpack\n"
         "for name in SAMPLERS:\n"
-        "    picture = generate(ToyModel(), Request('x', sampler=name, steps=4))[0]\n"
+        "    picture = generate(toy_for(name), Request('x', sampler=name, steps=4))[0]\n"
         "    unpack(pack(picture.trajectory))\n"
         "print('drawn')\n"
     )

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_toy import ToyModel
+from sampling_toy import ToyModel, toy_for
 
 from diffship.core.errors import HandoffError
 from diffship.core.limits import LIMITS
@@ -36,12 +36,12 @@ def begun(kind: str = "sd", until: int = 3, **changes: Any) -> Trajectory:
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_handoff_at_every_step_changes_no_bit(name: str, rng: str) -> None:
-    model = ToyModel()
+    model = toy_for(name)
     denoiser = plain(model.use("unet"))
     first = start(model, Request("x", sampler=name, steps=6, seed=3, rng=rng))
     whole = finish(model, denoise(first, denoiser))[0]
     for k in range(first[0].calls + 1):
-        other = ToyModel()
+        other = toy_for(name)
         arrived = unpack(pack(denoise(first, denoiser, until=k)[0]))
         arrived.require_fit(other.family)
         end = denoise([arrived], plain(other.use("unet")))[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from sampling_toy import ToyModel, unet
+from sampling_toy import ToyModel, toy_for, unet
 
 from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.family import Family
@@ -21,7 +21,9 @@ from diffship.sampling.trajectory import Trajectory, as_numpy
 
 
 def one(name: str, steps: int, seed: int, guidance: float = 5.0, model: ToyModel | None = None) -> Trajectory:
-    return start(model or ToyModel(), Request(f"p{seed}", sampler=name, steps=steps, seed=seed, guidance=guidance))[0]
+    return start(model or toy_for(name), Request(f"p{seed}", sampler=name, steps=steps, seed=seed, guidance=guidance))[
+        0
+    ]
 
 
 def test_a_mixed_batch_equals_singles_bit_for_bit() -> None:

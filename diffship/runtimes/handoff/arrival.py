@@ -52,7 +52,7 @@ def require_answer(trajectory: Trajectory, request: Request, step: int, image: i
         "size": (trajectory.size, request.size),
         "guidance": (trajectory.guidance, request.guidance),
         "sampler": (trajectory.sampler.name, request.sampler),
-        "spacing": (trajectory.sampler.timestep_spacing, request.spacing),
+        "spacing": (trajectory.sampler.spacing, request.spacing),
     }
     if request.rng != "torch":
         pairs["image"] = (trajectory.facts.get("image"), image)

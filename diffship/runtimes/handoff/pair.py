@@ -11,9 +11,12 @@ import numpy as np
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.strict import load, plain
-from diffship.sampling.samplers import Sampler, make_sampler
+from diffship.sampling.process import ALPHAS
+from diffship.sampling.sampler import Sampler
+from diffship.sampling.samplers import make_sampler
+from diffship.sampling.schedule import F32
 
-_LCM = "LCMScheduler"
+_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 _TEXT = ("text_encoder", "text_encoder_2")
 _VAE = ("vae_decoder", "vae_encoder")
 _FACTS = {  # of the family: what a trajectory's arrays are made of and what the U-Net takes beside them
@@ -120,18 +123,23 @@ def sampler_of(model: Facts, name: str | None) -> Sampler:
 
 def other_schedule(ours: Sampler, theirs: Sampler) -> list[str]:
     """How two samplers of one kind differ in what the models were trained on; grids and orders do not matter."""
-    pairs = {
-        "prediction type": (ours.prediction_type, theirs.prediction_type),
-        "number of training timesteps": (ours.num_train_timesteps, theirs.num_train_timesteps),
-    }
+    mine, others = ours.process.trained(), theirs.process.trained()
+    if ours.process.kind != theirs.process.kind:
+        return [f"the noise of training is {ours.process.kind} and {theirs.process.kind}"]
+    pairs = {label: (mine[label], others[label]) for label in mine if label != ALPHAS}
     for key in ("original_inference_steps", "timestep_scaling"):  # of consistency distillation
         pairs[key] = (getattr(ours, key, None), getattr(theirs, key, None))
-    reasons = [f"{label} is {mine} and {other}" for label, (mine, other) in pairs.items() if mine != other]
-    first, second = ours.alphas_cumprod(), theirs.alphas_cumprod()
+    reasons = [f"{label} is {value} and {other}" for label, (value, other) in pairs.items() if value != other]
+    if ALPHAS in mine:
+        reasons += _other_betas(mine[ALPHAS], others[ALPHAS])
+    return reasons
+
+
+def _other_betas(first: F32, second: F32) -> list[str]:
     if len(first) == len(second) and not np.array_equal(first, second):
         far = int(np.abs(first - second).argmax())
-        reasons.append(f"the betas differ (at timestep {far} alpha_cumprod is {first[far]:.6g} and {second[far]:.6g})")
-    return reasons
+        return [f"the betas differ (at timestep {far} alpha_cumprod is {first[far]:.6g} and {second[far]:.6g})"]
+    return []
 
 
 def other_texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
@@ -161,11 +169,11 @@ def _other_vae(first: Facts, other: Facts) -> list[str]:
 
 
 def _other_kind(first: Facts, other: Facts) -> list[str]:
-    lcm = [model.scheduler.get("_class_name") == _LCM for model in (first, other)]
+    lcm = [model.scheduler.get("_class_name") in _CONSISTENCY for model in (first, other)]
     if lcm[0] == lcm[1]:
         return []
     name = (first if lcm[0] else other).name
-    return [f"only {name} is a consistency model (LCM): its steps are not those of the other"]
+    return [f"only {name} is a consistency model (LCM, TCD): its steps are not those of the other"]
 
 
 def _other_text(first: Facts, other: Facts) -> list[str]:

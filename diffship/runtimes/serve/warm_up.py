@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from diffship.sampling.ddim import Ddim
 from diffship.sampling.decode import decode
 from diffship.sampling.encode import encode, text_parts
 from diffship.sampling.loop import Denoiser
 from diffship.sampling.model import Model
 from diffship.sampling.rng import INITIAL, make_noise
+from diffship.sampling.solvers.ddim import Ddim
 from diffship.sampling.trajectory import Trajectory
 
 

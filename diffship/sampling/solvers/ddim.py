@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffship.sampling.samplers import OUTPUT, Coefficients, Sampler, X, as_matrix, denoised, times_of, unit
+from diffship.sampling.matrix import OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.process import Level, cumulative, split_rows
+from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
 
 
 @dataclass(frozen=True)
-class Ddim(Sampler):
+class Ddim(BetasSampler):
     """diffusers' DDIMScheduler; `clip_sample` is not linear and so refused."""
 
     set_alpha_to_one: bool = True
@@ -34,20 +36,11 @@ class Ddim(Sampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         t = int(times_of(self, steps)[step])
-        a, a_prev = self._alpha(t), self._alpha(t - self.num_train_timesteps // steps)
-        x, output = unit(X, age), unit(OUTPUT, age)
-        x0 = denoised(self.prediction_type, a**0.5, (1 - a) ** 0.5, x, output)
-        x_prev = a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * self._epsilon(a, x, output)
+        now, before = self._at(t), self._at(t - self.num_train_timesteps // steps)
+        x_prev = before.mix(*split_rows(now, self.prediction_type, unit(X, age), unit(OUTPUT, age)))
         return Coefficients(1.0, float(t), as_matrix(x_prev))
 
-    def _epsilon(self, a: float, x: F64, output: F64) -> F64:
-        if self.prediction_type == "epsilon":
-            return output
-        if self.prediction_type == "v_prediction":
-            return np.asarray(a**0.5 * output + (1 - a) ** 0.5 * x)
-        return np.asarray((x - a**0.5 * output) / (1 - a) ** 0.5)
-
-    def _alpha(self, t: int) -> float:
+    def _at(self, t: int) -> Level:
         if t < 0 and self.set_alpha_to_one:
-            return 1.0
-        return float(self.alphas_cumprod()[max(t, 0)])
+            return cumulative(1.0)
+        return self.process.at(max(t, 0))

@@ -14,7 +14,9 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import choices
-from diffship.sampling.samplers import HISTORY, OUTPUT, Coefficients, Sampler, X, as_matrix, times_of, unit
+from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.process import cumulative, split_rows
+from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
 
 _ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -23,7 +25,7 @@ _STAGE = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 @dataclass(frozen=True)
-class Pndm(Sampler):
+class Pndm(BetasSampler):
     """diffusers' PNDMScheduler: n + 1 calls with `skip_prk_steps` (Stable Diffusion), n + 9 without."""
 
     prediction_type: str = field(default="epsilon", metadata=choices("epsilon", "v_prediction"))
@@ -107,7 +109,7 @@ class Pndm(Sampler):
     def _transfer(self, x: F64, output: F64, t: int, t_prev: int) -> F64:
         """Equation 9 of the paper, as diffusers' `_get_prev_sample`."""
         a, a_prev = self._alpha(t), self._alpha(t_prev)
-        epsilon = a**0.5 * output + (1 - a) ** 0.5 * x if self.prediction_type == "v_prediction" else output
+        _, epsilon = split_rows(cumulative(a), self.prediction_type, x, output)
         scale = a * (1 - a_prev) ** 0.5 + (a * (1 - a) * a_prev) ** 0.5
         moved: F64 = (a_prev / a) ** 0.5 * x - (a_prev - a) / scale * epsilon
         return moved

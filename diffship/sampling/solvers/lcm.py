@@ -10,14 +10,16 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds, choices
-from diffship.sampling.samplers import NOISE, OUTPUT, Coefficients, Sampler, X, as_matrix, denoised, times_of, unit
+from diffship.sampling.matrix import NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.process import split_rows
+from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
 
 _SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True)
-class Lcm(Sampler):
+class Lcm(BetasSampler):
     """diffusers' LCMScheduler; its grid is a subset of distillation's, so `timestep_spacing` has no say."""
 
     beta_start: float = field(default=0.00085, metadata=bounds(1e-12, 0.999))
@@ -36,6 +38,10 @@ class Lcm(Sampler):
     def name(self) -> str:
         return "lcm"
 
+    @property
+    def spaced(self) -> bool:
+        return False
+
     def timesteps(self, steps: int) -> F64:
         total = self.original_inference_steps
         if steps > total or total > self.num_train_timesteps:
@@ -51,14 +57,12 @@ class Lcm(Sampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         times = times_of(self, steps)
         t = int(times[step])
-        a = float(self.alphas_cumprod()[t])
         x = unit(X, age)
-        x0 = denoised(self.prediction_type, a**0.5, (1 - a) ** 0.5, x, unit(OUTPUT, age))
+        x0, _ = split_rows(self.process.at(t), self.prediction_type, x, unit(OUTPUT, age))
         c_skip, c_out = self._boundary(t)
         x_next = c_out * x0 + c_skip * x
         if step + 1 < len(times):
-            a_next = float(self.alphas_cumprod()[int(times[step + 1])])
-            x_next = a_next**0.5 * x_next + (1 - a_next) ** 0.5 * unit(NOISE, age)
+            x_next = self.process.at(int(times[step + 1])).mix(x_next, unit(NOISE, age))
         return Coefficients(1.0, float(t), as_matrix(x_next))
 
     def _boundary(self, t: int) -> tuple[float, float]:
