@@ -21,6 +21,7 @@ from diffship.models.pipeline import Pipeline
 from diffship.sampling.decode import encode_image
 from diffship.sampling.encode import encode
 from diffship.sampling.guidance import guidance_embedding
+from diffship.sampling.process import cumulative
 from diffship.sampling.rng import Noise, TorchNoise
 from diffship.sampling.samplers import noise_schedule
 
@@ -49,17 +50,13 @@ class Examples:
 
     def backward(self, unet: nn.Module, step: int) -> float:
         """Mean squared error at timestep `step`; its gradients are added to those of `unet`."""
-        alpha = self.alphas[step]
-        noisy = alpha.sqrt() * self.clean + (1 - alpha).sqrt() * self.noise
+        level = cumulative(self.alphas[step])
+        noisy = level.mix(self.clean, self.noise)
         times = torch.full((len(noisy),), float(step), device=noisy.device)
-        loss = F.mse_loss(unet(noisy, times, *self.conditions)[0], self._target(alpha))
+        wanted = level.target(self.prediction, self.clean, self.noise)
+        loss = F.mse_loss(unet(noisy, times, *self.conditions)[0], wanted)
         torch.autograd.backward(loss)
         return loss.item()
-
-    def _target(self, alpha: Tensor) -> Tensor:
-        """What the U-Net should give (Salimans and Ho 2022, appendix D, for v)."""
-        velocity = alpha.sqrt() * self.noise - (1 - alpha).sqrt() * self.clean
-        return {"epsilon": self.noise, "v_prediction": velocity, "sample": self.clean}[self.prediction]
 
 
 def until_small(losses: Iterable[Loss], threshold: float) -> list[Loss]:

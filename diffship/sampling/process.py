@@ -211,8 +211,8 @@ class Flow:
         return noise - x0
 
 
-def cumulative(alpha_cumprod: float) -> Level:
-    """The level of Ho et al. (2020): sqrt(a) x0 + sqrt(1 - a) noise."""
+def cumulative(alpha_cumprod: Any) -> Level:
+    """The level of Ho et al. (2020): sqrt(a) x0 + sqrt(1 - a) noise; `alpha_cumprod` is a number or a tensor."""
     return Level(alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5)
 
 

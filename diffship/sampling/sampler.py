@@ -34,7 +34,7 @@ class Sampler(ABC):
     """A scheduler config made executable; the fields are the keys of diffusers' class of the same kind."""
 
     diffusers_class: ClassVar[str]
-    noise: ClassVar[str]  # the kind of its process
+    process_kind: ClassVar[str]
     refused: ClassVar[Mapping[str, bool]] = {"thresholding": False}  # config key that must be off -> diffusers' default
     calls_a_step: ClassVar[int] = 1
 
@@ -143,7 +143,7 @@ class Sampler(ABC):
 class BetasSampler(Schedule, Sampler):
     """A sampler for models that were trained on betas, at whole timesteps unless it says otherwise."""
 
-    noise: ClassVar[str] = "betas"
+    process_kind: ClassVar[str] = "betas"
 
     @property
     def process(self) -> Betas:

@@ -74,7 +74,7 @@ def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
     if not isinstance(config, Mapping):
         raise ConfigError(f"the scheduler config is a {type(config).__name__}; it must be a table")
     kind = _load(_name_of(config) if name is None else name)
-    require_noise(config, kind.noise)
+    require_noise(config, kind.process_kind)
     return kind.from_config({**config, **_PROMISED.get(name or "", {})})
 
 
@@ -83,7 +83,7 @@ def require_noise(config: Mapping[str, Any], kind: str) -> None:
     found, key = _noise_of(config)
     if found in (kind, ""):
         return
-    fitting = [name for name in SAMPLERS if _load(name).noise == found]
+    fitting = [name for name in SAMPLERS if _load(name).process_kind == found]
     can = f"draw with {', '.join(fitting)}" if fitting else "no sampler here draws with it"
     raise UnsupportedError(
         f"{CONFIG}: {key} is {str(config.get(key))[:80]!r}, so the noise that the model was "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffship.core.lazy import lazy
-from diffship.sampling.process import Level
+from diffship.sampling.process import Level, cumulative
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,7 @@ class Diffusion:
         return self._at(times, noisy).split(self.prediction, noisy, output)
 
     def _at(self, times: Tensor, like: Tensor) -> Level:
-        alpha = per_sample(self.alphas.to(times.device)[times], like)
-        return Level(alpha.sqrt(), (1 - alpha).sqrt())
+        return cumulative(per_sample(self.alphas.to(times.device)[times], like))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

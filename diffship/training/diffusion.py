@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diffship.core.lazy import lazy
+from diffship.sampling.process import cumulative
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ class DiffusionTask:
         steps = torch.randint(TRAIN_STEPS, (batch,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         alpha = self.alphas[steps][:, None, None, None]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noisy = cumulative(alpha).mix(clean, noise)
         device = next(self.unet.parameters()).device
         hidden = self.text_encoder(ids.to(device))[0]
         noisy = noisy.to(device, memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
-from diffship.sampling.process import Level
+from diffship.sampling.process import Level, cumulative
 from diffship.training.diffusion import loss_weight
 from diffship.training.distillation_data import Captions, Latents
 from diffship.training.distillation_pairs import Pair, Taps
@@ -109,8 +109,7 @@ class Forward:
         return loss_weight(alpha / (1 - alpha))
 
     def _at(self, steps: Tensor) -> Level:
-        alpha = self.alphas.to(steps.device)[steps][:, None, None, None]
-        return Level(alpha.sqrt(), (1 - alpha).sqrt())
+        return cumulative(self.alphas.to(steps.device)[steps][:, None, None, None])
 
 
 class DistillationTask:

@@ -149,7 +149,7 @@ class ToyModel:
 
 def toy_for(sampler: str) -> ToyModel:
     """A model that `sampler` can draw with."""
-    noise = load(SAMPLERS, sampler).noise
+    noise = load(SAMPLERS, sampler).process_kind
     return ToyModel("sd" if noise == "betas" else noise)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -16,7 +15,7 @@ from diffship.sampling.process import Process
 from diffship.sampling.sampler import CONFIG, times_of
 from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import lu
-from diffship.sampling.solvers.levels import LevelSampler, LogSampler
+from diffship.sampling.solvers.levels import LevelSampler, LogSampler, log_step
 
 SDE = "sde-dpmsolver++"
 ALGORITHMS = ("dpmsolver++", SDE, "deis")  # diffusers reads "deis" as dpmsolver++
@@ -42,7 +41,7 @@ class Stride:
 
     @property
     def h(self) -> float:
-        return math.log(self.before / self.after)
+        return log_step(self.before, self.after)
 
     @property
     def doubled(self) -> float:
@@ -109,8 +108,7 @@ class DpmSteps(LevelSampler):
         return Coefficients(self.process.input_scale(levels[step]), time, as_matrix(x_next, *history))
 
     def _log_step(self, levels: Sequence[float], step: int) -> float:
-        ratio = [self.process.noise_to_signal(level) for level in levels[step : step + 2]]
-        return math.log(ratio[0] / ratio[1])
+        return log_step(*map(self.process.noise_to_signal, levels[step : step + 2]))
 
     def _order(self, step: int, calls: int) -> int:
         small = self.lower_order_final and calls < _SMALL

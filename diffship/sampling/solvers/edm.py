@@ -32,7 +32,7 @@ class EdmSampler(LevelSampler):
     prediction_type: str = field(default="epsilon", metadata=choices("epsilon", "v_prediction"))
     rho: float = field(default=7.0, metadata=bounds(1e-3, 1e3))
 
-    noise: ClassVar[str] = "edm"
+    process_kind: ClassVar[str] = "edm"
 
     @property
     def process(self) -> Edm:

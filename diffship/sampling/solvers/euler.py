@@ -15,7 +15,7 @@ from diffship.sampling.matrix import NOISE, Coefficients, X, as_matrix, unit
 from diffship.sampling.process import Sloped
 from diffship.sampling.sampler import CONFIG, times_of
 from diffship.sampling.schedule import F64
-from diffship.sampling.solvers.levels import LevelSampler, RespacedSigmaSampler, SigmaSampler
+from diffship.sampling.solvers.levels import LevelSampler, RespacedSigmaSampler, SigmaSampler, ancestral
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ class EulerAncestral(SigmaSampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         s, s_next = self.noise_levels(steps)[step : step + 2]
-        down = s_next**2 / s
-        up = (s_next**2 - down**2) ** 0.5
+        down, up = ancestral(s, s_next)
         x_next = unit(X, age) + (down - s) * self.process.slope(s, age) + up * unit(NOISE, age)
         return Coefficients(self.process.input_scale(s), float(times_of(self, steps)[step]), as_matrix(x_next))

@@ -48,7 +48,7 @@ class FlowSampler(LevelSampler):
     time_shift_type: str = field(default="exponential", metadata=choices("exponential", "linear"))
     mu: float | None = field(default=None, metadata=bounds(-50.0, 50.0))
 
-    noise: ClassVar[str] = "flow"
+    process_kind: ClassVar[str] = "flow"
     refused: ClassVar[Mapping[str, bool]] = {"invert_sigmas": False}
 
     def __post_init__(self) -> None:

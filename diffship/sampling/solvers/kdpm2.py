@@ -19,7 +19,7 @@ from diffship.sampling.matrix import HISTORY, NOISE, OUTPUT, X, unit
 from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import karras, sigma_to_t
 from diffship.sampling.solvers.heun import TwoCalls
-from diffship.sampling.solvers.levels import RespacedSigmaSampler
+from diffship.sampling.solvers.levels import RespacedSigmaSampler, ancestral
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,3 @@ def ancestral32(s: float, s_next: float) -> tuple[float, float]:
     square, next_square = np.float32(s) * np.float32(s), np.float32(s_next) * np.float32(s_next)
     up = np.sqrt(next_square * (square - next_square) / square)
     return float(np.sqrt(np.maximum(next_square - up * up, 0))), float(up)
-
-
-def ancestral(s: float, s_next: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up): the level to step to, and the noise from there to s_next."""
-    up = min(s_next, s_next * max(1.0 - (s_next / s) ** 2, 0.0) ** 0.5)
-    return (s_next**2 - up**2) ** 0.5, up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
@@ -12,6 +13,17 @@ from diffship.sampling.process import Betas, Exploding
 from diffship.sampling.sampler import BetasSampler, Sampler, times_of
 from diffship.sampling.schedule import F64, SPACINGS
 from diffship.sampling.sigmas import chosen_grid, sigma_to_t
+
+
+def log_step(before: float, after: float) -> float:
+    """A step in log(alpha / sigma) between two values of sigma / alpha; infinite if no noise is left."""
+    return math.log(before / after) if after else math.inf
+
+
+def ancestral(s: float, s_next: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up): the level to step to, and the noise that leads up from there to s_next."""
+    down = s_next**2 / s
+    return down, (s_next**2 - down**2) ** 0.5
 
 
 @dataclass(frozen=True)

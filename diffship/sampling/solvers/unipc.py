@@ -18,7 +18,8 @@ from diffship.core.strict import bounds, choices
 from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F64
-from diffship.sampling.solvers.levels import LogSampler
+from diffship.sampling.sigmas import chosen_grid
+from diffship.sampling.solvers.levels import LogSampler, log_step
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class UniPc(LogSampler):
     def final_level(self, levels: F64) -> float:
         if self.final_sigmas_type == "zero":
             return 0.0
-        own = self.use_karras_sigmas or self.use_exponential_sigmas or self.use_beta_sigmas
-        return float(levels[-1] if own else self.sigmas()[0])
+        return float(levels[-1] if chosen_grid(self) else self.sigmas()[0])
 
     def _order(self, step: int, steps: int) -> int:
         left = self.calls(steps) - step
@@ -77,7 +77,7 @@ class UniPc(LogSampler):
         kept, scale = there.alpha / here.alpha, there.sigma
         if self.predict_x0:
             kept, scale = there.sigma / here.sigma, there.alpha
-        h = -_log_step(*levels[step : step + 2]) if self.predict_x0 else _log_step(*levels[step : step + 2])
+        h = -log_step(*levels[step : step + 2]) if self.predict_x0 else log_step(*levels[step : step + 2])
         if math.isinf(h) and (len(known) > 1 or not self.predict_x0):
             raise ConfigError(
                 "unipc cannot end at noise level 0 here: set final_sigmas_type to sigma_min, or lower_order_final and "
@@ -92,8 +92,8 @@ class UniPc(LogSampler):
 
     def _changes(self, levels: Sequence[float], step: int, known: Sequence[F64]) -> list[tuple[float, F64]]:
         """(place, slope towards it) of each prediction before the newest; places in units of the step."""
-        h = _log_step(*levels[step : step + 2])
-        places = [_log_step(levels[step], levels[step - i]) / h for i in range(1, len(known))]
+        h = log_step(*levels[step : step + 2])
+        places = [log_step(levels[step], levels[step - i]) / h for i in range(1, len(known))]
         return [(place, (old - known[0]) / place) for place, old in zip(places, known[1:], strict=True)]
 
 
@@ -109,7 +109,3 @@ def _weights(places: Sequence[float], h: float, solver_type: str) -> list[float]
         phi = phi / h - 1.0 / factorial
     powers = np.vander(np.array(places), increasing=True).T
     return [float(weight) for weight in np.linalg.solve(powers, np.array(wanted))]
-
-
-def _log_step(before: float, after: float) -> float:
-    return math.log(before / after) if after else math.inf
