@@ -27,12 +27,23 @@ _TEXT_BYTES = 64 << 10
 _TEXT_CHUNKS = 16
 _A1111 = {
     "ddim": "DDIM",
+    "deis": "DEIS",
     "dpmpp-2m": "DPM++ 2M",
     "dpmpp-2m-karras": "DPM++ 2M Karras",
+    "dpmpp-2m-sde": "DPM++ 2M SDE",
+    "dpmpp-2m-sde-karras": "DPM++ 2M SDE Karras",
+    "dpmpp-3m-sde": "DPM++ 3M SDE",
+    "dpmpp-3m-sde-karras": "DPM++ 3M SDE Karras",
+    "dpmpp-sde": "DPM++ SDE",
     "euler": "Euler",
     "euler-a": "Euler a",
+    "heun": "Heun",
+    "kdpm2": "DPM2",
+    "kdpm2-a": "DPM2 a",
     "lcm": "LCM",
     "pndm": "PLMS",
+    "tcd": "TCD",
+    "unipc": "UniPC",
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -252,6 +253,18 @@ def test_every_key_of_diffusers_class_is_carried_or_refused(name: str) -> None:
         said, ours = keys[key].default, getattr(absent, key)
         infinite = isinstance(said, float) and math.isinf(said)
         assert ours == (None if infinite else tuple(said) if isinstance(said, list) else said), key
+
+
+def test_the_page_tells_the_class_of_every_sampler() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if re.match(r"\| `.*Scheduler`", line)]
+    told = {name: (cells[2], cells[4]) for cells in rows for name in re.findall(r"`([a-z0-9-]+)`", cells[1])}
+    assert told.keys() == SAMPLERS.keys()
+    for name, (kind, noisy) in told.items():
+        sampler = make_sampler(toy_for(name).scheduler, name).sized(1024)
+        assert f"`{sampler.diffusers_class}`" in kind
+        drawn = any(sampler.coefficients(step, 6, sampler.memory(step, 6)).noisy for step in range(sampler.calls(6)))
+        assert noisy.strip().startswith("yes" if drawn else ("no", "if"))
 
 
 def test_beta_quantiles_are_those_of_the_distribution() -> None:

@@ -149,7 +149,7 @@ def test_the_next_call_is_that_of_diffusers(name: str) -> None:
     scheduler.set_timesteps(about["steps"])
     there = BY_NAME[name]["next_call"]
     assert float(scheduler.timesteps[about["step"]]) == pytest.approx(there["timestep"])
-    if len(there["matrix"]) > 1:
+    if len(there["matrix"]) > 1 or "history.0" in tensors:
         return  # with history a scheduler of diffusers cannot begin in the middle
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(about["step"])

@@ -87,11 +87,23 @@ def trajectories() -> dict[str, tuple[Trajectory, str]]:
         facts={"seed": 9, "rng": "philox", "image": 3},
         origin=Origin(Family("sd", default_size=64, text_width=8, unet_channels=9), DIGESTS),
     )
+    two_calls = Trajectory(
+        **common,
+        **both,
+        step=7,
+        steps=5,
+        sampler=make_sampler({**BETAS, "timestep_spacing": "trailing"}, "heun"),
+        noise=Philox(3, 0),
+        history=(pattern(LATENTS, 31), pattern(LATENTS, 33)),
+        prompt="a boat",
+        facts={"seed": 3, "rng": "philox", "image": 0},
+    )
     return {
         "ddim-philox-prompts": (prompts, "float32"),
         "dpmpp-2m-torch": (multistep, "float32"),
         "sdxl-euler-a-float16": (sdxl, "float16"),
         "inpaint-pndm": (inpaint, "float32"),
+        "heun-second-call": (two_calls, "float32"),
     }
 
 
