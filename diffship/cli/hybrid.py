@@ -28,6 +28,7 @@ from diffship.runtimes.handoff.choose import (
     write_profile,
 )
 from diffship.runtimes.handoff.client import HybridClient
+from diffship.runtimes.handoff.pair import sampler_of
 from diffship.runtimes.handoff.profile import measure_profile
 from diffship.runtimes.handoff.report import Hybrid
 from diffship.runtimes.handoff.router import check_split
@@ -158,9 +159,10 @@ def settle_split(
     curve = None if options.quality_curve is None else read_curve(options.quality_curve)
     try:
         profile = _profile(client, request, steps, options.profile)
+        calls = sampler_of(client.facts().facts, request.sampler).calls(steps)
     except CloudError as fault:
         return (0, steps), None, [f"the cloud could not be measured, this device draws alone ({fault})"]
-    choice = choose_split(profile, steps, budget, curve)
+    choice = choose_split(profile, steps, budget, curve, calls)
     note(f"predicted: {choice.line()}", options.quiet)
     return choice.split, choice, []
 

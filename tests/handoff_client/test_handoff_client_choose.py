@@ -51,6 +51,10 @@ def test_the_cost_of_a_split_by_hand() -> None:
     # encode and 10 calls there, 40 + 60 ms on the wire, 15 calls and a decode here
     assert every[10].latency_ms == 10 + 200 + 100 + 1500 + 50
     assert every[10].cloud_ms == 210 and every[10].split == (10, 15)
+    # Heun's 49 calls for 25 steps: the surplus is of whoever ends
+    heun = splits(PROFILE, 25, calls=49)
+    assert heun[10].latency_ms == 10 + 200 + 100 + 3900 + 50 and heun[10].cloud_ms == 210
+    assert heun[25].latency_ms == 10 + 980 + 100 + 50 and heun[25].cloud_ms == 990
     slow = replace(PROFILE, edge_begin_ms=5000)
     assert splits(slow, 25)[10].latency_ms == 5000 + 1500 + 50  # this device encodes while the cloud draws
 

@@ -51,10 +51,10 @@ class SplitProfile:
         """Time on the network of one handoff."""
         return self.round_trip_ms + 1000 * self.handoff_bytes / self.bytes_per_second
 
-    def latency_ms(self, calls: int, steps: int) -> float:
-        """Time until the picture is there; this device encodes while the cloud draws."""
+    def latency_ms(self, calls: int, total: int) -> float:
+        """Time until the picture of `total` calls is there; this device encodes while the cloud draws."""
         before = max(self.edge_begin_ms, self.cloud_ms(calls) + self.link_ms() if calls else 0.0)
-        return before + (steps - calls) * self.edge_call_ms + self.edge_end_ms
+        return before + (total - calls) * self.edge_call_ms + self.edge_end_ms
 
 
 @dataclass(frozen=True)
@@ -144,23 +144,27 @@ class Choice:
         )
 
 
-def splits(profile: SplitProfile, steps: int, curve: QualityCurve | None = None) -> list[Choice]:
-    """Every split of `steps` with its predicted cost, from all on this device to all on the cloud."""
-    return [
-        Choice(
-            (calls, steps - calls),
-            profile.cloud_ms(calls),
-            profile.latency_ms(calls, steps),
-            profile.handoff_bytes if calls else 0,
-            None if curve is None else curve.at(calls),
-        )
-        for calls in range(steps + 1)
-    ]
+def splits(
+    profile: SplitProfile, steps: int, curve: QualityCurve | None = None, calls: int | None = None
+) -> list[Choice]:
+    """Every split of `steps` with its predicted cost, from all on this device to all on the cloud.
+
+    The sampler makes `calls` in all (default: one a step); the surplus is of the side that ends the picture.
+    """
+    total, found = steps if calls is None else calls, []
+    for share in range(steps + 1):
+        on_cloud = total if share == steps else share
+        cost = profile.cloud_ms(on_cloud), profile.latency_ms(on_cloud, total)
+        quality = None if curve is None else curve.at(share)
+        found.append(Choice((share, steps - share), *cost, profile.handoff_bytes if share else 0, quality))
+    return found
 
 
-def choose_split(profile: SplitProfile, steps: int, budget: Budget, curve: QualityCurve | None = None) -> Choice:
+def choose_split(
+    profile: SplitProfile, steps: int, budget: Budget, curve: QualityCurve | None = None, calls: int | None = None
+) -> Choice:
     """The split that takes least of the cloud among those that meet the budget, or, where `cloud_ms` says what may be
-    spent, most of it: the cloud's model is the better one.
+    spent, most of it: the cloud's model is the better one. `calls` as in `splits`.
 
     Raises:
         ConfigError: `quality` without a curve for this pair; no split meets the budget: the best of each is named.
@@ -169,7 +173,7 @@ def choose_split(profile: SplitProfile, steps: int, budget: Budget, curve: Quali
         raise ConfigError("a budget of quality needs the pair's quality curve: --quality-curve FILE")
     if curve is not None:
         curve.require_fit(profile.cloud, profile.edge, steps)
-    every = splits(profile, steps, curve)
+    every = splits(profile, steps, curve, calls)
     legal = [choice for choice in every if _meets(choice, budget, curve)]
     if not legal:
         raise ConfigError(_refusal(every, budget, curve))

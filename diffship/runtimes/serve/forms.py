@@ -21,6 +21,7 @@ from diffship.sampling.schedule import SPACINGS
 from diffship.sampling.wire import DTYPES
 
 T = TypeVar("T")
+MOST_CALLS = 2 * LIMITS.steps[1]  # of samplers with two calls a step; PNDM's nine more are fewer
 _SIDE = bounds(*LIMITS.size_px)
 _SEEDS = 1 << 32  # of those that the server draws; every client holds such a number exactly
 
@@ -67,7 +68,7 @@ class HandoffForm(Drawing):
     """Body of `/v1/handoff`: `split` model calls are made here. `dtype` float16 halves the bytes and rounds;
     `embeddings` travel unless the receiver encodes the prompt itself."""
 
-    split: int = field(metadata=bounds(0, LIMITS.steps[1] + 1))  # PNDM makes one call more than steps
+    split: int = field(metadata=bounds(0, MOST_CALLS))
     dtype: str = field(default="float32", metadata=choices(*DTYPES))
     embeddings: bool = True
     response: str = field(default="trajectory", metadata=choices("trajectory", "events"))
@@ -81,7 +82,7 @@ class ResumeForm:
     `dtype` and `embeddings` as for `/v1/handoff`; `shared_latents`: the sender vouches that another VAE fits.
     """
 
-    until: int | None = field(default=None, metadata=bounds(0, LIMITS.steps[1] + 1))
+    until: int | None = field(default=None, metadata=bounds(0, MOST_CALLS))
     dtype: str = field(default="float32", metadata=choices(*DTYPES))
     embeddings: bool = True
     shared_latents: bool = False
