@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffship.sampling.matrix import OUTPUT, X, unit
 from diffship.sampling.schedule import F64, Schedule
+from diffship.sampling.sigmas import sigma_to_t
 
 ALPHAS = "alpha_cumprod"  # of `Betas.trained`, an array
 
@@ -76,6 +78,10 @@ class Process(Protocol):
 
     def level(self, s: float) -> Level: ...
 
+    def times(self, levels: NDArray[np.floating[Any]]) -> F64:
+        """What the network is told of each noise level."""
+        ...
+
     def input_scale(self, s: float) -> float:
         """The factor of x before the network sees it."""
         ...
@@ -125,6 +131,9 @@ class Betas:
         alpha = (s * s + 1.0) ** -0.5
         return Level(alpha, s * alpha)
 
+    def times(self, levels: NDArray[np.floating[Any]]) -> F64:
+        return sigma_to_t(levels, self.schedule.sigmas())
+
     def input_scale(self, s: float) -> float:
         return 1.0
 
@@ -167,6 +176,9 @@ class Edm:
     def level(self, s: float) -> Level:
         return Level(1.0, s, s * s + self.data**2, self.data)
 
+    def times(self, levels: NDArray[np.floating[Any]]) -> F64:
+        return (np.float32(0.25) * np.log(levels.astype(np.float32))).astype(np.float64)
+
     def input_scale(self, s: float) -> float:
         return float((s * s + self.data**2) ** -0.5)
 
@@ -196,6 +208,9 @@ class Flow:
 
     def level(self, s: float) -> Level:
         return Level(1.0 - s, s)
+
+    def times(self, levels: NDArray[np.floating[Any]]) -> F64:
+        return (levels.astype(np.float32) * np.float32(self.num_train_timesteps)).astype(np.float64)
 
     def input_scale(self, s: float) -> float:
         return 1.0

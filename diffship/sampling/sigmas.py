@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.sampling.schedule import F32, F64
@@ -79,7 +81,7 @@ def _beta_share(x: float) -> float:
     return float((x * (1 - x)) ** _BETA / (_BETA * _MASS) * total)
 
 
-def sigma_to_t(sigmas: F64, table: F32) -> F64:
+def sigma_to_t(sigmas: NDArray[np.floating[Any]], table: F32) -> F64:
     """Fractional timesteps at which the schedule's `table` of sigmas has these values, by log interpolation."""
     logs = np.log(table)
     log_sigma = np.log(np.maximum(sigmas, 1e-10))

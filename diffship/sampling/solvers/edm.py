@@ -22,7 +22,7 @@ from diffship.sampling.solvers.levels import LevelSampler
 @dataclass(frozen=True)
 @bounded
 class EdmSampler(LevelSampler):
-    """The config keys of both. What the network is told of a level s is log(s) / 4."""
+    """The config keys of both."""
 
     sigma_min: float = field(default=0.002, metadata=bounds(1e-6, 1e6))
     sigma_max: float = field(default=80.0, metadata=bounds(1e-6, 1e6))
@@ -39,7 +39,7 @@ class EdmSampler(LevelSampler):
         return Edm(self.sigma_data, self.prediction_type)
 
     def timesteps(self, steps: int) -> F64:
-        return (np.float32(0.25) * np.log(self._levels(steps))).astype(np.float64)
+        return self.process.times(self._levels(steps))
 
     def check_times(self, times: F64, steps: int) -> None:
         if not np.isfinite(times).all():

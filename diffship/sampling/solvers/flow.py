@@ -76,8 +76,7 @@ class FlowSampler(LevelSampler):
         return self.calls_a_step * (steps - 1) + 1
 
     def timesteps(self, steps: int) -> F64:
-        levels = np.array(self.noise_levels(steps)[:-1], np.float32)
-        times = (levels * np.float32(self.num_train_timesteps)).astype(np.float64)
+        times = self.process.times(np.array(self.noise_levels(steps)[:-1]))
         return np.concatenate([times[:1], np.repeat(times[1:], self.calls_a_step)])
 
     def check_times(self, times: F64, steps: int) -> None:

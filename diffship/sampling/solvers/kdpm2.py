@@ -17,7 +17,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds
 from diffship.sampling.matrix import HISTORY, NOISE, OUTPUT, X, unit
 from diffship.sampling.schedule import F64
-from diffship.sampling.sigmas import karras, sigma_to_t
+from diffship.sampling.sigmas import karras
 from diffship.sampling.solvers.heun import TwoCalls
 from diffship.sampling.solvers.levels import RespacedSigmaSampler, ancestral
 
@@ -49,7 +49,7 @@ class HalfWay(RespacedSigmaSampler, TwoCalls):
             times = np.round(times)
         halves = np.array([self.half_way(*levels[i : i + 2]) for i in range(steps - 1)])
         mixed = np.empty(2 * steps - 1)
-        mixed[::2], mixed[1::2] = times, sigma_to_t(halves, self.sigmas())
+        mixed[::2], mixed[1::2] = times, self.process.times(halves)
         return mixed
 
 

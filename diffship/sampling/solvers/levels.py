@@ -12,7 +12,7 @@ from diffship.core.strict import bounds, choices
 from diffship.sampling.process import Betas, Exploding
 from diffship.sampling.sampler import BetasSampler, Sampler, times_of
 from diffship.sampling.schedule import F64, SPACINGS
-from diffship.sampling.sigmas import chosen_grid, sigma_to_t
+from diffship.sampling.sigmas import chosen_grid
 
 
 def log_step(before: float, after: float) -> float:
@@ -116,7 +116,7 @@ class RespacedSigmaSampler(Respaced, SigmaSampler):
         """The timestep of each of `levels`."""
         if chosen_grid(self) is None:
             return SigmaSampler.timesteps(self, steps)
-        return sigma_to_t(self.levels(steps), self.sigmas())
+        return self.process.times(self.levels(steps))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LogSampler(Respaced):
     def timesteps(self, steps: int) -> F64:
         levels = self.other_levels(steps)
         if levels is not None:
-            times = sigma_to_t(levels, self.sigmas())
+            times = self.process.times(levels)
             return np.trunc(np.round(times) if self.rounds_times() else times)
         points = steps if self.timestep_spacing == "trailing" else steps + 1
         times = np.round(self.grid(points, self.num_train_timesteps / steps, self.last_timestep()))
