@@ -33,6 +33,11 @@ def unit(column: int, age: int) -> F64:
     return row
 
 
+def seen(age: int) -> tuple[F64, F64]:
+    """The rows of x and of the network's output for it."""
+    return unit(X, age), unit(OUTPUT, age)
+
+
 def as_matrix(*rows: F64) -> tuple[tuple[float, ...], ...]:
     """Rows as plain floats."""
     return tuple(tuple(row.tolist()) for row in rows)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.sampling.matrix import OUTPUT, X, unit
 from diffship.sampling.schedule import F64, Schedule
 from diffship.sampling.sigmas import sigma_to_t
 
@@ -48,7 +47,7 @@ class Level:
         if prediction == "v_prediction":
             x0 = alpha * self.data**2 / self.variance * x - sigma * self.data / root * output
             return x0, alpha * self.data / root * output + sigma / self.variance * x
-        if prediction == "flow":
+        if prediction == "flow":  # alpha + sigma = 1
             return x - sigma * output, x + alpha * output
         return output, (x - alpha * output) / sigma
 
@@ -98,7 +97,7 @@ class Process(Protocol):
 class Sloped(Process, Protocol):
     """A process whose probability flow is followed in s itself."""
 
-    def slope(self, s: float, age: int) -> F64:
+    def slope(self, s: float, x: F64, output: F64) -> F64:
         """dx/ds, as a row."""
         ...
 
@@ -154,8 +153,8 @@ class Exploding(Betas):
     def input_scale(self, s: float) -> float:
         return float((s * s + 1.0) ** -0.5)
 
-    def slope(self, s: float, age: int) -> F64:
-        return self.split(s, unit(X, age), unit(OUTPUT, age))[1]
+    def slope(self, s: float, x: F64, output: F64) -> F64:
+        return self.split(s, x, output)[1]
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ class Edm:
         x0 = split_rows(self.level(s), "v_prediction", x, v)[0]
         return x0, (x - x0) / s
 
-    def slope(self, s: float, age: int) -> F64:
-        return self.split(s, unit(X, age), unit(OUTPUT, age))[1]
+    def slope(self, s: float, x: F64, output: F64) -> F64:
+        return self.split(s, x, output)[1]
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,8 @@ class Flow:
     def split(self, s: float, x: F64, output: F64) -> tuple[F64, F64]:
         return split_rows(self.level(s), self.prediction, x, output)
 
-    def slope(self, s: float, age: int) -> F64:
-        x0, noise = self.split(s, unit(X, age), unit(OUTPUT, age))
+    def slope(self, s: float, x: F64, output: F64) -> F64:
+        x0, noise = self.split(s, x, output)
         return noise - x0
 
 

@@ -36,6 +36,7 @@ class Sampler(ABC):
     diffusers_class: ClassVar[str]
     process_kind: ClassVar[str]
     refused: ClassVar[Mapping[str, bool]] = {"thresholding": False}  # config key that must be off -> diffusers' default
+    promised: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what a name in SAMPLERS says, whatever the config says
     calls_a_step: ClassVar[int] = 1
 
     @property

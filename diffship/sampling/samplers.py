@@ -34,32 +34,13 @@ _BY_CLASS = {
     "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
+_OTHERS = {"EDM": "edm", "FlowMatch": "flow"}  # how the names of classes of another noise begin
 # Every class of diffusers whose noise is that of betas: their configs can be taken over by each other.
 WITH_BETAS = (
-    *(name for name in _BY_CLASS if not name.startswith(("EDM", "FlowMatch"))),
+    *(name for name in _BY_CLASS if not name.startswith(tuple(_OTHERS))),
     *("LMSDiscreteScheduler", "SASolverScheduler"),
     *("DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverMultistepInverseScheduler"),
 )
-_OTHERS = {"EDM": "edm", "FlowMatch": "flow"}  # how the names of classes of another noise begin
-
-
-_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
-
-
-def _dpmpp(order: int, noisy: bool, karras: bool) -> dict[str, Any]:
-    return {"algorithm_type": _ALGORITHMS[noisy], "solver_order": order, "use_karras_sigmas": karras}
-
-
-_PROMISED = {  # what a name says, whatever the config says
-    f"dpmpp-{order}m{'-sde' * noisy}{'-karras' * karras}": _dpmpp(order, noisy, karras)
-    for order in (2, 3)
-    for noisy in (False, True)
-    for karras in (False, True)
-} | {
-    f"dpmpp-{order}s{'-sde' * noisy}": {"algorithm_type": _ALGORITHMS[noisy], "solver_order": order}
-    for order in (2, 3)
-    for noisy in (False, True)
-}
 
 
 def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
@@ -75,7 +56,7 @@ def make_sampler(config: Mapping[str, Any], name: str | None = None) -> Sampler:
         raise ConfigError(f"the scheduler config is a {type(config).__name__}; it must be a table")
     kind = _load(_name_of(config) if name is None else name)
     require_noise(config, kind.process_kind)
-    return kind.from_config({**config, **_PROMISED.get(name or "", {})})
+    return kind.from_config({**config, **kind.promised.get(name or "", {})})
 
 
 def require_noise(config: Mapping[str, Any], kind: str) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffship.sampling.matrix import OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import Coefficients, as_matrix, seen
 from diffship.sampling.process import Level, cumulative, split_rows
 from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
@@ -37,7 +37,7 @@ class Ddim(BetasSampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         t = int(times_of(self, steps)[step])
         now, before = self._at(t), self._at(t - self.num_train_timesteps // steps)
-        x_prev = before.mix(*split_rows(now, self.prediction_type, unit(X, age), unit(OUTPUT, age)))
+        x_prev = before.mix(*split_rows(now, self.prediction_type, *seen(age)))
         return Coefficients(1.0, float(t), as_matrix(x_prev))
 
     def _at(self, t: int) -> Level:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from diffship.core.strict import choices
-from diffship.sampling.matrix import NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import NOISE, Coefficients, as_matrix, seen, unit
 from diffship.sampling.process import cumulative, split_rows
 from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
@@ -43,8 +43,8 @@ class Ddpm(BetasSampler):
         a = float(self.alphas_cumprod()[t])
         a_prev = float(self.alphas_cumprod()[int(times[step + 1])]) if step + 1 < len(times) else 1.0
         beta = 1 - a / a_prev  # of the whole step
-        x = unit(X, age)
-        x0, _ = split_rows(cumulative(a), self.prediction_type, x, unit(OUTPUT, age))
+        x, output = seen(age)
+        x0, _ = split_rows(cumulative(a), self.prediction_type, x, output)
         x_prev = a_prev**0.5 * beta / (1 - a) * x0 + (a / a_prev) ** 0.5 * (1 - a_prev) / (1 - a) * x
         if t > 0:
             small = max((1 - a_prev) / (1 - a) * beta, _LEAST)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from diffship.core.strict import bounds, choices
-from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import HISTORY, Coefficients, as_matrix, seen, unit
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import chosen_grid
@@ -43,8 +43,8 @@ class Deis(LogSampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         levels = self.noise_levels(steps)
         here, there = (self.process.level(level) for level in levels[step : step + 2])
-        x = unit(X, age)
-        _, new = self.process.split(levels[step], x, unit(OUTPUT, age))
+        x, output = seen(age)
+        _, new = self.process.split(levels[step], x, output)
         noises = [new, *(unit(HISTORY + i, age) for i in range(age))]
         order = min(self._order(step, len(levels) - 1), len(noises))
         weights = _weights([levels[step - i] for i in range(order)], levels[step + 1])

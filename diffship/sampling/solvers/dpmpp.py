@@ -10,7 +10,7 @@ import numpy as np
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.strict import bounds, choices
-from diffship.sampling.matrix import HISTORY, NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import HISTORY, NOISE, Coefficients, as_matrix, seen, unit
 from diffship.sampling.process import Process
 from diffship.sampling.sampler import CONFIG, times_of
 from diffship.sampling.schedule import F64
@@ -94,8 +94,8 @@ class DpmSteps(LevelSampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         levels = self.noise_levels(steps)
         stride = Stride(self.process, levels[step], levels[step + 1], self.algorithm_type == SDE)
-        x = unit(X, age)
-        x0, _ = self.process.split(levels[step], x, unit(OUTPUT, age))
+        x, output = seen(age)
+        x0, _ = self.process.split(levels[step], x, output)
         known = [x0, *(unit(HISTORY + i, age) for i in range(age))]
         x_next, order = stride.first(x, x0), min(self._order(step, len(levels) - 1), len(known))
         h = [self._log_step(levels, step - i) for i in range(1, order)]
@@ -138,6 +138,16 @@ class DpmPP(LogSampler, DpmSteps):
     refused: ClassVar[Mapping[str, bool]] = dict.fromkeys(
         ("thresholding", "use_flow_sigmas", "use_dynamic_shifting", "variance_type"), False
     )
+    promised: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"dpmpp-{order}m{noise}{grid}": {
+            "solver_order": order,
+            "algorithm_type": SDE if noise else "dpmsolver++",
+            "use_karras_sigmas": bool(grid),
+        }
+        for order in (2, 3)
+        for noise in ("", "-sde")
+        for grid in ("", "-karras")
+    }
 
     @property
     def name(self) -> str:

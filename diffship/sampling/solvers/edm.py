@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -64,8 +65,9 @@ class EdmSampler(LevelSampler):
     def _karras(self, start: float, span: float, steps: int) -> F32:
         return ((start + np.linspace(0, 1, steps) * span) ** self.rho).astype(np.float32)
 
+    @abstractmethod
     def _final(self, levels: F32) -> float:
-        return float(levels[-1])
+        """The level after the last step, where `levels` are those before each."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.strict import choices
-from diffship.sampling.matrix import NOISE, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import NOISE, Coefficients, X, as_matrix, seen, unit
 from diffship.sampling.process import Sloped
 from diffship.sampling.sampler import CONFIG, times_of
 from diffship.sampling.schedule import F64
@@ -31,7 +31,7 @@ class EulerSteps(LevelSampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         s, s_next = self.noise_levels(steps)[step : step + 2]
-        x_next = unit(X, age) + (s_next - s) * self.process.slope(s, age)
+        x_next = unit(X, age) + (s_next - s) * self.process.slope(s, *seen(age))
         time = float(times_of(self, steps)[step])
         return Coefficients(self.process.input_scale(s), time, as_matrix(x_next))
 
@@ -95,5 +95,5 @@ class EulerAncestral(SigmaSampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         s, s_next = self.noise_levels(steps)[step : step + 2]
         down, up = ancestral(s, s_next)
-        x_next = unit(X, age) + (down - s) * self.process.slope(s, age) + up * unit(NOISE, age)
+        x_next = unit(X, age) + (down - s) * self.process.slope(s, *seen(age)) + up * unit(NOISE, age)
         return Coefficients(self.process.input_scale(s), float(times_of(self, steps)[step]), as_matrix(x_next))

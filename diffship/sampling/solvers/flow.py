@@ -11,7 +11,7 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounded, bounds, choices
-from diffship.sampling.matrix import NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import NOISE, Coefficients, as_matrix, seen, unit
 from diffship.sampling.process import Flow
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F32, F64
@@ -129,7 +129,7 @@ class FlowEuler(FlowSampler, EulerSteps):
         if not self.stochastic_sampling:
             return super().make(step, steps, age)
         s, s_next = self.noise_levels(steps)[step : step + 2]
-        x0, _ = self.process.split(s, unit(X, age), unit(OUTPUT, age))
+        x0, _ = self.process.split(s, *seen(age))
         row = self.process.level(s_next).mix(x0, unit(NOISE, age))
         return Coefficients(1.0, float(times_of(self, steps)[step]), as_matrix(row))
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from diffship.core.strict import bounds
-from diffship.sampling.matrix import HISTORY, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import HISTORY, Coefficients, X, as_matrix, seen, unit
 from diffship.sampling.process import Sloped
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F64
@@ -61,13 +61,13 @@ class HeunSteps(TwoCalls):
     carried: ClassVar[int] = 2
 
     def first(self, s: float, s_next: float, age: int) -> tuple[F64, ...]:
-        x, slope = unit(X, age), self.process.slope(s, age)
+        x, slope = unit(X, age), self.process.slope(s, *seen(age))
         return x + (s_next - s) * slope, slope, x
 
     def second(self, s: float, s_next: float, age: int) -> tuple[float, tuple[F64]]:
         if age < self.carried:
             return s_next, (unit(X, age),)
-        slope = (unit(HISTORY, age) + self.process.slope(s_next, age)) / 2
+        slope = (unit(HISTORY, age) + self.process.slope(s_next, *seen(age))) / 2
         return s_next, (unit(HISTORY + 1, age) + (s_next - s) * slope,)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds
-from diffship.sampling.matrix import HISTORY, NOISE, OUTPUT, X, unit
+from diffship.sampling.matrix import HISTORY, NOISE, X, seen, unit
 from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import karras
 from diffship.sampling.solvers.heun import TwoCalls
@@ -69,7 +69,7 @@ class Kdpm2(HalfWay):
 
     def first(self, s: float, s_next: float, age: int) -> tuple[F64, ...]:
         x = unit(X, age)
-        return x + (self.half_way(s, s_next) - s) * self.process.slope(s, age), x
+        return x + (self.half_way(s, s_next) - s) * self.process.slope(s, *seen(age)), x
 
     def second(self, s: float, s_next: float, age: int) -> tuple[float, tuple[F64]]:
         middle = self.half_way(s, s_next)
@@ -77,7 +77,7 @@ class Kdpm2(HalfWay):
 
     def _from(self, s: float, middle: float, end: float, age: int) -> F64:
         start, begun = (unit(HISTORY, age), s) if age else (unit(X, age), middle)
-        return start + (end - begun) * self.process.slope(middle, age)
+        return start + (end - begun) * self.process.slope(middle, *seen(age))
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ class DpmPPSde(HalfWay):
         whole = drawn / (s - s_next) ** 0.5
         return middle, (self._down(s, middle, s_next, unit(HISTORY, age), whole, age),)
 
-    def _down(self, s: float, seen: float, end: float, x: F64, noise: F64, age: int) -> F64:
-        """From level s to `end` with the x0 that the network gives at level `seen`, then noise."""
+    def _down(self, s: float, level: float, end: float, x: F64, noise: F64, age: int) -> F64:
+        """From level s to `end` with the x0 that the network gives at `level`, then noise."""
         down, up = ancestral(s, end)
-        x0, _ = self.process.split(seen, unit(X, age), unit(OUTPUT, age))
+        x0, _ = self.process.split(level, *seen(age))
         return down / s * x + (1.0 - down / s) * x0 + up * noise
 
 

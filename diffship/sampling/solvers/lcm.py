@@ -10,7 +10,7 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds, choices
-from diffship.sampling.matrix import NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import NOISE, Coefficients, as_matrix, seen, unit
 from diffship.sampling.process import split_rows
 from diffship.sampling.sampler import BetasSampler, times_of
 from diffship.sampling.schedule import F64
@@ -57,8 +57,8 @@ class Lcm(BetasSampler):
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         times = times_of(self, steps)
         t = int(times[step])
-        x = unit(X, age)
-        x0, _ = split_rows(self.process.at(t), self.prediction_type, x, unit(OUTPUT, age))
+        x, output = seen(age)
+        x0, _ = split_rows(self.process.at(t), self.prediction_type, x, output)
         c_skip, c_out = self._boundary(t)
         x_next = c_out * x0 + c_skip * x
         if step + 1 < len(times):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from diffship.core.strict import bounds, choices
-from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import HISTORY, Coefficients, as_matrix, seen, unit
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F64
 from diffship.sampling.solvers.dpmpp import SDE, SOLVERS, Stride, clipped, require_algorithm, without_plain_variance
@@ -33,6 +33,11 @@ class DpmPPSingle(LogSampler):
     refused: ClassVar[Mapping[str, bool]] = dict.fromkeys(
         ("thresholding", "use_flow_sigmas", "use_dynamic_shifting", "variance_type"), False
     )
+    promised: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"dpmpp-{order}s{noise}": {"solver_order": order, "algorithm_type": SDE if noise else "dpmsolver++"}
+        for order in (2, 3)
+        for noise in ("", "-sde")
+    }
 
     @property
     def name(self) -> str:
@@ -56,8 +61,8 @@ class DpmPPSingle(LogSampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         levels = self.noise_levels(steps)
-        x = unit(X, age)
-        x0, _ = self.process.split(levels[step], x, unit(OUTPUT, age))
+        x, output = seen(age)
+        x0, _ = self.process.split(levels[step], x, output)
         known = [x0, *(unit(HISTORY + i, age) for i in range(age - 1))]
         order = min(self._orders(steps)[step], len(known))
         start = x if order == 1 else unit(HISTORY + age - 1, age)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from diffship.core.strict import bounds
-from diffship.sampling.matrix import NOISE, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import NOISE, Coefficients, as_matrix, seen, unit
 from diffship.sampling.process import Level, split_rows
 from diffship.sampling.sampler import times_of
 from diffship.sampling.solvers.lcm import Lcm
@@ -34,7 +34,7 @@ class Tcd(Lcm):
         last = step + 1 == len(times)
         t, t_next = int(times[step]), 0 if last else int(times[step + 1])
         s = math.floor((1 - self.eta) * t_next)
-        x0, noise = split_rows(self.process.at(t), self.prediction_type, unit(X, age), unit(OUTPUT, age))
+        x0, noise = split_rows(self.process.at(t), self.prediction_type, *seen(age))
         x_next = self.process.at(s).mix(x0, noise)
         if self.eta and not last:
             kept = float(self.alphas_cumprod()[t_next]) / float(self.alphas_cumprod()[s])

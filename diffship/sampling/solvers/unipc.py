@@ -15,7 +15,7 @@ import numpy as np
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds, choices
-from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
+from diffship.sampling.matrix import HISTORY, Coefficients, as_matrix, seen, unit
 from diffship.sampling.sampler import times_of
 from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import chosen_grid
@@ -48,8 +48,8 @@ class UniPc(LogSampler):
 
     def make(self, step: int, steps: int, age: int) -> Coefficients:
         levels = self.noise_levels(steps)
-        x = unit(X, age)
-        new = self.process.split(levels[step], x, unit(OUTPUT, age))[0 if self.predict_x0 else 1]
+        x, output = seen(age)
+        new = self.process.split(levels[step], x, output)[0 if self.predict_x0 else 1]
         known = [unit(HISTORY + i, age) for i in range(age - 1)]
         if known and step - 1 not in self.disable_corrector:
             order = min(self._order(step - 1, steps), len(known))
