@@ -191,3 +191,9 @@ def test_the_openapi_document_names_every_route_and_field() -> None:
     }  # fmt: skip
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
     assert "401" not in document["paths"]["/live"]["get"]["responses"]
+
+
+def test_a_split_may_be_any_call_of_a_sampler_with_two_calls_a_step() -> None:
+    assert HandoffForm(prompt="cat", split=299).split == 299  # Heun with 150 steps makes that many
+    with pytest.raises(ConfigError, match="split"):
+        HandoffForm(prompt="cat", split=301)
