@@ -128,12 +128,14 @@ def without_optional(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_optional_dependencies() -> None:
     results = dict(line.split(" ", 1) for line in without_optional(IMPORT, ",".join(modules())).splitlines())
     assert len(results) == len(modules())
     assert {name: result for name, result in results.items() if result != "ok"} == {}
 
 
+@pytest.mark.slow
 def test_what_needs_an_extra_names_it_when_it_is_used() -> None:
     lines = without_optional(USE).splitlines()
     assert {line.partition(" ")[0] for line in lines} == {"torch", "onnx", "onnxruntime", "openvino"}

@@ -40,6 +40,7 @@ def changed(file: Path, **changes: object) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     found = read_result(file)
     assert (found.suite, found.command, found.settings) == ("s", "make it", {"calls": 3})

@@ -53,6 +53,7 @@ def test_inspect_bundle(command: Any, tiny_bundle: Path) -> None:
     assert [spec["name"] for spec in parts["unet"]["inputs"]][:3] == ["sample", "timestep", "encoder_hidden_states"]
 
 
+@pytest.mark.slow
 def test_inspect_source(command: Any) -> None:
     pytest.importorskip("torch")
     document = check(command("inspect", "arch:tiny-sd"), "inspect")
@@ -60,6 +61,7 @@ def test_inspect_source(command: Any) -> None:
     assert document["kind"] == "source" and unet["parameters"] > 0 and unet["conv_linear_macs"] > 0
 
 
+@pytest.mark.slow
 def test_verify(command: Any, tiny_bundle: Path) -> None:
     document = check(command("verify", tiny_bundle), "verify")
     assert document["exit_code"] == 0 and document["passed"]
@@ -118,6 +120,7 @@ def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -146,6 +149,7 @@ def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_p
         assert np.asarray(image).std() > 0
 
 
+@pytest.mark.slow
 def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     folder = tmp_path / "vae"
@@ -250,6 +254,7 @@ def test_a_trajectory_is_finished_whatever_its_facts_say(
     check(json.loads(capsys.readouterr().out), "run")
 
 
+@pytest.mark.slow
 def test_an_export_that_only_draws_with_another_sampler_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def valid(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_large_and_small_in_their_own_engines(command: Any, small: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["run", small, "red apple", "--large", tiny_bundle, "--split", "1,2", "--engines", "onnxruntime,torch"]
     document = valid(command(*words, "--sampler", "ddim", "--images", 2, "-o", tmp_path / "o"))
@@ -105,6 +106,7 @@ def half(small: Path, step: int) -> bytes:
         return pack(denoise(begin(router, Request("x", sampler="dpmpp-2m")), router, until=step)[0])
 
 
+@pytest.mark.slow
 def test_another_model_does_not_resume(command: Any, small: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(half(small, 1))
     document = valid(command("run", "arch:tiny-lcm", "--resume", tmp_path / "kept", "-o", tmp_path / "o"))
@@ -159,6 +161,7 @@ def test_what_the_pair_check_warns_of_is_in_the_document(command: Any, small: Pa
     assert "warning: " in document["stderr"]
 
 
+@pytest.mark.slow
 def test_shared_latents_admits_a_tiny_vae(command: Any, tmp_path: Path) -> None:
     words = ["run", f"{LARGE}+taesd", "x", "--large", LARGE, "--split", "1,1", "--shared-latents"]
     document = valid(command(*words, "--sampler", "ddim", "-o", tmp_path / "a.png"))

@@ -267,6 +267,7 @@ def test_damaged_latents_are_named(tmp_path: Path) -> None:
             make_latents(base, step.pictures(base), False, 4.0, job, torch.device("cpu"), True)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_the_module_lacks_is_left_out_after_training(tmp_path: Path) -> None:
     """diffusers opens such files with a warning; the run must not end in an error after its last step."""
     base = open_source("arch:tiny-sd")

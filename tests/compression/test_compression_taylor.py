@@ -80,6 +80,7 @@ def test_the_loss_is_that_of_diffusers(small: Pipeline, batch: Examples, predict
         assert loss == pytest.approx(nn.functional.mse_loss(made, target).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["taylor", "diff-pruning"])
 def test_gradient_scores_are_those_of_autograd(
     small: Pipeline, pictures: Path, criterion: str, monkeypatch: pytest.MonkeyPatch

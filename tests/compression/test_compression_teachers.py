@@ -104,6 +104,7 @@ def test_betas_are_read_whatever_the_scheduler_draws_with(changes: dict[str, Any
         noise_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deis", "half"])
 def test_a_model_is_distilled_whatever_it_draws_with_and_from_half_a_teacher(kind: str, tmp_path: Path) -> None:
     model = open_source("arch:tiny-sd")
@@ -203,6 +204,7 @@ def test_what_is_left_out_leaves_a_folder_that_stock_diffusers_opens(tmp_path: P
     assert type(StableDiffusionPipeline.from_pretrained(saved)) is StableDiffusionPipeline
 
 
+@pytest.mark.slow
 def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: Path) -> None:
     half = open_source("arch:tiny-sd").save(tmp_path / "half", dtype="float16")
     config = half / "text_encoder" / "config.json"
@@ -215,6 +217,7 @@ def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: 
     assert drawn.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_dry_run_opens_no_data_and_knows_the_size() -> None:
     found = foresee("arch:tiny-sd", [DistillPass("nowhere", **SMALL)], timing=False)
     assert found.steps[-1].after is not None

@@ -97,6 +97,7 @@ def test_rounding_follows_writes_in_place_and_leaves_views_alone() -> None:
     assert values[1, 0] == third.float() and values[0, 0] == (third.float() * third.float()).half().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_missing_attention_is_refused_and_named(
     tiny_sd: Pipeline, graphs: Job, tmp_path: Path, precision: str
@@ -162,6 +163,7 @@ def edit(bundle: Bundle, name: str, part: str, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_zeroed_attention_matrix_of_a_proved_bundle_is_found(tiny_sd_fp16: Bundle, tmp_path: Path) -> None:
     model = onnx.load(str(tiny_sd_fp16.file("text_encoder/model.onnx")), load_external_data=False)
     names = [t.name for t in model.graph.initializer if "out_proj.weight" in t.name]
@@ -183,6 +185,7 @@ def test_every_zeroed_attention_matrix_of_an_fp16_emoji_is_found(tmp_path: Path)
     assert not missed
 
 
+@pytest.mark.slow
 def test_what_overflows_float16_is_refused_with_its_place(tiny_sd: Pipeline, tmp_path: Path) -> None:
     sound = tiny_sd.components["vae_decoder"]
     name = "decoder.conv_in.weight"

@@ -132,6 +132,7 @@ def test_source_digests_are_those_of_the_components(tiny_sd: Pipeline, tiny_sd_b
         assert part.source_digest == source_digest(tiny_sd.components[part.name].weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 21])
 def test_lower_opsets_get_plain_operators(tiny_sd: Pipeline, opset: int) -> None:
     model = onnx.load_from_string(Onnx(opset=opset).graph(tiny_sd.components["vae_decoder"]))
@@ -197,6 +198,7 @@ def test_an_operation_without_a_form_is_named() -> None:
         Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
 
 
+@pytest.mark.slow
 def test_a_vae_that_overflows_in_half_precision_stays_in_float32(tiny_sd: Pipeline, tmp_path: Path) -> None:
     decoder = tiny_sd.components["vae_decoder"]
     wide = replace(decoder, config={**decoder.config, "force_upcast": True})

@@ -32,6 +32,7 @@ def run_chain(stages: list[SplitStage], feeds: dict[str, Any], outputs: list[str
     return {name: values[name] for name in outputs}
 
 
+@pytest.mark.slow
 def test_a_unet_in_stretches_equals_the_whole(tiny_sd: Pipeline, tiny_sd_bundle: Bundle, tmp_path: Path) -> None:
     path = tiny_sd_bundle.file("unet/model.onnx")
     feeds = tiny_sd.components["unet"].example(0, {"batch_size": 2})

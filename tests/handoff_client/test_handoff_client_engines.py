@@ -57,6 +57,7 @@ def served(tiny_bundle: Path) -> Iterator[str]:
         service.close()
 
 
+@pytest.mark.slow
 def test_the_same_bundle_on_both_sides_changes_no_bit(served: str, tiny_bundle: Path) -> None:
     with HybridClient(tiny_bundle, served, TOKEN, engine="onnxruntime", threads=1) as client:
         with open_model(tiny_bundle, "onnxruntime", threads=1) as model:
@@ -143,6 +144,7 @@ def test_the_command_line_tells_who_did_what(
     assert lines[0] == str(tmp_path / "a.png") and lines[-1].startswith("handoff: cloud large: 2 calls in ")
 
 
+@pytest.mark.slow
 def test_a_cloud_that_is_down_is_a_picture_and_a_reason(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["run", tiny_bundle, *SMALL]
     document = valid(command(*words, "--cloud", "http://127.0.0.1:9", "--split", "2,1", "-o", tmp_path / "a.png"))

@@ -94,6 +94,7 @@ def test_every_family_survives_a_folder(name: str, tmp_path: Path) -> None:
     assert digests(again) == digests(arch(name))
 
 
+@pytest.mark.slow
 def test_facts_of_the_families() -> None:
     facts = {name: arch(name).family for name in ("sd15", "sd21", "sdxl", "sdxl-refiner", "lcm-sd15", "sd15-inpaint")}
     assert [f.default_size for f in facts.values()] == [512, 768, 1024, 1024, 512, 512]

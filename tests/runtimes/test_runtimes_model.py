@@ -50,6 +50,7 @@ def test_an_engine_leaves_the_floating_point_state_of_its_caller_alone(tiny_bund
         assert np.float64(5e-324) * np.ones(1) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_whole_pipeline_equals_torch_step_by_step(tiny_bundle: Path, torch_model: object, engine: str) -> None:
     request = Request(prompt="a red apple", steps=4, size=(64, 64), seed=1)

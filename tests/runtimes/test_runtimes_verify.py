@@ -84,6 +84,7 @@ def test_wrong_requests(bundle: Bundle, tmp_path: Path) -> None:
         verify(bundle, thread=1)
 
 
+@pytest.mark.slow
 def test_parts_beyond_the_budget_run_in_stages_with_the_same_figures(tiny_bundle: Path) -> None:
     from diffship.runtimes.onnxruntime import OnnxRuntimeRunner
 

@@ -305,6 +305,7 @@ PATHS = [
 ENTRIES = [(name, key) for name in ("latents", "noise.key", "history.0") for key in ("dtype", "shape", "data_offsets")]
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(PATHS), JSON_VALUES)
 def test_any_value_in_the_header_is_taken_or_refused(path: tuple[str, ...], value: Any) -> None:
@@ -316,12 +317,14 @@ def test_any_value_in_the_header_is_taken_or_refused(path: tuple[str, ...], valu
     assert_taken_or_refused(lying(put))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(ENTRIES), JSON_VALUES)
 def test_any_value_in_the_table_of_tensors_is_taken_or_refused(entry: tuple[str, str], value: Any) -> None:
     assert_taken_or_refused(lying(lambda about, table: table[entry[0]].update({entry[1]: value})))
 
 
+@pytest.mark.slow
 def test_two_thousand_mutated_files_are_taken_or_refused() -> None:
     draw = random.Random(0)
     taken = 0

@@ -196,6 +196,7 @@ def test_a_table_with_a_short_row_is_refused() -> None:
         Table("t", "s", "c", ("a", "b"), (Row(("x",)),))
 
 
+@pytest.mark.slow
 def test_only_a_committed_measurement_is_called_measured(tmp_path: Path) -> None:
     table = Table("t", "s", "c", ("model", "s"), (Row(("SD 1.5", "1"), ("sd15",)), Row(("x", "1"))))
     assert result_of(table.row[0], table, CATALOGUE, {}) == f"unproven: run `{prove_command('sd15')}`"
@@ -236,6 +237,7 @@ def test_koalas_shares_follow_from_the_published_counts() -> None:
     assert result_of(row, table, CATALOGUE, {}).startswith(f"measured: {one} and {seven} smaller")
 
 
+@pytest.mark.slow
 def test_pages_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     files = write_pages(tmp_path / "pages")
     assert [file.name for file in files] == ["asyncdiff.md", "hybrid-sd.md", "koala.md", "lcm-lora.md"]
