@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
-import sysconfig
 import time
 import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from clean_clone import outside
 
 import diffship
 from diffship.cli.main import VERBS
@@ -288,28 +286,10 @@ def tracked() -> set[str]:
     return {line for line in done.stdout.splitlines() if (ROOT / line).is_file()}
 
 
-def copy_of_the_tree(folder: Path) -> Path:
-    """What a clone holds that a build reads."""
-    for name in [*tracked(), "pyproject.toml", "README.md", "LICENSE", "NOTICE"]:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
-    return folder
-
-
-def done_in(folder: Path, *words: str | Path) -> str:
-    """stdout of a process in `folder`, whose environment says nothing of where modules are."""
-    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=bare, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_wheel_equals_tree(tmp_path: Path) -> None:
-    source = copy_of_the_tree(tmp_path / "source")
+def test_wheel_equals_tree(tmp_path: Path, clone: Path) -> None:
     build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
-    done_in(source, sys.executable, *build)
+    outside(clone, sys.executable, *build)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -320,20 +300,11 @@ def test_wheel_equals_tree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_clone_does_not_shadow_the_package_that_is_installed_from_it(tmp_path: Path) -> None:
+def test_a_clone_does_not_shadow_the_package_that_is_installed_from_it(clone: Path) -> None:
     """A clone's folder is called like the package: beside it, it must not be taken for the package itself."""
-    clone = copy_of_the_tree(tmp_path / "diffship")
-    venv.create(tmp_path / "env", symlinks=True)
-    python = next((tmp_path / "env").glob("[bS][ic][nr]*/python*"))
-    place = Path(done_in(tmp_path, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    hook = "from setuptools.build_meta import build_editable; print(build_editable('wheels'))"
-    (clone / "wheels").mkdir()
-    wheel = done_in(clone, sys.executable, "-c", hook).splitlines()[-1]
-    with zipfile.ZipFile(clone / "wheels" / wheel) as archive:  # what pip does with it
-        archive.extractall(place)
-    (place / "others.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")  # numpy and the like
-
-    assert "verbs:" in done_in(tmp_path, python, "-m", "diffship", "--help")
+    python = str(clone / ".venv" / "bin" / "python")
+    assert "verbs:" in outside(clone.parent, python, "-m", "diffship", "--help")
     script = "import diffship\nfrom diffship import Request\nprint(diffship.__file__, Request('red apple').prompt)\n"
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    assert done_in(tmp_path, python, "script.py") == f"{clone / 'diffship' / '__init__.py'} red apple\n"
+    (clone.parent / "script.py").write_text(script, encoding="utf-8")
+    found = outside(clone.parent, python, "script.py")
+    assert found == f"{clone / 'diffship' / '__init__.py'} red apple\n"
