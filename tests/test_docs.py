@@ -5,13 +5,17 @@ import re
 import shlex
 import shutil
 import socket
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from clean_clone import outside
 
 from diffship import __version__
-from diffship.cli.main import parse
+from diffship.cli.main import make_parser, parse
+from diffship.core.registry import EXPORTERS, RUNNERS, load
+from diffship.models.stock import CLASSES
+from diffship.sampling.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -24,8 +28,12 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 RUN = ("sh", "python")
-ACTIVATE = ". .venv/bin/activate\n"
+ACTIVATE = ". .venv/bin/activate"
 PORT = 8765
+BESIDE = "beside.log"
+START = f"""set -e
+trap '[ -z "$beside" ] || {{ kill -- $beside; cat "$1/{BESIDE}" >&2; }}' EXIT
+"""
 
 
 def named(page: Path) -> str:
@@ -39,10 +47,9 @@ def script(page: Path) -> str:
         if block["kind"] in RUN and not block["why"]:
             body = block["body"] if block["kind"] == "sh" else f"python - <<'END'\n{block['body']}END\n"
             if block["beside"]:
-                beside = f'setsid bash -e -c {shlex.quote(body)} >>"$1/beside.log" 2>&1 &'
-                body = f'# beside\n{beside}\ntrap "kill -- -$! ; cat $1/beside.log >&2; $(trap -p EXIT)" EXIT\n'
+                body = f'setsid bash -e -c {shlex.quote(body)} >>"$1/{BESIDE}" 2>&1 &\nbeside="$beside -$!"\n'
             lines.append(body)
-    return "".join(["set -e\n", *lines]) if lines else ""
+    return "".join([START, *lines]) if lines else ""
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -64,7 +71,7 @@ def test_commands_in_the_docs_parse(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)[)#\"]", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -77,7 +84,7 @@ def test_commands_come_after_what_makes_them_known(page: Path) -> None:
         if block["kind"] in RUN:
             active = ACTIVATE in block["body"] or (active and not block["beside"])
             known = active or not re.search(r"^(diffship|python|torchrun) ", block["body"], re.MULTILINE)
-            assert known and (active or block["kind"] != "python"), block["body"]
+            assert known and (active or block["why"] or block["kind"] != "python"), block["body"]
         assert block["kind"] != "powershell" or block["why"], "it cannot be run here"
 
 
@@ -93,13 +100,36 @@ def test_module_commands_name_modules_that_are_there(page: Path) -> None:
         assert importlib.util.find_spec(module) is not None, module
 
 
+def test_the_design_names_flags_that_there_are_and_marks_those_to_come() -> None:
+    parser, verbs = make_parser()
+    known = {flag for each in (parser, *verbs.values()) for action in each._actions for flag in action.option_strings}
+    known |= {f"--{field.name}" for name in EXPORTERS for field in fields(load(EXPORTERS, name))}
+    forms = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## 7. ")[1]
+    today, to_come = (set(re.findall(r"--[a-z][\w-]*", text)) for text in forms.split("**Not built yet**"))
+    assert today and today <= known
+    assert to_come & known <= {"--engine", "--prompts", "--to"}, "built meanwhile"
+
+
+def test_every_page_is_reached_from_the_readme_and_the_index() -> None:
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    for file, prefix in (("README.md", "docs/"), ("docs/README.md", "")):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert pages == {name for name in pages if f"({prefix}{name})" in text}, file
+
+
+def test_the_table_of_support_names_what_the_code_has() -> None:
+    text = (ROOT / "docs" / "supported.md").read_text(encoding="utf-8")
+    named = {*EXPORTERS, *RUNNERS, *SAMPLERS, *(name for name in CLASSES if "Img2Img" not in name)}
+    assert {name for name in named if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=named)
 def test_the_blocks_of_a_page_run_in_one_shell_in_a_clean_clone(page: Path, clone: Path, tmp_path: Path) -> None:
     """As printed, top to bottom, in the state that the text before leaves; terminals beside it end with the page."""
     pytest.importorskip("torch")
-    if "# beside" in script(page):
+    if "setsid " in script(page):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", PORT)) == 0:
                 pytest.skip(f"port {PORT}, which the page names, is taken here")
