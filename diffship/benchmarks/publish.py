@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -59,6 +61,7 @@ IMAGES = Path("docs") / "images"
 PAGES = ("README.md", "docs/*.md", "docs/reproduce/*.md", "diffship/models/*/README.md")
 _TABLE = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 _FIGURE = re.compile(r"(<!-- figure: ([^\n]*?) -->)(.*?)(<!-- end figure -->)", re.DOTALL)
+_PLOT = re.compile(r"images/([\w-]+)\.svg\b")
 _STRAY = re.compile(r"<!-- (?:end )?(?:table|figure)\b")
 FORMS: dict[str, Callable[[Results], Table]] = {
     "parts": parts_table,
@@ -112,6 +115,18 @@ def publish(root: Path, check: bool = False) -> list[str]:
 
 def pages(root: Path) -> list[Path]:
     return sorted({page for pattern in PAGES for page in root.glob(pattern)})
+
+
+def plots(root: Path) -> list[Path]:
+    """Draw the plots that pages show, as SVG and PNG; the files."""
+    wanted = {stem for page in pages(root) for stem in _PLOT.findall(page.read_text(encoding="utf-8"))}
+    written = []
+    with tempfile.TemporaryDirectory() as folder:
+        for results in read_all(root).values():
+            with suppress(ConfigError):  # there is nothing in it to plot
+                drawn = [file for file in draw_all(results, Path(folder)) if file.stem in wanted]
+                written += [Path(shutil.copy(file, root / IMAGES)) for file in drawn]
+    return written
 
 
 def stale(root: Path) -> dict[str, str]:
@@ -214,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("."))
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
     parser.add_argument("--fresh", action="store_true", help="exit 1 if results were measured with other code")
-    parser.add_argument("--plots", action="store_true", help="draw the plots too (pip install 'diffship[plots]')")
+    parser.add_argument(
+        "--plots", action="store_true", help="draw the plots of the pages too (pip install 'diffship[plots]')"
+    )
     arguments = parser.parse_args(argv)
     try:
         return _main(arguments)
@@ -228,9 +245,7 @@ def _main(arguments: argparse.Namespace) -> int:
     for page in changed:
         print(f"{page}: {'is not what the results give; run make tables' if arguments.check else 'written'}")
     if arguments.plots:
-        for results in read_all(arguments.root).values():
-            with suppress(ConfigError):  # there is nothing in it to plot
-                print(*draw_all(results, arguments.root / IMAGES), sep="\n")
+        print(*plots(arguments.root), sep="\n")
     old = stale(arguments.root) if arguments.fresh else {}
     for name, reason in old.items():
         command = FILES[name].command if name in FILES else read_all(arguments.root)[name].command

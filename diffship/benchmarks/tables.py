@@ -93,11 +93,15 @@ def said(row: Row) -> tuple[str, str, str]:
 
 
 def best(results: Results) -> list[str]:
-    """A line per case that several runners ran: the fastest of them, and who needed the least memory."""
+    """A line per case that several runners ran: the fastest of them, and who needed the least memory; and a last one
+    where the rounds were too few to say which is faster."""
     groups: dict[tuple[Any, ...], list[dict[str, Row]]] = {}
     for key, metrics in cases(results.rows).items():
         groups.setdefault((key[0], *key[2:]), []).append(metrics)
-    return [line for group in groups.values() if (line := _best(group))]
+    lines = [line for group in groups.values() if (line := _best(group))]
+    rounds = results.settings.get("rounds", ROUNDS)
+    few = f"{rounds} round{'s' * (rounds != 1)}: too few to say which is faster; measure with --rounds {ROUNDS}"
+    return [*lines, few] if lines and rounds < ROUNDS else lines
 
 
 def _best(group: Sequence[Mapping[str, Row]]) -> str:
@@ -107,8 +111,6 @@ def _best(group: Sequence[Mapping[str, Row]]) -> str:
         known = sorted((row for row in rows if row.value is not None), key=lambda row: row.value or 0)
         if len(known) > 1:
             words.append(f"{word} {known[0].conditions['runner']} ({value(known[0])})")
-            if word == "fastest" and any(spread_of(row) is None for row in known):
-                words[-1] += " by one round, which is too few to say"
     conditions = next(iter(group[0].values())).conditions
     return f"{conditions['model']}, {part_text(conditions)}: {', '.join(words)}" if words else ""
 

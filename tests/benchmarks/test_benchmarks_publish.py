@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffship.benchmarks.bench import asked
-from diffship.benchmarks.publish import main, publish, rendered, stale, states
+from diffship.benchmarks.publish import main, pages, publish, read_all, rendered, stale, states
 from diffship.benchmarks.record import read_result, write_result
 from diffship.benchmarks.suite import read_suite
 from diffship.core.errors import ConfigError
@@ -51,6 +52,15 @@ def page(root: Path) -> str:
 
 def test_the_pages_of_this_repository_are_what_the_results_give() -> None:
     assert publish(ROOT, check=True) == []
+
+
+def test_the_plots_of_these_pages_are_drawn_from_the_results_that_are_there() -> None:
+    digests = {str(results.to_json()["digest"]) for results in read_all(ROOT).values()}
+    shown = {name for page in pages(ROOT) for name in re.findall(r"images/([\w-]+\.svg)", page.read_text("utf-8"))}
+    assert shown
+    for name in shown:
+        drawn = (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
+        assert any(digest in drawn for digest in digests), f"{name}: run python -m diffship.benchmarks.publish --plots"
 
 
 def test_a_page_is_written_once_and_then_stays(root: Path) -> None:
