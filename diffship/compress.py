@@ -74,7 +74,8 @@ def foresee(
     precision: str | None = None,
     timing: bool = True,
 ) -> Estimate:
-    """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data.
+    """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data. A pass
+    whose data is not there has no hours, and says so.
 
     `precision` is that of the result, as in `compress`. With `timing`, and where a pass calls the U-Net, one call of it
     is timed here; that takes seconds.

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from clean_clone import outside
 
 import diffship
 from diffship.cli.main import VERBS
@@ -198,12 +199,14 @@ def test_error_tree_in_the_docstring_is_the_code() -> None:
     assert set(drawn.values()) <= {1, 2, 3, 4, 130}
 
 
-def test_five_rooms_are_packages_and_the_readme_maps_them() -> None:
+def test_five_rooms_are_packages_and_the_readme_maps_them_after_what_a_user_wants() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first_screen = readme[:4000]
+    assert re.findall(r"^## (.*)$", readme, re.MULTILINE) == [
+        *("Measured", "Install", "Use it", "Limits", "What it promises", "Rooms", "Pages"),
+    ]
     for name in ROOMS:
         assert (PACKAGE / name / "__init__.py").is_file()
-        assert f"`{name}/`" in first_screen and f"diffship/{name}/" in first_screen
+        assert f"`{name}/`" in readme and f"diffship/{name}/" in readme
 
 
 BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
@@ -288,15 +291,9 @@ def tracked() -> set[str]:
 
 
 @pytest.mark.slow
-def test_wheel_equals_tree(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in [*tracked(), "pyproject.toml", "README.md", "LICENSE", "NOTICE"]:
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
-    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=source, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_wheel_equals_tree(tmp_path: Path, clone: Path) -> None:
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    outside(clone, sys.executable, *build)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -304,3 +301,14 @@ def test_wheel_equals_tree(tmp_path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffship"}
     assert {name for name in names if name.startswith("diffship/")} == tracked()
     assert any(name.endswith("licenses/NOTICE") for name in names)
+
+
+@pytest.mark.slow
+def test_a_clone_does_not_shadow_the_package_that_is_installed_from_it(clone: Path) -> None:
+    """A clone's folder is called like the package: beside it, it must not be taken for the package itself."""
+    python = str(clone / ".venv" / "bin" / "python")
+    assert "verbs:" in outside(clone.parent, python, "-m", "diffship", "--help")
+    script = "import diffship\nfrom diffship import Request\nprint(diffship.__file__, Request('red apple').prompt)\n"
+    (clone.parent / "script.py").write_text(script, encoding="utf-8")
+    found = outside(clone.parent, python, "script.py")
+    assert found == f"{clone / 'diffship' / '__init__.py'} red apple\n"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffship.benchmarks.case import Bench
     from diffship.benchmarks.record import Results
     from diffship.benchmarks.suite import Suite
-    from diffship.benchmarks.tables import Table
+    from diffship.benchmarks.table import Table
 
 PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> Result:
     writers = _side_files(options, [results], _tables(results))
     if file:
         writers.insert(0, partial(save, file, results))
-    blocks = [table.text() for table in _tables(results) if table.rows]
+    tables = [table for table in _tables(results) if table.rows]
+    blocks = [table.text(origin=table is tables[-1]) for table in tables]
     text = "\n\n".join([*blocks, "\n".join(best(results))]).strip()
     failed = any(row.status == "failed" for row in results.rows)
     return Result({"results": results.to_json()}, text, _written(writers) or int(failed))

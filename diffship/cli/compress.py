@@ -214,6 +214,7 @@ def _step(step: Step) -> dict[str, Any]:
         "after": None if step.after is None else _figures(step.after),
         "hours": None if step.seconds is None else step.seconds / 3600,
         "note": step.note,
+        "absent": step.absent,
     }
 
 
@@ -225,4 +226,5 @@ def _plan_text(found: Estimate) -> str:
         hours = "-" if step.seconds is None else f"{step.seconds / 3600:.2f}"
         rows.append((step.kind, before, *_cells(step.after), hours))
     notes = [f"{step.kind}: a target: {step.note}" for step in found.steps if step.note]
+    notes += [f"{step.kind}: no hours: {step.absent}" for step in found.steps if step.absent]
     return "\n".join([table(head, rows), *notes, f"hours: {found.timed}"])

@@ -16,7 +16,8 @@ from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
   diffship export emoji --to onnx -o out/emoji
-  diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model
+  diffship export path/to/diffusers-folder --to onnx -o out/model
+  diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model-for-gpus
   diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
 """
 

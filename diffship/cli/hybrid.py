@@ -12,6 +12,7 @@ from typing import Any
 
 from diffship.cli.drawing import Drawn, file_names, read_prompts, reporter, require_something, result, save, write_grid
 from diffship.cli.flags import AUTO, engine_options, request_fields
+from diffship.cli.models import half_on_cpu
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages, note
 from diffship.core.errors import ConfigError
@@ -54,6 +55,7 @@ def draw(options: argparse.Namespace) -> Result:
             made.append(client.generate(request, split, reporter(stages, label, options.save_trajectory)))
             drawn.append(save(made[-1].picture, file, options))
         models = shares(client, options.bundle, split, made)
+        noted += half_on_cpu([client.small], options)
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
     noted += [warning for hybrid in made for warning in hybrid.report.warnings]

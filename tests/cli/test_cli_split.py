@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 from diffship.cli.main import main
+from diffship.cli.models import half_on_cpu
 from diffship.sampling.picture import read_settings
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -166,3 +168,31 @@ def test_shared_latents_admits_a_tiny_vae(command: Any, tmp_path: Path) -> None:
     words = ["run", f"{LARGE}+taesd", "x", "--large", LARGE, "--split", "1,1", "--shared-latents"]
     document = valid(command(*words, "--sampler", "ddim", "-o", tmp_path / "a.png"))
     assert document["exit_code"] == 0, document
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_half_precision_on_a_cpu_is_told_once(command: Any, tiny_bundle: Path, tmp_path: Path, engine: str) -> None:
+    """A CPU computes it in float32; what the manifest says counts, so that it says fp16 of a copy."""
+    pytest.importorskip(engine)
+    words = ["--engine", engine]
+    half = shutil.copytree(tiny_bundle, tmp_path / "half")
+    manifest = json.loads((half / "diffship.json").read_text(encoding="utf-8"))
+    for part in manifest["parts"]:
+        part["precision"] = "fp16" if part["name"] == "unet" else part["precision"]
+    (half / "diffship.json").write_text(json.dumps(manifest), encoding="utf-8")
+    document = command("run", half, "apple", "cat", "--steps", "1", "-o", tmp_path / "p", *words)
+    assert document["exit_code"] == 0 and len(document["pictures"]) == 2
+    assert document["stderr"].count("half is in fp16, which") == 1 == len(document["warnings"])
+    assert f"{engine} computes in float32 on a CPU" in document["warnings"][0]
+    assert command("run", tiny_bundle, "apple", "--steps", "1", "-o", tmp_path / "q", *words)["warnings"] == []
+
+
+def test_half_precision_on_a_gpu_is_as_it_should_be() -> None:
+    bundle = SimpleNamespace(path=Path("half"), manifest=SimpleNamespace(parts=[SimpleNamespace(precision="fp16")]))
+    models = [SimpleNamespace(bundle=bundle, engine=engine) for engine in ("onnxruntime", "tensorrt", "onnxruntime")]
+    assert len(half_on_cpu(models, SimpleNamespace(device=None, option=[]))) == 1  # type: ignore[arg-type]
+    for chosen in (
+        SimpleNamespace(device="cuda", option=[]),
+        SimpleNamespace(device=None, option=[("device", "cuda")]),
+    ):
+        assert half_on_cpu(models, chosen) == []  # type: ignore[arg-type]

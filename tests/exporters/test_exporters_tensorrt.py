@@ -20,7 +20,7 @@ from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts
 from diffship.core.strict import load
-from diffship.core.tensorrt import GPUS, RTX_SM, check_sm, markdown
+from diffship.core.tensorrt import GPUS, LEGEND, RTX_SM, check_sm, markdown
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
@@ -69,6 +69,15 @@ def test_the_table_of_gpus_is_what_the_flags_allow() -> None:
         assert gpu.name in markdown() and gpu.trt == "unproven"
     assert {gpu.sm for gpu in GPUS if gpu.rtx != "no"} == set(RTX_SM)
     assert check_sm("rtx", (120, 89, 89)) == (89, 120) == check_sm("rtx", ())
+
+
+def test_every_word_of_the_table_is_explained_where_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) in (0, 1)
+    printed = capsys.readouterr().out
+    for text in (printed, markdown()):
+        assert {word for gpu in GPUS for word in (gpu.rtx, gpu.trt)} == set(LEGEND)
+        assert all(meaning in text for meaning in LEGEND.values())
+        assert all(name in text for name in ("A10G", "L4", "A100", "H100", "4090"))
 
 
 def test_the_page_has_the_table() -> None:

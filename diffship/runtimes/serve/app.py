@@ -111,7 +111,7 @@ class Routes:
     async def ready(self, request: Request) -> Response:
         ready = await asyncio.to_thread(self.service.ready)  # it looks at files
         content = {"ready": ready, "models": self.service.states()}
-        return _json(content, 200 if ready else 503, {} if ready else {"Retry-After": "5"})
+        return _json(content, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
     async def metrics(self, request: Request) -> Response:
         return fastapi.Response(self.service.page(), media_type="text/plain; version=0.0.4")
