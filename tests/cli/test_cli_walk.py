@@ -162,6 +162,7 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
     assert shell("<&- >&- 2>&-", ["-c", CLOSED], tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="other locales")
 @pytest.mark.parametrize(
     ("setting", "expected"),
