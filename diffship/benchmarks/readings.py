@@ -300,5 +300,5 @@ def _delayed(seconds: float) -> Iterator[Server]:
         try:
             yield Server(f"127.0.0.1:{listening.server_port}", 0)
         finally:
-            listening.shutdown()
+            listening.shutdown()  # no timeout: it looks for this twice a second
             thread.join(10)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from diffship.cli.stops import raise_if_heard
 from diffship.core.printable import printable
+from diffship.core.streams import silence
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,8 +72,3 @@ def say(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
-
-
-def silence(stream: TextIO) -> None:
-    """Let a broken stream lead nowhere, also when the interpreter flushes it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -133,6 +133,6 @@ def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> Non
         return
     mark = int.from_bytes(hashlib.sha256(str(folder.resolve()).encode()).digest()[:7], "little")
     span = torch.tensor([mark, -mark], device=accelerator.device)
-    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)  # no timeout: torch's own, for every exchange
     if int(span[0]) != -int(span[1]):
         raise ConfigError("the processes have no folder in common; give the job one (compress --cache DIR)")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING
 
 from diffship.core.errors import ConfigError, ParityError
+from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+else:
+    np = lazy("numpy")
 
 _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 

@@ -8,7 +8,8 @@ A module that needs one says so once, for the type checker and for the interpret
     else:
         torch, Module = lazy("torch"), lazy_base("torch.nn", "Module")
 
-From there on both read as ever. The first use imports the package, or names the extra that installs it.
+From there on both read as ever. The first use imports the package, or names the extra that installs it. numpy, which
+is always there, is asked for so in what `--help` imports: it would be a third of its time.
 """
 
 from __future__ import annotations

@@ -13,16 +13,20 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from diffship.core.atomic import replacing
 from diffship.core.dtype import CODES, NAMES, TensorMeta, as_bytes, stored
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.lazy import lazy
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import describe_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
 
 _ALIGN = 8
 

@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffship.core.errors import DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
@@ -17,11 +14,14 @@ from diffship.core.weights import TensorMeta, Weights, source_digest
 from diffship.models.examples import draw
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from diffship.models.runner import TorchRunner
 else:
+    np = lazy("numpy")
     torch, nn = lazy("torch"), lazy("torch.nn")
 
 INNER = "inner."  # every part wraps its network in an attribute of this name

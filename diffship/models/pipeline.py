@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,6 +272,8 @@ def complete_index(material: Material, family: Family) -> dict[str, Any]:
     index["unet"] = _entry(material, "unet", "diffusers")
     index["vae"] = _entry(material, "vae", "diffusers")
     if family.fills_masks:  # diffusers asks such folders which version wrote them, and trips where none is named
+        from importlib.metadata import version  # not above: a tenth of what `export --help` takes
+
         index.setdefault("_diffusers_version", version("diffusers"))
     index["scheduler"] = ["diffusers", (material.scheduler or {}).get("_class_name", "DDIMScheduler")]
     if family.name == "sd":

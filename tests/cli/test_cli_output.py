@@ -77,7 +77,8 @@ def test_flags_of_a_dataclass_keep_their_choices() -> None:
 def test_target_is_found_in_either_form() -> None:
     assert _target(["emoji", "--to", "coreml"]) == "coreml"
     assert _target(["emoji", "--to=tensorrt"]) == "tensorrt"
-    assert _target(["emoji"]) == "onnx"
+    assert _target(["emoji"]) == _target([]) == "onnx"
+    assert _target(["--to"]) == ""
 
 
 def test_table_aligns_numbers_right() -> None:

@@ -280,6 +280,36 @@ def test_a_silent_build_hears_that_it_is_stopped_and_has_an_end(
     assert time.monotonic() - begin < 30
 
 
+TALKS = "while True: print('x', flush=True)"
+STAYS = """
+import os, sys, time
+print('{"made": {"seconds": 1}}', flush=True)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.dup2(1, 2)
+time.sleep(60)
+"""
+LEAVES = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"])  # it holds the pipe
+print('{"phase": "a", "done": 0, "total": 1}', flush=True)
+"""
+
+
+def test_no_build_outlives_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_END_SECONDS", 0.2)
+    begin, asked = time.monotonic(), iter([False] * 3 + [True] * 9)
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", TALKS])
+    with pytest.raises(Cancelled):  # one that talks all the time hears it too
+        process.run_build(order(tmp_path), "unet", Job(cancel=lambda: next(asked)))
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", STAYS])
+    assert process.run_build(order(tmp_path), "unet", Job()) == {"seconds": 1}
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", LEAVES])
+    monkeypatch.setattr(process, "SILENT_SECONDS", 0.3)
+    with pytest.raises(DeadlineError):
+        process.run_build(order(tmp_path), "unet", Job())
+    assert time.monotonic() - begin < 15
+
+
 @pytest.mark.slow
 def test_a_build_that_dies_or_is_stopped_is_told(rtx: Any, tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.raises(Cancelled):

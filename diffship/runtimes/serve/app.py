@@ -253,6 +253,7 @@ class Follower:
             self._loop.call_soon_threadsafe(self.queue.put_nowait, made)
 
     async def end(self) -> None:
+        # no timeout: a generation ends at its deadline, and who waits for it has one
         while await self.queue.get() is not None:
             continue
 
@@ -329,6 +330,7 @@ def _check_content(request: Request, media: str) -> None:
 
 
 async def _disconnect(request: Request) -> None:
+    # no timeout: given up when the generation ends, or its deadline is over
     while (await request.receive())["type"] != "http.disconnect":
         continue
 
