@@ -48,6 +48,15 @@ def derived(entry: ResultsFile, runs: str, runners: Iterable[str] = (), package:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def changed_since(moment: float, entry: ResultsFile, runners: Iterable[str] = (), package: Path = PACKAGE) -> list[str]:
+    """Modules and data that an entry depends on and that were written after `moment` (seconds, as of time.time)."""
+    names = tuple(runners)
+    files = {name: _file(name, package) for name in modules(entry, names, package)}
+    files |= {f"{folder}/{path.name}": path for folder in entry.data for path in (package / folder).rglob("*")}
+    found = [name for name, path in files.items() if path.stat().st_mtime > moment]
+    return found + (changed_since(moment, of_suite(entry.of), names, package) if entry.of else [])
+
+
 def modules(entry: ResultsFile, runners: Iterable[str] = (), package: Path = PACKAGE) -> list[str]:
     """Names of the modules that an entry of the catalogue imports, sorted; of the registries, only what it uses."""
     tables = {**EXPORTERS, **{f"engine {name}": target for name, target in RUNNERS.items()}, **PASSES}

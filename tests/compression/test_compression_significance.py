@@ -119,6 +119,9 @@ def test_an_interrupted_measurement_goes_on(
     other = replace(DRAWING, seed=6)
     with pytest.raises(TypeError):
         measure(base, pair, counts, other, Job(tmp_path))
+    monkeypatch.setattr(measuring, "__version__", "0.0")
+    with pytest.raises(TypeError):
+        measure(base, pair, counts, DRAWING, Job(tmp_path))
 
 
 def invented(pipeline: Pipeline, keeps: tuple[float, ...] = (0.25, 0.5, 0.75), feedforward: bool = False) -> ScoreTable:
