@@ -52,6 +52,10 @@ class GoldenBlocks:
     graph: dict[str, Tolerance]
     engine: dict[str, Tolerance] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.graph:
+            raise BundleError(f"{self.file}: block references without a point would prove nothing")
+
 
 @dataclass(frozen=True)
 @bounded
@@ -114,6 +118,9 @@ class Part:
             raise BundleError(f"part {self.name} has no files, no inputs or no outputs")
         if not _HEX.match(self.source_digest):
             raise BundleError(f"part {self.name}: source_digest {self.source_digest[:80]!a} is not 64 hex digits")
+        blocks = None if self.golden is None else self.golden.blocks
+        if blocks is not None and self.precision != "fp32" and not blocks.engine:
+            raise BundleError(f"part {self.name}: {blocks.file} has no tolerances for an engine in {self.precision}")
         if self.proof.get("status") not in ("proved", "unproven"):
             raise BundleError(f"part {self.name}: proof status {str(self.proof.get('status'))[:40]!a} is unknown")
 

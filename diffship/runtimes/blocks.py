@@ -87,6 +87,10 @@ def check_blocks(bundle: Bundle, part: Part, engine: Engine, budget: int) -> tup
         return ()
     model = forced(load(bundle.file(part.files[0])), blocks.cut, blocks.graph)
     values, references = read_blocks(bundle, blocks)
+    odd = sorted(set(values) ^ set(model.inputs))
+    if odd:
+        what = "does not feed" if odd[0] in model.inputs else "feeds, and the graph does not take,"
+        raise BundleError(f"{blocks.file} {what} {odd[0][:80]!a}")
     checks = [_check(GRAPH, bundle, part, engine, budget, model, values, references[GRAPH], blocks.graph)]
     if blocks.engine and part.precision == "fp16":  # no engine of this version computes ONNX in bfloat16
         checks.append(_check(ENGINE, bundle, part, engine, budget, model, values, references[ENGINE], blocks.engine))

@@ -166,10 +166,11 @@ def verify(
     name = choose_engine(manifest.target, engine)
     chosen = make_engine(name, options)
     names = [part.name for part in manifest.parts]
-    for asked in parts or ():
+    wanted = names if parts is None else list(parts)
+    for asked in wanted:
         if asked not in names:
             raise ConfigError(unknown("part", asked, names))
-    chosen_parts = manifest.parts if parts is None else tuple(opened.part(part) for part in parts)
+    chosen_parts = tuple(opened.part(part) for part in wanted)
     if not chosen_parts:
         raise ConfigError(f"no part is chosen; this bundle has {', '.join(names)}")
     total = sum(record.size for record in manifest.files.values())
@@ -214,7 +215,7 @@ def check_part(
     passed = report.passed and all(block.passed for block in blocks)
     seconds = time.perf_counter() - started
     status = "passed" if passed else "failed"
-    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=_note(part))
+    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=_note(bundle, part))
     feeds = calls[0][0]
     return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
 
@@ -229,7 +230,7 @@ def _whole(golden: Golden, expected: Sequence[Arrays], outputs: Sequence[Arrays]
     return compare(sides[0], sides[1], limits)
 
 
-def _note(part: Part) -> str:
+def _note(bundle: Bundle, part: Part) -> str:
     """What makes this proof weaker than that of a graph which is cut."""
     assert part.golden is not None
     if part.golden.blocks is not None:
@@ -239,7 +240,9 @@ def _note(part: Part) -> str:
             "weaker proof: made by an older diffship, of whole parts with assumed tolerances. "
             "Export again to prove it block by block"
         )
-    return "proved as a whole: this engine cannot be cut, so a fault that its output hides is not seen"
+    cut = bundle.manifest.target == "onnx"
+    why = "the bundle has no references inside it" if cut else "this engine cannot be cut"
+    return f"proved as a whole: {why}, so a fault that its output hides is not seen"
 
 
 def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:

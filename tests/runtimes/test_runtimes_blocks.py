@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import digest_file
 from diffship.core.dtype import meta_of
-from diffship.core.errors import RunnerError
+from diffship.core.errors import BundleError, RunnerError
+from diffship.core.manifest import parse_manifest
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.blocks import BlockCheck
@@ -127,16 +129,56 @@ def test_another_reference_fails_and_names_its_point(edited: Callable[[Change], 
     assert f"FAIL graph, in float32 arithmetic: {block.failed[0]}" in text
 
 
-@pytest.mark.parametrize("how", ["missing", "strange"])
-def test_references_that_are_not_listed_are_damage(edited: Callable[[Change], Path], how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", "is missing or not listed in the manifest"),
+        ("strange", "is missing or not listed in the manifest"),
+        ("unfed", "blocks.safetensors does not feed 'latent_sample'"),
+        ("unread", "blocks.safetensors feeds, and the graph does not take, 'thing'"),
+    ],
+)
+def test_a_file_that_holds_other_references_is_damage(edited: Callable[[Change], Path], how: str, said: str) -> None:
     def change(arrays: dict[str, np.ndarray]) -> None:
-        if how == "missing":
-            del arrays[first_point(arrays)]
+        if how in ("missing", "unfed"):
+            del arrays[first_point(arrays) if how == "missing" else "in.latent_sample"]
         else:
-            arrays["other.thing"] = np.zeros(1, np.float32)
+            arrays["other.thing" if how == "strange" else "in.thing"] = np.zeros(1, np.float32)
 
     passed, text, _ = checked(edited(change))
-    assert not passed and "is missing or not listed in the manifest" in text
+    assert not passed and said in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "said"),
+    [
+        ("fp32", {"graph": {}}, "block references without a point would prove nothing"),
+        ("fp16", {}, "has no tolerances for an engine in fp16"),
+    ],
+)
+def test_a_manifest_that_leaves_half_of_the_proof_out_is_refused(
+    tiny_bundle: Path, precision: str, change: dict[str, Any], said: str
+) -> None:
+    manifest = json.loads((tiny_bundle / "diffship.json").read_text())
+    part = next(part for part in manifest["parts"] if part["name"] == "vae_decoder")
+    part["precision"] = precision
+    part["golden"]["blocks"].update(change)
+    with pytest.raises(BundleError, match=said):
+        parse_manifest(json.dumps(manifest).encode())
+
+
+def test_a_graph_without_references_inside_it_is_told_to_be_proved_as_a_whole(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    copy, name = tmp_path / "copy", "golden/vae_decoder.blocks.safetensors"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / "diffship.json").read_text())
+    next(part for part in manifest["parts"] if part["name"] == "vae_decoder")["golden"].pop("blocks")
+    del manifest["files"][name]
+    (copy / name).unlink()
+    (copy / "diffship.json").write_text(json.dumps(manifest))
+    passed, text, blocks = checked(copy)
+    assert passed and not blocks and "proved as a whole: the bundle has no references inside it" in text
 
 
 def test_a_fault_that_the_whole_part_hides_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
