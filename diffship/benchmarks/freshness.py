@@ -22,8 +22,10 @@ PACKAGE = Path(__file__).parents[1]
 ASIDE = {
     "diffship",
     "diffship.core.registry",
-    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry", "workbench")),
+    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry")),
 }
+# It counts and what it imports does not: it makes materials for all suites, each of which uses a few.
+SHALLOW = {"diffship.benchmarks.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}  # or not in every version of Python
@@ -79,7 +81,8 @@ def closure(roots: Iterable[str], without: Iterable[str] = (), package: Path = P
         file = _file(name, package)
         if file.is_file():
             found.add(name)
-            waiting += [*_named(file), *([name.rpartition(".")[0]] if name.count(".") > 1 else [])]
+            named = [] if name in SHALLOW else _named(file)
+            waiting += [*named, *([name.rpartition(".")[0]] if name.count(".") > 1 else [])]
     return found
 
 

@@ -17,6 +17,7 @@ from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, ConfigError, DiffshipError, ParityError
 from diffship.core.job import Progress, available_memory
 from diffship.core.manifest import Golden, GoldenTrajectory, Part
+from diffship.core.spec import first_sample
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.blocks import BlockCheck, check_blocks
@@ -34,9 +35,9 @@ class PartCheck:
     """What verify found out about one part.
 
     status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
-    was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K`. blocks: what
-    was found inside it. note: why the proof is weaker than it could be. suspects: with `look`, the first stretch of the
-    graph that computes something else, and the node in it.
+    was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K` and
+    `NAME, one sample`. blocks: what was found inside it. note: why the proof is weaker than it could be. suspects: with
+    `look`, the first stretch of the graph that computes something else, and the node in it.
     """
 
     part: str
@@ -207,6 +208,8 @@ def check_part(
     try:
         if part.golden.blocks is not None:
             blocks = check_blocks(bundle, part, engine, budget)
+        if part.golden.blocks is not None:
+            calls += _alone(part, *calls[0])
         stages, outputs = _compute(bundle, part, engine, [feeds for feeds, _ in calls], budget)
     except DiffshipError as fault:
         spent = time.perf_counter() - started
@@ -220,13 +223,22 @@ def check_part(
     return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
 
 
+def _alone(part: Part, feeds: Arrays, expected: Arrays) -> list[tuple[Arrays, Arrays]]:
+    """The first sample of a call as a call of its own: no number of samples may be frozen in a graph."""
+    alone = first_sample(part.inputs, feeds)
+    return [] if alone is None else [(alone, {name: array[:1] for name, array in expected.items()})]
+
+
 def _whole(golden: Golden, expected: Sequence[Arrays], outputs: Sequence[Arrays]) -> Report:
-    """The outputs of all calls in one report."""
+    """The outputs of all calls in one report; the call beyond those of the bundle is of one sample."""
     if len(expected) == 1:
         return compare(expected[0], outputs[0], golden.outputs or golden.tolerance)
-    label = "{}, call {}".format
-    sides = [{label(n, k + 1): a for k, one in enumerate(side) for n, a in one.items()} for side in (expected, outputs)]
-    limits = {label(n, k + 1): limit for k in range(len(expected)) for n, limit in golden.outputs.items()}
+
+    def label(name: str, call: int) -> str:
+        return f"{name}, call {call + 1}" if call < golden.calls else f"{name}, one sample"
+
+    sides = [{label(n, k): a for k, one in enumerate(side) for n, a in one.items()} for side in (expected, outputs)]
+    limits = {label(n, k): limit for k in range(len(expected)) for n, limit in golden.outputs.items()}
     return compare(sides[0], sides[1], limits)
 
 

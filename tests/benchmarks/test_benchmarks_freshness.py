@@ -61,6 +61,11 @@ def test_a_doubled_clock_of_the_server_makes_its_file_stale(edited: Edit) -> Non
     assert edited("benchmarks/serving.py", "statistics.median(values)", "2 * statistics.median(values)") == {"serving"}
 
 
+def test_what_materials_are_made_of_counts_for_those_who_use_them(edited: Edit) -> None:
+    made = edited("benchmarks/workbench.py", 'export(source, to="onnx"', 'export(source, to="onnx", precision="fp16"')
+    assert {"cold-start", "serving"} <= made and "cpu-edge" not in made
+
+
 @pytest.mark.slow
 def test_statistics_and_figures_count(edited: Edit) -> None:
     assert edited("benchmarks/intervals.py", "LEVEL = 0.95", "LEVEL = 0.5") == set(SUITES)

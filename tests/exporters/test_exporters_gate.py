@@ -30,6 +30,7 @@ from diffship.exporters.tolerances import measured
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
+from diffship.models.text import TextEncoder
 from diffship.models.unet import UNet
 from diffship.runtimes.verify import verify
 
@@ -70,6 +71,29 @@ def test_golden_feeds_see_everything(tiny_sd: Pipeline) -> None:
     assert np.allclose(first["encoder_hidden_states"], expected, atol=1e-5)
     noisy = [float(np.std(np.diff(call["sample"], axis=3))) for call in (first, second)]
     assert noisy[0] > 1.5 * noisy[1]
+
+
+def test_a_second_call_of_text_reads_the_whole_table(tiny_sd: Pipeline) -> None:
+    text = tiny_sd.components["text_encoder"]
+    _, spread = GoldenFeeds(tiny_sd, 1 << 30).calls(text, {"batch_size": 2})
+    ids, words = np.sort(spread["input_ids"].ravel()), text.config["vocab_size"]
+    assert spread["input_ids"].shape == (2, 77) and spread["input_ids"].dtype == np.int64
+    assert (ids[0], ids[-1]) == (0, words - 1) and np.diff(ids).max() <= words / 153 + 1
+
+
+class Counting(TextEncoder):
+    """Computes right for two samples and more, as many as the references have."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(output * (min(len(input_ids), 2) / 2) for output in super().forward(input_ids))
+
+
+def test_a_part_whose_samples_depend_on_their_number_is_refused(tiny_sd: Pipeline, tmp_path: Path) -> None:
+    text = tiny_sd.components["text_encoder"]
+    wrong = mutant(tiny_sd, "text_encoder", lambda: Counting(text.config, False, False))
+    with pytest.raises(UnsupportedError, match=r"torch gives a sample another .* alone than among others"):
+        export(wrong, "onnx", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -198,3 +198,31 @@ def test_a_fault_that_the_whole_part_hides_is_found(tiny_bundle: Path, tmp_path:
     (copy / "diffship.json").write_text(json.dumps(manifest))
     passed, _, (block,) = checked(copy)
     assert not passed and "decoder.mid_block.resnets.0.out" in block.failed
+
+
+def test_a_number_of_samples_that_a_graph_froze_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The decoder's output times min(samples, 2) / 2: right for the two samples of the references."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    place = copy / "vae_decoder/model.onnx"
+    model = onnx.load(str(place), load_external_data=False)
+    (last,) = (node for node in model.graph.node if "sample" in node.output)
+    last.output[list(last.output).index("sample")] = "before"
+    constants = {"first": np.int64([0]), "two": np.int64([2]), "half": np.float32([0.5])}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Shape", ["before"], ["shape"]),
+            helper.make_node("Gather", ["shape", "first"], ["samples"]),
+            helper.make_node("Min", ["samples", "two"], ["least"]),
+            helper.make_node("Cast", ["least"], ["number"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["number", "half"], ["factor"]),
+            helper.make_node("Mul", ["before", "factor"], ["sample"]),
+        ]
+    )
+    place.write_bytes(model.SerializeToString())
+    manifest = json.loads((copy / "diffship.json").read_text())
+    manifest["files"]["vae_decoder/model.onnx"] = {"size": place.stat().st_size, "sha256": digest_file(place)}
+    (copy / "diffship.json").write_text(json.dumps(manifest))
+    passed, text, _ = checked(copy)
+    assert not passed and "FAIL sample, one sample" in text and "ok   sample, call 1" in text
