@@ -25,20 +25,19 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    plots = {
-        "memory": memory_bars,
-        "roofline": roofline,
-        "quality": latency_quality,
-        "splits": split_curve,
-        "differences": differences,
-    }
-    for name, draw in plots.items():
+    plots = (memory_bars, roofline, latency_quality, split_curve, differences)
+    for file, draw in zip(stems(folder, results.suite), plots, strict=True):
         figure = draw(results)
         if figure is not None:
-            written += save(figure, folder / f"{results.suite}-{name}", str(results.to_json()["digest"]))
+            written += save(figure, file.with_suffix(""), str(results.to_json()["digest"]))
     if not written:
         raise ConfigError(f"{results.suite} has no memory, rate or quality figures: nothing to plot")
     return written
+
+
+def stems(folder: Path, suite: str) -> list[Path]:
+    """The PNG files that `draw_all` may write for a suite, each with an SVG beside it."""
+    return [folder / f"{suite}-{name}.png" for name in ("memory", "roofline", "quality", "splits", "differences")]
 
 
 def save(figure: Figure, stem: Path, digest: str) -> list[Path]:

@@ -71,7 +71,7 @@ def measure(suite: str, times: int, work: Path) -> list[Path]:
     """
     files = [work / f"{suite}-{number}.json" for number in range(1, times + 1)]
     for file in files:
-        words = ["bench", "--suite", suite, "-o", str(file), "--work", str(work / "bench")]
+        words = ["bench", "--suite", suite, "-o", str(file), "--overwrite", "--work", str(work / "bench")]
         if subprocess.run(child.command("diffship", *words), env=child.environment()).returncode or not file.is_file():
             raise ConfigError(f"a run of {suite} failed: diffship {' '.join(words)}")
     return files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ class PipelineModel:
         }
         self._runners: dict[str, Runner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}
+        self.load_seconds = 0.0  # spent so far on opening parts
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
@@ -51,9 +53,11 @@ class PipelineModel:
             raise ConfigError(f"{self.name} has no part {part!r}; it has {', '.join(sorted(self.parts))}")
         with self._locks[part]:
             if part not in self._runners:
+                begin = time.perf_counter()
                 component = self.pipeline.components[part]
                 narrow = self.dtype == "float16" and component.overflows_half
                 self._runners[part] = component.load(self.device, "float32" if narrow else self.dtype)
+                self.load_seconds += time.perf_counter() - begin
             return self._runners[part]
 
     def release(self, part: str) -> None:

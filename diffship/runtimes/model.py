@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -61,6 +62,7 @@ class BundleModel:
         self.tokenizers: Mapping[str, Tokenizer] = _tokenizers(bundle)
         self._runners: dict[str, PartRunner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}
+        self.load_seconds = 0.0  # spent so far on opening parts
 
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""
@@ -69,9 +71,11 @@ class BundleModel:
         with self._locks[part]:
             runner = self._runners.get(part)
             if runner is None:
+                begin = time.perf_counter()
                 entry = self.bundle.part(part)
                 session = self.opener.open([self.bundle.file(name) for name in entry.files])
                 runner = self._runners[part] = PartRunner(entry, session, steps_of(self.bundle, entry))
+                self.load_seconds += time.perf_counter() - begin
             return runner
 
     def release(self, part: str) -> None:
