@@ -19,8 +19,9 @@ from diffship.cli.pace import Pace, Told
 from diffship.cli.progress import Stages, note
 from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
+from diffship.core.sniff import missing, near
 from diffship.runtimes.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
@@ -158,13 +159,13 @@ def require_something(text: str) -> None:
     """A hub id or built-in source may be looked up later; a path must be there.
 
     Raises:
-        ConfigError: a path that leads nowhere.
+        SourceError: a path that leads nowhere.
         UnsupportedError: a source, and no torch to run it with.
     """
     if Path(text).exists():
         return
-    if text.startswith(("/", ".", "~", "\\")):
-        raise ConfigError(f"{text!r} does not exist; DIR is a bundle, a folder with diffship.json in it")
+    if gone := missing(text):
+        raise SourceError(f"{gone}; DIR is a bundle, a folder with diffship.json in it{near(text)}")
     if not installed("torch"):
         raise UnsupportedError(
             f"there is no folder {text!r}, and without torch only bundles are run. "

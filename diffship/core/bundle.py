@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
-from diffship.core.errors import BundleError, ConfigError
+from diffship.core.errors import BundleError, ConfigError, SourceError
 from diffship.core.leftovers import claim_folder, held, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
@@ -25,6 +25,7 @@ from diffship.core.manifest import (
     Part,
     listed_files,
 )
+from diffship.core.sniff import classify, foreign, missing, near
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
 
@@ -43,11 +44,14 @@ class Bundle:
 
         Raises:
             ConfigError: there is no such folder.
+            SourceError: it is a folder without a manifest.
             BundleError: naming the file, for anything that is not as the manifest says.
         """
         root = _existing_folder(path)
         if not os.path.lexists(root / MANIFEST_NAME):
-            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}. Make one with: diffship export")
+            raise SourceError(
+                f"{root} is not a bundle: it has no {MANIFEST_NAME}; {foreign(root, 'make one with: diffship export')}"
+            )
         data = check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links)
         return cls(root, check.open_manifest(root, data, hard_links), hard_links)
 
@@ -168,13 +172,11 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
     try:
         root = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError):
-        raise ConfigError(
-            f"{str(path)[:200]!a} does not exist; a bundle is a folder with {MANIFEST_NAME} in it"
-        ) from None
+        gone = missing(str(path)) or f"{str(path)[:200]!r} does not exist"
+        raise ConfigError(f"{gone}; a bundle is a folder with {MANIFEST_NAME} in it{near(str(path))}") from None
     if not root.is_dir():
-        raise ConfigError(
-            f"{path} is not a folder; unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
-        )
+        what = f"unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
+        raise ConfigError(f"{path} is not a folder; {what if classify(root) == 'archive' else foreign(root, what)}")
     return root
 
 

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
-from diffship.core.errors import BundleError, UnsupportedError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.core.runner import Runner
+from diffship.core.sniff import foreign, missing, near
 from diffship.runtimes.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.runtimes.torch import TorchRunner
@@ -115,7 +116,10 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
         return BundleModel(Bundle.open(path), engine, **options)
     known = ("model_index.json", "config.json", "*/config.json")  # of a pipeline, of one component, of several
     if path.exists() and not any(next(path.glob(name), None) for name in known):
-        raise BundleError(f"{path} holds neither {MANIFEST_NAME} nor model_index.json: it is no bundle and no model")
+        lacking = f"{path} holds neither {MANIFEST_NAME} nor model_index.json"
+        raise SourceError(f"{lacking}; {foreign(path, 'it is no bundle and no model')}")
+    if gone := missing(source):
+        raise SourceError(f"{gone}; a bundle is a folder with {MANIFEST_NAME} in it{near(source)}")
     if engine not in (None, "torch"):
         raise UnsupportedError(
             f"engine {engine} runs bundles, and {source} is none. Run: diffship export {source} --to onnx -o DIR"

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.sniff import describe, foreign
 from diffship.sampling.trajectory import Trajectory
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -114,12 +115,17 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {decoder_fault(fault)}") from None
+        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {_seen(path, fault)}") from None
 
 
 def decoder_fault(fault: Exception) -> str:
     """What a decoder of Pillow says, without the address of the bytes that it read."""
     return re.sub(r" ?<_io\.\w+ object at 0x[0-9a-f]+>", "", str(fault))[:120]
+
+
+def _seen(path: str | Path, fault: Exception) -> str:
+    told = describe(path)
+    return f"{decoder_fault(fault)}; {told}" if told else decoder_fault(fault)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -138,7 +144,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _bounded(path: str | Path) -> bytes:
     try:
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: cannot be read: there is no such file")
+            raise ConfigError(f"{path}: cannot be read: {foreign(path, 'there is no such file')}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > _FILE_BYTES:

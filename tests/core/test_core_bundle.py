@@ -20,7 +20,7 @@ from diffship.core import bundle_check
 from diffship.core.atomic import partial_prefix
 from diffship.core.bundle import Bundle, Manifest, Part, require_place, write_bundle
 from diffship.core.dtype import TensorMeta
-from diffship.core.errors import BundleError, ConfigError
+from diffship.core.errors import BundleError, ConfigError, SourceError
 from diffship.core.leftovers import claim_folder, remove_leftovers
 from diffship.core.limits import LIMITS
 from diffship.core.safetensors_file import write_safetensors
@@ -70,7 +70,7 @@ def test_no_such_folder(path: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_or_file_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"has no diffship\.json"):
+    with pytest.raises(SourceError, match=r"has no diffship\.json"):
         Bundle.open(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
     with pytest.raises(ConfigError, match="not a folder; unpack"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from diffship.core.bundle import Bundle
-from diffship.core.errors import BundleError, ConfigError, MissingExtra, UnsupportedError
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, SourceError, UnsupportedError
 from diffship.runtimes import engine as engines
 from diffship.runtimes.model import BundleModel, open_model
 from diffship.sampling.generate import generate
@@ -134,7 +134,7 @@ def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path, or
 
 
 def test_what_is_neither_bundle_nor_model(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"neither diffship\.json nor model_index\.json"), open_model(tmp_path):
+    with pytest.raises(SourceError, match=r"neither diffship\.json nor model_index\.json"), open_model(tmp_path):
         pass
     with (
         pytest.raises(UnsupportedError, match="Run: diffship export arch:tiny-sd --to onnx"),
