@@ -25,7 +25,8 @@ from diffship.core.manifest import (
     Part,
     listed_files,
 )
-from diffship.core.sniff import classify, foreign, missing, near
+from diffship.core.sniff import classify, describe, foreign, missing, near
+from diffship.core.travel import only_read_by_people, rewrapped
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
 
@@ -53,19 +54,32 @@ class Bundle:
                 f"{root} is not a bundle: it has no {MANIFEST_NAME}; {foreign(root, 'make one with: diffship export')}"
             )
         data = check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links)
+        if told := describe(root / MANIFEST_NAME, text=True):
+            raise BundleError(f"{root / MANIFEST_NAME}: {told}")
         return cls(root, check.open_manifest(root, data, hard_links), hard_links)
 
-    def verify(self, on_file: Callable[[str, int], None] | None = None) -> None:
-        """Hash every file; `on_file(name, size)` follows each. Raises BundleError for a changed or unlisted file."""
-        check.check_unlisted(self.path, self.manifest.files, check.scan(self.path, self.hard_links))
+    def verify(self, on_file: Callable[[str, int], None] | None = None) -> tuple[str, ...]:
+        """Hash every file; `on_file(name, size)` follows each.
+
+        What it gives is to be told: files of systems and downloads that were passed over, a README whose line ends git
+        changed.
+
+        Raises:
+            BundleError: a changed or unlisted file.
+        """
+        note = check.check_unlisted(self.path, self.manifest.files, check.scan(self.path, self.hard_links))
+        notes = [note] if note else []
         for name, record in self.manifest.files.items():
             actual = check.digest_file(self.path / name)
-            if actual != record.sha256:
+            if actual != record.sha256 and only_read_by_people(name) and rewrapped(self.path / name, record):
+                notes.append(f"{name}: its line ends were changed, and nothing else")
+            elif actual != record.sha256:
                 raise BundleError(
                     f"{self.path}: {name} was changed: its sha256 is {actual[:12]}..., expected {record.sha256[:12]}..."
                 )
             if on_file is not None:
                 on_file(name, record.size)
+        return tuple(notes)
 
     def file(self, name: str) -> Path:
         """The path of a listed file; raises BundleError for any other name."""

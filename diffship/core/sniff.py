@@ -185,9 +185,11 @@ def _describe_file(name: str, size: int, head: bytes, text: bool) -> str:
         return "it is an unfinished download; let it go on, or get it again"
     if not head.strip(b"\0"):
         return "it begins with zeros: room that was made for a download which never came; get it again"
+    if told := _describe_head(head):
+        return told
     if name in ("diffship.json", "model_index.json"):
-        return "it is the list of a folder; pass the folder"
-    return _describe_head(head) or ("" if text or name.lower().endswith(_TEXTS) else _describe_text(head))
+        return "" if text else "it is the list of a folder; pass the folder"
+    return "" if text or name.lower().endswith(_TEXTS) else _describe_text(head)
 
 
 def _describe_head(head: bytes) -> str:

@@ -60,11 +60,11 @@ def find_material(text: str, revision: str | None = None) -> Material:
 
 
 def _named(folder: Path) -> dict[str, str | None]:
-    """What a folder is called in manifests: by its name alone, or, in the hub's cache, by hub id and commit."""
+    """What a folder is called in manifests: its own name, or, in a hub cache, that of the hub, at its commit."""
     snapshot = _SNAPSHOT.search(folder.as_posix())
     if snapshot is None:
         return {"id": folder.name, "revision": None, "kind": "folder"}
-    return {"id": snapshot["id"].replace("--", "/", 1), "revision": snapshot["commit"], "kind": "hub"}
+    return {"id": snapshot["id"].replace("--", "/", 1), "revision": snapshot["commit"], "kind": "folder"}
 
 
 def require_source(text: str) -> None:

@@ -106,6 +106,7 @@ class VerifyReport:
     checks: tuple[PartCheck, ...] = field(default=())
     damage: str = ""
     trajectory: TrajectoryCheck | None = None
+    notes: tuple[str, ...] = ()  # of what was passed over beside the bundle's files
 
     @property
     def passed(self) -> bool:
@@ -127,6 +128,7 @@ class VerifyReport:
             "files": self.files,
             "bytes": self.bytes,
             "damage": self.damage,
+            "notes": list(self.notes),
             "parts": [check.to_json() for check in self.checks],
             "trajectory": None if self.trajectory is None else self.trajectory.to_json(),
         }
@@ -134,7 +136,7 @@ class VerifyReport:
     def text(self) -> str:
         if self.damage:
             return f"{self.bundle}: DAMAGED. {self.damage}"
-        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match"]
+        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match", *self.notes]
         lines += [check.text() for check in self.checks]
         lines += [] if self.trajectory is None else [self.trajectory.text()]
         failed, unproven = self.named("failed"), self.named("unproven")
@@ -175,7 +177,7 @@ def verify(
     total = sum(record.size for record in manifest.files.values())
     head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
     try:
-        opened.verify()
+        notes = opened.verify()
     except BundleError as fault:
         return VerifyReport(*head, damage=str(fault))
     checks = []
@@ -186,7 +188,7 @@ def verify(
     drawn = None
     if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
         drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
-    return VerifyReport(*head, tuple(checks), trajectory=drawn)
+    return VerifyReport(*head, tuple(checks), trajectory=drawn, notes=notes)
 
 
 def check_part(
