@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
+from diffship.core.brief import brief
 from diffship.core.errors import BundleError, ConfigError, SourceError
 from diffship.core.leftovers import claim_folder, held, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
@@ -31,6 +32,7 @@ from diffship.core.travel import only_read_by_people, rewrapped
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
 
 
+@brief
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle: names, sizes, paths, links, headers and limits are checked; hashes only by `verify`."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.atomic import replacing
+from diffship.core.brief import brief
 from diffship.core.dtype import CODES, NAMES, TensorMeta, as_bytes, stored
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.limits import LIMITS
@@ -35,6 +36,7 @@ class Entry:
     offset: int
 
 
+@brief
 @dataclass(frozen=True)
 class Header:
     """A checked header; `entries` keeps the order of the offsets."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from diffship.core.brief import brief_text
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.runner import Runner
@@ -46,6 +47,9 @@ class PipelineModel:
         """sha256 over the parts' source digests, equal to that of a bundle of the same weights."""
         lines = (f"{name} {digest}\n" for name, digest in self.digests.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return brief_text(self, name=self.name, device=self.device, dtype=self.dtype, parts=self.parts)
 
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""

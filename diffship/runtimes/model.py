@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from diffship.core.brief import brief_text
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
 from diffship.core.errors import SourceError, UnsupportedError
@@ -64,6 +65,9 @@ class BundleModel:
         self._runners: dict[str, PartRunner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}
         self.load_seconds = 0.0  # spent so far on opening parts
+
+    def __repr__(self) -> str:
+        return brief_text(self, name=self.name, engine=self.engine, parts=self.parts, bundle=str(self.bundle.path))
 
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""

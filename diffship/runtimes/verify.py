@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, ConfigError, DiffshipError, ParityError
@@ -29,6 +30,7 @@ from diffship.runtimes.verify_trajectory import TrajectoryCheck, check_trajector
 Arrays = dict[str, np.ndarray]
 
 
+@brief
 @dataclass(frozen=True)
 class PartCheck:
     """What verify found out about one part.
@@ -94,6 +96,7 @@ class Refused(ParityError):
         self.check = check
 
 
+@brief
 @dataclass(frozen=True)
 class VerifyReport:
     """All of verify; `passed` only where the files are intact and every part is proved here."""

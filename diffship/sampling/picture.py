@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from diffship.core.atomic import write_file
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import describe, foreign
@@ -37,9 +38,13 @@ _A1111 = {
 }
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """uint8 pixels (height, width, 3), the settings that made them, and where the trajectory ended."""
+    """uint8 pixels (height, width, 3), the settings that made them, and where the trajectory ended.
+
+    `picture.save("apple.png")` writes it with its settings; a notebook shows it as it is.
+    """
 
     pixels: NDArray[np.uint8]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -55,8 +60,12 @@ class Picture:
         Image.fromarray(self.pixels).save(out, "PNG", pnginfo=texts)
         return out.getvalue()
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.png()
+
     def save(self, path: str | Path) -> None:
-        """Write the PNG; the file appears whole or not at all."""
+        """Write the PNG, over what was there; the file appears whole or not at all."""
         write_file(path, self.png())
 
 
