@@ -36,14 +36,11 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx"),
-    "coremltools": ("coremltools", "coreml"),
     "torch_pruning": ("torch-pruning", "prune"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
     "httpx": ("httpx", "edge"),
-    "lpips": ("lpips", "quality"),
     "matplotlib": ("matplotlib", "plots"),
-    "torch_fidelity": ("torch-fidelity", "quality"),
 }
 # These import without torch, and then offer classes that only complain.
 _NEED_TORCH = ("diffusers", "transformers")
