@@ -31,7 +31,6 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "huggingface_hub": ("huggingface_hub", "torch"),
     "yaml": ("pyyaml", "torch"),
     "onnx": ("onnx", "onnx"),
-    "onnxscript": ("onnxscript", "onnx"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "tensorrt"),

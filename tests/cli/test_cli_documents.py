@@ -151,7 +151,7 @@ def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_p
 
 @pytest.mark.slow
 def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnx")
     folder = tmp_path / "vae"
     words = ["export", "arch:tiny-sd", "--parts", "vae_decoder", "--no-verify", "-o", folder]
     document = check(command(*words), "export")

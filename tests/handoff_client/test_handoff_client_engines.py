@@ -87,7 +87,7 @@ EDGE = """
 import sys
 
 class Blocked:
-    names = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "openvino", "fastapi", "uvicorn"}
+    names = {"torch", "diffusers", "transformers", "onnx", "accelerate", "openvino", "fastapi", "uvicorn"}
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
