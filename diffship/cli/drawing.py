@@ -19,9 +19,9 @@ from diffship.cli.pace import Pace, Told
 from diffship.cli.progress import Stages, note
 from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file
-from diffship.core.errors import ConfigError, SourceError, UnsupportedError
+from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import missing, near
+from diffship.core.sniff import describe, missing, near
 from diffship.runtimes.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
@@ -125,7 +125,11 @@ def resumed(options: argparse.Namespace) -> list[Work]:
         raise ConfigError(f"--resume {str(options.resume)!r} is not a file")
     if options.resume.stat().st_size > LIMITS.trajectory_bytes:
         raise ConfigError(f"--resume {str(options.resume)!r} is longer than a trajectory can be")
-    trajectory = unpack(options.resume.read_bytes())
+    try:
+        trajectory = unpack(options.resume.read_bytes())
+    except HandoffError as fault:
+        told = describe(options.resume)
+        raise HandoffError(f"--resume {options.resume}: {fault}{f'; {told}' if told else ''}") from None
 
     def begun(router: Router) -> list[Trajectory]:
         model = router.models[router.place_of(trajectory)]

@@ -34,7 +34,7 @@ def option_texts(cls: type[Any]) -> tuple[Mapping[str, str], str]:
     names = "|".join(field.name for field in dataclasses.fields(cls))
     marks = list(re.finditer(rf"(?<![\w`])((?:{names})(?:,\s+(?:{names}))*):\s", rest))
     ends = [mark.start() for mark in marks[1:]] + [len(rest)]
-    about = {}
+    about: dict[str, str] = {}
     for mark, end in zip(marks, ends, strict=True):
         text = " ".join(rest[mark.end() : end].split())
         about |= dict.fromkeys(re.split(r",\s+", mark[1]), text)

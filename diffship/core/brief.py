@@ -17,7 +17,7 @@ def brief(cls: type[T]) -> type[T]:
     def text(self: Any) -> str:
         return brief_text(self, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
-    cls.__repr__ = text  # type: ignore[assignment]
+    cls.__repr__ = text  # type: ignore[method-assign]
     return cls
 
 

@@ -111,7 +111,7 @@ def describe(path: str | Path, text: bool = False) -> str:
         if path.is_dir():
             return _describe_folder(path)
         if not path.is_file():
-            return "" if path.exists() else "nothing is there"
+            return "" if path.exists() else f"nothing is there{near(str(path))}"
         size = path.stat().st_size
         return _describe_file(path.name, size, _head(path), text)
     except (OSError, ValueError):
@@ -224,6 +224,11 @@ def _describe_text(head: bytes) -> str:
         return ""
     kind = "JSON" if words.lstrip()[:1] in ("{", "[") else "text"
     return f"it is {kind} ({' '.join(words.split())[:80]!a}), as a download leaves that was refused; get the file again"
+
+
+def describe_bytes(data: bytes) -> str:
+    """What `describe` says of a file that holds these bytes."""
+    return _describe_file("", len(data), data[:_HEAD], False)
 
 
 def _describe_folder(folder: Path) -> str:

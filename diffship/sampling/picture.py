@@ -20,7 +20,7 @@ from diffship.core.atomic import write_file
 from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import describe, foreign
+from diffship.core.sniff import describe_bytes, foreign
 from diffship.sampling.trajectory import Trajectory
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -124,7 +124,7 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {_seen(path, fault)}") from None
+        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {undecoded(fault, data)}") from None
 
 
 def decoder_fault(fault: Exception) -> str:
@@ -132,8 +132,9 @@ def decoder_fault(fault: Exception) -> str:
     return re.sub(r" ?<_io\.\w+ object at 0x[0-9a-f]+>", "", str(fault))[:120]
 
 
-def _seen(path: str | Path, fault: Exception) -> str:
-    told = describe(path)
+def undecoded(fault: Exception, data: bytes) -> str:
+    """Why a picture is none: what its decoder says, and what its bytes are where they are known."""
+    told = describe_bytes(data)
     return f"{decoder_fault(fault)}; {told}" if told else decoder_fault(fault)
 
 

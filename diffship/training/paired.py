@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
-from diffship.sampling.picture import decoder_fault, eight_bits
+from diffship.sampling.picture import decoder_fault, eight_bits, undecoded
 from diffship.training.gathering import LEGAL, Sample, gathered
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -102,7 +102,7 @@ def _checked(sample: Sample) -> bytes:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise SourceError(f"{sample.name}: is no PNG, JPEG or WebP picture: {decoder_fault(fault)}") from None
+        raise SourceError(f"{sample.name}: is no PNG, JPEG or WebP picture: {undecoded(fault, data)}") from None
     if width * height > LIMITS.decoded_pixels:
         raise SourceError(f"{sample.name}: is {width}x{height}; at most {LIMITS.decoded_pixels} pixels are decoded")
     return data

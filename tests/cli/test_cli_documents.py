@@ -200,6 +200,8 @@ def test_a_damaged_trajectory_is_refused(command: Any, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"\x00" * 100)
     document = check(command("run", "D", "--resume", tmp_path / "kept"), "run")
     assert document["exit_code"] == 1 and document["error"]["type"] == "HandoffError"
+    (tmp_path / "kept").write_text("<!DOCTYPE html><html></html>")
+    assert "; it is a web page" in command("run", "D", "--resume", tmp_path / "kept")["error"]["message"]
 
 
 LATE = {
