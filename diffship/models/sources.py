@@ -47,7 +47,7 @@ def find_material(text: str, revision: str | None = None) -> Material:
     """What one source yields, whole or not."""
     if text.startswith(PREFIX):
         return arch_material(text)
-    require_source(text)
+    require_source(text, revision)
     path = Path(text).expanduser()
     if path.is_dir():
         return folder_material(path, _named(path.resolve()))
@@ -67,8 +67,11 @@ def _named(folder: Path) -> dict[str, str | None]:
     return {"id": snapshot["id"].replace("--", "/", 1), "revision": snapshot["commit"], "kind": "folder"}
 
 
-def require_source(text: str) -> None:
-    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub."""
+def require_source(text: str, revision: str | None = None) -> None:
+    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub.
+
+    With a `revision` it is a hub id, also where a folder has its owner's name.
+    """
     path = Path(text).expanduser()
     kind = classify(path)
     if kind == "folder" and (path / MANIFEST_NAME).is_file():
@@ -77,7 +80,7 @@ def require_source(text: str) -> None:
         raise _not_a_folder(path)
     if kind == "folder" or text.startswith(PREFIX) or packaged(text):
         return
-    gone = missing(text)
+    gone = "" if revision and is_hub_id(text) else missing(text)
     if not gone and not (is_hub_id(text) and "/" in text):  # no model of ours is on the hub without an owner
         close = difflib.get_close_matches(text, [folder.name for folder in _HERE.glob(f"{_EMOJI}*")], 1)
         raise SourceError(f"{text[:200]!r} does not exist; {LEGAL}{_meant(close) or near(text)}")
