@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffship.cli.flags import request_fields
+from diffship.cli.flags import existing_file, request_fields
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
 from diffship.cli.output import Result
@@ -121,8 +121,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:
         raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
-    if not options.resume.is_file():
-        raise ConfigError(f"--resume {str(options.resume)!r} is not a file")
+    existing_file(options.resume, "--resume")
     if options.resume.stat().st_size > LIMITS.trajectory_bytes:
         raise ConfigError(f"--resume {str(options.resume)!r} is longer than a trajectory can be")
     try:
