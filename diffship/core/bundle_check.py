@@ -133,8 +133,12 @@ def read_small(path: Path, limit: int, hard_links: bool = False) -> bytes:
 
 
 def record(root: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below `root`, sorted; raises BundleError for names that a bundle may not hold."""
-    found = scan(root)
+    """Size and sha256 of every file below `root`, sorted, but for those that a file manager leaves meanwhile.
+
+    Raises:
+        BundleError: a name that a bundle may not hold.
+    """
+    found = {name: status for name, status in scan(root).items() if not left_by_systems(name)}
     for name in found:
         check_path(name)
     return {name: FileRecord(found[name].st_size, digest_file(root / name)) for name in sorted(found)}

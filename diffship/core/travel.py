@@ -39,9 +39,10 @@ def beside(names: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, str]:
     found = sorted(names)
     size = sum(sizes[name] for name in found)
     shown = ", ".join(ascii(name[:60]) for name in found[:3]) + (", ..." if len(found) > 3 else "")
+    what = f"{len(found)} file{'s' if len(found) > 1 else ''} of systems and downloads"
     if len(found) > LIMITS.beside_files or size > LIMITS.beside_bytes:
-        return "", f"{len(found)} files of systems and downloads, {size} bytes ({shown}), are too many. Move them away"
-    return (f"passed over: {len(found)} files of systems and downloads ({shown})" if found else ""), ""
+        return "", f"{what}, {size} bytes ({shown}): too many. Move them away"
+    return (f"passed over: {what} ({shown})" if found else ""), ""
 
 
 def rewrapped(path: Path, record: _Recorded) -> bool:

@@ -138,17 +138,19 @@ def test_what_systems_and_downloads_leave_is_passed_over_and_told(name: str, bun
     (bundle.path / name).parent.mkdir(parents=True, exist_ok=True)
     (bundle.path / name).write_bytes(b"left")
     (note,) = Bundle.open(bundle.path).verify()
-    assert note == f"passed over: 1 files of systems and downloads ('{name}')"
+    assert note == f"passed over: 1 file of systems and downloads ('{name}')"
     with write_bundle(bundle.path, overwrite=True) as draft:
         fill(draft.folder, 2)
-        draft.finish(bundle.manifest)
-    assert not (bundle.path / name).exists() and Bundle.open(bundle.path).verify() == ()
+        (draft.folder / ".DS_Store").write_bytes(b"a file manager looks at the draft")
+        assert ".DS_Store" not in draft.finish(bundle.manifest).manifest.files
+    assert name == ".DS_Store" or not (bundle.path / name).exists()
+    assert Bundle.open(bundle.path).verify() == ("passed over: 1 file of systems and downloads ('.DS_Store')",)
 
 
 def test_what_is_passed_over_has_bounds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     (bundle.path / ".gitattributes").write_bytes(bytes(100))
     monkeypatch.setattr("diffship.core.travel.LIMITS", replace(LIMITS, beside_bytes=99))
-    with pytest.raises(BundleError, match=r"1 files of systems and downloads, 100 bytes .* are too many"):
+    with pytest.raises(BundleError, match=r"1 file of systems and downloads, 100 bytes .*: too many"):
         Bundle.open(bundle.path).verify()
     (bundle.path / ".gitattributes").unlink()
     (bundle.path / ".DS_Store").symlink_to("/etc/hostname")
