@@ -21,7 +21,7 @@ from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import describe, missing, near
+from diffship.core.sniff import also, missing, near
 from diffship.runtimes.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
@@ -127,8 +127,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     try:
         trajectory = unpack(options.resume.read_bytes())
     except HandoffError as fault:
-        told = describe(options.resume)
-        raise HandoffError(f"--resume {options.resume}: {fault}{f'; {told}' if told else ''}") from None
+        raise HandoffError(f"--resume {options.resume}: {fault}{also(options.resume)}") from None
 
     def begun(router: Router) -> list[Trajectory]:
         model = router.models[router.place_of(trajectory)]

@@ -111,7 +111,7 @@ def describe(path: str | Path, text: bool = False) -> str:
         if path.is_dir():
             return _describe_folder(path)
         if not path.is_file():
-            return "" if path.exists() else f"nothing is there{near(str(path))}"
+            return ""
         size = path.stat().st_size
         return _describe_file(path.name, size, _head(path), text)
     except (OSError, ValueError):
@@ -119,8 +119,14 @@ def describe(path: str | Path, text: bool = False) -> str:
 
 
 def foreign(path: str | Path, reason: str, text: bool = False) -> str:
-    """What `describe` says of a path, or `reason` where it says nothing."""
-    return describe(path, text) or reason
+    """What `describe` says of a path, or `reason` where it says nothing, with what is near where nothing is there."""
+    return describe(path, text) or (reason if os.path.lexists(path) else f"{reason}{near(str(path))}")
+
+
+def also(path: str | Path) -> str:
+    """What `describe` says, or what is near where nothing is there, to stand behind a message: `; it is ...`."""
+    told = describe(path)
+    return f"; {told}" if told else "" if os.path.lexists(path) else near(str(path))
 
 
 def missing(text: str) -> str:

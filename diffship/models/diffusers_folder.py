@@ -11,7 +11,7 @@ from typing import Any
 from diffship.core.document import read_json
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import PICKLE_SUFFIXES, describe, foreign, refuse_unsafe
+from diffship.core.sniff import PICKLE_SUFFIXES, also, describe, foreign, refuse_unsafe
 from diffship.core.weights import SafetensorsWeights, Weights
 from diffship.models.autoencoder import KL, TINY
 from diffship.models.licences import licence_of
@@ -242,4 +242,4 @@ def _nothing(folder: Path) -> str:
     if pickles:
         refuse_unsafe(folder / pickles[0])
     lacking = "holds neither model_index.json nor a component's config.json: it is not a diffusers folder"
-    return f"{lacking}; {told}" if (told := describe(folder)) else lacking
+    return f"{lacking}{also(folder)}"

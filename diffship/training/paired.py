@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import foreign
+from diffship.core.sniff import also
 from diffship.sampling.picture import decoder_fault, eight_bits, undecoded
 from diffship.training.gathering import LEGAL, Sample, gathered
 
@@ -49,8 +49,7 @@ class PairedPictures:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            told = "" if folder.is_file() else f"; {foreign(folder, 'it is no folder')}"
-            raise SourceError(f"{folder} is not a folder of pictures with captions; {LEGAL}{told}")
+            raise SourceError(f"{folder} is not a folder of pictures with captions; {LEGAL}{also(folder)}")
         samples, left = gathered(folder)
         total = hashlib.sha256()
         for sample in samples:
