@@ -1,8 +1,9 @@
 """diffship: compress, compile and prove text-to-image diffusion models.
 
-    from diffship import generate, open_model
+    from diffship import Request, generate, open_model
     with open_model("out/emoji") as model:
-        pictures = generate(model, Request("red apple"))
+        picture = generate(model, Request("red apple"))[0]
+    picture.save("apple.png")
 
 Importing the package imports nothing else; each name is loaded when it is first used. `export` is not among them: the
 module `diffship.export` has that name, so it is `from diffship.export import export`. What it does at once is to switch

@@ -15,6 +15,7 @@ from clean_clone import outside
 import diffship
 from diffship.cli.main import VERBS
 from diffship.core import errors
+from diffship.core.lazy import EXTRAS
 from diffship.core.registry import EXPORTERS
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +32,11 @@ OPTIONAL = (
         "tensorrt",
         "tensorrt_rtx",
         "tensorrt_rtx_bindings",
-        "coremltools",
         "torch_pruning",
         "httpx",
         "fastapi",
     ),
-    *("uvicorn", "lpips", "torch_fidelity", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir", "cuda"),
+    *("uvicorn", "psutil", "matplotlib", "ml_dtypes", "polygraphy", "onnx_ir", "cuda"),
     "tensorrt_rtx_bindings",
     "resource",  # Unix alone has it
 )
@@ -278,9 +278,17 @@ def test_the_guard_lets_model_eval_pass() -> None:
 
 def test_extras_are_those_of_the_design() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    engines = "onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx coreml"
-    assert set(extras) == set(f"torch onnx edge prune serve quality plots dev {engines}".split())
+    engines = "onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx"
+    assert set(extras) == set(f"torch onnx edge prune serve plots dev {engines}".split())
     assert not any("torch" in line for line in extras["edge"] + extras["onnxruntime"])
+
+
+def test_no_extra_is_offered_for_nothing() -> None:
+    """Something in the package asks for a package of each extra."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in FILES if file.name != "lazy.py")
+    asked = {extra for name, (_, extra) in EXTRAS.items() if re.search(rf'"{name}[".]|\b(import|from) {name}\b', text)}
+    assert asked == set(extras) - {"dev", "onnxruntime-gpu"}
 
 
 def tracked() -> set[str]:

@@ -6,7 +6,7 @@ apart in grey too, and are labelled where they stand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,18 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    plots = {
-        "memory": memory_bars,
-        "roofline": roofline,
-        "quality": latency_quality,
-        "splits": split_curve,
-        "differences": differences,
-    }
-    for name, draw in plots.items():
+    for file, draw in zip(stems(folder, results.suite), PLOTS.values(), strict=True):
         plot = draw(results)
         if plot is not None:
-            written += save(plot, folder / f"{results.suite}-{name}", str(results.to_json()["digest"]))
+            written += save(plot, file.with_suffix(""), str(results.to_json()["digest"]))
     if not written:
         raise ConfigError(f"{results.suite} has no memory, rate or quality figures: nothing to plot")
     return written
+
+
+def stems(folder: Path, suite: str) -> list[Path]:
+    """The PNG files that `draw_all` may write for a suite, each with an SVG beside it."""
+    return [folder / f"{suite}-{name}.png" for name in PLOTS]
 
 
 def save(plot: Figure, stem: Path, digest: str) -> list[Path]:
@@ -345,3 +343,12 @@ def _library() -> Any:
     except ModuleNotFoundError:
         raise MissingExtra("matplotlib", "plots") from None
     return matplotlib
+
+
+PLOTS: Mapping[str, Callable[[Results], Figure | None]] = {
+    "memory": memory_bars,
+    "roofline": roofline,
+    "quality": latency_quality,
+    "splits": split_curve,
+    "differences": differences,
+}

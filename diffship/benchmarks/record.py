@@ -18,6 +18,7 @@ from diffship.benchmarks.catalogue import of_suite
 from diffship.benchmarks.freshness import changed_since, suite_digest
 from diffship.benchmarks.machine import environment, hardware
 from diffship.core.atomic import write_file
+from diffship.core.brief import brief
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
@@ -30,6 +31,7 @@ FILE_BYTES = 64 << 20
 _SIGNED = ("suite", "command", "code", "environment", "settings", "rows")
 
 
+@brief
 @dataclass(frozen=True)
 class Results:
     """One results file. `code` digests what the figures depend on (freshness), `settings` say how to repeat them."""

@@ -72,7 +72,7 @@ def measure(suite: str, times: int, work: Path) -> list[Path]:
     work.mkdir(parents=True, exist_ok=True)
     files = [work / f"{suite}-{number}.json" for number in range(1, times + 1)]
     for file in files:
-        words = ["bench", "--suite", suite, "-o", str(file), "--work", str(work / "bench")]
+        words = ["bench", "--suite", suite, "-o", str(file), "--overwrite", "--work", str(work / "bench")]
         # no timeout: every row of it has one
         if subprocess.run(child.command("diffship", *words), env=child.environment()).returncode or not file.is_file():
             raise ConfigError(f"a run of {suite} failed: diffship {' '.join(words)}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -66,24 +64,9 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     if "-h" in words or "--help" in words:
         for name in dict.fromkeys(word.removeprefix("--pass=") for word in words):
             if name in PASSES:
-                parser.epilog = f"{parser.epilog}\n{_options(name)}"
+                from diffship.cli.pass_help import options_text
 
-
-def _options(name: str) -> str:
-    cls = load(PASSES, name, "pass")
-    lines = []
-    width = max(16, *(len(field.name) + 2 for field in dataclasses.fields(cls)))
-    for field in dataclasses.fields(cls):
-        legal = field.metadata.get("choices")
-        default = "needed" if field.default is dataclasses.MISSING else f"default: {_worded(field.default)}"
-        lines.append(f"  {field.name:<{width}}{default}{'; ' + ', '.join(map(str, legal)) if legal else ''}")
-    return "\n".join([f"pass {name}, --set KEY=VALUE:", *lines, "", inspect.getdoc(cls) or ""])
-
-
-def _worded(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+                parser.epilog = f"{parser.epilog}\n{options_text(name, load(PASSES, name, 'pass'))}"
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -65,7 +65,7 @@ def inspect_bundle(folder: Path) -> Result:
     keys = ("name", "precision", "status", "parameters", "bytes", "source_digest")
     rows = [[_short(key, part[key]) for key in keys] for part in parts]
     facts = [
-        f"{manifest.target} bundle of {manifest.source.get('id', 'an unknown source')} ({manifest.family.name})",
+        f"{manifest.target} bundle of {_told(manifest.source)} ({manifest.family.name})",
         f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
         f"{len(manifest.files)} files",
         *manifest.source.get("notes", ()),
@@ -99,6 +99,12 @@ def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
     facts = [f"source {options.what} ({family.name}), cost of one call at {width}x{height}"]
     facts += pipeline.source.get("notes", ())
     return Result(document, _join(facts, table(head, rows), parts, pipeline.licence))
+
+
+def _told(source: Any) -> str:
+    """`owner/name@commit`, or what there is of it."""
+    revision = source.get("revision")
+    return f"{source.get('id', 'an unknown source')}{f'@{revision}' if revision else ''}"
 
 
 def _bundle_part(part: Any, files: Any) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError instead of printing usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with a dash is joined to it by =, such as --flag=-5"
         raise ConfigError(f"{message} ({self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -107,6 +109,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
         stray = next((word for word in rest if word.startswith("-")), None)
         problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"
+        if stray and hasattr(options, "prompts"):
+            problem += "; a prompt that begins with a dash stands behind --"
         raise ConfigError(f"{problem} (diffship {options.verb} --help)")
     return options
 

@@ -58,7 +58,7 @@ def train_student(
     look = Look(options.prompts or spread_captions(pictures), pictures.size)
     if options.teacher_steps:  # a few-step teacher has its guidance in its weights
         look = replace(look, steps=(options.teacher_steps,), guidance=1.0)
-    report = Report(model, look, folder, lambda text: job.progress(text, 0, 1))
+    report = Report(model, look, folder, lambda text: job.progress(text, 1, 1))
     train(
         task,
         schedule(options, options.rate),

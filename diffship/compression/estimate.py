@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.compression.outline import Outline
+from diffship.core.brief import brief
 from diffship.core.job import available_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
@@ -44,6 +45,7 @@ class Step:
     absent: str = ""
 
 
+@brief
 @dataclass(frozen=True)
 class Estimate:
     """All passes, the pipeline that they are taken to make, and what was timed, in words."""

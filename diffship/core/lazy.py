@@ -32,19 +32,15 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "huggingface_hub": ("huggingface_hub", "torch"),
     "yaml": ("pyyaml", "torch"),
     "onnx": ("onnx", "onnx"),
-    "onnxscript": ("onnxscript", "onnx"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx"),
-    "coremltools": ("coremltools", "coreml"),
     "torch_pruning": ("torch-pruning", "prune"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
     "httpx": ("httpx", "edge"),
-    "lpips": ("lpips", "quality"),
     "matplotlib": ("matplotlib", "plots"),
-    "torch_fidelity": ("torch-fidelity", "quality"),
 }
 # These import without torch, and then offer classes that only complain.
 _NEED_TORCH = ("diffusers", "transformers")

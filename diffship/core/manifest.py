@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from diffship.core.brief import brief
 from diffship.core.compare import Tolerance
 from diffship.core.errors import BundleError
 from diffship.core.family import Family
@@ -36,6 +37,7 @@ class Binding:
     shape: tuple[int | str, ...]
 
 
+@brief
 @dataclass(frozen=True)
 @bounded
 class GoldenBlocks:
@@ -57,6 +59,7 @@ class GoldenBlocks:
             raise BundleError(f"{self.file}: block references without a point would prove nothing")
 
 
+@brief
 @dataclass(frozen=True)
 @bounded
 class Golden:
@@ -81,6 +84,7 @@ class Golden:
             raise BundleError(f"{self.file}: a tolerance without limits would prove nothing")
 
 
+@brief
 @dataclass(frozen=True)
 class GoldenTrajectory:
     """A trajectory before its first call (docs/wire-format.md), and the fp32 latents after each call (`step.1` on).
@@ -93,6 +97,7 @@ class GoldenTrajectory:
     tolerance: Tolerance
 
 
+@brief
 @dataclass(frozen=True)
 class Part:
     """One compiled component. `files[0]` is what an engine opens; `bindings` only where the target renames or reshapes.
@@ -138,6 +143,7 @@ class FileRecord:
             raise BundleError(f"sha256 {self.sha256[:80]!a} is not 64 hex digits")
 
 
+@brief
 @dataclass(frozen=True)
 class Manifest:
     """The whole of diffship.json. `sampler` is diffusers' scheduler config; `files` leaves diffship.json itself out.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from diffship.core.brief import brief
 from diffship.core.errors import DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
@@ -27,6 +28,7 @@ else:
 INNER = "inner."  # every part wraps its network in an attribute of this name
 
 
+@brief
 @dataclass(frozen=True)
 class Component:
     """A part under its canonical name, with the canonical inputs and outputs that every engine keeps.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, Tolerance, compare
 from diffship.core.dtype import to_float32
@@ -32,6 +33,7 @@ _MOST = 512 << 20  # bytes of weights in one stretch, which is copied to a tempo
 _NAMED = 8
 
 
+@brief
 @dataclass(frozen=True)
 class BlockCheck:
     """kind: "graph" (float32 arithmetic, rounded weights) or "engine" (the part's precision). report: a point each."""

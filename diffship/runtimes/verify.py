@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, ConfigError, DiffshipError, ParityError
@@ -30,6 +31,7 @@ from diffship.runtimes.verify_trajectory import TrajectoryCheck, check_trajector
 Arrays = dict[str, np.ndarray]
 
 
+@brief
 @dataclass(frozen=True)
 class PartCheck:
     """What verify found out about one part.
@@ -95,6 +97,7 @@ class Refused(ParityError):
         self.check = check
 
 
+@brief
 @dataclass(frozen=True)
 class VerifyReport:
     """All of verify; `passed` only where the files are intact and every part is proved here."""
@@ -107,6 +110,7 @@ class VerifyReport:
     checks: tuple[PartCheck, ...] = field(default=())
     damage: str = ""
     trajectory: TrajectoryCheck | None = None
+    notes: tuple[str, ...] = ()  # of what was passed over beside the bundle's files
 
     @property
     def passed(self) -> bool:
@@ -128,6 +132,7 @@ class VerifyReport:
             "files": self.files,
             "bytes": self.bytes,
             "damage": self.damage,
+            "notes": list(self.notes),
             "parts": [check.to_json() for check in self.checks],
             "trajectory": None if self.trajectory is None else self.trajectory.to_json(),
         }
@@ -135,7 +140,7 @@ class VerifyReport:
     def text(self) -> str:
         if self.damage:
             return f"{self.bundle}: DAMAGED. {self.damage}"
-        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match"]
+        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match", *self.notes]
         lines += [check.text() for check in self.checks]
         lines += [] if self.trajectory is None else [self.trajectory.text()]
         failed, unproven = self.named("failed"), self.named("unproven")
@@ -177,7 +182,7 @@ def verify(
     total = sum(record.size for record in manifest.files.values())
     head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
     try:
-        opened.verify()
+        notes = opened.verify()
     except BundleError as fault:
         return VerifyReport(*head, damage=str(fault))
     checks = []
@@ -188,7 +193,7 @@ def verify(
     drawn = None
     if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
         drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
-    return VerifyReport(*head, tuple(checks), trajectory=drawn)
+    return VerifyReport(*head, tuple(checks), trajectory=drawn, notes=notes)
 
 
 def check_part(

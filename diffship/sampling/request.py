@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
@@ -21,6 +22,7 @@ from diffship.sampling.tokenizer import check_prompt
 MEMORY = ("normal", "low")
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt and how to draw it; None takes the model's default.
@@ -71,6 +73,7 @@ class Request:
         _check_size(self.size)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Settled:
     """A request with nothing left open."""

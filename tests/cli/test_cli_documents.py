@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def test_run_writes_pictures_with_their_settings(command: Any, tiny_bundle: Path
             assert image.size == (picture["width"], picture["height"])
             assert f"Seed: {picture['seed']}" in image.text["parameters"]
     assert (tmp_path / "g.png").stat().st_size > 0
+    assert "loaded in" not in document["stderr"] and document["peak_host_bytes"] > 3e7
+    assert 0 < document["load_seconds"] + 4 * document["picture_seconds"] <= document["seconds"] + 0.01
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_p
 
 @pytest.mark.slow
 def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnx")
     folder = tmp_path / "vae"
     words = ["export", "arch:tiny-sd", "--parts", "vae_decoder", "--no-verify", "-o", folder]
     document = check(command(*words), "export")
@@ -200,6 +203,8 @@ def test_a_damaged_trajectory_is_refused(command: Any, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"\x00" * 100)
     document = check(command("run", "D", "--resume", tmp_path / "kept"), "run")
     assert document["exit_code"] == 1 and document["error"]["type"] == "HandoffError"
+    (tmp_path / "kept").write_text("<!DOCTYPE html><html></html>")
+    assert "; it is a web page" in command("run", "D", "--resume", tmp_path / "kept")["error"]["message"]
 
 
 LATE = {
@@ -234,9 +239,16 @@ def test_what_would_fail_at_the_end_is_refused_before_the_work(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["dir.png", "file", "kept"]
 
 
-def test_prompts_behind_two_dashes_may_begin_with_one(tiny_bundle: Path, tmp_path: Path) -> None:
-    assert main(["run", str(tiny_bundle), "--steps", "1", "-o", str(tmp_path / "q.png"), "--", "-5 degrees"]) == 0
+def test_prompts_behind_two_dashes_may_begin_with_one(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", str(tiny_bundle), "--steps", "1", "-o", str(tmp_path / "q.png")]
+    assert main([*words, "--", "-5 degrees"]) == 0
     assert read_settings(tmp_path / "q.png")["prompt"] == "-5 degrees"
+    told = r"onnxruntime: loaded in \d+\.\d s, 1 picture in \d+\.\d\d s, peak memory \d+\.\d [MG]B"
+    said = capsys.readouterr()
+    assert re.fullmatch(told, said.err.splitlines()[-1]) and said.out == f"{tmp_path / 'q.png'}\n"
+    assert main([*words, "--overwrite", "--quiet", "x"]) == 0 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def test_a_split_resumes_where_it_stood(command: Any, small: Path, tmp_path: Pat
     assert command(*words, "--save-trajectory", kept, "-o", whole)["exit_code"] == 0
     for step, calls in ((0, [1, 2]), (1, [0, 2]), (2, [0, 1]), (3, [0, 0])):
         kept.write_bytes(half(small, step))
-        document = valid(command("run", small, *pair, "--resume", kept, "--no-metadata", "-o", tmp_path / "rest.png"))
+        document = valid(
+            command("run", small, *pair, "--resume", kept, "--no-metadata", "--overwrite", "-o", tmp_path / "rest.png")
+        )
         assert document["exit_code"] == 0, document
         assert [model["calls"] for model in document["models"]] == calls
         assert (tmp_path / "rest.png").read_bytes() == whole.read_bytes()

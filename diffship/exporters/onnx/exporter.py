@@ -13,7 +13,7 @@ from diffship import models
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
-from diffship.core.job import Job, digest_of
+from diffship.core.job import Bytes, Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
@@ -122,7 +122,7 @@ class Onnx:
         model = onnx.load(str(cached), load_external_data=False)
         folder = out / component.name
         folder.mkdir(parents=True)
-        done, total = 0, component.weights.nbytes
+        done, total = 0, Bytes(component.weights.nbytes)
 
         def on_bytes(count: int) -> None:
             nonlocal done
