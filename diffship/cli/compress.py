@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from diffship.cli.export import made_parents
 from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
-from diffship.cli.progress import Stages, warn_of
+from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.spec import PRECISIONS
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.compress import compress
     from diffship.core.distributed import first_process
     from diffship.core.job import Job
+    from diffship.models.component import unused
     from diffship.training.loop import leave
 
     source, base, passes = _asked(options)
@@ -94,6 +95,8 @@ def run(options: argparse.Namespace) -> Result:
         )
     leave()
     warn_of(pipeline.source)
+    for text in unused(pipeline.components.values()):
+        note(f"warning: {text}")
     return _described(pipeline, options.output)
 
 

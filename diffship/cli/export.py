@@ -91,11 +91,12 @@ def _warn_of_sampler(scheduler: Any) -> None:
 
 
 def _warn_of_unused(parts: Iterable[Any]) -> None:
+    from diffship.models.component import unused_text
+
     for part in parts:
         unused = part.extra.get("unused_tensors")
         if unused:
-            shown = ", ".join(unused["first"])
-            note(f"warning: {part.name} does not take {unused['count']} tensors of its weight files: {shown}")
+            note(f"warning: {unused_text(part.name, unused['count'], unused['first'])}")
 
 
 @contextmanager

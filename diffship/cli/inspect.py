@@ -46,8 +46,11 @@ def is_bundle(text: str) -> bool:
 def inspect_bundle(folder: Path) -> Result:
     """From the manifest alone: nothing is hashed and no engine is opened."""
     from diffship.core.bundle import Bundle
+    from diffship.runtimes.verify import weakness
 
-    manifest = Bundle.open(folder).manifest
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    weak = {part.name: weakness(bundle, part) for part in manifest.parts}
     parts = [_bundle_part(part, manifest.files) for part in manifest.parts]
     document = {
         "kind": "bundle",
@@ -69,6 +72,7 @@ def inspect_bundle(folder: Path) -> Result:
         f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
         f"{len(manifest.files)} files",
         *manifest.source.get("notes", ()),
+        *(f"{', '.join(n for n in weak if weak[n] == text)}: {text}" for text in dict.fromkeys(weak.values()) if text),
     ]
     return Result(document, _join(facts, table(head, rows), parts, manifest.licence))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ else:
     np = lazy("numpy")
     torch, nn = lazy("torch"), lazy("torch.nn")
 
+SHOWN = 8  # unused tensors that are named
 INNER = "inner."  # every part wraps its network in an attribute of this name
 
 
@@ -148,6 +149,16 @@ def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, l
 def unexpected(module: nn.Module, weights: Weights) -> list[str]:
     """Tensors of `weights` that `module` does not take."""
     return sorted(set(weights.names()) - {name.removeprefix(INNER) for name in module.state_dict()})
+
+
+def unused(components: Iterable[Component]) -> list[str]:
+    """A sentence for each part whose weights have tensors that it does not take."""
+    found = {component.name: unexpected(component.meta, component.weights) for component in components}
+    return [unused_text(name, len(names), names[:SHOWN]) for name, names in found.items() if names]
+
+
+def unused_text(part: str, count: int, first: Sequence[str]) -> str:
+    return f"{part} does not take {count} tensors of its weight files: {', '.join(first)}"
 
 
 def _refuse_computed(module: nn.Module, expected: Mapping[str, Any], label: str) -> None:

@@ -223,7 +223,7 @@ def check_part(
     passed = report.passed and all(block.passed for block in blocks)
     seconds = time.perf_counter() - started
     status = "passed" if passed else "failed"
-    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=_note(bundle, part))
+    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=weakness(bundle, part))
     feeds = calls[0][0]
     return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
 
@@ -247,10 +247,9 @@ def _whole(golden: Golden, expected: Sequence[Arrays], outputs: Sequence[Arrays]
     return compare(sides[0], sides[1], limits)
 
 
-def _note(bundle: Bundle, part: Part) -> str:
-    """What makes this proof weaker than that of a graph which is cut."""
-    assert part.golden is not None
-    if part.golden.blocks is not None:
+def weakness(bundle: Bundle, part: Part) -> str:
+    """`""`, or what makes the proof of a part weaker than that of a graph which is cut."""
+    if part.golden is None or part.golden.blocks is not None:
         return ""
     if not part.golden.outputs:
         return (

@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from diffship.cli.inspect import inspect_bundle
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import digest_file
 from diffship.core.compare import compare
@@ -257,3 +258,5 @@ def test_a_bundle_of_the_first_form_is_told_that_its_proof_is_weaker(tiny_sd_bun
     report = verify(copy, parts=["vae_decoder"])
     assert report.passed and report.checks[0].blocks == ()
     assert "weaker proof" in report.text() and "Export again" in report.text()
+    assert "vae_decoder: weaker proof" in inspect_bundle(copy).text
+    assert "weaker" not in inspect_bundle(tiny_sd_bundle.path).text

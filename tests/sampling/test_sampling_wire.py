@@ -361,6 +361,20 @@ def test_facts_that_no_reader_takes_are_not_packed() -> None:
         pack(replace(begun, facts={"note": "x" * (room + 1)}))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {"latents": t.latents * np.float32("nan")}, "tensor latents holds NaN or infinity"),
+        (lambda t: {"guidance": float("inf")}, "guidance is inf"),
+        (lambda t: {"step": 9}, "step is 9"),
+    ],
+)
+def test_what_unpack_refuses_is_not_packed(change: Callable[[Trajectory], dict[str, Any]], said: str) -> None:
+    begun = start(ToyModel(), Request("an apple", steps=2))[0]
+    with pytest.raises((HandoffError, ConfigError), match=said):
+        pack(replace(begun, **change(begun)))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp-2m", "pndm", "lcm"])
 def test_a_schedule_that_travelled_goes_when_its_trajectory_does(sampler: str) -> None:
     """A client may send any number of schedules with betas of their own; none of them may stay."""
