@@ -27,7 +27,7 @@ OPTIMUM ?= $(VENV)-optimum
 demo: $(VENV)/.runs
 	$(DIFFSHIP) export emoji --to onnx -o $(OUT)/emoji --overwrite
 	$(DIFFSHIP) verify $(OUT)/emoji
-	$(DIFFSHIP) run $(OUT)/emoji --prompts-file docs/demo-prompts.txt --steps 25 --guidance 4 --seed 1 -o $(OUT)/pictures --grid $(OUT)/grid.png
+	$(DIFFSHIP) run $(OUT)/emoji --prompts-file docs/demo-prompts.txt --steps 25 --guidance 4 --seed 1 -o $(OUT)/pictures --grid $(OUT)/grid.png --overwrite
 	@echo "The bundle lies in $(OUT)/emoji, the pictures in $(OUT)/pictures, the grid in $(OUT)/grid.png"
 
 test: $(VENV)/.tests

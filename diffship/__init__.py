@@ -1,17 +1,21 @@
 """diffship: compress, compile and prove text-to-image diffusion models.
 
-    from diffship import generate, open_model
+    from diffship import Request, generate, open_model
     with open_model("out/emoji") as model:
-        pictures = generate(model, Request("red apple"))
+        picture = generate(model, Request("red apple"))[0]
+    picture.save("apple.png")
 
 Importing the package imports nothing else; each name is loaded when it is first used. `export` is not among them: the
-module `diffship.export` has that name, so it is `from diffship.export import export`.
+module `diffship.export` has that name, so it is `from diffship.export import export`. What it does at once is to switch
+the telemetry of other packages off, so import it before them.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from diffship.core import telemetry
 
 if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
@@ -32,6 +36,8 @@ _WHERE = {
     "open_model": "diffship.runtimes.model",
     "verify": "diffship.runtimes.verify",
 }
+
+telemetry.refuse()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def compress(
     from diffship.models.pipeline import converted, require_place
 
     job, writes = job or Job(), out is not None and first_process()
+    if first_process() and not job.started:  # what is gone on with writes its own files again
+        _keep_what_is_there(passes)
     if writes:
         require_place(Path(str(out)))
         if job.inside(str(out)):
@@ -74,7 +77,8 @@ def foresee(
     precision: str | None = None,
     timing: bool = True,
 ) -> Estimate:
-    """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data.
+    """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data. A pass
+    whose data is not there has no hours, and says so.
 
     `precision` is that of the result, as in `compress`. With `timing`, and where a pass calls the U-Net, one call of it
     is timed here; that takes seconds.
@@ -91,6 +95,16 @@ def foresee(
     if len(found) == len(passes):
         found[-1] = replace(found[-1], pipeline=converted(found[-1].pipeline, precision))
     return estimate(pipeline, passes, found, timing)
+
+
+def _keep_what_is_there(passes: Sequence[Any]) -> None:
+    """Raises ConfigError where a file or folder that a pass is to write beside the model would be replaced."""
+    for step in passes:
+        for entry in fields(step):
+            given = getattr(step, entry.name) if entry.metadata.get("output") else None
+            place = Path(given).expanduser() if given else None
+            if place and os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+                raise ConfigError(f"{entry.name} {place} exists already; choose another name, or remove it first")
 
 
 def _opened(source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None) -> Pipeline:

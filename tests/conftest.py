@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from clean_clone import clean_clone
 from filelock import FileLock
 
 from diffship.cli.main import main
@@ -99,3 +100,9 @@ def tiny_bundle(shared: Path, graphs_folder: Path) -> Path:
             words = ["arch:tiny-sd", "--to", "onnx", "-o", str(folder), "--cache", str(graphs_folder)]
             assert main(["export", *words, "--quiet"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean clone called `diffship`, and its `.venv` as `make demo` leaves it (tests/clean_clone.py)."""
+    return clean_clone(tmp_path_factory.mktemp("beside") / "diffship")

@@ -1,77 +1,137 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
+import shutil
+import socket
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from clean_clone import outside
 
 from diffship import __version__
-from diffship.cli.main import parse
+from diffship.cli.main import make_parser, parse
+from diffship.core.registry import EXPORTERS, RUNNERS, load
+from diffship.models.stock import CLASSES
+from diffship.sampling.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("diffship/models/*/README.md")),
+]
+BLOCK = re.compile(
+    r"(<!-- (not run: (?P<why>[^>]+)|another terminal: (?P<beside>[^>]+)) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```",
+    re.DOTALL,
+)
+RUN = ("sh", "python")
+ACTIVATE = ". .venv/bin/activate"
+PORT = 8765
+BESIDE = "beside.log"
+START = f"""set -e
+trap '[ -z "$beside" ] || {{ kill -- $beside; cat "$1/{BESIDE}" >&2; }}' EXIT
+"""
 
 
-def commands(page: Path, skipped: bool) -> list[list[str]]:
-    """Words of every `diffship ...` line in the page's sh blocks; of the marked ones too if `skipped`."""
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def script(page: Path) -> str:
+    """The page's blocks as one program of bash, but for those that say why they are not run; $1: a folder for logs."""
+    lines = []
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if block["kind"] in RUN and not block["why"]:
+            body = block["body"] if block["kind"] == "sh" else f"python - <<'END'\n{block['body']}END\n"
+            if block["beside"]:
+                body = f'setsid bash -e -c {shlex.quote(body)} >>"$1/{BESIDE}" 2>&1 &\nbeside="$beside -$!"\n'
+            lines.append(body)
+    return "".join([START, *lines]) if lines else ""
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every `diffship ...` line in the page's sh blocks, those that are not run too."""
     found = []
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if block["kind"] == "sh" and (skipped or not block["why"]):
+        if block["kind"] == "sh":
             lines = block["body"].replace("\\\n", " ").splitlines()
             found += [shlex.split(line, comments=True) for line in lines if line.startswith("diffship ")]
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_commands_in_the_docs_parse(page: Path) -> None:
-    for words in commands(page, skipped=True):
+    for words in commands(page):
         parse(words[1:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)[)#\"]", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_unmarked_blocks_hold_only_commands_that_are_run(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_come_after_what_makes_them_known(page: Path) -> None:
+    """`diffship` is not in a shell's path before the environment is activated, in each terminal that a page opens."""
+    active = False
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if block["kind"] in ("sh", "powershell") and not block["why"]:
-            lines = [line for line in block["body"].splitlines() if line.strip() and not line.startswith("#")]
-            assert all(line.startswith("diffship ") for line in lines), lines
+        if block["kind"] in RUN:
+            active = ACTIVATE in block["body"] or (active and not block["beside"])
+            known = active or not re.search(r"^(diffship|python|torchrun) ", block["body"], re.MULTILINE)
+            assert known and (active or block["why"] or block["kind"] != "python"), block["body"]
+        assert block["kind"] != "powershell" or block["why"], "it cannot be run here"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_wheels_that_pages_name_are_of_this_version(page: Path) -> None:
     for version in re.findall(r"diffship-([^-\s]+)-py3-none-any\.whl", page.read_text(encoding="utf-8")):
         assert version == __version__
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_module_commands_name_modules_that_are_there(page: Path) -> None:
     for module in re.findall(r"python -m (diffship\.[\w.]+)", page.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module) is not None, module
 
 
+def test_the_design_names_flags_that_there_are_and_marks_those_to_come() -> None:
+    parser, verbs = make_parser()
+    known = {flag for each in (parser, *verbs.values()) for action in each._actions for flag in action.option_strings}
+    known |= {f"--{field.name}" for name in EXPORTERS for field in fields(load(EXPORTERS, name))}
+    forms = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## 7. ")[1]
+    today, to_come = (set(re.findall(r"--[a-z][\w-]*", text)) for text in forms.split("**Not built yet**"))
+    assert today and today <= known
+    assert to_come & known <= {"--engine", "--prompts", "--to"}, "built meanwhile"
+
+
+def test_every_page_is_reached_from_the_readme_and_the_index() -> None:
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    for file, prefix in (("README.md", "docs/"), ("docs/README.md", "")):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert pages == {name for name in pages if f"({prefix}{name})" in text}, file
+
+
+def test_the_table_of_support_names_what_the_code_has() -> None:
+    text = (ROOT / "docs" / "supported.md").read_text(encoding="utf-8")
+    named = {*EXPORTERS, *RUNNERS, *SAMPLERS, *(name for name in CLASSES if "Img2Img" not in name)}
+    assert {name for name in named if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page, False)], ids=lambda page: page.name)
-def test_commands_in_the_docs_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=named)
+def test_the_blocks_of_a_page_run_in_one_shell_in_a_clean_clone(page: Path, clone: Path, tmp_path: Path) -> None:
+    """As printed, top to bottom, in the state that the text before leaves; terminals beside it end with the page."""
     pytest.importorskip("torch")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "demo-prompts.txt").write_text("red apple\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words in commands(page, skipped=False):
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+    if "setsid " in script(page):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+                pytest.skip(f"port {PORT}, which the page names, is taken here")
+    shutil.rmtree(clone / "out", ignore_errors=True)
+    outside(clone, "bash", "-c", script(page), "bash", str(tmp_path))

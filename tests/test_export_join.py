@@ -47,6 +47,7 @@ def text_only(made: Made) -> Pipeline:
     return replace(made.pipeline, components={"text_encoder": made.pipeline.components["text_encoder"]})
 
 
+@pytest.mark.slow
 def test_the_bundle_opens_and_proves_itself_again(made: Made) -> None:
     opened = Bundle.open(made.bundle.path)
     assert opened == made.bundle

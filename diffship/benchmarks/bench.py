@@ -12,12 +12,11 @@ from typing import Any
 from diffship.benchmarks import export_cost
 from diffship.benchmarks.case import Bench, label
 from diffship.benchmarks.figures import rows_of
-from diffship.benchmarks.freshness import suite_digest
 from diffship.benchmarks.machine import code_digest, environment
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.peers.environments import peer_python, versions
 from diffship.benchmarks.peers.table import PEERS
-from diffship.benchmarks.record import Results, runners
+from diffship.benchmarks.record import Results, code_of, runners
 from diffship.benchmarks.session import Journal, Outcome, Progress, Session, Settings
 from diffship.benchmarks.suite import ExportBench, Suite
 from diffship.core.errors import PeerError
@@ -41,7 +40,7 @@ def run_suite(suite: Suite, command: str, settings: Settings, progress: Progress
             rows += _export_rows(export, settings, progress or (lambda label, done, total: None))
     facts = {"rounds": settings.rounds, "memory_limit": settings.memory_limit, **asked(suite)}
     env = environment() | {"peers": _peer_versions(suite.benches, settings.root)}
-    return Results(suite.name, command, suite_digest(suite.name, runners(rows)), env, facts, tuple(rows))
+    return Results(suite.name, command, code_of(suite.name, runners(rows)), env, facts, tuple(rows))
 
 
 def asked(suite: Suite) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class ResultsFile:
         return f"python -m {_PACKAGE} {self.name}"
 
 
-def _siblings(name: str) -> ResultsFile:
+def experiment_file(name: str) -> ResultsFile:
+    """The entry of an experiment, whose models are trained, drawn and judged."""
     return ResultsFile(name, "siblings", (f"{name}.toml",), ("onnx", "onnxruntime", *_PASSES))
 
 
@@ -74,9 +75,9 @@ FILES = {
         ResultsFile("handoff-overhead", "handoff_overhead", verbs=("serve",)),
         ResultsFile("handoff-quality", "handoff_quality", data=("models/emoji", "models/emoji-small")),
         ResultsFile("emoji-quality", "emoji_quality"),
-        _siblings("compression"),
-        _siblings("criteria"),
-        _siblings("features"),
+        experiment_file("compression"),
+        experiment_file("criteria"),
+        experiment_file("features"),
     )
 }
 # Suites whose files lie elsewhere, on machines with a GPU or of other people.

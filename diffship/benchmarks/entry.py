@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from diffship.core.errors import DiffshipError
 from diffship.core.outcome import outcome
+from diffship.core.streams import prepare
 
 BUNDLES = Path("out")  # where README and `make demo` put them
 EXPERIMENTS = Path("benchmarks") / "experiments"
@@ -17,6 +18,7 @@ EXPERIMENTS = Path("benchmarks") / "experiments"
 def enter(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its exit code; an expected error is one line on stderr, as of the verbs."""
     name = Path(sys.argv[0]).stem
+    prepare()
     try:
         code = main() or 0
     except (DiffshipError, OSError) as fault:

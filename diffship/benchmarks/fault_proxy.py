@@ -29,6 +29,7 @@ FAULTS = (
     "flipped",
     "date",
 )
+_SECONDS = 600.0  # that one exchange may take, the server's drawing included
 
 
 class FaultProxy:
@@ -45,24 +46,30 @@ class FaultProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            lines = [line.partition(":") for line in head.decode("latin-1").split("\r\n")]
-            fields = {name.lower(): value.strip() for name, _, value in lines}
-            body = await reader.readexactly(int(fields.get("content-length", "0")))
-            path = head.split(b" ")[1].decode()
-            fault = "none"
-            if self.everything or path == "/v1/handoff":
-                fault = self.faults.pop(0) if len(self.faults) > 1 else self.faults[0]
-                self.bodies.append(body)
-                self.keys.append(fields.get("idempotency-key", ""))
-            self.seen.append((path, fault))
-            await self.spoil(fault, writer, b"" if fault == "hang" else await self.answer(head, body))
+            async with asyncio.timeout(_SECONDS):
+                await self.exchange(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client left, or the proxy closes while it hangs
+            pass  # the client left, or took too long, or the proxy closes while it hangs
         finally:
             writer.close()
 
+    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A request and its spoilt answer; no timeout: `serve` has one."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines = [line.partition(":") for line in head.decode("latin-1").split("\r\n")]
+        fields = {name.lower(): value.strip() for name, _, value in lines}
+        body = await reader.readexactly(int(fields.get("content-length", "0")))
+        path = head.split(b" ")[1].decode()
+        fault = "none"
+        if self.everything or path == "/v1/handoff":
+            fault = self.faults.pop(0) if len(self.faults) > 1 else self.faults[0]
+            self.bodies.append(body)
+            self.keys.append(fields.get("idempotency-key", ""))
+        self.seen.append((path, fault))
+        await self.spoil(fault, writer, b"" if fault == "hang" else await self.answer(head, body))
+
     async def answer(self, head: bytes, body: bytes) -> bytes:
+        """What the server says; no timeout: `serve` has one."""
         reader, writer = await asyncio.open_connection(self.server.hostname, self.server.port)
         try:
             line, _, rest = head.partition(b"\r\n")
@@ -76,6 +83,7 @@ class FaultProxy:
         return whole
 
     async def spoil(self, fault: str, writer: asyncio.StreamWriter, whole: bytes) -> None:
+        """Write what becomes of the answer; no timeout: `serve` has one."""
         head, _, body = whole.partition(b"\r\n\r\n")
         if fault == "hang":
             await asyncio.sleep(60)
@@ -124,7 +132,7 @@ def fault_proxy(server: str, *faults: str, everything: bool = False) -> Iterator
         listening = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
         proxy.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         opened.set()
-        await stop.wait()
+        await stop.wait()  # no timeout: set at the end of the block, whose thread is waited for no longer than 10 s
         listening.close()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))

@@ -22,8 +22,10 @@ PACKAGE = Path(__file__).parents[1]
 ASIDE = {
     "diffship",
     "diffship.core.registry",
-    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry", "workbench")),
+    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry")),
 }
+# It counts and what it imports does not: it makes materials for all suites, each of which uses a few.
+SHALLOW = {"diffship.benchmarks.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}  # or not in every version of Python
@@ -48,6 +50,15 @@ def derived(entry: ResultsFile, runs: str, runners: Iterable[str] = (), package:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def changed_since(moment: float, entry: ResultsFile, runners: Iterable[str] = (), package: Path = PACKAGE) -> list[str]:
+    """Modules and data that an entry depends on and that were written after `moment` (seconds, as of time.time)."""
+    names = tuple(runners)
+    files = {name: _file(name, package) for name in modules(entry, names, package)}
+    files |= {f"{folder}/{path.name}": path for folder in entry.data for path in (package / folder).rglob("*")}
+    found = [name for name, path in files.items() if path.stat().st_mtime > moment]
+    return found + (changed_since(moment, of_suite(entry.of), names, package) if entry.of else [])
+
+
 def modules(entry: ResultsFile, runners: Iterable[str] = (), package: Path = PACKAGE) -> list[str]:
     """Names of the modules that an entry of the catalogue imports, sorted; of the registries, only what it uses."""
     tables = {**EXPORTERS, **{f"engine {name}": target for name, target in RUNNERS.items()}, **PASSES}
@@ -70,7 +81,8 @@ def closure(roots: Iterable[str], without: Iterable[str] = (), package: Path = P
         file = _file(name, package)
         if file.is_file():
             found.add(name)
-            waiting += [*_named(file), *([name.rpartition(".")[0]] if name.count(".") > 1 else [])]
+            named = [] if name in SHALLOW else _named(file)
+            waiting += [*named, *([name.rpartition(".")[0]] if name.count(".") > 1 else [])]
     return found
 
 

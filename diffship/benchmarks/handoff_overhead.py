@@ -77,7 +77,7 @@ def overhead(client: HybridClient, plan: Plan, seed: int, embeddings: bool) -> O
     settled = client.settled(plan.request(seed), plan.steps)
     asked = json.loads(client.body(client.facts(), settled, plan.split[0], _SECONDS))
     body = json.dumps({**asked, "embeddings": embeddings}).encode()
-    answer = client.cloud.submit(client.cloud.handoff(body, uuid.uuid4().hex, _SECONDS)).result()
+    answer = client.cloud.submit(client.cloud.handoff(body, uuid.uuid4().hex, _SECONDS)).result(_SECONDS + 1)
     since = time.perf_counter()
     trajectory = unpack(answer.body)
     read = time.perf_counter()

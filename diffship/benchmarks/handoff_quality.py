@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.benchmarks import freshness
 from diffship.benchmarks.case import label
+from diffship.benchmarks.catalogue import results_file
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.intervals import quality, spread
 from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, figure_rows, show
@@ -119,7 +121,8 @@ def kept(
         drawn = drawn_by_split(large, small, requests, asked)
         save_file({str(end): np.ascontiguousarray(pixels) for end, pixels in drawn.items()}, out)
 
-    facts = [large.digest, small.digest, engine, jsonable(asked), [[r.prompt, r.seed] for r in requests]]
+    code = freshness.digest(results_file(SUITE), [engine or "onnxruntime"])
+    facts = [code, large.digest, small.digest, engine, jsonable(asked), [[r.prompt, r.seed] for r in requests]]
     return {int(end): pixels for end, pixels in load_file(job.once(digest_of(facts), make)).items()}
 
 

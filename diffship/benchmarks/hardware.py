@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from diffship.benchmarks import published
 from diffship.benchmarks.record import Results
-from diffship.benchmarks.tables import DASH, Table, cases, digits, labelled
+from diffship.benchmarks.table import DASH, Table
+from diffship.benchmarks.tables import cases, digits, labelled
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
 

@@ -93,7 +93,7 @@ class _Said:
         self._thread.start()
 
     def _read(self) -> None:
-        for line in self._stream:
+        for line in self._stream:  # no timeout: it ends with the server, which is killed if need be
             if self._lines.qsize() < _SAID:
                 self._lines.put(line)
         self._lines.put("")
@@ -129,6 +129,7 @@ def closed_loop(served: Server, clients: int, steps: int, seconds: float) -> tup
             made.append(served.ask(steps, 600, number))
         return made
 
+    # no timeout: every request has one
     with ThreadPoolExecutor(clients) as pool:
         answers = [answer for made in pool.map(client, range(clients)) for answer in made]
     return answers, time.perf_counter() - begin
@@ -143,9 +144,10 @@ def open_loop(
     requests that fall due meanwhile are sent late, and their users have waited all the same.
     """
     draw, begin, jobs, at = random.Random(seed), time.perf_counter(), [], 0.0
+    # no timeout: every request has one
     with ThreadPoolExecutor(clients) as pool:
         while (at := at + draw.expovariate(rate)) < seconds:
             time.sleep(max(begin + at - time.perf_counter(), 0))
             jobs.append(pool.submit(served.ask, steps, deadline, 0, begin + at))
-        answers = [job.result() for job in jobs]
+        answers = [job.result() for job in jobs]  # no timeout: every request has one
     return answers, time.perf_counter() - begin

@@ -89,6 +89,7 @@ def measure(
     descriptors `keep`; `on_start` is given the process, for whoever may have to stop it from another thread.
     """
     started = time.monotonic()
+    # no timeout: `_waited` has reaped it, or it is killed
     with subprocess.Popen(
         [*([] if memory_limit is None else [sys.executable, "-c", _LIMITED, str(memory_limit)]), *command],
         stdout=subprocess.PIPE,
@@ -152,7 +153,7 @@ class _Output:
 
     def _read(self) -> None:
         try:
-            for line in self._stream:
+            for line in self._stream:  # no timeout: whoever waits for this thread has one
                 self._parts.append(line)
         finally:
             self.ended.set()

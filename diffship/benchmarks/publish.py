@@ -5,7 +5,8 @@
 A page holds markers, and what stands between them is written here:
 
     <!-- table: cpu-edge parts -->     parts | ratios | figures | matrix | differences | proof of a file
-                                       in results, or koala | lcm of all files
+                                       in results; engines | koala | lcm of all files; or
+                                       measured: where the other tables and figures of the page come from
     <!-- end table -->
     <!-- figure: cold-start / emoji, 4 steps* / cold_start_seconds_median -->2.1 s<!-- end figure -->
 
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,6 +33,7 @@ from typing import Any
 
 from diffship.benchmarks.bench import asked
 from diffship.benchmarks.catalogue import BENCH, FILES, of_suite
+from diffship.benchmarks.choosing import engines_table
 from diffship.benchmarks.entry import EXPERIMENTS
 from diffship.benchmarks.experiment import read_experiment
 from diffship.benchmarks.freshness import digest
@@ -38,14 +42,15 @@ from diffship.benchmarks.mutation.table import proof_table
 from diffship.benchmarks.plots import draw_all
 from diffship.benchmarks.record import Results, read_result, runners
 from diffship.benchmarks.suite import FOLDER, read_suite
+from diffship.benchmarks.table import Table
 from diffship.benchmarks.tables import (
-    Table,
     differences_table,
     figures_table,
     matrix_table,
     parts_table,
     ratios_table,
-    value,
+    shown,
+    versions,
 )
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, DiffshipError
@@ -56,6 +61,7 @@ IMAGES = Path("docs") / "images"
 PAGES = ("README.md", "docs/*.md", "docs/reproduce/*.md", "diffship/models/*/README.md")
 _TABLE = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 _FIGURE = re.compile(r"(<!-- figure: ([^\n]*?) -->)(.*?)(<!-- end figure -->)", re.DOTALL)
+_PLOT = re.compile(r"images/([\w-]+)\.svg\b")
 _STRAY = re.compile(r"<!-- (?:end )?(?:table|figure)\b")
 FORMS: dict[str, Callable[[Results], Table]] = {
     "parts": parts_table,
@@ -65,7 +71,12 @@ FORMS: dict[str, Callable[[Results], Table]] = {
     "differences": differences_table,
     "proof": proof_table,
 }
-MERGED: dict[str, Callable[[Sequence[Results]], Table]] = {"koala": koala_form, "lcm": lcm_form}
+MERGED: dict[str, Callable[[Sequence[Results]], Table]] = {
+    "engines": engines_table,
+    "koala": koala_form,
+    "lcm": lcm_form,
+}
+MEASURED = "measured"
 
 
 def read_all(root: Path) -> dict[str, Results]:
@@ -79,7 +90,8 @@ def rendered(text: str, results: Mapping[str, Results], where: str) -> str:
     Raises:
         ConfigError: a marker that names no results, row or form, or that is not closed.
     """
-    page = _TABLE.sub(lambda match: f"{match[1]}\n{_table(match[2], results, where)}\n\n{match[4]}", text)
+    used = _used(text, results)
+    page = _TABLE.sub(lambda match: f"{match[1]}\n{_table(match[2], results, used, where)}\n\n{match[4]}", text)
     page = _FIGURE.sub(lambda match: f"{match[1]}{_figure(match[2], results, where)}{match[4]}", page)
     left = _STRAY.search(_FIGURE.sub("", _TABLE.sub("", page)))
     if left:
@@ -103,6 +115,18 @@ def publish(root: Path, check: bool = False) -> list[str]:
 
 def pages(root: Path) -> list[Path]:
     return sorted({page for pattern in PAGES for page in root.glob(pattern)})
+
+
+def plots(root: Path) -> list[Path]:
+    """Draw the plots that pages show, as SVG and PNG; the files."""
+    wanted = {stem for page in pages(root) for stem in _PLOT.findall(page.read_text(encoding="utf-8"))}
+    written = []
+    with tempfile.TemporaryDirectory() as folder:
+        for results in read_all(root).values():
+            with suppress(ConfigError):  # there is nothing in it to plot
+                drawn = [file for file in draw_all(results, Path(folder)) if file.stem in wanted]
+                written += [Path(shutil.copy(file, root / IMAGES)) for file in drawn]
+    return written
 
 
 def stale(root: Path) -> dict[str, str]:
@@ -141,18 +165,47 @@ def _asked(words: Sequence[str], module: str, root: Path) -> dict[str, Any]:
     return {}
 
 
-def _table(words: str, results: Mapping[str, Results], where: str) -> str:
+def _used(text: str, results: Mapping[str, Results]) -> dict[str, Results]:
+    """The results that a page shows, if it has a table that says where they come from; nothing if it has none."""
+    words = [match[2] for match in _TABLE.finditer(text)]
+    if MEASURED not in words:
+        return {}
+    names = [*(word.rpartition(" ")[0] for word in words), *(m[2].partition(" / ")[0] for m in _FIGURE.finditer(text))]
+    return {name: _todays(name, results) for name in dict.fromkeys(names) if name in results}
+
+
+def _todays(name: str, results: Mapping[str, Results]) -> Results:
+    """With the command of today, not the one of the day when it was measured."""
+    return replace(results[name], command=FILES[name].command) if name in FILES else results[name]
+
+
+def _table(words: str, results: Mapping[str, Results], used: Mapping[str, Results], where: str) -> str:
     name, _, form = words.rpartition(" ")
     if words in MERGED:
         return MERGED[words](list(results.values())).markdown()
+    if words == MEASURED:
+        return measured_table(used).markdown()
     if form not in FORMS:
-        raise ConfigError(f"{where}: {unknown('form of a table', form, (*FORMS, *MERGED))}")
+        raise ConfigError(f"{where}: {unknown('form of a table', form, (*FORMS, *MERGED, MEASURED))}")
     if name not in results:
         return f"Not measured yet: `{FILES[name].command if name in FILES else f'diffship bench --suite {name}'}`"
-    found = results[name]
-    if name in FILES:  # the command of today, not the one of the day when it was measured
-        found = replace(found, command=FILES[name].command)
-    return FORMS[form](found).markdown()
+    return FORMS[form](_todays(name, results)).markdown(origin=not used)
+
+
+def measured_table(used: Mapping[str, Results]) -> Table:
+    """A line for each results file of a page: commit, day, and what measures it again; machines and versions once."""
+    lines = [
+        (f"`{name}.json`", str(env.get("commit")), env.get("date") or "not recorded", f"`{found.command}`")
+        for name, found in used.items()
+        for env in [found.environment]
+    ]
+    machines: dict[str, list[str]] = {}
+    for name, found in used.items():
+        machines.setdefault(f"{found.hardware}; {versions(found)}", []).append(name)
+    usual = max(machines, key=lambda machine: len(machines[machine]), default="")
+    notes = [f"Measured on {usual}."] if usual else []
+    notes += [f"{', '.join(names)}: on {machine}." for machine, names in machines.items() if machine != usual]
+    return Table(("file", "commit", "day", "measured again by"), tuple(lines), tuple(notes))
 
 
 def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
@@ -168,7 +221,7 @@ def _figure(words: str, results: Mapping[str, Results], where: str) -> str:
         near = difflib.get_close_matches(f"{subject} / {metric}", [" / ".join(key) for key in rows], 1, 0.5)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ConfigError(f"{where}: {name}.json has no {metric!r} of {subject!r}{hint}")
-    return value(rows[subject, metric])
+    return shown(rows[subject, metric])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("."))
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
     parser.add_argument("--fresh", action="store_true", help="exit 1 if results were measured with other code")
-    parser.add_argument("--plots", action="store_true", help="draw the plots too (pip install 'diffship[plots]')")
+    parser.add_argument(
+        "--plots", action="store_true", help="draw the plots of the pages too (pip install 'diffship[plots]')"
+    )
     arguments = parser.parse_args(argv)
     try:
         return _main(arguments)
@@ -190,9 +245,7 @@ def _main(arguments: argparse.Namespace) -> int:
     for page in changed:
         print(f"{page}: {'is not what the results give; run make tables' if arguments.check else 'written'}")
     if arguments.plots:
-        for results in read_all(arguments.root).values():
-            with suppress(ConfigError):  # there is nothing in it to plot
-                print(*draw_all(results, arguments.root / IMAGES), sep="\n")
+        print(*plots(arguments.root), sep="\n")
     old = stale(arguments.root) if arguments.fresh else {}
     for name, reason in old.items():
         command = FILES[name].command if name in FILES else read_all(arguments.root)[name].command

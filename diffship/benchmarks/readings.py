@@ -242,19 +242,6 @@ def judge(kit: Kit) -> Readings:
     return found
 
 
-def proof(kit: Kit) -> Readings:
-    """A dozen faults of a random pipeline: the share that the proof of its fp16 parts refuses."""
-    from diffship.benchmarks.mutation.run import Run
-    from diffship.benchmarks.mutation.run import Settings as MutationSettings
-
-    settings = MutationSettings(("random:5",), ("fp16",), count=12, exports=0, seed=0)
-    run = Run(settings, kit.work / "mutation", say=lambda _: None)
-    run.run()
-    rows = {(row.subject, row.metric): row for row in run.rows() or ()}
-    caught, tried = (rows["fp16", f"mutants_{word}"].value or 0 for word in ("caught", "tried"))
-    return {"caught_share": _once(caught / tried)}
-
-
 SENTINELS: dict[str, Callable[[Kit], Readings]] = {
     "instruments": instruments,
     "calls": calls,
@@ -264,7 +251,6 @@ SENTINELS: dict[str, Callable[[Kit], Readings]] = {
     "load": load,
     "counts": counts,
     "judge": judge,
-    "proof": proof,
     "export": export,
     "export-peer": export_peer,
 }
@@ -300,5 +286,5 @@ def _delayed(seconds: float) -> Iterator[Server]:
         try:
             yield Server(f"127.0.0.1:{listening.server_port}", 0)
         finally:
-            listening.shutdown()
+            listening.shutdown()  # no timeout: it looks for this twice a second
             thread.join(10)

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.freshness import suite_digest
+from diffship.benchmarks.catalogue import of_suite
+from diffship.benchmarks.freshness import changed_since, suite_digest
 from diffship.benchmarks.machine import environment, hardware
 from diffship.core.atomic import write_file
+from diffship.core.brief import brief
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
 from diffship.core.strict import load
 
 SCHEMA = 2
+NO_CODE = "0" * 64  # the digest of figures that no one state of the code made
+_BEGAN = time.time()  # this module is imported before anything is measured
 FILE_BYTES = 64 << 20
 _SIGNED = ("suite", "command", "code", "environment", "settings", "rows")
 
 
+@brief
 @dataclass(frozen=True)
 class Results:
     """One results file. `code` digests what the figures depend on (freshness), `settings` say how to repeat them."""
@@ -52,9 +59,24 @@ def write_result(
     file: Path, suite: str, command: str, rows: Sequence[Row], settings: Mapping[str, object] | None = None
 ) -> Results:
     """Write one suite measured on this machine as JSON, whole or not at all."""
-    made = Results(suite, command, suite_digest(suite, runners(rows)), environment(), dict(settings or {}), tuple(rows))
+    made = Results(suite, command, code_of(suite, runners(rows)), environment(), dict(settings or {}), tuple(rows))
     save(file, made)
     return made
+
+
+def code_of(suite: str, runners: Iterable[str]) -> str:
+    """The digest of the code that measured a suite in this process (`freshness.digest`).
+
+    NO_CODE, and a line on stderr, if any of it was changed since the process began: what is on the disk now is not what
+    ran, and figures under its digest would pass for fresh.
+    """
+    names = tuple(runners)
+    changed = changed_since(_BEGAN, of_suite(suite), names)
+    if not changed:
+        return suite_digest(suite, names)
+    told = f"{changed[0]} and {len(changed) - 1} others" if len(changed) > 1 else changed[0]
+    print(f"{suite}: {told} changed while it was measured, so its figures will be stale", file=sys.stderr)
+    return NO_CODE
 
 
 def runners(rows: Iterable[Row]) -> set[str]:

@@ -69,9 +69,11 @@ def measure(suite: str, times: int, work: Path) -> list[Path]:
     Raises:
         ConfigError: one of the runs failed.
     """
+    work.mkdir(parents=True, exist_ok=True)
     files = [work / f"{suite}-{number}.json" for number in range(1, times + 1)]
     for file in files:
-        words = ["bench", "--suite", suite, "-o", str(file), "--work", str(work / "bench")]
+        words = ["bench", "--suite", suite, "-o", str(file), "--overwrite", "--work", str(work / "bench")]
+        # no timeout: every row of it has one
         if subprocess.run(child.command("diffship", *words), env=child.environment()).returncode or not file.is_file():
             raise ConfigError(f"a run of {suite} failed: diffship {' '.join(words)}")
     return files
@@ -84,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=3)
     add_work(parser)
     arguments = parser.parse_args(argv)
-    arguments.work.mkdir(parents=True, exist_ok=True)
     files = arguments.runs or measure(arguments.suite, arguments.times, arguments.work)
     made = repeats([read_result(file) for file in files])
     if arguments.out:

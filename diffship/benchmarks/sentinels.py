@@ -59,7 +59,9 @@ class Claim:
 
     def contradicted(self, reading: Interval, figures: Figures) -> bool:
         low, high = (reading.mean if end is None else end for end in (reading.low, reading.high))
-        return low > self.bound(figures) if self.sense == MOST else high < self.bound(figures)
+        bound = self.bound(figures)
+        holds = low <= bound if self.sense == MOST else high >= bound
+        return not holds  # NaN holds nothing
 
 
 def _ratio(values: Sequence[float]) -> float:

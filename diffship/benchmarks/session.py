@@ -68,7 +68,6 @@ class Journal:
 
     def __init__(self, file: Path, resume: bool) -> None:
         self._file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             file.unlink(missing_ok=True)
         self._known = dict(self._read()) if resume else {}
@@ -78,6 +77,7 @@ class Journal:
 
     def put(self, key: str, outcome: Outcome) -> None:
         self._known[key] = outcome
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         with open(self._file, "a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"key": key, **asdict(outcome)}))
             stream.flush()

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.benchmarks import freshness
+from diffship.benchmarks.catalogue import experiment_file
 from diffship.benchmarks.emoji_quality import draw
 from diffship.benchmarks.entry import enter, named_experiment
 from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_experiment
@@ -103,7 +105,12 @@ class Siblings:
 
     def _key(self, passes: Sequence[Any]) -> str:
         digest = str(self.teacher.components["unet"].digest)
-        return _digest([self.experiment.teacher, digest, [[step.kind, plain(step)] for step in passes]])
+        return _digest([self._code, self.experiment.teacher, digest, [[step.kind, plain(step)] for step in passes]])
+
+    @cached_property
+    def _code(self) -> str:
+        """Models and pictures of other code are made anew: the results file says which code its figures are of."""
+        return freshness.digest(experiment_file(self.name), [self.engine])
 
     def _pictures(self, key: str) -> str:
         settings = [self.experiment.prompts, self.experiment.steps, self.experiment.guidance]

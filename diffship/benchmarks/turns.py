@@ -93,7 +93,7 @@ class _Player:
         self._go = -1
 
     def result(self) -> Measured:
-        found = self._future.result()
+        found = self._future.result()  # no timeout: `measure` ends it after its time
         return replace(found, code=TIMEOUT_CODE) if self._left <= 0 else found
 
     def end(self) -> None:

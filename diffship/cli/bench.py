@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.cli.flags import names, numbers
 from diffship.cli.output import Result
-from diffship.cli.places import require_file_place
+from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
 from diffship.cli.progress import Stages, say
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.lazy import need
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffship.benchmarks.case import Bench
     from diffship.benchmarks.record import Results
     from diffship.benchmarks.suite import Suite
-    from diffship.benchmarks.tables import Table
+    from diffship.benchmarks.table import Table
 
 PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--csv", metavar="FILE", type=Path, help="every row, for a spreadsheet")
     out.add_argument("--markdown", metavar="FILE", type=Path, help="the tables")
     out.add_argument("--plots", metavar="DIR", type=Path, help="memory bars, roofline, latency against quality")
+    add_overwrite(out, "results, tables and plots")
 
 
 def _add_shapes(group: argparse._ArgumentGroup) -> None:
@@ -88,11 +89,13 @@ def run(options: argparse.Namespace) -> Result:
     if options.merge:
         return _merge(options, [read_result(path) for path in options.merge])
     suite = _suite(options)
+    _refuse_taken(options, None if options.resume else file, [suite.name])
     results = _measured(options, suite)
     writers = _side_files(options, [results], _tables(results))
     if file:
         writers.insert(0, partial(save, file, results))
-    blocks = [table.text() for table in _tables(results) if table.rows]
+    tables = [table for table in _tables(results) if table.rows]
+    blocks = [table.text(origin=table is tables[-1]) for table in tables]
     text = "\n\n".join([*blocks, "\n".join(best(results))]).strip()
     failed = any(row.status == "failed" for row in results.rows)
     return Result({"results": results.to_json()}, text, _written(writers) or int(failed))
@@ -143,6 +146,17 @@ def _check_places(options: argparse.Namespace, file: Path | None) -> None:
             require_file_place(place, flag)
     if options.plots is not None:
         need("matplotlib")
+
+
+def _refuse_taken(options: argparse.Namespace, file: Path | None, suites: Sequence[str]) -> None:
+    """Raises ConfigError where what is to be written would replace something, or itself."""
+    from diffship.benchmarks.plots import stems
+
+    named = {"-o" if options.output else "--json": file, "--csv": options.csv, "--markdown": options.markdown}
+    places = [(flag, path) for flag, path in named.items() if path]
+    if options.plots:
+        places += [("--plots", path) for suite in suites for path in stems(options.plots, suite)]
+    refuse_taken(places, options.overwrite)
 
 
 def _suite(options: argparse.Namespace) -> Suite:
@@ -218,6 +232,7 @@ def _merge(options: argparse.Namespace, files: list[Results]) -> Result:
 
     if options.targets or options.suite:
         raise ConfigError("--merge reads results; leave targets and --suite out")
+    _refuse_taken(options, None, [results.suite for results in files])
     tables = merged(files)
     code = _written(_side_files(options, files, list(tables.values())))
     text = "\n\n".join(f"In {name}:\n{table.text()}" for name, table in tables.items())

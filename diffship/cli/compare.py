@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffship.cli.flags import add_engine, add_request, engine_options, names, request_fields
 from diffship.cli.output import Result, figure, table
-from diffship.cli.places import require_file_place
+from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
 from diffship.cli.progress import Stages
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-steps", action="store_true", help="parts only: draw nothing")
     parser.add_argument("--psnr", metavar="DB", type=float, help="floor for every part, also where the weights differ")
     parser.add_argument("--grid", metavar="FILE", type=Path, help="write the pictures side by side")
+    add_overwrite(parser, "a grid")
     engine = add_engine(parser)
     engine.add_argument("--engine-b", choices=tuple(RUNNERS), help="engine of B (default: that of A)")
     add_request(parser)
@@ -76,6 +77,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--grid needs pictures; leave --no-steps out")
     if options.grid:
         require_file_place(options.grid, "--grid")
+        refuse_taken([("--grid", options.grid)], options.overwrite)
     if options.prompts and options.no_steps:
         raise ConfigError("--no-steps draws nothing; leave the prompts out")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from diffship.cli.export import made_parents
 from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
-from diffship.cli.progress import Stages, warn_of
+from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.registry import PASSES, load
 from diffship.core.spec import PRECISIONS
@@ -66,24 +64,9 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     if "-h" in words or "--help" in words:
         for name in dict.fromkeys(word.removeprefix("--pass=") for word in words):
             if name in PASSES:
-                parser.epilog = f"{parser.epilog}\n{_options(name)}"
+                from diffship.cli.pass_help import options_text
 
-
-def _options(name: str) -> str:
-    cls = load(PASSES, name, "pass")
-    lines = []
-    width = max(16, *(len(field.name) + 2 for field in dataclasses.fields(cls)))
-    for field in dataclasses.fields(cls):
-        legal = field.metadata.get("choices")
-        default = "needed" if field.default is dataclasses.MISSING else f"default: {_worded(field.default)}"
-        lines.append(f"  {field.name:<{width}}{default}{'; ' + ', '.join(map(str, legal)) if legal else ''}")
-    return "\n".join([f"pass {name}, --set KEY=VALUE:", *lines, "", inspect.getdoc(cls) or ""])
-
-
-def _worded(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+                parser.epilog = f"{parser.epilog}\n{options_text(name, load(PASSES, name, 'pass'))}"
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -96,6 +79,7 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.compress import compress
     from diffship.core.distributed import first_process
     from diffship.core.job import Job
+    from diffship.models.component import unused
     from diffship.training.loop import leave
 
     source, base, passes = _asked(options)
@@ -111,6 +95,8 @@ def run(options: argparse.Namespace) -> Result:
         )
     leave()
     warn_of(pipeline.source)
+    for text in unused(pipeline.components.values()):
+        note(f"warning: {text}")
     return _described(pipeline, options.output)
 
 
@@ -214,6 +200,7 @@ def _step(step: Step) -> dict[str, Any]:
         "after": None if step.after is None else _figures(step.after),
         "hours": None if step.seconds is None else step.seconds / 3600,
         "note": step.note,
+        "absent": step.absent,
     }
 
 
@@ -225,4 +212,5 @@ def _plan_text(found: Estimate) -> str:
         hours = "-" if step.seconds is None else f"{step.seconds / 3600:.2f}"
         rows.append((step.kind, before, *_cells(step.after), hours))
     notes = [f"{step.kind}: a target: {step.note}" for step in found.steps if step.note]
+    notes += [f"{step.kind}: no hours: {step.absent}" for step in found.steps if step.absent]
     return "\n".join([table(head, rows), *notes, f"hours: {found.timed}"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship import __version__
 from diffship.cli.output import Result, size_text, table
-from diffship.core.tensorrt import GPUS, capability_text
+from diffship.core.tensorrt import GPUS, LEGEND, capability_text
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -133,5 +133,6 @@ def _text(machine: dict[str, Any], engines: list[Any], extras: list[Any], confli
         lines += ["", table(("extra", "ready", "what to do"), wanted)]
     gpus = [(gpu.name, capability_text(gpu.sm), gpu.rtx, gpu.trt) for gpu in GPUS]
     lines += ["", table(("TensorRT engines for", "SM", "rtx", "trt"), gpus)]
+    lines += [f"{word}: {meaning}" for word, meaning in LEGEND.items()]
     lines += [f"conflict: {conflict}" for conflict in conflicts]
     return "\n".join(lines)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from diffship.cli.flags import request_fields
+from diffship.cli.flags import existing_file, request_fields
 from diffship.cli.models import open_router, report, sources_of
+from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
 from diffship.cli.output import Result
+from diffship.cli.pace import Pace, Told
 from diffship.cli.progress import Stages, note
+from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
+from diffship.core.sniff import also, missing, near
 from diffship.runtimes.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
@@ -30,28 +32,48 @@ from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory, warnings_in
 from diffship.sampling.wire import pack, unpack
 
-MAX_PROMPTS = 256
-Work = tuple[Callable[[Router], list[Trajectory]], list[Path]]  # how a batch begins, and where its pictures go
+
+@dataclass(frozen=True)
+class Work:
+    """One batch: how it begins, what the command line says of each picture, and what its model adds when it is open."""
+
+    begun: Callable[[Router], list[Trajectory]]
+    pictures: list[dict[str, str]]
+    settled: Callable[[Router, Sequence[str]], dict[str, str]]
 
 
 def draw(options: argparse.Namespace) -> Result:
     """Everything is checked before the model is opened, and no folder is made before the first picture is there."""
-    begin = time.perf_counter()
+    pace = Pace()
     sources = sources_of(options)
+    names = Names(options)
     work = resumed(options) if options.resume else asked(options)
+    places = names.places([picture for piece in work for picture in piece.pictures])
     for source in sources:
         require_something(source)
     with Stages(options.quiet) as stages, open_router(options, sources) as (router, noted):
+        pace.opened()
+        files = iter(places or settled_places(names, work, router))
         drawn = []
-        for number, (begun, places) in enumerate(work):
-            batch = begun(router)
+        for number, piece in enumerate(work):
+            batch = piece.begun(router)
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
             pictures = draw_batch(router, batch, reporter(stages, label, options.save_trajectory))
-            drawn += [save(picture, file, options) for picture, file in zip(pictures, places, strict=True)]
+            drawn += [save(picture, next(files), options) for picture in pictures]
         models = report(router, sources)
+        told = pace.told(router.models, len(drawn))
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
-    return result(models, noted, drawn, options.grid, time.perf_counter() - begin)
+    return result(models, noted, drawn, options, told)
+
+
+def settled_places(names: Names, work: Sequence[Work], router: Router) -> list[Path]:
+    """The files of pictures whose names hold what the opened model chose; refused before anything is computed."""
+    engines = [str(getattr(model, "engine", "torch")) for model in router.models]
+    pictures = [{**piece.settled(router, engines), **picture} for piece in work for picture in piece.pictures]
+    files = names.places(pictures)
+    assert files is not None, "a settled picture has every field"
+    return files
 
 
 def asked(options: argparse.Namespace) -> list[Work]:
@@ -62,12 +84,29 @@ def asked(options: argparse.Namespace) -> list[Work]:
     """
     prompts = read_prompts(options)
     requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
-    files = file_names(options.output, prompts, requests[0].images, requests[0].seed)
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     image, mask = _read_image(options.image), _read_mask(options.mask)
-    begun = [partial(begin_request, request=request, image=image, mask=mask) for request in requests]
-    return list(zip(begun, files, strict=True))
+    return [
+        Work(
+            partial(begin_request, request=request, image=image, mask=mask),
+            wanted(options, request, index),
+            partial(_settled, request),
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+def wanted(options: argparse.Namespace, request: Request, index: int) -> list[dict[str, str]]:
+    """The fields of every picture of the prompt number `index`, as far as the command line says them."""
+    return [
+        asked_fields(options, replace(request, images=1, seed=request.seed + image), index, image)
+        for image in range(request.images)
+    ]
+
+
+def _settled(request: Request, router: Router, engines: Sequence[str]) -> dict[str, str]:
+    return settled_fields(request, sum(router.split or ()), router.starter, engines)
 
 
 def resumed(options: argparse.Namespace) -> list[Work]:
@@ -82,11 +121,13 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:
         raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
-    if not options.resume.is_file():
-        raise ConfigError(f"--resume {str(options.resume)!r} is not a file")
+    existing_file(options.resume, "--resume")
     if options.resume.stat().st_size > LIMITS.trajectory_bytes:
         raise ConfigError(f"--resume {str(options.resume)!r} is longer than a trajectory can be")
-    trajectory = unpack(options.resume.read_bytes())
+    try:
+        trajectory = unpack(options.resume.read_bytes())
+    except HandoffError as fault:
+        raise HandoffError(f"--resume {options.resume}: {fault}{also(options.resume)}") from None
 
     def begun(router: Router) -> list[Trajectory]:
         model = router.models[router.place_of(trajectory)]
@@ -96,7 +137,8 @@ def resumed(options: argparse.Namespace) -> list[Work]:
             note("warning: the trajectory was begun with other weights than these")
         return [trajectory]
 
-    return [(begun, file_names(options.output, [trajectory.prompt], 1, _seed(trajectory.facts))[0])]
+    fields = resumed_fields(options, trajectory, _seed(trajectory.facts))
+    return [Work(begun, [fields], lambda router, engines: {"engine": "+".join(engines)})]
 
 
 def _seed(facts: Mapping[str, Any]) -> int:
@@ -119,13 +161,13 @@ def require_something(text: str) -> None:
     """A hub id or built-in source may be looked up later; a path must be there.
 
     Raises:
-        ConfigError: a path that leads nowhere.
+        SourceError: a path that leads nowhere.
         UnsupportedError: a source, and no torch to run it with.
     """
     if Path(text).exists():
         return
-    if text.startswith(("/", ".", "~", "\\")):
-        raise ConfigError(f"{text!r} does not exist; DIR is a bundle, a folder with diffship.json in it")
+    if gone := missing(text):
+        raise SourceError(f"{gone}; DIR is a bundle, a folder with diffship.json in it{near(text)}")
     if not installed("torch"):
         raise UnsupportedError(
             f"there is no folder {text!r}, and without torch only bundles are run. "
@@ -178,9 +220,14 @@ def _read_mask(file: Path | None) -> Any:
 
 
 def result(
-    models: Sequence[dict[str, object]], noted: Sequence[str], drawn: Sequence[Drawn], grid: Path | None, seconds: float
+    models: Sequence[dict[str, object]],
+    noted: Sequence[str],
+    drawn: Sequence[Drawn],
+    options: argparse.Namespace,
+    told: Told,
 ) -> Result:
     """The document and the text of a run; `noted` are warnings that were told before."""
+    grid = options.grid
     pictures = []
     for entry in drawn:
         height, width = entry.pixels.shape[:2]
@@ -195,63 +242,13 @@ def result(
         "models": models,
         "pictures": pictures,
         "grid": None if grid is None else str(grid),
-        "seconds": round(seconds, 3),
+        **told.to_json(),
         "warnings": [*noted, *warnings],
     }
+    note(told.line([str(model["engine"]) for model in models], len(pictures)), options.quiet or options.json)
     files = [str(entry.file) for entry in drawn] + ([] if grid is None else [str(grid)])
     return Result(document, "\n".join([*files, *(_line(model) for model in models if len(models) > 1)]))
 
 
 def _line(model: dict[str, object]) -> str:
     return f"{model['source']} ({model['engine']}): {model['calls']} calls, {model['seconds']} s"
-
-
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, then those of the file, without comments and blank lines.
-
-    Raises:
-        ConfigError: there is none, there are too many, or the file is missing, too long or not UTF-8.
-    """
-    prompts = list(options.prompts)
-    if options.prompts_file is not None:
-        prompts += _prompts_of(options.prompts_file)
-    if not prompts:
-        raise ConfigError(
-            "no prompt is given; the bundle comes first: diffship run DIR PROMPT... or --prompts-file FILE"
-        )
-    if len(prompts) > MAX_PROMPTS:
-        raise ConfigError(f"{len(prompts)} prompts; legal is 1 to {MAX_PROMPTS}: PROMPT... or --prompts-file FILE")
-    return prompts
-
-
-def _prompts_of(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ConfigError(f"--prompts-file {str(file)!r} is not a file")
-    if file.stat().st_size > 4 * MAX_PROMPTS * LIMITS.prompt_chars:
-        raise ConfigError(f"--prompts-file {str(file)!r} is longer than {MAX_PROMPTS} prompts can be")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark before the text
-    except UnicodeDecodeError as fault:
-        raise ConfigError(f"--prompts-file {str(file)!r} is not UTF-8: {fault.reason} at byte {fault.start}") from None
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def file_names(folder: Path, prompts: Sequence[str], images: int, seed: int) -> list[list[Path]]:
-    """A list per prompt: `000-red-apple-1.png` is the first prompt with seed 1; or the one .png that was asked for.
-
-    Raises:
-        ConfigError: one .png file, but more than one picture.
-    """
-    if folder.suffix.lower() == ".png":
-        if len(prompts) * images > 1:
-            raise ConfigError(f"-o {folder} is one file for {len(prompts) * images} pictures; give a folder")
-        return [[folder]]
-    return [
-        [folder / f"{index:03d}-{slug(prompt)}-{seed + image}.png" for image in range(images)]
-        for index, prompt in enumerate(prompts)
-    ]
-
-
-def slug(prompt: str) -> str:
-    """At most 40 characters of a prompt that every file system takes."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"

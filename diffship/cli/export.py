@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
   diffship export emoji --to onnx -o out/emoji
-  diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model
+  diffship export path/to/diffusers-folder --to onnx -o out/model
+  diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model-for-gpus
   diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
 """
 
@@ -44,7 +46,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def _target(words: Sequence[str]) -> str:
-    for first, second in zip(words, [*words[1:], ""], strict=True):
+    for first, second in pairwise([*words, ""]):
         if first == "--to":
             return second
         if first.startswith("--to="):
@@ -89,11 +91,12 @@ def _warn_of_sampler(scheduler: Any) -> None:
 
 
 def _warn_of_unused(parts: Iterable[Any]) -> None:
+    from diffship.models.component import unused_text
+
     for part in parts:
         unused = part.extra.get("unused_tensors")
         if unused:
-            shown = ", ".join(unused["first"])
-            note(f"warning: {part.name} does not take {unused['count']} tensors of its weight files: {shown}")
+            note(f"warning: {unused_text(part.name, unused['count'], unused['first'])}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS, SAMPLERS
+from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -125,7 +126,7 @@ def given_fields(options: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
 
 def existing_file(path: Path, what: str) -> Path:
     if not path.is_file():
-        raise ConfigError(f"{what} {str(path)!r} is not a file")
+        raise ConfigError(f"{what} {str(path)!r} is not a file{also(path)}")
     return path
 
 

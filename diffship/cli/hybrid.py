@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.drawing import Drawn, file_names, read_prompts, reporter, require_something, result, save, write_grid
+from diffship.cli.drawing import Drawn, reporter, require_something, result, save, wanted, write_grid
 from diffship.cli.flags import AUTO, engine_options, request_fields
+from diffship.cli.models import half_on_cpu
+from diffship.cli.naming import Names, settled_fields
 from diffship.cli.output import Result
+from diffship.cli.pace import Pace
 from diffship.cli.progress import Stages, note
+from diffship.cli.prompts import read_prompts
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.strict import unknown
@@ -40,27 +43,33 @@ _TOKEN_BYTES = 4096
 
 def draw(options: argparse.Namespace) -> Result:
     """One picture after the other; everything is checked before the model is opened."""
-    begin = time.perf_counter()
+    pace = Pace()
     check_flags(options)
     budget = budget_of(options) if options.split == AUTO else None
-    requests, files = asked(options)
+    names = Names(options)
+    requests, pictures = asked(options)
+    places = names.places(pictures)
     token = read_token(options)
     require_something(options.bundle)
     drawn: list[Drawn] = []
     made: list[Hybrid] = []
     with Stages(options.quiet) as stages, open_client(options, token) as client:
+        pace.opened()
         split, choice, noted = settle_split(client, requests[0], options, budget)
+        files = places or settled_places(names, requests, pictures, client, sum(split))
         for number, (request, file) in enumerate(zip(requests, files, strict=True)):
             label = f"{number + 1}/{len(requests)} {request.prompt[:40]}"
             made.append(client.generate(request, split, reporter(stages, label, options.save_trajectory)))
             drawn.append(save(made[-1].picture, file, options))
         models = shares(client, options.bundle, split, made)
+        noted += half_on_cpu([client.small], options)
+        told = pace.told([client.small], len(drawn))
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
     noted += [warning for hybrid in made for warning in hybrid.report.warnings]
     for warning in (noted := list(dict.fromkeys(noted))):
         note(f"warning: {warning}")
-    document = result(models, noted, drawn, options.grid, time.perf_counter() - begin)
+    document = result(models, noted, drawn, options, told)
     return _with_handoffs(document, made, choice)
 
 
@@ -99,8 +108,19 @@ def budget_of(options: argparse.Namespace) -> Budget:
     return Budget(found.get("cloud-ms"), found.get("quality"), None if latency is None else 1000 * latency)
 
 
-def asked(options: argparse.Namespace) -> tuple[list[Request], list[Path]]:
-    """One request and one file a picture: a handoff is of one image, so image i of a prompt has seed + i.
+def settled_places(
+    names: Names, requests: Sequence[Request], pictures: Sequence[Mapping[str, str]], client: HybridClient, steps: int
+) -> list[Path]:
+    """The files of pictures whose names hold what the split and this device's model chose."""
+    engines = ["cloud", str(getattr(client.small, "engine", "torch"))]
+    settled = [settled_fields(request, steps, client.small, engines) for request in requests]
+    files = names.places([{**more, **known} for more, known in zip(settled, pictures, strict=True)])
+    assert files is not None, "a settled picture has every field"
+    return files
+
+
+def asked(options: argparse.Namespace) -> tuple[list[Request], list[dict[str, str]]]:
+    """One request a picture, and the fields of its name: a handoff is of one image, image i has seed + i.
 
     Raises:
         ConfigError: a prompt, file or value that is not legal.
@@ -114,9 +134,8 @@ def asked(options: argparse.Namespace) -> tuple[list[Request], list[Path]]:
         )
     if options.save_trajectory and len(prompts) * images > 1:
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
-    files = file_names(options.output, prompts, images, seed)
-    requests = [replace(request, images=1, seed=seed + image) for request in whole for image in range(images)]
-    return requests, [file for places in files for file in places]
+    pictures = [fields for index, request in enumerate(whole) for fields in wanted(options, request, index)]
+    return [replace(request, images=1, seed=seed + image) for request in whole for image in range(images)], pictures
 
 
 def read_token(options: argparse.Namespace) -> str | None:

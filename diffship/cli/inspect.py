@@ -46,8 +46,11 @@ def is_bundle(text: str) -> bool:
 def inspect_bundle(folder: Path) -> Result:
     """From the manifest alone: nothing is hashed and no engine is opened."""
     from diffship.core.bundle import Bundle
+    from diffship.runtimes.verify import weakness
 
-    manifest = Bundle.open(folder).manifest
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    weak = {part.name: weakness(bundle, part) for part in manifest.parts}
     parts = [_bundle_part(part, manifest.files) for part in manifest.parts]
     document = {
         "kind": "bundle",
@@ -65,10 +68,11 @@ def inspect_bundle(folder: Path) -> Result:
     keys = ("name", "precision", "status", "parameters", "bytes", "source_digest")
     rows = [[_short(key, part[key]) for key in keys] for part in parts]
     facts = [
-        f"{manifest.target} bundle of {manifest.source.get('id', 'an unknown source')} ({manifest.family.name})",
+        f"{manifest.target} bundle of {_told(manifest.source)} ({manifest.family.name})",
         f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
         f"{len(manifest.files)} files",
         *manifest.source.get("notes", ()),
+        *(f"{', '.join(n for n in weak if weak[n] == text)}: {text}" for text in dict.fromkeys(weak.values()) if text),
     ]
     return Result(document, _join(facts, table(head, rows), parts, manifest.licence))
 
@@ -99,6 +103,12 @@ def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
     facts = [f"source {options.what} ({family.name}), cost of one call at {width}x{height}"]
     facts += pipeline.source.get("notes", ())
     return Result(document, _join(facts, table(head, rows), parts, pipeline.licence))
+
+
+def _told(source: Any) -> str:
+    """`owner/name@commit`, or what there is of it."""
+    revision = source.get("revision")
+    return f"{source.get('id', 'an unknown source')}{f'@{revision}' if revision else ''}"
 
 
 def _bundle_part(part: Any, files: Any) -> dict[str, Any]:

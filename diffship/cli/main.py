@@ -6,16 +6,17 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from diffship import __version__
 from diffship.cli import bench, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
-from diffship.cli.progress import say, silence
+from diffship.cli.progress import say
 from diffship.cli.stops import Stops
 from diffship.core.errors import ConfigError
 from diffship.core.outcome import outcome
 from diffship.core.printable import printable
+from diffship.core.streams import prepare, silence
 from diffship.core.strict import unknown
 
 VERBS = {
@@ -44,7 +45,15 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError instead of printing usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with a dash is joined to it by =, such as --flag=-5"
         raise ConfigError(f"{message} ({self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """--help and --version, told as results are."""
+        unheard = _out(lambda: print(message, end="", flush=True))
+        if unheard:
+            self.exit(unheard)
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -100,6 +109,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         legal = [flag for action in parsers[options.verb]._actions for flag in action.option_strings]
         stray = next((word for word in rest if word.startswith("-")), None)
         problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"
+        if stray and hasattr(options, "prompts"):
+            problem += "; a prompt that begins with a dash stands behind --"
         raise ConfigError(f"{problem} (diffship {options.verb} --help)")
     return options
 
@@ -118,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of `diffship ARGUMENTS`; prints the result on stdout, everything else on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = words[0] if words and words[0] in VERBS else ""
+    prepare()
     as_json, debug = bench.prints_json(words) if verb == "bench" else "--json" in words, "--debug" in words
     with Stops() as stops:
         try:
@@ -138,12 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(result: Result, verb: str, as_json: bool) -> int:
+    unheard = 0
     if as_json:
         ok = result.exit_code == 0
-        _out(lambda: print_json({"schema": 1, "verb": verb, "ok": ok, **result.document}))
+        unheard = _out(lambda: print_json({"schema": 1, "verb": verb, "ok": ok, **result.document}))
     elif result.text:
-        _out(lambda: print(printable(result.text), flush=True))
-    return result.exit_code
+        unheard = _out(lambda: print(printable(result.text), flush=True))
+    return result.exit_code or unheard
 
 
 def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
@@ -153,8 +166,14 @@ def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _out(printed: Callable[[], None]) -> None:
+def _out(printed: Callable[[], None]) -> int:
+    """0; where stdout takes no more though it is read (its disk is full), that is told, and its exit code."""
     try:
         printed()
-    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+    except OSError as fault:
         silence(sys.stdout)
+        if not isinstance(fault, BrokenPipeError):  # its reader (head, less) has seen enough
+            _, message, code = outcome(fault)
+            say(f"diffship: stdout: {message}")
+            return code
+    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from diffship.cli.flags import AUTO, engine_options
@@ -14,6 +14,7 @@ from diffship.core.strict import unknown
 from diffship.runtimes.handoff.pair import check_pair
 from diffship.runtimes.handoff.router import Router, check_split
 
+CPU_ENGINES = ("onnxruntime", "openvino")  # unless --device names a GPU
 _SHORT = "one number of model calls per model, such as --split 10,15"
 
 
@@ -57,9 +58,27 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         ]
         warnings = [text for model in models for text in getattr(model, "notes", ())]
         warnings += check_pair(models, options.sampler, options.shared_latents)
+        warnings += half_on_cpu(models, options)
         for warning in warnings:
             note(f"warning: {warning}")
         yield Router(models, options.split, keep=options.memory != "low"), warnings
+
+
+def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[str]:
+    """A warning for bundles in half precision that a CPU will compute in float32; each kind of engine is told once."""
+    found: dict[str, list[str]] = {}
+    for model in models:
+        bundle = getattr(model, "bundle", None)
+        if bundle is not None and any(part.precision == "fp16" for part in bundle.manifest.parts):
+            found.setdefault(model.engine, []).append(bundle.path.name)  # type: ignore[attr-defined]
+    if engine_options(options).get("device", "cpu") != "cpu":
+        found = {}
+    return [
+        f"{' and '.join(names)} is in fp16, which {engine} computes in float32 on a CPU: slower, and with more memory, "
+        "than a bundle in fp32. For this machine: diffship export SOURCE --to onnx --precision fp32 -o DIR"
+        for engine, names in found.items()
+        if engine in CPU_ENGINES
+    ]
 
 
 def report(router: Router, sources: list[str]) -> list[dict[str, object]]:

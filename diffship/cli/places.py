@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffship.core.errors import ConfigError
 
+FIELDS = {  # of a template for names of pictures
+    "index": "number of the prompt, 000 first",
+    "image": "number of the picture of its prompt, 0 first",
+    "prompt": "at most 40 characters of it",
+    "seed": "of this picture",
+    "model": "names of the models, in the order of their steps",
+    "engine": "names of their engines",
+    "negative": "at most 24 characters of the negative prompt, or none",
+    "sampler": "the model's own where none is given, as with the next five",
+    "steps": "denoising steps",
+    "guidance": "weight of the prompt",
+    "size": "WIDTHxHEIGHT",
+    "spacing": "of the timesteps",
+    "strength": "share of noise",
+    "rng": "torch or philox",
+    "memory": "normal or low",
+}
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -27,6 +46,29 @@ def require_picture_place(path: Path, flag: str) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{flag} {path} is a file; name a folder, or a .png file")
     _require_above(path / "picture.png", flag)
+
+
+def refuse_taken(places: Iterable[tuple[str, Path]], overwrite: bool) -> None:
+    """Raises ConfigError where two of these (flag, file) are one file, or, without `overwrite`, one is there."""
+    seen: dict[str, str] = {}
+    taken = []
+    for flag, path in places:
+        key = os.path.realpath(path).casefold()  # file systems that do not tell A from a would keep one of them
+        if key in seen:
+            twice = f"{seen[key]} and {flag}" if seen[key] != flag else f"two of {flag}"
+            more = ": a template with {index}, {image} or {seed} tells pictures apart" if flag == "-o" else ""
+            raise ConfigError(f"{twice} would be written to one file, {path}{more}")
+        seen[key] = flag
+        if os.path.lexists(path):
+            taken.append(f"{flag} {path}")
+    if taken and not overwrite:
+        more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
+        raise ConfigError(f"{taken[0]} exists already{more}; choose another name, or pass --overwrite to replace it")
+
+
+def add_overwrite(parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:
+    """The flag that lets `refuse_taken` pass."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what} that are there already")
 
 
 def _require_above(path: Path, flag: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffship.cli.flags import add_engine, add_request, names, setting, split
 from diffship.cli.output import Result
-from diffship.cli.places import require_file_place, require_picture_place
+from diffship.cli.places import FIELDS, add_overwrite, require_file_place, require_picture_place
 from diffship.core.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -17,15 +17,22 @@ EXAMPLES = """examples:
   diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
   diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
+  diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
 """
+EXAMPLES += "\nfields of a template:\n" + "\n".join(f"  {name:<9} {what}" for name, what in FIELDS.items()) + "\n"
 _CLOUD_FLAGS = ("cloud_model", "token_file", "deadline", "budget", "quality_curve", "profile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="DIR", nargs="?", help="a bundle, or a diffusers folder where torch is there")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="what to draw")
-    parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line; # begins a comment")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("out"), help="folder or .png file")
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", type=Path, help="one prompt a line, - for stdin; a comment is '# ...'"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, default=Path("out"), help="folder, .png file, or template (below)"
+    )
+    add_overwrite(parser, "pictures, grid and trajectory")
     parser.add_argument("--grid", metavar="FILE", type=Path, help="also write one picture with all of them, labelled")
     parser.add_argument(
         "--save-trajectory", metavar="FILE", type=Path, help="keep the state after every step (one picture)"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.cli.output import Result
 from diffship.core.errors import ConfigError
+from diffship.core.sniff import also
 
 if TYPE_CHECKING:
     from diffship.training.options import TrainOptions
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _check_data(stage: str, data: Path) -> None:
     if not data.is_dir():
-        raise ConfigError(f"--data {str(data)!r} is not a folder")
+        raise ConfigError(f"--data {str(data)!r} is not a folder{also(data)}")
     if stage in STEPPED and not (data / "metadata.jsonl").is_file():
         command = f"diffship train emoji-data --data ARCHIVES -o {data}"
         raise ConfigError(f"--data {str(data)!r} has no metadata.jsonl. Run first: {command}")

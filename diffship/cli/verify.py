@@ -83,7 +83,6 @@ def _hashes(options: argparse.Namespace) -> Result:
             "--hashes-only opens no engine; leave --parts, --engine, --reduce, --graphs and --polygraphy out"
         )
     bundle = Bundle.open(options.bundle)
-    bundle.verify()
     document, text = _intact(bundle)
     return Result(document, f"{text}; nothing was computed")
 
@@ -96,14 +95,16 @@ def _polygraphy(options: argparse.Namespace) -> Result:
     if options.engine or options.reduce or options.graphs:
         raise ConfigError("--polygraphy opens no engine; leave --engine, --reduce and --graphs out")
     bundle = Bundle.open(options.bundle)
-    bundle.verify()
+    intact = _intact(bundle)
     written = write_polygraphy(bundle, options.polygraphy, options.parts)
-    document, text = _intact(bundle)
+    document, text = intact
     lines = [f"{entry.part}: {entry.reason}" if entry.reason else entry.command for entry in written]
     return Result({**document, "polygraphy": [entry.to_json() for entry in written]}, "\n".join([text, *lines]))
 
 
 def _intact(bundle: Bundle) -> tuple[dict[str, object], str]:
+    """Document and text of a bundle whose hashes match. Raises BundleError where they do not."""
+    notes = bundle.verify()
     files = bundle.manifest.files
     size = sum(record.size for record in files.values())
     document: dict[str, object] = {
@@ -114,7 +115,8 @@ def _intact(bundle: Bundle) -> tuple[dict[str, object], str]:
         "files": len(files),
         "bytes": size,
         "damage": "",
+        "notes": list(notes),
         "parts": [],
         "trajectory": None,
     }
-    return document, f"{len(files)} files, {size_text(size)}: hashes match"
+    return document, "\n".join([f"{len(files)} files, {size_text(size)}: hashes match", *notes])

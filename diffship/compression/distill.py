@@ -52,8 +52,8 @@ class DistillPass:
     precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the teacher's weights. checkpointing: compute
     activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder where they take
     no more than this; else they are encoded at every step.
-    save_seconds: between checkpoints. validate_every: pictures of `prompts` (by default eight captions) are drawn at
-    every so many checkpoints.
+    save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
+    drawn at every so many checkpoints.
     """
 
     kind: ClassVar[str] = "distill"

@@ -58,7 +58,7 @@ def train_student(
     look = Look(options.prompts or spread_captions(pictures), pictures.size)
     if options.teacher_steps:  # a few-step teacher has its guidance in its weights
         look = replace(look, steps=(options.teacher_steps,), guidance=1.0)
-    report = Report(model, look, folder, lambda text: job.progress(text, 0, 1))
+    report = Report(model, look, folder, lambda text: job.progress(text, 1, 1))
     train(
         task,
         schedule(options, options.rate),
@@ -133,6 +133,6 @@ def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> Non
         return
     mark = int.from_bytes(hashlib.sha256(str(folder.resolve()).encode()).digest()[:7], "little")
     span = torch.tensor([mark, -mark], device=accelerator.device)
-    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)  # no timeout: torch's own, for every exchange
     if int(span[0]) != -int(span[1]):
         raise ConfigError("the processes have no folder in common; give the job one (compress --cache DIR)")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.compression.outline import Outline
+from diffship.core.brief import brief
 from diffship.core.job import available_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
@@ -32,16 +34,18 @@ _NOT_ASKED = "nothing was timed"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass: the U-Net's cost before and after it (None where that is not known), seconds (None: not timed), and
-    what the figures hang on."""
+    """One pass: the U-Net's cost before and after it (None where that is not known), seconds (None: not timed, or the
+    pass cannot run), what the figures hang on, and what is not there that the pass reads."""
 
     kind: str
     before: Cost | None
     after: Cost | None
     seconds: float | None
     note: str = ""
+    absent: str = ""
 
 
+@brief
 @dataclass(frozen=True)
 class Estimate:
     """All passes, the pipeline that they are taken to make, and what was timed, in words."""
@@ -61,12 +65,22 @@ def estimate(pipeline: Pipeline, passes: Sequence[Any], found: Sequence[Outline]
     steps, before = [], costs.of(pipeline, pipeline.components["unet"])
     for step, outline in zip(passes, found, strict=False):
         after = costs.of(outline.pipeline, outline.pipeline.components["unet"])
-        steps.append(Step(step.kind, before, after, _seconds(outline, per_mac, costs), outline.note))
+        absent = absent_data(step)
+        seconds = None if absent else _seconds(outline, per_mac, costs)
+        steps.append(Step(step.kind, before, after, seconds, outline.note, absent))
         before = after
     unknown = "known only when it runs"
     for place, step in enumerate(passes[len(found) :]):
         steps.append(Step(step.kind, None if place else before, None, None, unknown))
     return Estimate(tuple(steps), found[-1].pipeline if found else pipeline, timed)
+
+
+def absent_data(step: Any) -> str:
+    """Why a pass that trains cannot begin: its option `data` names no folder. Empty where it does, or needs none."""
+    data = getattr(step, "data", None)
+    if data is None or Path(data).expanduser().is_dir():
+        return ""
+    return f"data={data} is not a folder here, and the run would stop at once; docs/compression.md says what it holds"
 
 
 def sized_cost(pipeline: Pipeline, unet: Component, px: int | None = None) -> Cost:

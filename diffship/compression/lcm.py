@@ -76,8 +76,8 @@ class LcmPass:
     full form always has, and the lora form if `teacher` is given. checkpointing: compute activations twice instead of
     keeping them. cache_gib: encoded pictures are kept in the job's folder if they take no more than this; else they
     are encoded at every step.
-    save_seconds: between checkpoints. validate_every: pictures of `prompts` (by default eight captions) are drawn with
-    1, 2, 4 and 8 steps, a row each, at every so many checkpoints.
+    save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
+    drawn with 1, 2, 4 and 8 steps, a row each, at every so many checkpoints.
     """
 
     kind: ClassVar[str] = "lcm"

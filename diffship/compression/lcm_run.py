@@ -63,7 +63,7 @@ def train_consistency(
         task,
         schedule(options, options.learning_rate),
         folder,
-        validate=Report(model, look, folder, lambda text: job.progress(text, 0, 1)),
+        validate=Report(model, look, folder, lambda text: job.progress(text, 1, 1)),
         precision=MIXED[options.precision],
         progress=lambda step, steps: job.progress("lcm", step, steps),
         follow=task.follow,

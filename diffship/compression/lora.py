@@ -27,8 +27,8 @@ from diffship.models.pipeline import Pipeline, recorded
 class LoraPass:
     """Fuse LoRA files (safetensors; kohya's, diffusers' or peft's names) into the U-Net and the text encoders.
 
-    files: one or more. weights: how much of each, 1 where not given; negative ones subtract. sampler: `lcm` records the
-    LCM sampler in the result, with `steps` steps and guidance 1.
+    files: one or more. weights: how much of each, 1 where not given; negative ones subtract. sampler, steps: `lcm`
+    records the LCM sampler in the result, with `steps` steps and guidance 1.
     """
 
     kind: ClassVar[str] = "lora"

@@ -13,6 +13,7 @@ from diffship.compression.lora_names import Names, Place, naming
 from diffship.compression.lora_scale import read_notes
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.sniff import also
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, to_float32
 
 Array = NDArray[np.generic]
@@ -56,7 +57,7 @@ class LoraFile:
 
     def __init__(self, path: Path, names: Names, model: Mapping[str, Weights]) -> None:
         if not path.is_file():
-            raise ConfigError(f"{path} is not a file; a LoRA is one .safetensors file")
+            raise ConfigError(f"{path} is not a file; a LoRA is one .safetensors file{also(path)}")
         self.path, self._model = path, model
         self.weights = SafetensorsWeights(path)
         self._layers: dict[tuple[str, str], dict[str, str]] = {}

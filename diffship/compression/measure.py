@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import numpy as tensor_file
 
+from diffship import __version__
 from diffship.compression.interior import Layer, largest_kept
 from diffship.compression.narrow import cut
 from diffship.compression.scores import LayerScores, ScoreTable, Settings, Shift
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-_VERSION = 2  # of the measurement: another one finds nothing that this one kept
 LABEL = "significance scores"
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and std, each (channels, height, width)
 
@@ -154,7 +154,7 @@ class _Bench:
     def _key(self) -> dict[str, object]:
         settings = vars(self._drawing.settings(self._pipeline))
         facts = {"model": self._model.digest, "settings": settings_key(self._pipeline), "device": self._device}
-        return {"version": _VERSION, **facts, **settings}
+        return {"version": __version__, **facts, **settings}
 
     @cached_property
     def _module(self) -> nn.Module:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffship.core.brief import brief
 from diffship.core.problem import refuse
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
@@ -23,6 +24,7 @@ class Calls:
     count: float
 
 
+@brief
 @dataclass(frozen=True)
 class Outline:
     """pipeline: with the shapes that the pass leaves; the values of its weights may be others. calls: what the pass

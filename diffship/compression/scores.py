@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffship.compression.interior import KINDS
 from diffship.core.atomic import write_file
+from diffship.core.brief import brief
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.limits import LIMITS
@@ -63,6 +64,7 @@ class Settings:
     precision: str
 
 
+@brief
 @dataclass(frozen=True)
 @bounded
 class ScoreTable:

@@ -33,8 +33,8 @@ class SignificancePass:
 
     parameters, macs: what is to be left of the U-Net's present figure, between 0 and 1; one of them, and neither with
     `ranks`. MACs are those of one row at the model's default size, attention's products included.
-    allocation: `budget` finds the widths with the least sum of scores within the budget, exactly; `ranks` is Hybrid
-    SD's (`ranks` a,b: the a least significant layers keep a quarter, up to b a half, the others three quarters);
+    allocation, ranks: `budget` finds the widths with the least sum of scores within the budget, exactly; `ranks` is
+    Hybrid SD's (`ranks` a,b: the a least significant layers keep a quarter, up to b a half, others three quarters);
     `random` (by `seed`) and `magnitude` (least share of weight norm lost) are there to compare with, at one budget.
     released_quirks: `ranks` as the released code has it, faults included, first heads instead of largest.
     keeps: ratios that a layer may be narrowed to. feedforward: narrow these layers, too.

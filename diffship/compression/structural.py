@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from diffship import __version__
 from diffship.compression.narrow import Indices, Kept, Scores, count_parameters, narrow_unet
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.ranking import Layer, kept_budget, kept_share
@@ -184,7 +185,8 @@ class PrunePass:
             key: value for key, value in self._entry().items() if key not in ("keep", "parameters_share", "ranking")
         }
         settings = [settings_key(pipeline), pictures.size]
-        text = json.dumps([told, model, pictures.digest, settings, version("torch-pruning")], sort_keys=True)
+        made_by = [__version__, version("torch-pruning")]
+        text = json.dumps([told, model, pictures.digest, settings, made_by], sort_keys=True)
 
         def make(place: Path) -> None:
             scores, losses = self._measured(pipeline, module, interiors, pictures, job)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from diffship.core import bundle_check as check
 from diffship.core.atomic import exchange, sync_folder, sync_tree, write_file
-from diffship.core.errors import BundleError, ConfigError
+from diffship.core.brief import brief
+from diffship.core.errors import BundleError, ConfigError, SourceError
 from diffship.core.leftovers import claim_folder, held, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import (
@@ -25,10 +26,13 @@ from diffship.core.manifest import (
     Part,
     listed_files,
 )
+from diffship.core.sniff import classify, describe, foreign, missing, near
+from diffship.core.travel import only_read_by_people, rewrapped
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
 
 
+@brief
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle: names, sizes, paths, links, headers and limits are checked; hashes only by `verify`."""
@@ -43,25 +47,41 @@ class Bundle:
 
         Raises:
             ConfigError: there is no such folder.
+            SourceError: it is a folder without a manifest.
             BundleError: naming the file, for anything that is not as the manifest says.
         """
         root = _existing_folder(path)
         if not os.path.lexists(root / MANIFEST_NAME):
-            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}. Make one with: diffship export")
+            raise SourceError(
+                f"{root} is not a bundle: it has no {MANIFEST_NAME}; {foreign(root, 'make one with: diffship export')}"
+            )
         data = check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links)
+        if told := describe(root / MANIFEST_NAME, text=True):
+            raise BundleError(f"{root / MANIFEST_NAME}: {told}")
         return cls(root, check.open_manifest(root, data, hard_links), hard_links)
 
-    def verify(self, on_file: Callable[[str, int], None] | None = None) -> None:
-        """Hash every file; `on_file(name, size)` follows each. Raises BundleError for a changed or unlisted file."""
-        check.check_unlisted(self.path, self.manifest.files, check.scan(self.path, self.hard_links))
+    def verify(self, on_file: Callable[[str, int], None] | None = None) -> tuple[str, ...]:
+        """Hash every file; `on_file(name, size)` follows each.
+
+        What it gives is to be told: files of systems and downloads that were passed over, a README whose line ends git
+        changed.
+
+        Raises:
+            BundleError: a changed or unlisted file.
+        """
+        note = check.check_unlisted(self.path, self.manifest.files, check.scan(self.path, self.hard_links))
+        notes = [note] if note else []
         for name, record in self.manifest.files.items():
             actual = check.digest_file(self.path / name)
-            if actual != record.sha256:
+            if actual != record.sha256 and only_read_by_people(name) and rewrapped(self.path / name, record):
+                notes.append(f"{name}: its line ends were changed, and nothing else")
+            elif actual != record.sha256:
                 raise BundleError(
                     f"{self.path}: {name} was changed: its sha256 is {actual[:12]}..., expected {record.sha256[:12]}..."
                 )
             if on_file is not None:
                 on_file(name, record.size)
+        return tuple(notes)
 
     def file(self, name: str) -> Path:
         """The path of a listed file; raises BundleError for any other name."""
@@ -168,13 +188,11 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
     try:
         root = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError):
-        raise ConfigError(
-            f"{str(path)[:200]!a} does not exist; a bundle is a folder with {MANIFEST_NAME} in it"
-        ) from None
+        gone = missing(str(path)) or f"{str(path)[:200]!r} does not exist"
+        raise ConfigError(f"{gone}; a bundle is a folder with {MANIFEST_NAME} in it{near(str(path))}") from None
     if not root.is_dir():
-        raise ConfigError(
-            f"{path} is not a folder; unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
-        )
+        what = f"unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
+        raise ConfigError(f"{path} is not a folder; {what if classify(root) == 'archive' else foreign(root, what)}")
     return root
 
 

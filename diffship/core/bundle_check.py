@@ -13,7 +13,8 @@ from diffship.core.limits import LIMITS
 from diffship.core.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path, parse_manifest
 from diffship.core.onnx_wire import ExternalData, external_data
 from diffship.core.safetensors_file import read_header
-from diffship.core.sniff import PICKLE_SUFFIXES, classify_head
+from diffship.core.sniff import PICKLE_SUFFIXES, classify_head, describe
+from diffship.core.travel import beside, left_by_systems, only_read_by_people, rewrapped
 
 _COPY = "Copy it with: cp -rL"
 
@@ -25,10 +26,12 @@ def scan(root: Path, hard_links: bool = False) -> dict[str, os.stat_result]:
         BundleError: a link, hard link, FIFO, socket or device anywhere, or more entries than the limits allow.
     """
     found: dict[str, os.stat_result] = {}
+    passed = 0
     for name, status in _walk(root):
         _refuse_special(root, name, status, hard_links)
         found[name] = status
-        if len(found) > LIMITS.bundle_files + 1:
+        passed += left_by_systems(name)
+        if len(found) - passed > LIMITS.bundle_files + 1 or passed > LIMITS.beside_files:
             raise BundleError(f"{root} holds more than {LIMITS.bundle_files} files")
     found.pop(MANIFEST_NAME, None)
     return found
@@ -39,8 +42,8 @@ def check_files(root: Path, manifest: Manifest, found: Mapping[str, os.stat_resu
     for name, record in manifest.files.items():
         if name not in found:
             raise BundleError(f"{root}: the file {name} is missing")
-        if found[name].st_size != record.size:
-            raise BundleError(f"{root}: the file {name} has {found[name].st_size} bytes; it had {record.size}")
+        if found[name].st_size != record.size and not (only_read_by_people(name) and rewrapped(root / name, record)):
+            raise BundleError(f"{root}: the file {name} {_other_size(root / name, record)}")
         if Path(name).suffix.lower() in _CODE_SUFFIXES:
             raise BundleError(f"{root}: the file {name} is of a kind that can run code; a bundle never holds one")
     for name, who in manifest.named_files().items():
@@ -76,13 +79,31 @@ def open_manifest(root: Path, data: bytes, hard_links: bool = False) -> Manifest
     return manifest
 
 
-def check_unlisted(root: Path, listed: Collection[str], found: Mapping[str, os.stat_result]) -> None:
-    """Raises BundleError, naming the first few files that the manifest does not list."""
-    extra = sorted(set(found) - set(listed))
+def _other_size(path: Path, record: FileRecord) -> str:
+    sizes = f"has {path.stat().st_size} bytes; it had {record.size}"
+    if rewrapped(path, record):
+        return f"{sizes}: its line ends were changed. Check it out again with: git -c core.autocrlf=false clone"
+    told = describe(path, text=path.suffix in (".json", ".txt", ".md"))
+    return f"{sizes}; {told}" if told else sizes
+
+
+def check_unlisted(root: Path, listed: Collection[str], found: Mapping[str, os.stat_result]) -> str:
+    """What to tell of files that systems and downloads leave in a bundle; `""` where there are none.
+
+    Raises:
+        BundleError: naming the first few other files that the manifest does not list.
+    """
+    unlisted = set(found) - set(listed)
+    passed = {name for name in unlisted if left_by_systems(name)}
+    extra = sorted(unlisted - passed)
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         shown = ", ".join(ascii(name[:100]) for name in extra[:3])
         raise BundleError(f"{root} holds files that its manifest does not list: {shown}{more}. Move them away")
+    note, fault = beside(passed, {name: found[name].st_size for name in passed})
+    if fault:
+        raise BundleError(f"{root}: {fault}")
+    return note
 
 
 def digest_file(path: Path) -> str:
@@ -112,8 +133,12 @@ def read_small(path: Path, limit: int, hard_links: bool = False) -> bytes:
 
 
 def record(root: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below `root`, sorted; raises BundleError for names that a bundle may not hold."""
-    found = scan(root)
+    """Size and sha256 of every file below `root`, sorted, but for those that a file manager leaves meanwhile.
+
+    Raises:
+        BundleError: a name that a bundle may not hold.
+    """
+    found = {name: status for name, status in scan(root).items() if not left_by_systems(name)}
     for name in found:
         check_path(name)
     return {name: FileRecord(found[name].st_size, digest_file(root / name)) for name in sorted(found)}

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, ParityError
+from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+else:
+    np = lazy("numpy")
 
 _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 
@@ -41,6 +47,7 @@ class Tolerance:
         return ", ".join(parts + ([] if self.psnr_db is None else [f"PSNR >= {self.psnr_db:g} dB"])) or "none"
 
 
+@brief
 @dataclass(frozen=True)
 class OutputReport:
     """Figures of one output, in float64; NaN where they could not be computed, in which case `reason` says why.
@@ -91,6 +98,7 @@ class OutputReport:
         return f"{verdict} {self.name}: {figures}{advice}"
 
 
+@brief
 @dataclass(frozen=True)
 class Report:
     """What `compare` found; true where every output passed."""

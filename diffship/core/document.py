@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.sniff import foreign
 
 Table = dict[str, Any]
 
@@ -39,9 +40,9 @@ def _read(path: str | Path, limit: int, error: type[DiffshipError], form: str, p
             raise error(f"{path} is too large: at most {limit} bytes are read")
         content = parse(raw.decode("utf-8"))
     except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
+        raise error(f"{path} cannot be read: {foreign(path, fault.strerror or str(fault), text=True)}") from None
     except (ValueError, RecursionError) as fault:
-        raise error(f"{path} is not {form}: {str(fault)[:200]}") from None
+        raise error(f"{path} is not {form}: {foreign(path, str(fault)[:200], text=True)}") from None
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}; it must be a table")
     return content

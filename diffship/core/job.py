@@ -38,6 +38,10 @@ def _plain_fact(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} cannot be told apart by its text; give plain data")
 
 
+class Bytes(int):
+    """The `total` of a progress that counts bytes: whoever shows it shows units."""
+
+
 class Job:
     """Long work: `folder` keeps what is done (None: a temporary one, for this process; `lasting` is False then),
     `progress(label, done, total)` hears how far it is, `cancel()` says whether to stop."""

@@ -30,6 +30,8 @@ class Limits:
     manifest_bytes: int = 4 * MIB
     bundle_files: int = 4096
     bundle_parts: int = 256
+    beside_files: int = 2 * 4096 + 64  # a download keeps two notes of each file
+    beside_bytes: int = 16 * MIB
     file_bytes: int = 1 << 40
     name_chars: int = 128
     path_chars: int = 240

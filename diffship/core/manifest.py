@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from diffship.core.brief import brief
 from diffship.core.compare import Tolerance
 from diffship.core.errors import BundleError
 from diffship.core.family import Family
@@ -36,6 +37,7 @@ class Binding:
     shape: tuple[int | str, ...]
 
 
+@brief
 @dataclass(frozen=True)
 @bounded
 class GoldenBlocks:
@@ -52,7 +54,12 @@ class GoldenBlocks:
     graph: dict[str, Tolerance]
     engine: dict[str, Tolerance] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.graph:
+            raise BundleError(f"{self.file}: block references without a point would prove nothing")
 
+
+@brief
 @dataclass(frozen=True)
 @bounded
 class Golden:
@@ -77,6 +84,7 @@ class Golden:
             raise BundleError(f"{self.file}: a tolerance without limits would prove nothing")
 
 
+@brief
 @dataclass(frozen=True)
 class GoldenTrajectory:
     """A trajectory before its first call (docs/wire-format.md), and the fp32 latents after each call (`step.1` on).
@@ -89,6 +97,7 @@ class GoldenTrajectory:
     tolerance: Tolerance
 
 
+@brief
 @dataclass(frozen=True)
 class Part:
     """One compiled component. `files[0]` is what an engine opens; `bindings` only where the target renames or reshapes.
@@ -114,6 +123,9 @@ class Part:
             raise BundleError(f"part {self.name} has no files, no inputs or no outputs")
         if not _HEX.match(self.source_digest):
             raise BundleError(f"part {self.name}: source_digest {self.source_digest[:80]!a} is not 64 hex digits")
+        blocks = None if self.golden is None else self.golden.blocks
+        if blocks is not None and self.precision != "fp32" and not blocks.engine:
+            raise BundleError(f"part {self.name}: {blocks.file} has no tolerances for an engine in {self.precision}")
         if self.proof.get("status") not in ("proved", "unproven"):
             raise BundleError(f"part {self.name}: proof status {str(self.proof.get('status'))[:40]!a} is unknown")
 
@@ -131,6 +143,7 @@ class FileRecord:
             raise BundleError(f"sha256 {self.sha256[:80]!a} is not 64 hex digits")
 
 
+@brief
 @dataclass(frozen=True)
 class Manifest:
     """The whole of diffship.json. `sampler` is diffusers' scheduler config; `files` leaves diffship.json itself out.

@@ -13,16 +13,21 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from diffship.core.atomic import replacing
+from diffship.core.brief import brief
 from diffship.core.dtype import CODES, NAMES, TensorMeta, as_bytes, stored
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.lazy import lazy
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import describe_bytes
+from diffship.core.sniff import foreign
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
 
 _ALIGN = 8
 
@@ -35,6 +40,7 @@ class Entry:
     offset: int
 
 
+@brief
 @dataclass(frozen=True)
 class Header:
     """A checked header; `entries` keeps the order of the offsets."""
@@ -60,12 +66,12 @@ def read_header(path: str | Path) -> Header:
         with _open_regular(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
-            raw = _read_raw_header(file, size)
+            raw = _read_raw_header(file, size, path)
             entries, metadata = _check(_parse(raw), 8 + len(raw), size)
     except _Refused as reason:
         raise SourceError(f"{path}: not a valid safetensors file: {reason}") from None
     except OSError as fault:
-        raise SourceError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+        raise SourceError(f"{path}: cannot be read: {foreign(path, fault.strerror or str(fault))}") from None
     return Header(path, entries, metadata, _identity(status))
 
 
@@ -147,23 +153,20 @@ def _fill(file: IO[bytes], array: NDArray[np.generic], path: Path) -> None:
         done += count
 
 
-def _read_raw_header(file: IO[bytes], size: int) -> bytes:
-    head = file.read(64)
+def _read_raw_header(file: IO[bytes], size: int, path: Path) -> bytes:
+    head = file.read(8)
     if len(head) < 8:
-        raise _Refused(f"it has {size} bytes, a header length alone takes 8")
+        raise _Refused(foreign(path, f"it has {size} bytes, a header length alone takes 8"))
     (length,) = struct.unpack("<Q", head[:8])
     if length > min(LIMITS.safetensors_header_bytes, size - 8):
-        foreign = describe_bytes(head)
-        if foreign:
-            raise _Refused(foreign)
         limit = LIMITS.safetensors_header_bytes
-        raise _Refused(f"its header claims {length} bytes; the file has {size - 8} after it, the limit is {limit}")
-    file.seek(8)
+        claim = f"its header claims {length} bytes; the file has {size - 8} after it, the limit is {limit}"
+        raise _Refused(foreign(path, claim))
     raw = bytearray(length)
     if file.readinto(raw) != length:  # type: ignore[attr-defined]
         raise _Refused("it was cut short while it was read")
     if not raw.startswith(b"{"):
-        raise _Refused("its header does not start with '{'")
+        raise _Refused(foreign(path, "its header does not start with '{'"))
     return bytes(raw)
 
 

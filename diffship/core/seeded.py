@@ -11,12 +11,17 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.lazy import lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
 
 _CHUNK = 1 << 16  # values per draw: stays in the second-level cache; a multiple of 4 keeps whole 64-bit words
 

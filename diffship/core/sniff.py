@@ -1,9 +1,16 @@
-"""What a path holds, from its name and first bytes: a folder, weights, or a form that is never read."""
+"""What a path holds, from its name and first bytes: a folder, weights, a form that is never read, or not what it seems.
+
+`describe` is for the error of whoever could not read something: what it is instead, and what to do.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import stat
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +33,33 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
 }
+_FORMATS = {
+    b"GGUF": "a GGUF file, quantised for other programs; get the safetensors of the model",
+    b"\x89HDF": "an HDF5 file of Keras or TensorFlow; get the safetensors of the model",
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"GIF8": "a picture (GIF)",
+    b"RIFF": "a WebP picture, or sound or video",
+    b"%PDF": "a PDF document",
+    b"\x08\x07\x12": "an ONNX model",
+    b"\x08\x08\x12": "an ONNX model",
+    b"ptrt": "a TensorRT engine",
+}
+_COMPILED = {
+    ".onnx": "ONNX files",
+    ".plan": "TensorRT engines",
+    ".engine": "TensorRT engines",
+    "openvino_model.xml": "OpenVINO files",
+    ".mlpackage": "Core ML packages",
+    ".mlmodelc": "Core ML packages",
+}
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
+_TEXTS = (".json", ".jsonl", ".toml", ".txt", ".md", ".csv", ".yaml", ".yml", ".py")
+_BLOBS = "a hub cache was copied without its blobs, or a link was moved: copy it with cp -rL, or download it again"
+_ROOTED = re.compile(r"[./~\\]|[A-Za-z]:|.*\\")
+_ENDINGS = ("/", ".safetensors", ".ckpt", ".json", ".toml", ".onnx", ".zip", *PICKLE_SUFFIXES)
+_HEAD = 512
+_ENTRIES = 2000
 
 
 def classify(path: str | Path) -> Kind:
@@ -64,18 +98,195 @@ def refuse_unsafe(path: str | Path) -> None:
         raise SourceError(f"{path}: archives are not read. Unpack it yourself, look at it, and pass the folder")
 
 
-def describe_bytes(head: bytes) -> str:
-    """`""` or what foreign format starts with these bytes, with the way out."""
+def describe(path: str | Path, text: bool = False) -> str:
+    """`""`, or what a file or folder is that could not be read as asked, with the way out: `it is ...; do ...`.
+
+    Nothing is unpacked or executed, and of a file only the first bytes are read. `text` says that JSON or other text
+    was expected, so that being text explains nothing.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink() and not path.exists():
+            return f"it is a link to {os.readlink(path)[:200]!a}, where nothing is; {_BLOBS}"
+        if path.is_dir():
+            return _describe_folder(path)
+        if not path.is_file():
+            return ""
+        size = path.stat().st_size
+        return _describe_file(path.name, size, _head(path), text)
+    except (OSError, ValueError):
+        return ""
+
+
+def foreign(path: str | Path, reason: str, text: bool = False) -> str:
+    """What `describe` says of a path, or `reason` where it says nothing, with what is near where nothing is there."""
+    return describe(path, text) or (reason if os.path.lexists(path) else f"{reason}{near(str(path))}")
+
+
+def also(path: str | Path) -> str:
+    """What `describe` says, or what is near where nothing is there, to stand behind a message: `; it is ...`."""
+    told = describe(path)
+    return f"; {told}" if told else "" if os.path.lexists(path) else near(str(path))
+
+
+def missing(text: str) -> str:
+    """`""` unless words that look like a path lead nowhere; then that they do. `near` says what is there instead.
+
+    A path has a dot, `~`, slash or drive in front, a backslash, two slashes, the ending of a file, or a first folder
+    that is here, but for a letter or two. What is left, `NAME` and `OWNER/NAME`, may be called so elsewhere.
+    """
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return ""
+    if os.path.islink(path):
+        return f"{text[:200]!r}: {describe(path)}"
+    rooted = _ROOTED.match(text) or text.count("/") > 1 or text.lower().endswith(_ENDINGS)
+    owned = "/" in text and (os.path.isdir(text.partition("/")[0]) or _meant(Path(path)))
+    return f"{text[:200]!r} does not exist" if rooted or owned else ""
+
+
+def near(text: str) -> str:
+    """What a path that leads nowhere may mean: `; did you mean 'out/emoji'?`, or what its folder has; or `""`."""
+    path = Path(text).expanduser()
+    meant = _meant(path)
+    if meant:
+        return f"; did you mean {meant!r}?"
+    folder, wrong, _ = _break_of(path)
+    names = _close(wrong, folder) or _names(folder)[:6]
+    return f"; {str(folder)!r} has {', '.join(f'{name[:80]!a}' for name in names)}" if names else ""
+
+
+def _meant(path: Path) -> str:
+    """The path with its first wrong name mended, where that leads somewhere."""
+    folder, wrong, rest = _break_of(path)
+    return next(
+        (str(folder / name / rest) for name in _close(wrong, folder) if os.path.exists(folder / name / rest)), ""
+    )
+
+
+def _break_of(path: Path) -> tuple[Path, str, Path]:
+    """The last folder that is there, the first name that is not in it, and what would follow."""
+    folder = next((above for above in path.parents if os.path.isdir(above)), Path("."))
+    parts = path.relative_to(folder).parts if path.is_relative_to(folder) else path.parts
+    return folder, (parts or ("",))[0], Path(*parts[1:])
+
+
+def _close(wrong: str, folder: Path) -> list[str]:
+    names = {name.lower(): name for name in _names(folder)}
+    return [names[name] for name in difflib.get_close_matches(wrong.lower(), names, 3)]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, _ENTRIES) if not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _describe_file(name: str, size: int, head: bytes, text: bool) -> str:
+    if not size:
+        return "it has 0 bytes: what should have written or fetched it did not; get it again"
+    if name.lower().endswith(_UNFINISHED):
+        return "it is an unfinished download; let it go on, or get it again"
+    if not head.strip(b"\0"):
+        return "it begins with zeros: room that was made for a download which never came; get it again"
+    if told := _describe_head(head):
+        return told
+    if name in ("diffship.json", "model_index.json"):
+        return "" if text else "it is the list of a folder; pass the folder"
+    return "" if text or name.lower().endswith(_TEXTS) else _describe_text(head)
+
+
+def _describe_head(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        found = re.search(rb"^size (\d{1,15})$", head, re.MULTILINE)
+        stands = f", which stands for {int(found[1])} bytes that were not fetched" if found else ""
+        return (
+            f"it is a Git LFS pointer{stands}; run git lfs install and git lfs pull in its clone, or download the file"
+        )
     if _is_pickle(head):
         return f"it holds a pickle or numpy file, which is never read. {CONVERT}"
     archive = _archive(head)
-    return f"it is {archive}; unpack it yourself and pass the folder" if archive else ""
+    if archive:
+        return f"it is {archive}; unpack it yourself and pass the folder"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error", b"<!--")):
+        return (
+            "it is a web page or a server's error message that was saved under this name; log in (a model may ask to "
+            "accept its licence) and download the file again"
+        )
+    kind = next((kind for magic, kind in _FORMATS.items() if head.startswith(magic)), "")
+    return f"it is {kind}" if kind else ""
+
+
+def _describe_text(head: bytes) -> str:
+    """JSON or plain words where bytes were expected: what a download leaves that got an answer, and not the file."""
+    try:
+        words = head.decode("utf-8", "strict" if len(head) < _HEAD else "ignore")
+    except UnicodeDecodeError:
+        return ""
+    if not words.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
+        return ""
+    kind = "JSON" if words.lstrip()[:1] in ("{", "[") else "text"
+    return f"it is {kind} ({' '.join(words.split())[:80]!a}), as a download leaves that was refused; get the file again"
+
+
+def describe_bytes(data: bytes) -> str:
+    """What `describe` says of a file that holds these bytes."""
+    return _describe_file("", len(data), data[:_HEAD], False)
+
+
+def _describe_folder(folder: Path) -> str:
+    entries = list(islice(_entries(folder), _ENTRIES))
+    names = {name for name, _ in entries}
+    if not entries:
+        return "it is empty"
+    links = [entry for _, entry in entries if os.path.islink(entry) and not os.path.exists(entry)]
+    if links and len(links) == sum(not os.path.isdir(entry) for _, entry in entries):
+        return f"all {len(links)} of its files are links to places where nothing is; {_BLOBS}"
+    if "diffship.json" in names:
+        return (
+            "it is a bundle: run, serve, verify and inspect take it; export and compress take the model it was made of"
+        )
+    found = next((told for suffix, told in _COMPILED.items() if any(name.endswith(suffix) for name in names)), "")
+    if found:
+        return f"it holds {found}: compiled already, and no weights to start from; pass the model that it was made of"
+    return _describe_other_folder(folder, names)
+
+
+def _describe_other_folder(folder: Path, names: set[str]) -> str:
+    snapshots = sorted(name for name in names if re.fullmatch(r"snapshots/[^/]+", name))
+    if snapshots:
+        return f"it is an entry of the hub's cache; pass {folder / snapshots[-1]}"
+    inside = sorted({name.partition("/")[0] for name in names if name.endswith("/model_index.json")})
+    if inside and "model_index.json" not in names:
+        return f"the model lies one folder further down; pass {folder / inside[0]}"
+    if "adapter_config.json" in names or any(name.endswith("_lora_weights.safetensors") for name in names):
+        return "it is a LoRA; fuse it into its model: diffship compress MODEL --pass lora --set files=FILE.safetensors"
+    if any(name.endswith(".gguf") for name in names):
+        return "it holds GGUF files, which are quantised for other programs; pass the diffusers folder of the model"
+    single = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt")))
+    if single and "config.json" not in names:
+        return (
+            f"it holds {single[0]}, a checkpoint in one file; convert it once with diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+        )
+    return ""
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name with `/`, path) of what lies in a folder and in the folders in it."""
+    for outer in os.scandir(folder):
+        yield outer.name, outer.path
+        if outer.is_dir(follow_symlinks=False):
+            yield from ((f"{outer.name}/{inner.name}", inner.path) for inner in os.scandir(outer.path))
 
 
 def _head(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        return os.read(descriptor, 512)
+        return os.read(descriptor, _HEAD)
     finally:
         os.close(descriptor)
 

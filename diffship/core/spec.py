@@ -11,13 +11,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffship.core.errors import ConfigError, RunnerError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Axis = int | str
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and manifests spell them
 CAST_WITHIN = ("timestep", "time_ids")  # inputs in float32 at any precision: eleven bits are too few for them
+BATCH = "batch_size"
 _NAME = r"[a-z][a-z0-9_]*"
 _AXIS = re.compile(rf"({_NAME}(?: \* {_NAME})*)(?: ([*/]) ([1-9][0-9]{{0,3}}))?\Z")
 
@@ -96,6 +102,17 @@ class TensorSpec:
         if not all(isinstance(axis, (int, str)) for axis in shape):
             raise ConfigError(f"tensor {name}: an axis is an int or an expression, got {shape}")
         return cls(name, dtype, tuple(shape))
+
+
+def first_sample(
+    specs: Iterable[TensorSpec], feeds: Mapping[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]] | None:
+    """The feeds of the first sample alone; None where they are of one sample already."""
+    named = (spec.name for spec in specs if spec.shape[:1] == (BATCH,) and spec.name in feeds)
+    batched = {name for name in named if len(feeds[name]) > 1}
+    if not batched:
+        return None
+    return {name: array[:1] if name in batched else array for name, array in feeds.items()}
 
 
 def _parse(axis: str) -> tuple[str, str, int]:

@@ -25,6 +25,11 @@ RTX_SM = (75, 86, 89, 120, 121)  # support matrix of TensorRT-RTX 1.5; 8.0 is in
 DEFAULT_SM = (89, 120)
 DATA_CENTRE_SM = {80: "A100", 90: "H100, H200", 100: "B200", 103: "B300"}
 BUILT, UNPROVEN, NO = "built", "unproven", "no"
+LEGEND = {
+    BUILT: "an engine was built for it; no GPU has run it yet",
+    UNPROVEN: "the library names it; nobody here has tried",
+    NO: "the library has no engines for it; take ONNX Runtime on CUDA, or the other library",
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Gpu:
 GPUS = (
     Gpu("T4, RTX 20 series", 75, UNPROVEN),
     Gpu("A100", 80, NO),
-    Gpu("A10, A40, RTX 30 series", 86, UNPROVEN),
-    Gpu("L4, L40S, RTX 40 series", 89, BUILT),
+    Gpu("A10, A10G, A40, RTX 30 series", 86, UNPROVEN),
+    Gpu("L4, L40S, RTX 4090, RTX 40 series", 89, BUILT),
     Gpu("H100, H200", 90, NO),
     Gpu("B200", 100, NO),
     Gpu("RTX 50 series, RTX PRO Blackwell", 120, BUILT),
@@ -141,7 +146,18 @@ def capability_text(sm: int) -> str:
     return f"{sm // 10}.{sm % 10}"
 
 
+def advice(gpu: Gpu) -> str:
+    """What to do for a GPU, in Markdown: a plan from anywhere where there is one, else the way that needs no plan."""
+    if gpu.rtx != NO:
+        return f"`export --to tensorrt --sm {gpu.sm}`, on any machine"
+    return (
+        "`export --to onnx --precision fp16`, `run --device cuda`; or `export --to tensorrt --flavour trt` on that GPU"
+    )
+
+
 def markdown() -> str:
-    """The table of docs/tensorrt.md."""
-    lines = ["| GPU | SM | TensorRT-RTX | TensorRT |", "| --- | ---: | --- | --- |"]
-    return "\n".join([*lines, *(f"| {g.name} | {g.sm} | {g.rtx} | {g.trt} |" for g in GPUS)])
+    """The table of docs/tensorrt.md, and what its words mean. Of ONNX Runtime on CUDA nothing has run either."""
+    head = ("GPU", "SM", "what to do", "TensorRT-RTX", "TensorRT", "ONNX Runtime")
+    rows = [(gpu.name, str(gpu.sm), advice(gpu), gpu.rtx, gpu.trt, UNPROVEN) for gpu in GPUS]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([*lines, "", *(f"- **{word}**: {meaning}" for word, meaning in LEGEND.items())])

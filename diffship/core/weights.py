@@ -7,16 +7,22 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, meta_of, stored, to_float32
 from diffship.core.errors import ConfigError, SourceError
+from diffship.core.lazy import lazy
 from diffship.core.safetensors_file import Header, read_header, read_tensor
 from diffship.core.seeded import SeededWeights
 from diffship.core.sniff import refuse_unsafe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.generic]
+else:
+    np = lazy("numpy")
 
 __all__ = [
     "Derived",
@@ -33,7 +39,7 @@ __all__ = [
     "taken",
     "to_float32",
 ]
-Array = NDArray[np.generic]
+
 T = TypeVar("T")
 _SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 

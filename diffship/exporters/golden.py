@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.core.compare import compare
 from diffship.core.dtype import meta_of
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.manifest import Golden
 from diffship.core.safetensors_file import write_safetensors
-from diffship.core.spec import CAST_WITHIN, PRECISIONS
+from diffship.core.spec import CAST_WITHIN, PRECISIONS, first_sample
 from diffship.exporters.tolerances import exact, loosest, measured, method
 from diffship.models.component import Component
 
@@ -31,7 +32,7 @@ def write_golden(
 
     Raises:
         SourceError: torch itself gives NaN or infinity.
-        UnsupportedError: it does so in `precision` only.
+        UnsupportedError: it does so in `precision` only, or what it gives one sample depends on how many there are.
     """
     calls = [rounded_feeds(feeds, precision) for feeds in calls]
     joined = {name: np.concatenate([feeds[name] for feeds in calls]) for name in calls[0]}
@@ -39,6 +40,7 @@ def write_golden(
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise SourceError(f"{component.name}: torch itself gives NaN or infinity in {name}; the source is damaged")
+    _require_independent_samples(component, calls[0], outputs, max_bytes)
     formatted = outputs if precision == "fp32" else simulated(component, joined, max_bytes, precision)
     parts = {name: np.split(array, len(calls)) for name, array in outputs.items()}
     tensors = {f"{k}.in.{name}": array for k, feeds in enumerate(calls) for name, array in feeds.items()}
@@ -54,6 +56,21 @@ def write_golden(
         for name in outputs
     }
     return Golden(file, dict(sizes), loosest(limits.values()), len(calls), limits, dict(method(precision)))
+
+
+def _require_independent_samples(component: Component, feeds: Arrays, outputs: Arrays, max_bytes: int) -> None:
+    """Runtimes batch samples as they come, and references of one number of samples must hold for any other."""
+    alone = first_sample(component.inputs, feeds)
+    if alone is None:
+        return
+    found = reference(component, alone, max_bytes)
+    limits = {name: exact(array) for name, array in found.items()}
+    report = compare({name: array[:1] for name, array in outputs.items()}, found, limits)
+    if not report.passed:
+        raise UnsupportedError(
+            f"{component.name}: torch gives a sample another {report.worst.name} alone than among others; "
+            "a part whose samples depend on each other cannot be batched, and is not exported"
+        )
 
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:

@@ -1,4 +1,4 @@
-"""Feeds of golden vectors that a part meets in use: real text embeddings, latents at two noise levels, token ids.
+"""Feeds of golden vectors that a part meets in use: real text embeddings, latents at two noise levels, prompts.
 
 Unit normals in place of text embeddings hide faults of the cross-attention: attention to normal keys is nearly even.
 """
@@ -42,9 +42,9 @@ class GoldenFeeds:
         self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
 
     def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
-        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a U-Net, one of others."""
+        """The feeds of each golden call of `component` at `sizes` (by axis): one of a VAE's parts, two of others."""
         if component.name in TEXT_PARTS:
-            return [self._tokens(component, sizes)]
+            return [self._tokens(component, sizes), _spread(component, sizes)]
         if component.name != "unet":
             return [self._pictures(component, sizes)]
         return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
@@ -112,6 +112,15 @@ class GoldenFeeds:
             finally:
                 model.close()
         return self._encoded[size]
+
+
+def _spread(component: Component, sizes: Mapping[str, int]) -> Arrays:
+    """Tokens from the whole vocabulary, evenly: prompts read a hundred rows of a table that has fifty thousand."""
+    (spec,) = component.inputs
+    shape = spec.resolve({**component.smallest, **sizes})
+    ids = np.linspace(0, component.config["vocab_size"] - 1, math.prod(shape)).round()
+    # consecutive tokens of a row are far apart
+    return {spec.name: np.ascontiguousarray(ids.reshape(shape[::-1]).T).astype(spec.dtype)}
 
 
 def _smooth(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:

@@ -63,7 +63,7 @@ def card_text(pipeline: Pipeline) -> str:
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["diffship", pipeline.family.name],
-        "base_model": name if source.get("kind") == "hub" else None,
+        "base_model": name if source.get("kind") == "hub" or source.get("revision") else None,
     }
     lines = front_matter_text(pipeline.licence, fields)
     lines += [f"# {name}, compressed" if history else f"# {name}", "", *provenance(source, pipeline.licence)]

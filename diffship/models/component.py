@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from diffship.core.brief import brief
 from diffship.core.errors import DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
@@ -17,16 +15,21 @@ from diffship.core.weights import TensorMeta, Weights, source_digest
 from diffship.models.examples import draw
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from diffship.models.runner import TorchRunner
 else:
+    np = lazy("numpy")
     torch, nn = lazy("torch"), lazy("torch.nn")
 
+SHOWN = 8  # unused tensors that are named
 INNER = "inner."  # every part wraps its network in an attribute of this name
 
 
+@brief
 @dataclass(frozen=True)
 class Component:
     """A part under its canonical name, with the canonical inputs and outputs that every engine keeps.
@@ -146,6 +149,16 @@ def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, l
 def unexpected(module: nn.Module, weights: Weights) -> list[str]:
     """Tensors of `weights` that `module` does not take."""
     return sorted(set(weights.names()) - {name.removeprefix(INNER) for name in module.state_dict()})
+
+
+def unused(components: Iterable[Component]) -> list[str]:
+    """A sentence for each part whose weights have tensors that it does not take."""
+    found = {component.name: unexpected(component.meta, component.weights) for component in components}
+    return [unused_text(name, len(names), names[:SHOWN]) for name, names in found.items() if names]
+
+
+def unused_text(part: str, count: int, first: Sequence[str]) -> str:
+    return f"{part} does not take {count} tensors of its weight files: {', '.join(first)}"
 
 
 def _refuse_computed(module: nn.Module, expected: Mapping[str, Any], label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from diffship.core.document import read_json
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
-from diffship.core.sniff import PICKLE_SUFFIXES, refuse_unsafe
+from diffship.core.sniff import PICKLE_SUFFIXES, also, describe, foreign, refuse_unsafe
 from diffship.core.weights import SafetensorsWeights, Weights
 from diffship.models.autoencoder import KL, TINY
 from diffship.models.licences import licence_of
@@ -51,6 +52,9 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
         index, present = {}, {name: folder / name for name in PARTS if (folder / name / "config.json").is_file()}
     if not present:
         raise SourceError(f"{folder}: {_nothing(folder)}")
+    for entry in folder.iterdir():  # as a file system that does not tell A from a leaves them
+        if entry.name.lower() in PARTS and entry.name.lower() not in present and entry.name not in PARTS:
+            raise SourceError(f"{entry}: is not read under this name; call it {entry.name.lower()}")
     return Material(
         source={**source, "left_out": _left_out(index)} if _left_out(index) else dict(source),
         modules={name: read_module(path, PARTS[name]) for name, path in present.items()},
@@ -72,6 +76,8 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
     """Class, config and lazy weights of one component folder."""
+    if not os.path.lexists(folder / "config.json"):
+        raise SourceError(f"{folder}: has no config.json; {foreign(folder, 'so its class is not known')}")
     config = read_config(folder / "config.json")
     class_name = _class_of(config, classes)
     if class_name not in classes:
@@ -89,7 +95,7 @@ def find_weights(folder: Path) -> Weights:
     for stem in _STEMS:
         for variant in ("", ".fp16", ".bf16"):
             file = folder / f"{stem}{variant}.safetensors"
-            if file.is_file():
+            if file.is_file() or file.is_symlink():  # a link to nothing is told by whoever reads it
                 return SafetensorsWeights(file)
             for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
                 if (folder / index).is_file():
@@ -102,8 +108,19 @@ def find_weights(folder: Path) -> Weights:
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in PICKLE_SUFFIXES:
             refuse_unsafe(file)
-    names = ", ".join(sorted(file.name for file in folder.iterdir())[:8])
-    raise SourceError(f"{folder}: has no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; it has {names}")
+    raise SourceError(f"{folder}: has no {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What stands in the place of weights that are not there."""
+    names = sorted(file.name for file in folder.iterdir())
+    for name in names:
+        if name.startswith(_STEMS) and (told := describe(folder / name, text=True)):
+            return f"{name}: {told}"
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return f"rename the file that is meant; there is {', '.join(others[:8])}"
+    return foreign(folder, f"it has {', '.join(names[:8])}")
 
 
 def read_config(path: Path, infinite: bool = False) -> dict[str, Any]:
@@ -174,12 +191,16 @@ def _tokenizers(folder: Path, parts: Iterable[str]) -> dict[str, dict[str, bytes
     found: dict[str, dict[str, bytes]] = {}
     for name in _TOKENIZERS:
         if (folder / name).is_dir() and _TOKENIZERS[name] in parts:
-            files = {file: _bytes(folder / name / file) for file in TOKENIZER_FILES if (folder / name / file).is_file()}
+            there = [file for file in TOKENIZER_FILES if os.path.lexists(folder / name / file)]
+            files = {file: _bytes(folder / name / file) for file in there}
             found[name] = completed(files, str(folder / name))
     return found
 
 
 def _bytes(path: Path) -> bytes:
+    told = describe(path, text=True)
+    if told and (not path.exists() or path.stat().st_size):  # an empty file may be one of a tokenizer
+        raise SourceError(f"{path}: {told}")
     if path.stat().st_size > _SMALL:
         raise SourceError(f"{path}: has {path.stat().st_size} bytes; at most {_SMALL} are read")
     if path.suffix == ".json":
@@ -220,4 +241,5 @@ def _nothing(folder: Path) -> str:
     pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLE_SUFFIXES]
     if pickles:
         refuse_unsafe(folder / pickles[0])
-    return "holds neither model_index.json nor a component's config.json: it is not a diffusers folder"
+    lacking = "holds neither model_index.json nor a component's config.json: it is not a diffusers folder"
+    return f"{lacking}{also(folder)}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.models.clip_names import LEGACY_END, end_id
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = lazy("numpy")
 
 _TIMESTEPS = (999.0, 500.0, 250.0, 1.0)
 

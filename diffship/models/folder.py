@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.atomic import write_file
+from diffship.core.job import Bytes
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.weights import TensorMeta, Weights, cast
 from diffship.models.card import write_card
@@ -81,7 +82,7 @@ def _write_weights(
         weights = cast(source, dtype) if dtype else source
         for name in weights.names():
             owner[name], metas[name] = weights, weights.meta(name)
-    total, done = sum(meta.nbytes for meta in metas.values()), 0
+    total, done = Bytes(sum(meta.nbytes for meta in metas.values())), 0
 
     def written(name: str) -> None:
         nonlocal done

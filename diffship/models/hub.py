@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from diffship.core.errors import DiffshipError, SourceError
 from diffship.core.job import require_disk
 from diffship.core.lazy import need
+from diffship.core.manifest import MANIFEST_NAME
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
 _FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -37,9 +38,14 @@ def hub_folder(name: str, revision: str | None = None, files: Iterable[str] = ()
     offline = bool(constants.HF_HUB_OFFLINE)
     try:
         if offline:
-            return _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
+            folder, commit = _cached(hub.snapshot_download(name, revision=revision, local_files_only=True))
+            if (folder / MANIFEST_NAME).exists():
+                raise SourceError(_bundle(name))
+            return folder, commit
         info = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_SECONDS)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        if MANIFEST_NAME in sizes:
+            raise SourceError(_bundle(name))
         wanted = sorted({*select_files(sizes), *(file for file in files if file in sizes)})
         require_disk(constants.HF_HUB_CACHE, sum(sizes[file] for file in wanted))
         return _cached(hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted, etag_timeout=_SECONDS))
@@ -84,6 +90,13 @@ def _weights(paths: list[PurePosixPath], folder: str) -> list[str]:
 def _cached(folder: str) -> tuple[Path, str]:
     path = Path(folder)
     return path, path.name
+
+
+def _bundle(name: str) -> str:
+    return (
+        f"{name!r} on the hub is a bundle: run, serve and verify take it from a folder. "
+        f"Run: hf download {name} --local-dir DIR"
+    )
 
 
 def _refusal(name: str, revision: str | None, fault: Exception, offline: bool) -> str:

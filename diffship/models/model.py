@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from diffship.core.brief import brief_text
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.runner import Runner
@@ -33,6 +35,7 @@ class PipelineModel:
         }
         self._runners: dict[str, Runner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}
+        self.load_seconds = 0.0  # spent so far on opening parts
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
@@ -45,15 +48,20 @@ class PipelineModel:
         lines = (f"{name} {digest}\n" for name, digest in self.digests.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    def __repr__(self) -> str:
+        return brief_text(self, name=self.name, device=self.device, dtype=self.dtype, parts=self.parts)
+
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""
         if part not in self._locks:
             raise ConfigError(f"{self.name} has no part {part!r}; it has {', '.join(sorted(self.parts))}")
         with self._locks[part]:
             if part not in self._runners:
+                begin = time.perf_counter()
                 component = self.pipeline.components[part]
                 narrow = self.dtype == "float16" and component.overflows_half
                 self._runners[part] = component.load(self.device, "float32" if narrow else self.dtype)
+                self.load_seconds += time.perf_counter() - begin
             return self._runners[part]
 
     def release(self, part: str) -> None:

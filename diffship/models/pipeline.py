@@ -8,11 +8,11 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.atomic import sync_folder, sync_tree
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
 from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
@@ -34,6 +34,7 @@ _OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 SMALLEST_PX = 64  # core.limits: no request is smaller
 
 
+@brief
 @dataclass(frozen=True)
 class Module:
     """One entry of a model_index as it was found: class, config and weights."""
@@ -43,6 +44,7 @@ class Module:
     weights: Weights = field(repr=False)
 
 
+@brief
 @dataclass(frozen=True)
 class Material:
     """What a source yields before it is a pipeline; parts may still be missing.
@@ -59,6 +61,7 @@ class Material:
     licence: Mapping[str, Any] = field(default_factory=dict)
 
 
+@brief
 @dataclass(frozen=True)
 class Pipeline:
     """A whole model. `components` has canonical part names; nothing in it holds tensors until a part is loaded."""
@@ -273,6 +276,8 @@ def complete_index(material: Material, family: Family) -> dict[str, Any]:
     index["unet"] = _entry(material, "unet", "diffusers")
     index["vae"] = _entry(material, "vae", "diffusers")
     if family.fills_masks:  # diffusers asks such folders which version wrote them, and trips where none is named
+        from importlib.metadata import version  # not above: a tenth of what `export --help` takes
+
         index.setdefault("_diffusers_version", version("diffusers"))
     index["scheduler"] = ["diffusers", (material.scheduler or {}).get("_class_name", "DDIMScheduler")]
     if family.name == "sd":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from diffship.core.errors import SourceError
 from diffship.core.manifest import MANIFEST_NAME
-from diffship.core.sniff import classify, refuse_unsafe
+from diffship.core.sniff import classify, describe, missing, near, refuse_unsafe
 from diffship.models.arch import PREFIX, arch_material
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.diffusers_folder import folder_material
@@ -18,6 +20,7 @@ from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
 from diffship.models.unet import text_width
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
+_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)\Z")
 _EMOJI = "emoji"
 _HERE = Path(__file__).parent
 
@@ -44,10 +47,10 @@ def find_material(text: str, revision: str | None = None) -> Material:
     """What one source yields, whole or not."""
     if text.startswith(PREFIX):
         return arch_material(text)
-    require_source(text)
+    require_source(text, revision)
     path = Path(text).expanduser()
     if path.is_dir():
-        return folder_material(path, {"id": path.resolve().name, "revision": None, "kind": "folder"})
+        return folder_material(path, _named(path.resolve()))
     if (home := packaged(text)) is not None:
         material = folder_material(home, {"id": text, "revision": None, "kind": "packaged"})
         # a sibling ships its U-Net alone
@@ -56,16 +59,37 @@ def find_material(text: str, revision: str | None = None) -> Material:
     return folder_material(folder, {"id": text, "revision": commit, "kind": "hub"})
 
 
-def require_source(text: str) -> None:
-    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub."""
+def _named(folder: Path) -> dict[str, str | None]:
+    """What a folder is called in manifests: its own name, or, in a hub cache, that of the hub, at its commit."""
+    snapshot = _SNAPSHOT.search(folder.as_posix())
+    if snapshot is None:
+        return {"id": folder.name, "revision": None, "kind": "folder"}
+    return {"id": snapshot["id"].replace("--", "/", 1), "revision": snapshot["commit"], "kind": "folder"}
+
+
+def require_source(text: str, revision: str | None = None) -> None:
+    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub.
+
+    With a `revision` it is a hub id, also where a folder has its owner's name.
+    """
     path = Path(text).expanduser()
     kind = classify(path)
     if kind == "folder" and (path / MANIFEST_NAME).is_file():
         raise SourceError(f"{path} is a bundle already; export and compress take a source; {LEGAL}")
     if kind != "folder" and (kind != "unknown" or path.is_file()):
         raise _not_a_folder(path)
-    if kind != "folder" and not (text.startswith(PREFIX) or packaged(text) or is_hub_id(text)):
-        raise SourceError(f"{text[:200]!r} does not exist; {LEGAL}")
+    if kind == "folder" or text.startswith(PREFIX) or packaged(text):
+        return
+    gone = "" if revision and is_hub_id(text) else missing(text)
+    if not gone and not (is_hub_id(text) and "/" in text):  # no model of ours is on the hub without an owner
+        close = difflib.get_close_matches(text, [folder.name for folder in _HERE.glob(f"{_EMOJI}*")], 1)
+        raise SourceError(f"{text[:200]!r} does not exist; {LEGAL}{_meant(close) or near(text)}")
+    if gone:
+        raise SourceError(f"{gone}; {LEGAL}{near(text)}")
+
+
+def _meant(names: Sequence[str]) -> str:
+    return f"; did you mean {names[0]!r}?" if names else ""
 
 
 def packaged(text: str) -> Path | None:
@@ -111,6 +135,8 @@ def _scheduler_from(base: Material, unet: object) -> dict[str, object]:
 
 def _not_a_folder(path: Path) -> SourceError:
     refuse_unsafe(path)
+    if told := describe(path):
+        return SourceError(f"{path}: {told}")
     return SourceError(
         f"{path}: is one file; a diffusers folder is read. Convert a single-file checkpoint once with diffusers: "
         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.weights import subset
@@ -35,6 +36,7 @@ Arrays = dict[str, NDArray[np.generic]]
 STAGE_BYTES = 512 << 20
 
 
+@brief
 @dataclass(frozen=True)
 class Stage(Component):
     """Layers `[first, last)` of `parent`. Inputs: what it reads from outside; outputs: what is read after it, and

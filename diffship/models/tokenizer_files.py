@@ -62,6 +62,9 @@ def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
         SourceError: neither tokenizer.json nor vocab.json + merges.txt is there, or they do not parse, or they are
             not a CLIP byte-pair vocabulary.
     """
+    if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
+        has = ", ".join(found) or "none of these"
+        raise SourceError(f"{where}: has no tokenizer.json, nor vocab.json with merges.txt; it has {has}")
     try:
         vocabulary, merges = _read(found)
         derived = tokenizer_files(vocabulary, merges, pad_token(found), added=added_tokens(found))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, Tolerance, compare
 from diffship.core.dtype import to_float32
@@ -32,6 +33,7 @@ _MOST = 512 << 20  # bytes of weights in one stretch, which is copied to a tempo
 _NAMED = 8
 
 
+@brief
 @dataclass(frozen=True)
 class BlockCheck:
     """kind: "graph" (float32 arithmetic, rounded weights) or "engine" (the part's precision). report: a point each."""
@@ -87,6 +89,10 @@ def check_blocks(bundle: Bundle, part: Part, engine: Engine, budget: int) -> tup
         return ()
     model = forced(load(bundle.file(part.files[0])), blocks.cut, blocks.graph)
     values, references = read_blocks(bundle, blocks)
+    odd = sorted(set(values) ^ set(model.inputs))
+    if odd:
+        what = "does not feed" if odd[0] in model.inputs else "feeds, and the graph does not take,"
+        raise BundleError(f"{blocks.file} {what} {odd[0][:80]!a}")
     checks = [_check(GRAPH, bundle, part, engine, budget, model, values, references[GRAPH], blocks.graph)]
     if blocks.engine and part.precision == "fp16":  # no engine of this version computes ONNX in bfloat16
         checks.append(_check(ENGINE, bundle, part, engine, budget, model, values, references[ENGINE], blocks.engine))

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from diffship.core.brief import brief_text
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
-from diffship.core.errors import BundleError, UnsupportedError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.core.runner import Runner
+from diffship.core.sniff import foreign, missing, near
 from diffship.runtimes.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.shell import PartRunner, steps_of
 from diffship.runtimes.torch import TorchRunner
@@ -61,6 +64,10 @@ class BundleModel:
         self.tokenizers: Mapping[str, Tokenizer] = _tokenizers(bundle)
         self._runners: dict[str, PartRunner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}
+        self.load_seconds = 0.0  # spent so far on opening parts
+
+    def __repr__(self) -> str:
+        return brief_text(self, name=self.name, engine=self.engine, parts=self.parts, bundle=str(self.bundle.path))
 
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""
@@ -69,9 +76,11 @@ class BundleModel:
         with self._locks[part]:
             runner = self._runners.get(part)
             if runner is None:
+                begin = time.perf_counter()
                 entry = self.bundle.part(part)
                 session = self.opener.open([self.bundle.file(name) for name in entry.files])
                 runner = self._runners[part] = PartRunner(entry, session, steps_of(self.bundle, entry))
+                self.load_seconds += time.perf_counter() - begin
             return runner
 
     def release(self, part: str) -> None:
@@ -111,7 +120,10 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
         return BundleModel(Bundle.open(path), engine, **options)
     known = ("model_index.json", "config.json", "*/config.json")  # of a pipeline, of one component, of several
     if path.exists() and not any(next(path.glob(name), None) for name in known):
-        raise BundleError(f"{path} holds neither {MANIFEST_NAME} nor model_index.json: it is no bundle and no model")
+        lacking = f"{path} holds neither {MANIFEST_NAME} nor model_index.json"
+        raise SourceError(f"{lacking}; {foreign(path, 'it is no bundle and no model')}")
+    if gone := missing(source):
+        raise SourceError(f"{gone}; a bundle is a folder with {MANIFEST_NAME} in it{near(source)}")
     if engine not in (None, "torch"):
         raise UnsupportedError(
             f"engine {engine} runs bundles, and {source} is none. Run: diffship export {source} --to onnx -o DIR"

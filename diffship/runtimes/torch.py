@@ -37,6 +37,7 @@ class TorchRunner:
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
+        from diffship.models.component import unused
         from diffship.models.sources import open_source, require_source
 
         require_source(source)
@@ -49,7 +50,9 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        return cast(Model, open_source(source).model(device=self.device))
+        model = open_source(source).model(device=self.device)
+        model.notes = (*model.notes, *unused(model.pipeline.components.values()))
+        return cast(Model, model)
 
     def gate_bytes(self, file_bytes: int, precision: str) -> int:
         return 2 * file_bytes

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, compare
 from diffship.core.errors import BundleError, ConfigError, DiffshipError, ParityError
 from diffship.core.job import Progress, available_memory
 from diffship.core.manifest import Golden, GoldenTrajectory, Part
+from diffship.core.spec import first_sample
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.blocks import BlockCheck, check_blocks
@@ -29,14 +31,15 @@ from diffship.runtimes.verify_trajectory import TrajectoryCheck, check_trajector
 Arrays = dict[str, np.ndarray]
 
 
+@brief
 @dataclass(frozen=True)
 class PartCheck:
     """What verify found out about one part.
 
     status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
-    was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K`. blocks: what
-    was found inside it. note: why the proof is weaker than it could be. suspects: with `look`, the first stretch of the
-    graph that computes something else, and the node in it.
+    was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K` and
+    `NAME, one sample`. blocks: what was found inside it. note: why the proof is weaker than it could be. suspects: with
+    `look`, the first stretch of the graph that computes something else, and the node in it.
     """
 
     part: str
@@ -94,6 +97,7 @@ class Refused(ParityError):
         self.check = check
 
 
+@brief
 @dataclass(frozen=True)
 class VerifyReport:
     """All of verify; `passed` only where the files are intact and every part is proved here."""
@@ -106,6 +110,7 @@ class VerifyReport:
     checks: tuple[PartCheck, ...] = field(default=())
     damage: str = ""
     trajectory: TrajectoryCheck | None = None
+    notes: tuple[str, ...] = ()  # of what was passed over beside the bundle's files
 
     @property
     def passed(self) -> bool:
@@ -127,6 +132,7 @@ class VerifyReport:
             "files": self.files,
             "bytes": self.bytes,
             "damage": self.damage,
+            "notes": list(self.notes),
             "parts": [check.to_json() for check in self.checks],
             "trajectory": None if self.trajectory is None else self.trajectory.to_json(),
         }
@@ -134,7 +140,7 @@ class VerifyReport:
     def text(self) -> str:
         if self.damage:
             return f"{self.bundle}: DAMAGED. {self.damage}"
-        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match"]
+        lines = [f"{self.files} files, {self.bytes / 1e6:.1f} MB: hashes match", *self.notes]
         lines += [check.text() for check in self.checks]
         lines += [] if self.trajectory is None else [self.trajectory.text()]
         failed, unproven = self.named("failed"), self.named("unproven")
@@ -166,16 +172,17 @@ def verify(
     name = choose_engine(manifest.target, engine)
     chosen = make_engine(name, options)
     names = [part.name for part in manifest.parts]
-    for asked in parts or ():
+    wanted = names if parts is None else list(parts)
+    for asked in wanted:
         if asked not in names:
             raise ConfigError(unknown("part", asked, names))
-    chosen_parts = manifest.parts if parts is None else tuple(opened.part(part) for part in parts)
+    chosen_parts = tuple(opened.part(part) for part in wanted)
     if not chosen_parts:
         raise ConfigError(f"no part is chosen; this bundle has {', '.join(names)}")
     total = sum(record.size for record in manifest.files.values())
     head = (str(opened.path), name, chosen.probe().version, len(manifest.files), total)
     try:
-        opened.verify()
+        notes = opened.verify()
     except BundleError as fault:
         return VerifyReport(*head, damage=str(fault))
     checks = []
@@ -186,7 +193,7 @@ def verify(
     drawn = None
     if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
         drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
-    return VerifyReport(*head, tuple(checks), trajectory=drawn)
+    return VerifyReport(*head, tuple(checks), trajectory=drawn, notes=notes)
 
 
 def check_part(
@@ -206,6 +213,8 @@ def check_part(
     try:
         if part.golden.blocks is not None:
             blocks = check_blocks(bundle, part, engine, budget)
+        if part.golden.blocks is not None:
+            calls += _alone(part, *calls[0])
         stages, outputs = _compute(bundle, part, engine, [feeds for feeds, _ in calls], budget)
     except DiffshipError as fault:
         spent = time.perf_counter() - started
@@ -214,32 +223,42 @@ def check_part(
     passed = report.passed and all(block.passed for block in blocks)
     seconds = time.perf_counter() - started
     status = "passed" if passed else "failed"
-    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=_note(part))
+    check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=weakness(bundle, part))
     feeds = calls[0][0]
     return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
 
 
+def _alone(part: Part, feeds: Arrays, expected: Arrays) -> list[tuple[Arrays, Arrays]]:
+    """The first sample of a call as a call of its own: no number of samples may be frozen in a graph."""
+    alone = first_sample(part.inputs, feeds)
+    return [] if alone is None else [(alone, {name: array[:1] for name, array in expected.items()})]
+
+
 def _whole(golden: Golden, expected: Sequence[Arrays], outputs: Sequence[Arrays]) -> Report:
-    """The outputs of all calls in one report."""
+    """The outputs of all calls in one report; the call beyond those of the bundle is of one sample."""
     if len(expected) == 1:
         return compare(expected[0], outputs[0], golden.outputs or golden.tolerance)
-    label = "{}, call {}".format
-    sides = [{label(n, k + 1): a for k, one in enumerate(side) for n, a in one.items()} for side in (expected, outputs)]
-    limits = {label(n, k + 1): limit for k in range(len(expected)) for n, limit in golden.outputs.items()}
+
+    def label(name: str, call: int) -> str:
+        return f"{name}, call {call + 1}" if call < golden.calls else f"{name}, one sample"
+
+    sides = [{label(n, k): a for k, one in enumerate(side) for n, a in one.items()} for side in (expected, outputs)]
+    limits = {label(n, k): limit for k in range(len(expected)) for n, limit in golden.outputs.items()}
     return compare(sides[0], sides[1], limits)
 
 
-def _note(part: Part) -> str:
-    """What makes this proof weaker than that of a graph which is cut."""
-    assert part.golden is not None
-    if part.golden.blocks is not None:
+def weakness(bundle: Bundle, part: Part) -> str:
+    """`""`, or what makes the proof of a part weaker than that of a graph which is cut."""
+    if part.golden is None or part.golden.blocks is not None:
         return ""
     if not part.golden.outputs:
         return (
             "weaker proof: made by an older diffship, of whole parts with assumed tolerances. "
             "Export again to prove it block by block"
         )
-    return "proved as a whole: this engine cannot be cut, so a fault that its output hides is not seen"
+    cut = bundle.manifest.target == "onnx"
+    why = "the bundle has no references inside it" if cut else "this engine cannot be cut"
+    return f"proved as a whole: {why}, so a fault that its output hides is not seen"
 
 
 def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import read_small
 from diffship.core.compare import Report, compare
@@ -24,6 +25,7 @@ from diffship.sampling.wire import unpack
 Arrays = dict[str, np.ndarray]
 
 
+@brief
 @dataclass(frozen=True)
 class TrajectoryCheck:
     """The golden trajectory drawn here. status: "passed", "failed", or "skipped" where `reason` says why.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.core.brief import brief
 from diffship.core.errors import RunnerError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.runner import Runner
@@ -18,6 +19,7 @@ from diffship.sampling.trajectory import Conditioning, as_numpy
 _AESTHETIC = (6.0, 2.5)  # the refiner's score for the positive and the negative prompt, as diffusers has them
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Conditioning of both prompts; `negative` is None where guidance takes no second row."""

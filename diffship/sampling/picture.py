@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from diffship.core.atomic import write_file
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.sniff import describe_bytes, foreign
 from diffship.sampling.trajectory import Trajectory
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -47,9 +49,13 @@ _A1111 = {
 }
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """uint8 pixels (height, width, 3), the settings that made them, and where the trajectory ended."""
+    """uint8 pixels (height, width, 3), the settings that made them, and where the trajectory ended.
+
+    `picture.save("apple.png")` writes it with its settings; a notebook shows it as it is.
+    """
 
     pixels: NDArray[np.uint8]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +71,12 @@ class Picture:
         Image.fromarray(self.pixels).save(out, "PNG", pnginfo=texts)
         return out.getvalue()
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.png()
+
     def save(self, path: str | Path) -> None:
-        """Write the PNG; the file appears whole or not at all."""
+        """Write the PNG, over what was there; the file appears whole or not at all."""
         write_file(path, self.png())
 
 
@@ -125,12 +135,18 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {decoder_fault(fault)}") from None
+        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {undecoded(fault, data)}") from None
 
 
 def decoder_fault(fault: Exception) -> str:
     """What a decoder of Pillow says, without the address of the bytes that it read."""
     return re.sub(r" ?<_io\.\w+ object at 0x[0-9a-f]+>", "", str(fault))[:120]
+
+
+def undecoded(fault: Exception, data: bytes) -> str:
+    """Why a picture is none: what its decoder says, and what its bytes are where they are known."""
+    told = describe_bytes(data)
+    return f"{decoder_fault(fault)}; {told}" if told else decoder_fault(fault)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -149,7 +165,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _bounded(path: str | Path) -> bytes:
     try:
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: cannot be read: there is no such file")
+            raise ConfigError(f"{path}: cannot be read: {foreign(path, 'there is no such file')}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > _FILE_BYTES:

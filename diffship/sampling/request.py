@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
@@ -23,6 +24,7 @@ MEMORY = ("normal", "low")
 PATCH = 2  # latent pixels a side of one token: so in every model of flow matching that shifts with the size
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt and how to draw it; None takes the model's default.
@@ -73,6 +75,7 @@ class Request:
         _check_size(self.size)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Settled:
     """A request with nothing left open."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS, check_range
 
@@ -113,6 +114,7 @@ def torch_randn(seed: int, shape: Sequence[int]) -> Floats:
     return TorchGenerator(seed).randn(shape)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class TorchNoise:
     """A TorchGenerator frozen at one place of its stream: torch's order matters, `step` does not."""
@@ -130,6 +132,7 @@ class TorchNoise:
         return generator.randn(shape), TorchNoise(*generator.state())
 
 
+@brief
 @dataclass(frozen=True)
 class Philox:
     """Philox4x64-10 (Salmon et al. 2011) with key (seed, image) and counter (0, 0, step, 0).

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.sampling.rng import Noise
@@ -17,6 +18,7 @@ Array = Any
 SHARED_PARTS = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What a text encoder gave for one prompt; float32, without a batch axis."""
@@ -26,6 +28,7 @@ class Conditioning:
     time_ids: Array | None = None  # (6,) or (5,), SDXL and its refiner
 
 
+@brief
 @dataclass(frozen=True)
 class Origin:
     """The kind of model that a trajectory began with, and the digests of the parts that the next model should share."""
@@ -40,6 +43,7 @@ def warnings_in(facts: Mapping[str, Any]) -> list[str]:
     return [str(text) for text in found] if isinstance(found, list) else []
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One image after `step` of `sampler.calls(steps)` model calls; latents are (channels, height, width) float32.

@@ -59,13 +59,17 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
     Without `embeddings` only the prompts travel, and the receiver encodes them.
 
     Raises:
-        HandoffError: it or its facts are larger than the limit, or it has values that float16 cannot hold.
-        ConfigError: another dtype.
+        HandoffError: it or its facts are larger than the limit, it holds NaN or infinity, or values that float16 cannot
+            hold.
+        ConfigError: another dtype, or a step or guidance that `unpack` would refuse.
     """
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
     noise, tensors = _noise_out(trajectory.noise)
     tensors |= _tensors(trajectory if embeddings else trajectory.without_conditioning())
+    _require_finite(tensors)
+    check_range("step", trajectory.step, 0, trajectory.sampler.calls(trajectory.steps))
+    check_range("guidance", trajectory.guidance, *LIMITS.guidance)
     if dtype == "float16":
         tensors = {name: array if name in _WHOLE else _halved(name, array) for name, array in tensors.items()}
     about = {
@@ -185,9 +189,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
     sides = [check_range("side", side, *LIMITS.size_px) for side in about["size"]]
     if len(sides) != 2 or any(array.shape != latents.shape for array in history):
         _refuse("its size or history does not fit its latents")
-    for name, array in tensors.items():
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            _refuse(f"tensor {name} holds NaN or infinity")
+    _require_finite(tensors)
     return Trajectory(
         latents=latents,
         step=step,
@@ -207,6 +209,12 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         facts=_facts(about["facts"]),
         origin=_origin_in(about["origin"]),
     )
+
+
+def _require_finite(tensors: Mapping[str, NDArray[Any]]) -> None:
+    for name, array in tensors.items():
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            _refuse(f"tensor {name} holds NaN or infinity")
 
 
 def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:

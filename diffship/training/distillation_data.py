@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from diffship import __version__
 from diffship.core.errors import PeerError
 from diffship.core.job import Job, digest_of
 from diffship.core.lazy import lazy
@@ -88,7 +89,8 @@ def make_latents(
 ) -> Latents:
     """Latents of `pictures`: encoded once and kept in the job's folder where they take at most `most_gib`.
 
-    The file is named by the digests of pictures and auto-encoder. Of several processes the one that is `main` encodes.
+    The file is named by the digests of pictures and auto-encoder, and by this version. Of several processes the one
+    that is `main` encodes.
 
     Raises:
         SourceError: a picture is damaged; it is named.
@@ -101,7 +103,7 @@ def make_latents(
         _decode_all(pictures, job)
         return encoder
     vae, family = pipeline.components["vae_encoder"], pipeline.family
-    facts = (vae.digest, plain(vae.config), family.scaling_factor, family.shift_factor)
+    facts = (__version__, vae.digest, plain(vae.config), family.scaling_factor, family.shift_factor)
     name = f"latents-{digest_of([pictures.digest, pictures.size, flip, *facts])[:40]}"
     if main:
         job.once(name, lambda path: _encode_all(encoder, flip, job, path))

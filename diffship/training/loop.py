@@ -144,7 +144,7 @@ def train(
             if progress is not None:
                 progress(run.step, schedule.steps)
         run.save()
-    run.accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()  # no timeout: torch's own, for every exchange
     return run.step
 
 
@@ -156,7 +156,7 @@ def leave() -> None:
     `diffship.core.distributed.end`.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        torch.distributed.barrier()  # no timeout: torch's own, for every exchange
         torch.distributed.destroy_process_group()
         note_left()
 
@@ -223,7 +223,7 @@ class _Run:
             return
         gradients = [value.grad for value in self.live if value.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat)  # no timeout: torch's own, for every exchange
         parts = (flat / self.accelerator.num_processes).split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
@@ -232,7 +232,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return stop
         wish = torch.tensor(float(stop), device=self.accelerator.device)
-        torch.distributed.all_reduce(wish)
+        torch.distributed.all_reduce(wish)  # no timeout: torch's own, for every exchange
         return bool(wish > 0)
 
     def save(self) -> None:

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
-from diffship.sampling.picture import decoder_fault, eight_bits
+from diffship.core.sniff import also
+from diffship.sampling.picture import decoder_fault, eight_bits, undecoded
 from diffship.training.gathering import LEGAL, Sample, gathered
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -48,7 +49,7 @@ class PairedPictures:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise SourceError(f"{folder} is not a folder of pictures with captions; {LEGAL}")
+            raise SourceError(f"{folder} is not a folder of pictures with captions; {LEGAL}{also(folder)}")
         samples, left = gathered(folder)
         total = hashlib.sha256()
         for sample in samples:
@@ -102,7 +103,7 @@ def _checked(sample: Sample) -> bytes:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise SourceError(f"{sample.name}: is no PNG, JPEG or WebP picture: {decoder_fault(fault)}") from None
+        raise SourceError(f"{sample.name}: is no PNG, JPEG or WebP picture: {undecoded(fault, data)}") from None
     if width * height > LIMITS.decoded_pixels:
         raise SourceError(f"{sample.name}: is {width}x{height}; at most {LIMITS.decoded_pixels} pixels are decoded")
     return data

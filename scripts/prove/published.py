@@ -203,10 +203,16 @@ def page_text(page: Page, catalogue: Catalogue, known: Known) -> str:
         page.intro.strip(),
         "",
         "A result is *measured* where a committed file in `benchmarks/results/` holds it, *unproven* where the command",
-        "exists and nobody has run it and committed what came out, and *not yet* where this version cannot do it. A",
-        "command that is *not yet* is written in the form that it will have.",
+        "exists and nobody has run it and committed what came out, and *not yet* where this version cannot do it.",
         "",
         "## Commands",
+        "",
+        "Ours are given in the folder of a clone, whose environment ([install](../install.md)) is active:",
+        "",
+        f"<!-- not run: {NETWORK} -->",
+        "```sh",
+        ". .venv/bin/activate",
+        "```",
         "",
     ]
     for command in page.command:
@@ -230,17 +236,24 @@ def write_pages(folder: Path = PAGES) -> list[Path]:
 
 
 def _command(command: Command) -> list[str]:
-    lines = [f"### {command.title}", "", "Theirs:", "", "```text", command.theirs.strip(), "```", ""]
+    lines = [f"### {command.title}", "", f"Result: {_verdict(command)}.", ""]
+    lines += ["Theirs:", "", "```text", command.theirs.strip(), "```", ""]
     if command.ours:
         fence = ["```text"] if missing(command.needs) else [f"<!-- not run: {NETWORK} -->", "```sh"]
-        lines += ["Ours:", "", *fence, command.ours.strip(), "```", ""]
+        title = "Ours, in the form that it will have:" if missing(command.needs) else "Ours:"
+        lines += [title, "", *fence, command.ours.strip(), "```", ""]
     if command.note:
         lines += [command.note.strip(), ""]
-    lacking = missing(command.needs)
-    if lacking:
-        return [*lines, f"Result: not yet: {', '.join(lacking)}.", ""]
-    run = "nothing to measure" if command.ours.startswith("pip ") else "unproven: run the command above"
-    return [*lines, f"Result: {run if command.ours else 'nothing to run'}.", ""]
+    return lines
+
+
+def _verdict(command: Command) -> str:
+    """What came of it, which stands before the command: nobody should type one that is not yet there."""
+    if lacking := missing(command.needs):
+        return f"not yet: {', '.join(lacking)}"
+    if not command.ours:
+        return "nothing to run"
+    return "nothing to measure" if command.ours.startswith("pip ") else "unproven: run the command below"
 
 
 def _table(table: Table, catalogue: Catalogue, known: Known) -> list[str]:

@@ -162,7 +162,7 @@ class Prover:
         for flag in ("seed", "size", "steps"):
             command += [f"--{flag}", str(picture[flag])]
         out = str(self._folder(entry) / "picture.png")
-        return [*command, "--guidance", str(entry.guidance), "-o", out, "--json", "--quiet"]
+        return [*command, "--guidance", str(entry.guidance), "-o", out, "--overwrite", "--json", "--quiet"]
 
     def _picture(self, entry: Checkpoint) -> dict[str, Any]:
         size, steps = self.box.size or entry.size, self.box.steps or entry.steps

@@ -46,6 +46,7 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 Edit = Callable[[str, str, str], set[str]]
 
 
+@pytest.mark.slow
 def test_comments_docstrings_and_layout_make_nothing_stale(edited: Edit) -> None:
     for module in ("core/errors.py", "benchmarks/serving.py", "benchmarks/intervals.py"):
         assert edited(module, "from __future__", "# a word\n\n\nfrom __future__") == set()
@@ -60,6 +61,12 @@ def test_a_doubled_clock_of_the_server_makes_its_file_stale(edited: Edit) -> Non
     assert edited("benchmarks/serving.py", "statistics.median(values)", "2 * statistics.median(values)") == {"serving"}
 
 
+def test_what_materials_are_made_of_counts_for_those_who_use_them(edited: Edit) -> None:
+    made = edited("benchmarks/workbench.py", 'export(source, to="onnx"', 'export(source, to="onnx", precision="fp16"')
+    assert {"cold-start", "serving"} <= made
+
+
+@pytest.mark.slow
 def test_statistics_and_figures_count(edited: Edit) -> None:
     assert edited("benchmarks/intervals.py", "LEVEL = 0.95", "LEVEL = 0.5") == set(SUITES)
     runs = {"cpu-edge", "cpu-edge-repeats"}
@@ -147,6 +154,7 @@ print("\\n" + json.dumps(sorted(name for name in sys.modules if name.startswith(
 _ASIDE = ("diffship.cli.", "diffship.benchmarks.", "diffship.core.")
 
 
+@pytest.mark.slow
 def test_what_a_run_imports_is_what_its_file_depends_on(tiny_bundle: Path, tmp_path: Path) -> None:
     """The closure is read from sources; this is what Python really loads, from command to picture."""
     words = ["run", str(tiny_bundle), "a red apple", "--steps", "1", "-o", str(tmp_path / "a.png"), "--quiet"]

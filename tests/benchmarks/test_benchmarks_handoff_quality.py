@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sampling_toy import ToyModel
 
+from diffship.benchmarks import freshness
 from diffship.benchmarks.handoff_quality import (
     Ask,
     Figures,
@@ -55,7 +56,7 @@ def test_every_split_is_drawn_as_by_itself_and_no_call_is_made_twice() -> None:
             assert np.array_equal(alone.pixels, pixels), end
 
 
-def test_what_a_seed_drew_is_not_drawn_again(tmp_path: Path) -> None:
+def test_what_a_seed_drew_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     large, small = pair()
     requests = [ASK.request(text, seed) for seed, text in enumerate(TEXTS)]
@@ -69,6 +70,9 @@ def test_what_a_seed_drew_is_not_drawn_again(tmp_path: Path) -> None:
     kept(job, "openvino", large, small, requests, ASK)
     kept(job, None, large, small, requests[:2], ASK)
     assert len(large.runners["unet"].calls) == 3 * calls, "another engine or other prompts are drawn anew"
+    monkeypatch.setattr(freshness, "digest", lambda entry, runners: "other code")
+    kept(job, None, large, small, requests, ASK)
+    assert len(large.runners["unet"].calls) == 4 * calls, "and so is what other code drew"
 
 
 def test_seconds_and_bytes_of_each_side() -> None:

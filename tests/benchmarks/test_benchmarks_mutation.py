@@ -94,6 +94,7 @@ def check_all(pipeline: Pipeline, parts: tuple[str, ...], first_text: int = 0) -
     return kinds
 
 
+@pytest.mark.slow
 def test_every_kind_of_module_mutant_of_encoders_is_another_network(sd: Pipeline) -> None:
     kinds = check_all(sd, ("text_encoder", "vae_decoder"))
     assert {"causal mask off", "other form of GELU", QK, "norm epsilon 1e-2", "rows read as columns"} <= kinds
@@ -345,6 +346,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
         Ledger(tmp_path, {"seed": 2}).claim()
 
 
+@pytest.mark.slow
 def test_random_pipelines_are_legal_and_unlike(sd: Pipeline) -> None:
     found = [random_pipeline(seed) for seed in range(24)]
     assert len({str(pipeline.components["unet"].config) for pipeline in found}) == 24

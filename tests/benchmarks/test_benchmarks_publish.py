@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffship.benchmarks.bench import asked
-from diffship.benchmarks.publish import main, publish, rendered, stale, states
+from diffship.benchmarks.publish import main, pages, publish, read_all, rendered, stale, states
 from diffship.benchmarks.record import read_result, write_result
 from diffship.benchmarks.suite import read_suite
 from diffship.core.errors import ConfigError
@@ -53,12 +54,21 @@ def test_the_pages_of_this_repository_are_what_the_results_give() -> None:
     assert publish(ROOT, check=True) == []
 
 
+def test_the_plots_of_these_pages_are_drawn_from_the_results_that_are_there() -> None:
+    digests = {str(results.to_json()["digest"]) for results in read_all(ROOT).values()}
+    shown = {name for page in pages(ROOT) for name in re.findall(r"images/([\w-]+\.svg)", page.read_text("utf-8"))}
+    assert shown
+    for name in shown:
+        drawn = (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
+        assert any(digest in drawn for digest in digests), f"{name}: run python -m diffship.benchmarks.publish --plots"
+
+
 def test_a_page_is_written_once_and_then_stays(root: Path) -> None:
     assert publish(root, check=True) == ["docs/page.md"] and page(root) == PAGE
     assert publish(root) == ["docs/page.md"]
     text = page(root)
     assert "It starts in <!-- figure: some / emoji / torch / cold_start_seconds -->1.23 s<!-- end figure -->." in text
-    assert "| emoji / torch | cold start seconds | 1.23 s |" in text
+    assert "| cold start | 1.23 s |" in text
     assert "| emoji, 128 px, 4 steps | measured | 2.50 s |" in text
     assert publish(root) == [] and page(root) == text
 
@@ -165,3 +175,19 @@ def test_a_table_says_when_its_file_was_measured(root: Path) -> None:
     results = read_result(root / "benchmarks" / "results" / "some.json")
     commit, date = results.environment["commit"], results.environment["date"]
     assert f"commit {commit}, {date}." in page(root)
+
+
+def test_a_page_that_shows_several_files_says_once_where_they_come_from(root: Path) -> None:
+    rows = [Row("more", "emoji", "top5", 0.5, "share", kind="quality")]
+    write_result(root / "benchmarks" / "results" / "more.json", "more", "make more", rows)
+    marks = "".join(f"<!-- table: {words} -->\n<!-- end table -->\n" for words in ("some figures", "more matrix"))
+    results = {file.stem: read_result(file) for file in sorted((root / "benchmarks" / "results").glob("*.json"))}
+    shown = "<!-- figure: more / emoji / top5 --><!-- end figure -->"
+    assert rendered(marks, results, "p.md").count("Measured on ") == 2
+    page = rendered(f"{marks}{shown}<!-- table: measured -->\n<!-- end table -->\n", results, "p.md")
+    assert page.count("Measured on ") == 1 and page.count("numpy ") == 1
+    assert "| `some.json` | `make it` |" in page and "| `more.json` | `make more` |" in page
+    moved = {**results["more"].environment, "cpu": "Another CPU"}
+    results["more"] = replace(results["more"], environment=moved)
+    page = rendered(f"{marks}<!-- table: measured -->\n<!-- end table -->\n", results, "p.md")
+    assert "\nmore: on Another CPU" in page

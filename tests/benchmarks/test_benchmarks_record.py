@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffship.benchmarks import ceiling, machine
-from diffship.benchmarks.freshness import suite_digest
+from diffship.benchmarks import ceiling, freshness, machine, record
+from diffship.benchmarks.freshness import PACKAGE, suite_digest
 from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
 from diffship.core.errors import ConfigError
 from diffship.core.row import Row
@@ -40,6 +41,7 @@ def changed(file: Path, **changes: object) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     found = read_result(file)
     assert (found.suite, found.command, found.settings) == ("s", "make it", {"calls": 3})
@@ -48,6 +50,26 @@ def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     assert row.environment == found.environment and found.environment["cores"] >= 1
     assert found.code == suite_digest("s")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found.environment["date"])
+
+
+def test_code_that_changed_while_it_ran_is_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies on the disk at the end of hours is not what was measured."""
+    newest = max(file.stat().st_mtime for file in PACKAGE.rglob("*"))
+    monkeypatch.setattr(record, "_BEGAN", newest)
+    assert record.code_of("serving", []) == suite_digest("serving") and capsys.readouterr().err == ""
+    later = tmp_path / "load.py"
+    later.write_bytes((PACKAGE / "benchmarks" / "load.py").read_bytes())
+    os.utime(later, (newest + 1, newest + 1))
+    find = freshness._file
+    monkeypatch.setattr(
+        freshness, "_file", lambda name, package: later if name == "diffship.benchmarks.load" else find(name, package)
+    )
+    made = write_result(tmp_path / "serving.json", "serving", "make it", [a_row(suite="serving")])
+    assert made.code == record.NO_CODE and read_result(tmp_path / "serving.json") is not None
+    assert capsys.readouterr().err.startswith("serving: diffship.benchmarks.load changed while it was measured")
+    assert record.code_of("cold-start", []) == suite_digest("cold-start"), "which the server's clock is no part of"
 
 
 def test_an_edit_by_hand_is_refused_and_says_what_to_do(file: Path) -> None:

@@ -61,7 +61,10 @@ def test_repeats_are_as_fresh_as_their_runs(tmp_path: Path) -> None:
     assert repeats([old, old]).code != suite_digest("cpu-edge-repeats", ["onnxruntime"])
 
 
-def test_the_command_writes_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_results_file_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     files = [tmp_path / f"{number}.json" for number in (1, 2)]
     for file, value in zip(files, (0.5, 0.6), strict=True):
         save(file, a_run(value, 0.8))
@@ -69,3 +72,4 @@ def test_the_command_writes_a_results_file(tmp_path: Path, capsys: pytest.Captur
     found = read_result(tmp_path / "repeats.json")
     assert {row.subject: row.value for row in found.rows}["sd15"] == 0
     assert "9.1%" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"1.json", "2.json", "repeats.json"}

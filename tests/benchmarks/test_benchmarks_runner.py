@@ -70,6 +70,7 @@ def test_pages_name_files_that_there_are_and_no_placeholders(page: Path) -> None
         assert not PLACEHOLDER.search(line), f"{page.name}: {line}"
 
 
+@pytest.mark.slow
 def test_it_lists_what_there_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
@@ -82,6 +83,7 @@ def test_it_lists_what_there_is(capsys: pytest.CaptureFixture[str], monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_outside_of_a_clone_it_says_where_to_go(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "diffship.benchmarks", "cpu-edge"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -24,8 +25,11 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.quiet import HELD
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIGURE = re.compile(r"<!-- figure: ([^\n]*?) -->")
-MARKERS = FIGURE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+MARKERS = FIGURE.findall(README)
+WRITTEN = re.compile(r"(?s)<!-- (figure|table): .*?<!-- end \1 -->|```.*?```")  # by `make tables`, or to be typed
+MEASURED = re.compile(r"\d[\d.,]*[ \u00a0]?(?:ms|s|seconds|minutes|[GM]i?B|dB|times|images/s)\b")
 FIGURES = figures_of(ROOT)
 
 
@@ -73,6 +77,13 @@ def test_a_figure_of_the_readme_without_a_sentinel_would_be_noticed() -> None:
     assert watched("low-memory / arch:koala-700m+taesd / peak_resident_bytes") == []
 
 
+def test_no_figure_of_the_readme_is_typed_by_hand() -> None:
+    """Outside of markers nothing writes it anew and nothing watches it."""
+    assert MEASURED.findall(WRITTEN.sub("", README)) == []
+    freed = re.sub(r"<!-- figure: export-sd15 / diffship / export_seconds -->(.*?)<!-- end figure -->", r"\1", README)
+    assert freed != README and len(MEASURED.findall(WRITTEN.sub("", freed))) == 1
+
+
 def test_what_is_claimed_is_not_contradicted_by_itself() -> None:
     """Claims that share a reading (two pictures, one proxy) still hold together."""
     assert contradicted(fitting()) == []
@@ -109,6 +120,14 @@ def test_an_interval_that_reaches_the_bound_contradicts_nothing() -> None:
         known = fitting()
         known["judge"] = {**known["judge"], "teacher": Interval(0.4, 0.3, high, 50, "Student t")}
         assert contradicted(known) == wrong
+
+
+@pytest.mark.parametrize("reading", ["calls.diffusers", "judge.teacher"])
+def test_a_reading_that_is_no_number_supports_no_claim(reading: str) -> None:
+    known = fitting()
+    sentinel, _, name = reading.partition(".")
+    known[sentinel] = {**known[sentinel], name: exactly(math.nan)}
+    assert contradicted(known) == [reading]
 
 
 def test_what_is_not_measured_is_told_and_fails_where_all_is_wanted(

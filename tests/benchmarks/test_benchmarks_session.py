@@ -68,6 +68,7 @@ def test_rounds_interleave_the_cases_that_are_compared(tmp_path: Path) -> None:
     assert ran == [("fast", 0), ("slow", 0)] * 3
 
 
+@pytest.mark.slow
 def test_figures_of_a_case(tmp_path: Path) -> None:
     rows, _ = measured(tmp_path, {"fast": REPORT % [1, 2], "slow": REPORT % [4, 4]})
     found = by_metric(rows, "toy / fast / unet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from diffship.benchmarks import freshness
 from diffship.benchmarks.experiment import Experiment, made_passes, read_experiment
+from diffship.benchmarks.siblings import Siblings
 from diffship.core.errors import ConfigError
 from diffship.core.strict import load
 
@@ -59,9 +62,21 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
         read_experiment(tmp_path / "x.toml")
 
 
+def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the results file would call itself fresh with models and pictures of another day."""
+    teacher = SimpleNamespace(components={"unet": SimpleNamespace(digest="d")})
+    monkeypatch.setattr("diffship.models.sources.open_source", lambda source: teacher)
+    experiment = load(Experiment, BASE, "experiment")
+    words = ("compression", tmp_path / "data", tmp_path / "judge", tmp_path / "work", "onnxruntime")
+    key = Siblings(experiment, *words)._key([])
+    asked: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(freshness, "digest", lambda entry, runners: asked.append((entry.name, runners)) or "other code")
+    assert key != Siblings(experiment, *words)._key([])
+    assert asked == [("compression", ["onnxruntime"])]
+
+
 @pytest.mark.slow
 def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_path: Path) -> None:
-    from diffship.benchmarks.siblings import Siblings
     from diffship.models.sources import open_source
     from diffship.runtimes.model import open_model
     from diffship.sampling.generate import Request, generate

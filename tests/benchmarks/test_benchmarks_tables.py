@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diffship.benchmarks import published
+from diffship.benchmarks.choosing import engines_table
 from diffship.benchmarks.hardware import koala_form, lcm_form, merged
 from diffship.benchmarks.plots import differences, draw_all
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.table import Table
 from diffship.benchmarks.tables import (
     OLD_NOTE,
     best,
@@ -84,13 +87,19 @@ def test_a_case_is_one_line_with_its_labels() -> None:
     (line,) = table.rows
     cells = dict(zip(table.head, line, strict=True))
     assert cells["model"] == "arch:sdxl (random weights)" and cells["part"] == "unet, 1024 px"
-    assert (cells["p50"], cells["peak memory"], cells["GFLOP/s"], cells["of ceiling"]) == (
-        "500 ms",
-        "4.00 GB",
-        "1,500",
-        "75%",
-    )
-    assert any("Ceiling: 2.00 TFLOP/s" in note for note in table.notes)
+    assert (cells["median"], cells["peak memory"], cells["of the peak"]) == ("500 ms", "4.00 GB", "75 %")
+    assert any("The peak: 2.00 TFLOP/s" in note for note in table.notes)
+
+
+def test_columns_that_say_nothing_are_not_shown() -> None:
+    rows = (("a", "-", "3", "1 s"), ("b", "", "3", "2 s"))
+    table = Table(("of", "p99", "seeds", "time"), rows, ("a note",), ("measured there",))
+    shown = "| of | time |\n| --- | --- |\n| a | 1 s |\n| b | 2 s |\n\nIn every row: seeds: 3.\n\na note"
+    assert table.markdown(origin=False) == shown
+    assert table.markdown() == f"{shown}\n\nmeasured there"
+    assert table.text() == "of  time\na   1 s\nb   2 s\nIn every row: seeds: 3.\na note\nmeasured there"
+    assert replace(table, kept=("seeds",)).condensed().head == ("of", "seeds", "time")
+    assert Table(("of", "time"), (("a", "1 s"),)).condensed().head == ("of", "time"), "one row has no equals"
 
 
 def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
@@ -107,15 +116,16 @@ def test_what_did_not_run_stands_in_the_table_with_its_reason() -> None:
         (0.4, 0.6, 3, "faster"),
         (1.1, 1.6, 3, "slower"),
         (0.9, 1.1, 3, "no difference shown"),
-        (0.4, 0.6, 2, "2 rounds: too few"),
-        (None, None, 1, "1 round: no interval"),
+        (0.4, 0.6, 2, "2 rounds: too few to say"),
+        (None, None, 1, "1 round: too few to say"),
+        (0.5, 0.5, 1, "1 round: too few to say"),  # as earlier files have one round
     ],
 )
 def test_a_ratio_says_no_more_than_its_interval(low: float | None, high: float | None, n: int, said: str) -> None:
     conditions = {**UNET, "against": "diffusers", "interval": f"Student t over {n} rounds"}
     row = Row("s", "x", "call_seconds_ratio", 0.5, low=low, high=high, n=n, conditions=conditions)
     table = ratios_table(results([row]))
-    assert table.rows[0][-1] == said and table.rows[0][-3] == ("-" if low is None else f"{low:.3f} to {high:.3f}")
+    assert table.rows[0][-1] == said and table.rows[0][-3] == (f"{low:.3f} to {high:.3f}" if n > 1 else "-")
     assert OLD_NOTE not in table.notes
 
 
@@ -145,7 +155,8 @@ def test_percentiles_and_spreads_that_few_samples_do_not_have_are_not_shown() ->
     ]
     table = parts_table(results(rows))
     cells = dict(zip(table.head, table.rows[0], strict=True))
-    assert (cells["p50"], cells["rounds"], cells["p90"], cells["p99"]) == ("500 ms", "-", "600 ms", "-")
+    names = ("median", "between rounds", "90 % within", "99 % within")
+    assert [cells[name] for name in names] == ["500 ms", "-", "600 ms", "-"]
 
 
 def test_the_fastest_and_the_smallest_of_a_case_are_named() -> None:
@@ -157,6 +168,41 @@ def test_the_fastest_and_the_smallest_of_a_case_are_named() -> None:
     (line,) = best(results(rows))
     assert line == "arch:sdxl, unet, 1024 px: fastest openvino (400 ms), smallest onnxruntime (3.00 GB)"
     assert best(results(rows[:2])) == [], "alone it is neither"
+    for rounds, said in ((1, "1 round: too few to say"), (2, "2 rounds: too few to say")):
+        told = best(replace(results(rows), settings={"rounds": rounds}))
+        assert told[0] == line and told[1].startswith(said)
+    assert best(replace(results(rows), settings={"rounds": 3})) == [line]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "measured", "taken"),
+    [
+        ((0.7, 0.9), "openvino", "openvino"),
+        ((1.1, 1.4), "onnxruntime", "openvino"),  # the other way round
+        ((0.9, 1.1), "openvino", "onnxruntime"),  # no difference shown: it needs less memory
+        (None, "", "onnxruntime"),
+    ],
+)
+def test_which_engine_is_taken_follows_the_rounds_then_the_memory(
+    ratio: tuple[float, float] | None, measured: str, taken: str
+) -> None:
+    rows = []
+    for runner, seconds, peak in (("onnxruntime", 0.5, 3e9), ("openvino", 0.4, 5e9), ("diffusers", 0.1, 1e9)):
+        where = {**UNET, "runner": runner}
+        rows.append(Row("s", runner, "call_seconds_p50", seconds, "s", conditions=where))
+        rows.append(Row("s", runner, "peak_host_bytes", peak, "bytes", kind="memory", conditions=where))
+    if ratio:
+        against = "onnxruntime" if measured == "openvino" else "openvino"
+        where = {**UNET, "runner": measured, "against": against, "interval": "Student t over 3 rounds"}
+        low, high = ratio
+        rows.append(Row("s", "x", "call_seconds_ratio", 1.0, low=low, high=high, n=3, conditions=where))
+    ((what, take, needs, others, sure),) = engines_table([results(rows)]).rows
+    other = {"openvino": "onnxruntime", "onnxruntime": "openvino"}[taken]
+    figures = {"openvino": "400 ms, 5.00 GB", "onnxruntime": "500 ms, 3.00 GB"}
+    assert what == "arch:sdxl (random weights), unet, 1024 px, cpu" and take == f"**{taken}**"
+    assert (needs, others) == (figures[taken], f"{other}: {figures[other]}"), "other people's engines are not ours"
+    verdict = "not compared" if ratio is None else "faster" if taken == "openvino" else "no difference shown"
+    assert sure == f"openvino against onnxruntime: {verdict}"
 
 
 def test_csv_has_every_row_with_all_digits() -> None:
@@ -216,8 +262,30 @@ def test_merging_refuses_what_contradicts_itself_or_holds_no_image() -> None:
 
 
 def test_any_suite_has_a_table() -> None:
-    rows = [Row("q", "model", "top1", 0.5, "share", kind="quality", low=0.4, high=0.6)]
-    assert figures_table(results(rows)).rows == (("model", "top1", "50.0 %", "40.0 % to 60.0 %", "ok"),)
+    rows = [
+        Row("q", "emoji, load 0.7", "top1", 0.5, "share", kind="quality", low=0.4, high=0.6),
+        Row("q", "emoji, deadline_seconds 13.472", "late_share", 0.25, low=0.25, high=0.25),
+        Row("q", "emoji", "build_peak_bytes", None, "bytes", "failed", reason="no room"),
+    ]
+    table = figures_table(results(rows))
+    assert table.rows == (
+        ("70 % load", "top-1", "50.0 %", "40.0 % to 60.0 %"),
+        ("deadline 13.5 s", "late", "25.0 %", "-"),
+        ("-", "peak memory", "failed", "-"),
+    )
+    assert table.notes[:2] == ("All of emoji.", "emoji: failed, no room")
+
+
+def test_a_comparison_that_is_said_both_ways_stands_once() -> None:
+    about = [("a", "b", 0.1), ("b", "a", 0.1), ("a", "c", 0.2)]
+    rows = [
+        Row("s", f"{a} against {b}", "ratio_deviation", value, conditions={**UNET, "runner": a, "against": b})
+        for a, b, value in about
+    ]
+    assert [row[:3] for row in figures_table(results(rows)).rows] == [
+        ("a against b", "largest deviation of a run", "10.0 %"),
+        ("a against c", "largest deviation of a run", "20.0 %"),
+    ]
 
 
 def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
@@ -240,10 +308,11 @@ def test_subjects_beside_each_other_and_what_may_be_said_of_them() -> None:
         ),
     ]
     found = matrix_table(results(rows))
-    assert found.head == ("subject", "top5, share", "unet call seconds", "frechet distance, features")
-    assert found.rows == (("small", "0.500 (0.400 to 0.600)", "10.0 ms", "-"), ("large", "-", "-", "19.2"))
+    assert found.head == ("of", "top-5", "U-Net call", "Fréchet distance, features")
+    assert found.rows == (("small", "50.0 % (40.0 to 60.0)", "10.0 ms", "-"), ("large", "-", "-", "19.2"))
     (line,) = differences_table(results(rows)).rows
-    assert line == ("small against large", "top5", "-0.010", "-0.030 to +0.010", "3", "1,500", "no difference shown")
+    said = ("small against large", "top-5", "-1.0 points", "-3.0 to +1.0", "3", "1,500", "no difference shown")
+    assert line == said
 
 
 def test_plots_need_their_extra_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,15 +351,19 @@ def test_differences_are_drawn_as_they_are() -> None:
         Row("s", "a against b", f"{metric}_difference", value, low=value - 0.1, high=value + 0.3, conditions=VERDICT)
         for metric, value in (("top5", 0.2), ("teacher_rms", -0.5), ("top5", 0.4))
     ]
-    figure = differences(results([*rows, Row("s", "a", "top5", 0.9, kind="quality")]))
+    figure = differences(results([*rows, Row("s", "a", "top5", 0.9, "share", kind="quality")]))
     assert figure is not None
     drawn = {axes.get_xlabel(): axes for axes in figure.axes}
-    assert set(drawn) == {"difference of top5, 95 % interval", "difference of teacher rms, 95 % interval"}
-    top5 = drawn["difference of top5, 95 % interval"]
-    points = next(line for line in top5.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
-    assert list(points.get_xdata()) == [0.2, 0.4]
-    spans = [segment[:, 0].tolist() for segment in top5.collections[0].get_segments()]
-    assert spans == [pytest.approx([0.1, 0.5]), pytest.approx([0.3, 0.7])]
+    assert set(drawn) == {
+        "difference of top-5, points, 95 % interval\n(for the first: right is better →)",
+        "difference of distance to the teacher, 95 % interval\n(for the first: ← left is better)",
+    }
+    assert figure.get_suptitle() == "3 of 3 comparisons: an interval that leaves out zero (to be measured again)"
+    top5 = next(axes for label, axes in drawn.items() if "top-5" in label)
+    points = [line.get_xdata()[0] for line in top5.lines if line.get_marker() == "o"]
+    assert points == pytest.approx([20, 40])
+    spans = [each.get_segments()[0][:, 0].tolist() for each in top5.collections]
+    assert spans == [pytest.approx([10, 50]), pytest.approx([30, 70])]
     assert differences(results([Row("s", "a", "top5", 0.9, kind="quality")])) is None
 
 

@@ -161,7 +161,7 @@ def test_tables_are_printed_and_other_files_written_where_one_cannot_be(
         path.write_text(text, encoding="utf-8")
 
     monkeypatch.setattr(atomic, "write_file", write)
-    words = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "new" / "t.md")]
+    words = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "new" / "t.md"), "--overwrite"]
     monkeypatch.setattr("diffship.cli.bench._measured", lambda *_: read_result(files[0]))
     for start in (["emoji"], ["--merge", *map(str, files)]):
         assert main(["bench", *start, *words]) == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_inspect_bundle(command: Any, tiny_bundle: Path) -> None:
     assert [spec["name"] for spec in parts["unet"]["inputs"]][:3] == ["sample", "timestep", "encoder_hidden_states"]
 
 
+@pytest.mark.slow
 def test_inspect_source(command: Any) -> None:
     pytest.importorskip("torch")
     document = check(command("inspect", "arch:tiny-sd"), "inspect")
@@ -60,6 +62,7 @@ def test_inspect_source(command: Any) -> None:
     assert document["kind"] == "source" and unet["parameters"] > 0 and unet["conv_linear_macs"] > 0
 
 
+@pytest.mark.slow
 def test_verify(command: Any, tiny_bundle: Path) -> None:
     document = check(command("verify", tiny_bundle), "verify")
     assert document["exit_code"] == 0 and document["passed"]
@@ -78,6 +81,8 @@ def test_run_writes_pictures_with_their_settings(command: Any, tiny_bundle: Path
             assert image.size == (picture["width"], picture["height"])
             assert f"Seed: {picture['seed']}" in image.text["parameters"]
     assert (tmp_path / "g.png").stat().st_size > 0
+    assert "loaded in" not in document["stderr"] and document["peak_host_bytes"] > 3e7
+    assert 0 < document["load_seconds"] + 4 * document["picture_seconds"] <= document["seconds"] + 0.01
 
 
 @pytest.mark.slow
@@ -118,6 +123,7 @@ def test_damage_is_exit_code_one(command: Any, tiny_bundle: Path, tmp_path: Path
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -146,8 +152,9 @@ def test_compare_a_source_with_its_bundle(command: Any, tiny_bundle: Path, tmp_p
         assert np.asarray(image).std() > 0
 
 
+@pytest.mark.slow
 def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnx")
     folder = tmp_path / "vae"
     words = ["export", "arch:tiny-sd", "--parts", "vae_decoder", "--no-verify", "-o", folder]
     document = check(command(*words), "export")
@@ -196,6 +203,8 @@ def test_a_damaged_trajectory_is_refused(command: Any, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"\x00" * 100)
     document = check(command("run", "D", "--resume", tmp_path / "kept"), "run")
     assert document["exit_code"] == 1 and document["error"]["type"] == "HandoffError"
+    (tmp_path / "kept").write_text("<!DOCTYPE html><html></html>")
+    assert "; it is a web page" in command("run", "D", "--resume", tmp_path / "kept")["error"]["message"]
 
 
 LATE = {
@@ -230,9 +239,16 @@ def test_what_would_fail_at_the_end_is_refused_before_the_work(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["dir.png", "file", "kept"]
 
 
-def test_prompts_behind_two_dashes_may_begin_with_one(tiny_bundle: Path, tmp_path: Path) -> None:
-    assert main(["run", str(tiny_bundle), "--steps", "1", "-o", str(tmp_path / "q.png"), "--", "-5 degrees"]) == 0
+def test_prompts_behind_two_dashes_may_begin_with_one(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", str(tiny_bundle), "--steps", "1", "-o", str(tmp_path / "q.png")]
+    assert main([*words, "--", "-5 degrees"]) == 0
     assert read_settings(tmp_path / "q.png")["prompt"] == "-5 degrees"
+    told = r"onnxruntime: loaded in \d+\.\d s, 1 picture in \d+\.\d\d s, peak memory \d+\.\d [MG]B"
+    said = capsys.readouterr()
+    assert re.fullmatch(told, said.err.splitlines()[-1]) and said.out == f"{tmp_path / 'q.png'}\n"
+    assert main([*words, "--overwrite", "--quiet", "x"]) == 0 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -250,6 +266,7 @@ def test_a_trajectory_is_finished_whatever_its_facts_say(
     check(json.loads(capsys.readouterr().out), "run")
 
 
+@pytest.mark.slow
 def test_an_export_that_only_draws_with_another_sampler_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import os
+import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,13 +19,14 @@ from diffship.benchmarks.grid import grid, png_bytes, wrapped
 from diffship.benchmarks.side_by_side import picture_psnr
 from diffship.cli import doctor
 from diffship.cli.compress import fitting
-from diffship.cli.drawing import file_names, read_prompts, slug
 from diffship.cli.export import _target
 from diffship.cli.flags import add_fields, given_fields, names, setting, size, worded
 from diffship.cli.main import main
 from diffship.cli.output import figure, jsonable, size_text, table
+from diffship.cli.pass_help import option_texts
+from diffship.cli.prompts import read_prompts
 from diffship.core.errors import ConfigError
-from diffship.core.registry import EXPORTERS, load
+from diffship.core.registry import EXPORTERS, PASSES, load
 from diffship.core.strict import choices, plain_value
 
 
@@ -77,7 +81,8 @@ def test_flags_of_a_dataclass_keep_their_choices() -> None:
 def test_target_is_found_in_either_form() -> None:
     assert _target(["emoji", "--to", "coreml"]) == "coreml"
     assert _target(["emoji", "--to=tensorrt"]) == "tensorrt"
-    assert _target(["emoji"]) == "onnx"
+    assert _target(["emoji"]) == _target([]) == "onnx"
+    assert _target(["--to"]) == ""
 
 
 def test_table_aligns_numbers_right() -> None:
@@ -101,11 +106,32 @@ def test_figures_that_json_cannot_hold() -> None:
     assert made == {"a": None, "b": [1, None], "c": "x", "d": True}
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
+def prompts_of(file: object, *words: str) -> list[str]:
+    return read_prompts(argparse.Namespace(prompts=list(words), prompts_file=Path(str(file)), quiet=False))
+
+
+def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("# comment\nred apple\n\n  black cat  \n", encoding="utf-8-sig")  # with an editor's mark before it
-    options = argparse.Namespace(prompts=["first"], prompts_file=file)
-    assert read_prompts(options) == ["first", "red apple", "black cat"]
+    text = "# comment\nred apple\n\n  black cat  \n#1 fan\n##\n#\n #\tno\n"
+    file.write_text(text, encoding="utf-8-sig")  # with an editor's mark before it
+    assert prompts_of(file, "first") == ["first", "red apple", "black cat", "#1 fan"]
+    assert capsys.readouterr().err == f"{file}: 3 prompts; 4 lines are comments\n"
+
+
+def test_prompts_of_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, "caf\u00e9\n".encode())
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert prompts_of(f"/dev/fd/{pipe.fileno()}") == ["caf\u00e9"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    assert prompts_of("-") == ["one", "two"]
+    for closed in (None, io.StringIO("x")):
+        monkeypatch.setattr(sys, "stdin", closed)
+        with pytest.raises(ConfigError, match="'-' is not a file, a pipe or -: there is nothing to read"):
+            prompts_of("-")
+    with pytest.raises(ConfigError, match="is not a file, a pipe or -: Is a directory"):
+        prompts_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,17 +147,7 @@ def test_prompts_of_a_bad_file(content: bytes, message: str, tmp_path: Path) -> 
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        read_prompts(argparse.Namespace(prompts=[], prompts_file=file))
-
-
-def test_file_names() -> None:
-    made = file_names(Path("o"), ["Red apple!", "../../etc"], 2, 7)
-    assert [[file.as_posix() for file in row] for row in made] == [
-        ["o/000-red-apple-7.png", "o/000-red-apple-8.png"],
-        ["o/001-etc-7.png", "o/001-etc-8.png"],
-    ]
-    assert file_names(Path("o.png"), ["x"], 1, 0) == [[Path("o.png")]]
-    assert slug("\u732b") == "picture" and len(slug("a" * 500)) == 40
+        prompts_of(file)
 
 
 def solid(value: int, side: int = 32) -> Any:
@@ -236,15 +252,31 @@ def test_what_is_set_is_read_as_its_field_takes_it(key: str, text: str, value: o
     assert fitting(Fields, key, text) == value
 
 
-def test_help_of_a_pass_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", PASSES)
+def test_help_of_a_pass_says_what_each_option_is(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    cls = load(PASSES, name, "pass")
+    about, summary = option_texts(cls)
+    assert summary.endswith(".") and {field.name for field in dataclasses.fields(cls)} == set(about)
+    assert main(["compress", "--pass", name, "--help"]) == 0
+    text = capsys.readouterr().out
+    ours = text[text.index(f"pass {name}, --set KEY=VALUE:") :]
+    assert max(map(len, ours.splitlines())) <= 100
+    column = max(map(len, about)) + 4
+    for key, told in about.items():
+        (line,) = [line for line in ours.splitlines() if line.startswith(f"  {key} ")]
+        assert line[column:].startswith(("default: ", "needed")) and line[column - 1] == " "
+        assert told.split(" ")[0] in ours
+    assert main(["compress", "--help"]) == 0 and "--set KEY=VALUE:" not in capsys.readouterr().out
+
+
+def test_help_of_a_pass_has_legal_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "--pass", "prune", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "criterion       default: magnitude; magnitude, taylor, diff-pruning, random" in text
-    assert "data            default: not set" in text and "threshold: of Diff-Pruning" in text
-    assert main(["compress", "--pass", "lcm", "--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:2] == ["teacher_precision", "default:"] for line in lines)  # a long name keeps its space
-    assert main(["compress", "--help"]) == 0 and "diff-pruning" not in capsys.readouterr().out
+    assert "\n  criterion   default: magnitude; magnitude, taylor, diff-pruning, random\n" in text
+    assert "\n  data        default: not set\n              folder of pictures with captions" in text
 
 
 @pytest.mark.parametrize("target", EXPORTERS)

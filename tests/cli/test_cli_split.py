@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 from diffship.cli.main import main
+from diffship.cli.models import half_on_cpu
 from diffship.sampling.picture import read_settings
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -34,6 +36,7 @@ def valid(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_large_and_small_in_their_own_engines(command: Any, small: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["run", small, "red apple", "--large", tiny_bundle, "--split", "1,2", "--engines", "onnxruntime,torch"]
     document = valid(command(*words, "--sampler", "ddim", "--images", 2, "-o", tmp_path / "o"))
@@ -85,7 +88,9 @@ def test_a_split_resumes_where_it_stood(command: Any, small: Path, tmp_path: Pat
     assert command(*words, "--save-trajectory", kept, "-o", whole)["exit_code"] == 0
     for step, calls in ((0, [1, 2]), (1, [0, 2]), (2, [0, 1]), (3, [0, 0])):
         kept.write_bytes(half(small, step))
-        document = valid(command("run", small, *pair, "--resume", kept, "--no-metadata", "-o", tmp_path / "rest.png"))
+        document = valid(
+            command("run", small, *pair, "--resume", kept, "--no-metadata", "--overwrite", "-o", tmp_path / "rest.png")
+        )
         assert document["exit_code"] == 0, document
         assert [model["calls"] for model in document["models"]] == calls
         assert (tmp_path / "rest.png").read_bytes() == whole.read_bytes()
@@ -105,6 +110,7 @@ def half(small: Path, step: int) -> bytes:
         return pack(denoise(begin(router, Request("x", sampler="dpmpp-2m")), router, until=step)[0])
 
 
+@pytest.mark.slow
 def test_another_model_does_not_resume(command: Any, small: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(half(small, 1))
     document = valid(command("run", "arch:tiny-lcm", "--resume", tmp_path / "kept", "-o", tmp_path / "o"))
@@ -159,7 +165,38 @@ def test_what_the_pair_check_warns_of_is_in_the_document(command: Any, small: Pa
     assert "warning: " in document["stderr"]
 
 
+@pytest.mark.slow
 def test_shared_latents_admits_a_tiny_vae(command: Any, tmp_path: Path) -> None:
     words = ["run", f"{LARGE}+taesd", "x", "--large", LARGE, "--split", "1,1", "--shared-latents"]
     document = valid(command(*words, "--sampler", "ddim", "-o", tmp_path / "a.png"))
     assert document["exit_code"] == 0, document
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_half_precision_on_a_cpu_is_told_once(command: Any, tiny_bundle: Path, tmp_path: Path, engine: str) -> None:
+    """A CPU computes it in float32; what the manifest says counts, so that it says fp16 of a copy."""
+    pytest.importorskip(engine)
+    words = ["--engine", engine]
+    half = shutil.copytree(tiny_bundle, tmp_path / "half")
+    manifest = json.loads((half / "diffship.json").read_text(encoding="utf-8"))
+    for part in manifest["parts"]:
+        if part["name"] == "unet":
+            part["precision"] = "fp16"
+            del part["golden"]["blocks"]  # those of a part in fp32
+    (half / "diffship.json").write_text(json.dumps(manifest), encoding="utf-8")
+    document = command("run", half, "apple", "cat", "--steps", "1", "-o", tmp_path / "p", *words)
+    assert document["exit_code"] == 0 and len(document["pictures"]) == 2
+    assert document["stderr"].count("half is in fp16, which") == 1 == len(document["warnings"])
+    assert f"{engine} computes in float32 on a CPU" in document["warnings"][0]
+    assert command("run", tiny_bundle, "apple", "--steps", "1", "-o", tmp_path / "q", *words)["warnings"] == []
+
+
+def test_half_precision_on_a_gpu_is_as_it_should_be() -> None:
+    bundle = SimpleNamespace(path=Path("half"), manifest=SimpleNamespace(parts=[SimpleNamespace(precision="fp16")]))
+    models = [SimpleNamespace(bundle=bundle, engine=engine) for engine in ("onnxruntime", "tensorrt", "onnxruntime")]
+    assert len(half_on_cpu(models, SimpleNamespace(device=None, option=[]))) == 1  # type: ignore[arg-type]
+    for chosen in (
+        SimpleNamespace(device="cuda", option=[]),
+        SimpleNamespace(device=None, option=[("device", "cuda")]),
+    ):
+        assert half_on_cpu(models, chosen) == []  # type: ignore[arg-type]

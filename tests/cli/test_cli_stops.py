@@ -177,12 +177,14 @@ def piped(words: list[str], closed: str) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_work_goes_on_where_nobody_reads_the_progress(tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["run", str(tiny_bundle), "a", "b", "c", "--steps", "2", "-o", str(tmp_path / "out")]
     code, said = piped(words, "stderr")
     assert code == 0 and len(said.splitlines()) == len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error_and_failures_stay_failures(tmp_path: Path) -> None:
     assert piped(["doctor"], "stdout") == (0, "")
     code, said = piped(["run", str(tmp_path / "none"), "a", "--json"], "stdout")

@@ -73,6 +73,7 @@ def noised(task: DistillationTask, count: int, seed: int) -> tuple[tuple[torch.T
     return (noisy, steps, *task.captions([s.caption for s in samples])), noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["blocks", "self-attention", "none"])
 def test_the_loss_is_the_sum_of_its_published_terms(features: str, tmp_path: Path) -> None:
     task = tiny_task(tmp_path, features=features, w_task=0.5, w_out=2.0, w_feat=3.0)
@@ -113,6 +114,7 @@ def test_the_forward_process_is_diffusers(prediction: str) -> None:
     torch.testing.assert_close(forward.target(clean, noise, steps), wanted[prediction])
 
 
+@pytest.mark.slow
 def test_the_teacher_rests_where_no_term_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = tiny_task(tmp_path, w_out=0.0, w_feat=0.0)
     monkeypatch.setattr(task, "_taught", lambda feeds: pytest.fail("the teacher was called"))

@@ -69,11 +69,13 @@ def names(kind: str, student: Pipeline, teacher: Pipeline) -> dict[str, str]:
     return {pair.student: pair.teacher for pair in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "table"), [("bk-base", EQUAL), ("bk-small", EQUAL), ("bk-tiny", TINY)])
 def test_blocks_pair_as_published(layout: str, table: dict[str, str], teacher: Pipeline) -> None:
     assert names("blocks", student_of(teacher, layout), teacher) == table
 
 
+@pytest.mark.slow
 def test_a_narrowed_layout_pairs_like_the_whole_one(teacher: Pipeline) -> None:
     student = student_of(teacher, "hybrid-224m")
     assert student.components["unet"].config["diffship"]["inner"]
@@ -83,6 +85,7 @@ def test_a_narrowed_layout_pairs_like_the_whole_one(teacher: Pipeline) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bk-base", "bk-small"])
 def test_a_student_pairs_whose_norm_groups_have_one_value_in_the_smallest_picture(
     layout: str, teacher: Pipeline

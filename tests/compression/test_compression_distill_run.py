@@ -29,7 +29,7 @@ from diffship.core.weights import MemoryWeights, source_digest
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 from diffship.models.unet import unet
-from diffship.training import distillation_report
+from diffship.training import distillation_data, distillation_report
 from diffship.training.distillation_data import make_latents
 from diffship.training.distillation_report import read_curve, write_curve
 from diffship.training.loop import DivergedError, step_generator
@@ -256,6 +256,15 @@ def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_p
     assert torch.equal(*means) == (change == "scheduler")
 
 
+def test_latents_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, job = open_source("arch:tiny-sd"), Job(tmp_path / "job")
+    step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "steps": 1, "teacher": "arch:tiny-sd"})
+    for version, files in (("0.0", 1), ("0.0", 1), ("0.1", 2)):
+        monkeypatch.setattr(distillation_data, "__version__", version)
+        make_latents(base, step.pictures(base), False, 4.0, job, torch.device("cpu"), True)
+        assert len(list(job.folder.glob("latents-*"))) == files
+
+
 def test_damaged_latents_are_named(tmp_path: Path) -> None:
     base, job = open_source("arch:tiny-sd"), Job(tmp_path / "job")
     step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "steps": 1, "teacher": "arch:tiny-sd"})
@@ -267,6 +276,7 @@ def test_damaged_latents_are_named(tmp_path: Path) -> None:
             make_latents(base, step.pictures(base), False, 4.0, job, torch.device("cpu"), True)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_the_module_lacks_is_left_out_after_training(tmp_path: Path) -> None:
     """diffusers opens such files with a warning; the run must not end in an error after its last step."""
     base = open_source("arch:tiny-sd")

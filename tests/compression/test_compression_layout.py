@@ -76,6 +76,7 @@ def test_cutting_feed_forward_channels_that_give_nothing_changes_nothing() -> No
     np.testing.assert_allclose(np.asarray(after), np.asarray(before), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_narrowing_twice_keeps_the_widths_of_both(tmp_path: Path) -> None:
     pipeline = open_source("arch:tiny-sd")
     once = narrow_unet(pipeline, Kept(heads={SELF: np.array([1])}), {"pass": "first"})
@@ -219,6 +220,7 @@ def test_wrong_words_are_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_recipe_names_source_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text('schema = 1\nsource = "arch:tiny-sd"\n\n[[pass]]\ntype = "layout"\nname = "bk-base"\n')

@@ -119,6 +119,7 @@ def test_the_loss_is_that_of_the_published_scripts(form: str, source: str, tmp_p
     assert all(".lora_" in name for name in names) == (form == "lora")
 
 
+@pytest.mark.slow
 def test_the_teachers_step_may_be_longer(tmp_path: Path) -> None:
     """Of all 50 timesteps, also those that are nearer to 0 than one step is long."""
     pipeline = open_source("arch:tiny-sd")

@@ -141,6 +141,7 @@ def test_alpha_scales_and_a_negative_weight_takes_it_back(base: Pipeline, tmp_pa
     assert np.array_equal(zero, before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config.")  # two adapters are what is asked for
 def test_fused_equals_diffusers_with_the_adapter_beside(base: Pipeline, tmp_path: Path) -> None:
     """The oracle: stock diffusers runs two unfused adapters (peft) at once, text encoder and convolution included."""
@@ -321,6 +322,7 @@ def test_half_precision_weights_are_changed_in_float32(tmp_path: Path) -> None:
     np.testing.assert_allclose(change, 1e-6, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_verb_takes_files_and_weights(base: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "lora.safetensors"
     save_file(STYLES["peft"]("unet", "conv_in", *pair(base, "unet", "conv_in")), file)
@@ -330,6 +332,7 @@ def test_the_verb_takes_files_and_weights(base: Pipeline, tmp_path: Path, capsys
     assert (entry["weights"], entry["layers"]) == ([1.0, -0.5], {"unet": 1})
 
 
+@pytest.mark.slow
 def test_layout_and_lora_chain_in_a_recipe(base: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(STYLES["peft"]("unet", "conv_in", *pair(base, "unet", "conv_in")), tmp_path / "lora.safetensors")
     recipe = tmp_path / "fast.toml"

@@ -91,6 +91,7 @@ def test_stock_clients_add_the_same_change(written: tuple[Pipeline, Pipeline, Pa
         np.testing.assert_allclose(answer(load(stock, folder), source), wanted, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_lora_pass_adds_the_same_change(written: tuple[Pipeline, Pipeline, Path]) -> None:
     source, made, folder = written
     for name in ("pytorch_lora_weights.safetensors", "kohya/kohya.safetensors", "peft/adapter_model.safetensors"):

@@ -179,6 +179,7 @@ def test_wrong_settings_are_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
+@pytest.mark.slow
 def test_a_list_is_given_with_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = recipe_file(tmp_path, 'type = "lora"\nfiles = ["a.safetensors"]')
     words = ["--recipe", str(file), "--set", "lora.files=b.safetensors,c.safetensors", "--set", "lora.weights=1,0.5"]
@@ -186,6 +187,7 @@ def test_a_list_is_given_with_commas(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "b.safetensors is not a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -210,6 +212,7 @@ def test_a_file_that_is_not_there_or_of_a_wrong_kind_is_usage(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_paths_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     open_source("arch:tiny-sd").save(tmp_path / "here" / "teacher")
@@ -221,6 +224,7 @@ def test_paths_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: p
     assert main(words) == 0
 
 
+@pytest.mark.slow
 def test_a_finished_pass_is_not_run_again(tmp_path: Path, runs: list[float]) -> None:
     passes = [LayoutPass("bk-tiny"), Scale(2.0), Scale(3.0)]
     with pytest.raises(Cancelled):
@@ -239,6 +243,7 @@ def test_a_finished_pass_is_not_run_again(tmp_path: Path, runs: list[float]) -> 
     assert kept == ["result-scale-", "result-scale-"]
 
 
+@pytest.mark.slow
 def test_only_results_that_cost_something_are_kept(tmp_path: Path) -> None:
     compress("arch:tiny-sd", [LayoutPass("bk-tiny")], tmp_path / "out", job=Job(tmp_path / "work"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -249,6 +254,7 @@ def key_of(step: Any, source: str = "arch:tiny-sd") -> str:
     return Results(pipeline, [LayoutPass("bk-tiny"), step], Job()).names[-1]
 
 
+@pytest.mark.slow
 def test_a_key_is_of_contents(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_text("a")
@@ -285,6 +291,7 @@ def test_what_is_text_is_no_file_of_that_name(tmp_path: Path, monkeypatch: pytes
     assert options_key(steps[0]) != before[0]
 
 
+@pytest.mark.slow
 def test_a_key_is_of_every_tensor() -> None:
     pipeline = open_source("arch:tiny-sd")
     changed = Scale(1.5).run(pipeline, Job())
@@ -293,6 +300,7 @@ def test_a_key_is_of_every_tensor() -> None:
     assert source_key(changed, Job()) != source_key(pipeline, Job())
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_one_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: list[float]
 ) -> None:
@@ -347,6 +355,7 @@ def test_the_verb_keeps_its_work_beside_the_result(
     assert runs == [2.0, 4.0] and (tmp_path / "cache").is_dir() and not work_folder(tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_every_pass_is_checked_before_the_first_one_runs(tmp_path: Path, runs: list[float]) -> None:
     with pytest.raises(UnsupportedError, match="the teacher has 3 down blocks"):
         compress("arch:tiny-sd", [LayoutPass("bk-tiny"), Told(2.0), LayoutPass("bk-tiny")], tmp_path / "out")
@@ -359,6 +368,7 @@ def test_every_pass_is_checked_before_the_first_one_runs(tmp_path: Path, runs: l
     assert runs == [2.0] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bk-small", "hybrid-224m"])
 def test_an_outline_has_the_shapes_of_the_result(name: str) -> None:
     pipeline = open_source("arch:tiny-sd")
@@ -371,6 +381,7 @@ def u(pipeline: Pipeline) -> Any:
     return pipeline.components["unet"]
 
 
+@pytest.mark.slow
 def test_an_outline_reads_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = open_source("arch:tiny-sd")
     monkeypatch.setattr(type(u(pipeline).weights), "read", lambda *_: pytest.fail("a tensor was read"))
@@ -414,6 +425,7 @@ def test_a_large_call_is_timed_at_a_smaller_size(monkeypatch: pytest.MonkeyPatch
     assert small.steps[0].seconds is None and "takes 3.2 GiB" in small.timed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "fp16"])
 def test_bytes_are_those_of_what_is_written(
     precision: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -437,6 +449,7 @@ def test_a_call_is_timed() -> None:
     assert 0 < time_call(u(pipeline), {"height": 8, "width": 8}, "cpu") < 30
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_is_unknown() -> None:
     found = foresee("arch:tiny-sd", [LayoutPass("bk-tiny"), Scale(1.0), Scale(2.0)])
     assert [step.after is None for step in found.steps] == [False, True, True]
@@ -463,6 +476,7 @@ def test_the_dry_run_prints_a_plan_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
+@pytest.mark.slow
 def test_the_result_validates_too(tmp_path: Path, command: Any) -> None:
     document = command("compress", "arch:tiny-sd", "--pass", "layout", "--set", "name=bk-base", "-o", tmp_path / "o")
     schema = json.loads((ROOT / "docs" / "schema" / "compress.json").read_text(encoding="utf-8"))
@@ -500,6 +514,7 @@ def test_a_card_survives_odd_findings(tmp_path: Path) -> None:
     assert 'license: "other"\nlicense_name: "none (random weights)"' in card and "cannot load it" not in card
 
 
+@pytest.mark.slow
 def test_a_dry_run_opens_no_data_but_refuses_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert foresee("arch:tiny-sd", [Scale(0.0)]).steps[0].note == "known only when it runs"
     assert main(["compress", "arch:tiny-sd", "--pass", "layout", "--set", "name=koala-700m", "--dry-run"]) == 2
@@ -543,6 +558,7 @@ def test_pictures_behind_a_link_count(tmp_path: Path) -> None:
     assert keys[0] != keys[1]
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_source_takes_that_of_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def by_hand(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> tuple[
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RESIDUAL, SELF, CROSS, FEEDFORWARD])
 def test_a_score_is_the_shift_of_the_latents_of_the_narrowed_model(
     base: Pipeline, listed: tuple[Layer, ...], kind: str
@@ -83,6 +84,7 @@ def test_a_score_is_the_shift_of_the_latents_of_the_narrowed_model(
     assert table.unet == base.components["unet"].digest
 
 
+@pytest.mark.slow
 def test_runs_do_not_touch_each_other(base: Pipeline, listed: tuple[Layer, ...]) -> None:
     """Whatever was narrowed before, the layer is put back: order and company of the layers change no score."""
     pair = [one_of(listed, RESIDUAL), one_of(listed, CROSS)]
@@ -93,6 +95,7 @@ def test_runs_do_not_touch_each_other(base: Pipeline, listed: tuple[Layer, ...])
     assert table.noise == turned.noise
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(
     base: Pipeline, listed: tuple[Layer, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +119,9 @@ def test_an_interrupted_measurement_goes_on(
     other = replace(DRAWING, seed=6)
     with pytest.raises(TypeError):
         measure(base, pair, counts, other, Job(tmp_path))
+    monkeypatch.setattr(measuring, "__version__", "0.0")
+    with pytest.raises(TypeError):
+        measure(base, pair, counts, DRAWING, Job(tmp_path))
 
 
 def invented(pipeline: Pipeline, keeps: tuple[float, ...] = (0.25, 0.5, 0.75), feedforward: bool = False) -> ScoreTable:
@@ -164,6 +170,7 @@ def test_a_budget_of_macs_is_that_of_the_built_model(base: Pipeline, scores: str
     assert 0.78 * before < after <= 0.8 * before
 
 
+@pytest.mark.slow
 def test_less_budget_never_scores_better(base: Pipeline, scores: str) -> None:
     table, found = read_scores(scores), []
     for share in (0.65, 0.75, 0.85, 1.0):
@@ -204,6 +211,7 @@ def test_what_is_foreseen(base: Pipeline, scores: str) -> None:
         SignificancePass(macs=0.2).outline(base)
 
 
+@pytest.mark.slow
 def test_ranks_with_and_without_quirks(base: Pipeline, scores: str) -> None:
     ranks = compress(base, [SignificancePass(allocation="ranks", scores=scores)])
     released = compress(base, [SignificancePass(allocation="ranks", released_quirks=True, scores=scores)])
@@ -217,6 +225,7 @@ def test_ranks_with_and_without_quirks(base: Pipeline, scores: str) -> None:
     assert ranks.history[-1]["ranks"] == [19, 21] and "budget" not in ranks.history[-1]
 
 
+@pytest.mark.slow
 def test_the_released_code_keeps_the_first_heads_and_the_largest_filters(tmp_path: Path) -> None:
     emoji = open_source("emoji")
     invented(emoji, (0.5,)).write(tmp_path / "scores.json")

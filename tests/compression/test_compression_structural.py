@@ -47,6 +47,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # the pass
 
 
+@pytest.mark.slow
 def test_a_pruned_model_loads_back_to_the_same_bits(small: Pipeline, tmp_path: Path) -> None:
     made = PrunePass(keep=0.5).run(small, Job())
     config = made.components["unet"].config["diffship"]
@@ -60,6 +61,7 @@ def test_a_pruned_model_loads_back_to_the_same_bits(small: Pipeline, tmp_path: P
     assert made.history[-1]["parameters"] == count < made.history[-1]["parameters_before"]
 
 
+@pytest.mark.slow
 def test_pruning_a_pruned_model_goes_on_from_its_widths(small: Pipeline) -> None:
     once = PrunePass(keep=0.75, layers=("feedforward",)).run(small, Job())
     twice = PrunePass(keep=0.5, layers=("feedforward", "heads")).run(once, Job())
@@ -70,6 +72,7 @@ def test_pruning_a_pruned_model_goes_on_from_its_widths(small: Pipeline) -> None
     assert np.isfinite(outputs(twice.components["unet"])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranking", ["layer", "global"])
 def test_a_budget_is_met_within_one_unit(small: Pipeline, found: list[Interior], ranking: str) -> None:
     entry = PrunePass(parameters=0.7, ranking=ranking).run(small, Job()).history[-1]
@@ -145,6 +148,7 @@ def test_what_would_leave_nothing_is_refused(small: Pipeline, options: dict[str,
     assert problem.part == "unet" and re.search(text, problem.text), problem.text
 
 
+@pytest.mark.slow
 def test_the_least_budget_is_legal(small: Pipeline) -> None:
     (problem,) = PrunePass(parameters=0.05, layers=("heads",)).check(small)
     least = int(str(problem).split("can reach ")[1].split(", so")[0].replace(",", ""))
@@ -160,6 +164,7 @@ def test_data_is_checked_before_work(small: Pipeline, pictures: Path, tmp_path: 
     assert "is not a folder of pictures with captions" in str(problem)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_read_pictures_is_refused(small: Pipeline, pictures: Path) -> None:
     step = PrunePass(keep=0.5, criterion="taylor", data=str(pictures), batch=2, layers=("feedforward",))
     parts = {name: part for name, part in small.components.items() if name != "vae_encoder"}

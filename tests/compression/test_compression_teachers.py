@@ -17,6 +17,7 @@ from distill_cases import pictures_in
 from safetensors.torch import save_file
 from teachers import teacher_with
 
+from diffship.cli.main import main
 from diffship.compress import compress, foresee
 from diffship.compression.distill import DistillPass
 from diffship.compression.layout import LayoutPass
@@ -104,6 +105,7 @@ def test_betas_are_read_whatever_the_scheduler_draws_with(changes: dict[str, Any
         noise_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deis", "half"])
 def test_a_model_is_distilled_whatever_it_draws_with_and_from_half_a_teacher(kind: str, tmp_path: Path) -> None:
     model = open_source("arch:tiny-sd")
@@ -203,6 +205,7 @@ def test_what_is_left_out_leaves_a_folder_that_stock_diffusers_opens(tmp_path: P
     assert type(StableDiffusionPipeline.from_pretrained(saved)) is StableDiffusionPipeline
 
 
+@pytest.mark.slow
 def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: Path) -> None:
     half = open_source("arch:tiny-sd").save(tmp_path / "half", dtype="float16")
     config = half / "text_encoder" / "config.json"
@@ -215,9 +218,15 @@ def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: 
     assert drawn.shape == (1, 64, 64, 3)
 
 
-def test_a_dry_run_opens_no_data_and_knows_the_size() -> None:
-    found = foresee("arch:tiny-sd", [DistillPass("nowhere", **SMALL)], timing=False)
-    assert found.steps[-1].after is not None
+def test_a_dry_run_opens_no_data_and_promises_no_hours_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("diffship.compression.estimate.time_call", lambda *of: 1.0)
+    there, gone = (foresee("arch:tiny-sd", [DistillPass(data, **SMALL)]).steps[-1] for data in (str(tmp_path), "none"))
+    assert there.seconds is not None and there.seconds > 0 and there.absent == ""
+    assert gone.seconds is None and gone.after is not None and gone.absent.startswith("data=none is not a folder here")
+    words = ["compress", "arch:tiny-sd", "--pass", "distill", "--set", "data=none", "--dry-run"]
+    assert main(words) == 0 and "distill: no hours: data=none is not a folder" in capsys.readouterr().out
 
 
 def lora_file(folder: Path) -> str:

@@ -64,6 +64,7 @@ def test_positions_go_from_every_norm_group(found: list[Interior]) -> None:
     np.testing.assert_array_equal(kept % each, np.tile([0, 2], groups))
 
 
+@pytest.mark.slow
 def test_another_pairing_is_refused(small: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that leaves out the time embedding would cut half of what belongs together."""
     whole = tp.DependencyGraph.get_pruning_group
@@ -125,6 +126,7 @@ def assert_same_layers(module: nn.Module, component: Component) -> None:
     assert {name: tensor.shape for name, tensor in component.meta.state_dict().items()} == expected
 
 
+@pytest.mark.slow
 def test_heads_and_channels_are_those_of_torch_prunings_pruner(small: Pipeline) -> None:
     before = small.components["unet"]
     module = by_its_pruner(before, RESIDUAL + HEADS, pruning_ratio=0.5, head_pruning_ratio=0.5)
@@ -137,6 +139,7 @@ def test_heads_and_channels_are_those_of_torch_prunings_pruner(small: Pipeline) 
     assert not np.allclose(outputs(before), expected, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_global_ranking_is_torch_prunings(small: Pipeline) -> None:
     before = small.components["unet"]
     module = by_its_pruner(before, RESIDUAL, pruning_ratio=0.25, global_pruning=True)
@@ -148,6 +151,7 @@ def test_a_global_ranking_is_torch_prunings(small: Pipeline) -> None:
         np.testing.assert_array_equal(outputs(after), module(*feeds)[0].numpy())
 
 
+@pytest.mark.slow
 def test_feed_forward_channels_are_cut_as_torch_pruning_cuts_them(small: Pipeline, found: list[Interior]) -> None:
     module, feeds = prepared(small.components["unet"])
     graph = tp.DependencyGraph().build_dependency(module, feeds, forward_fn=lambda module, feeds: module(*feeds))

@@ -20,7 +20,7 @@ from diffship.core import bundle_check
 from diffship.core.atomic import partial_prefix
 from diffship.core.bundle import Bundle, Manifest, Part, require_place, write_bundle
 from diffship.core.dtype import TensorMeta
-from diffship.core.errors import BundleError, ConfigError
+from diffship.core.errors import BundleError, ConfigError, SourceError
 from diffship.core.leftovers import claim_folder, remove_leftovers
 from diffship.core.limits import LIMITS
 from diffship.core.safetensors_file import write_safetensors
@@ -70,7 +70,7 @@ def test_no_such_folder(path: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_or_file_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"has no diffship\.json"):
+    with pytest.raises(SourceError, match=r"has no diffship\.json"):
         Bundle.open(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
     with pytest.raises(ConfigError, match="not a folder; unpack"):
@@ -128,6 +128,61 @@ def test_unlisted_file_is_named_by_verify(bundle: Bundle) -> None:
     (bundle.path / "unet/extra.py").write_text("print('hi')")
     with pytest.raises(BundleError, match=r"does not list: 'unet/extra\.py'"):
         Bundle.open(bundle.path).verify()
+
+
+LEFT = [".DS_Store", "unet/._config.json", "Thumbs.db", "unet/desktop.ini", "__MACOSX/unet/._x", ".gitattributes"]
+
+
+@pytest.mark.parametrize("name", [*LEFT, ".cache/huggingface/download/unet/config.json.metadata"])
+def test_what_systems_and_downloads_leave_is_passed_over_and_told(name: str, bundle: Bundle, fill: Fill) -> None:
+    (bundle.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle.path / name).write_bytes(b"left")
+    (note,) = Bundle.open(bundle.path).verify()
+    assert note == f"passed over: 1 file of systems and downloads ('{name}')"
+    with write_bundle(bundle.path, overwrite=True) as draft:
+        fill(draft.folder, 2)
+        (draft.folder / ".DS_Store").write_bytes(b"a file manager looks at the draft")
+        assert ".DS_Store" not in draft.finish(bundle.manifest).manifest.files
+    assert name == ".DS_Store" or not (bundle.path / name).exists()
+    assert Bundle.open(bundle.path).verify() == ("passed over: 1 file of systems and downloads ('.DS_Store')",)
+
+
+def test_what_is_passed_over_has_bounds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle.path / ".gitattributes").write_bytes(bytes(100))
+    monkeypatch.setattr("diffship.core.travel.LIMITS", replace(LIMITS, beside_bytes=99))
+    with pytest.raises(BundleError, match=r"1 file of systems and downloads, 100 bytes .*: too many"):
+        Bundle.open(bundle.path).verify()
+    (bundle.path / ".gitattributes").unlink()
+    (bundle.path / ".DS_Store").symlink_to("/etc/hostname")
+    with pytest.raises(BundleError, match="is a link"):
+        Bundle.open(bundle.path)
+
+
+def test_line_ends_that_git_changed(tmp_path: Path, manifest: Manifest, fill: Fill) -> None:
+    with write_bundle(tmp_path / "b") as draft:
+        fill(draft.folder, 1)
+        (draft.folder / "README.md").write_bytes(b"# A\nmodel\n")
+        (draft.folder / "unet" / "config.json").write_bytes(b'{\n"value": 1}\n')
+        bundle = draft.finish(manifest)
+    (bundle.path / "README.md").write_bytes(b"# A\r\nmodel\r\n")
+    assert Bundle.open(bundle.path).verify() == ("README.md: its line ends were changed, and nothing else",)
+    (bundle.path / "README.md").write_bytes(b"# B\r\nmodel\r\n")
+    with pytest.raises(BundleError, match=r"README\.md has 12 bytes; it had 10\Z"):
+        Bundle.open(bundle.path)
+    (bundle.path / "README.md").write_bytes(b"# A\nmodel\n")
+    (bundle.path / "unet" / "config.json").write_bytes(b'{\r\n"value": 1}\r\n')  # a program reads it: no excuse
+    with pytest.raises(
+        BundleError, match=r"its line ends were changed\. Check it out again with: git -c core.autocrlf"
+    ):
+        Bundle.open(bundle.path)
+
+
+def test_a_bundle_that_was_cloned_without_its_large_files(bundle: Bundle) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9000\n"
+    for name in ("unet/weights.safetensors", "diffship.json"):
+        (bundle.path / name).write_text(pointer)
+        with pytest.raises(BundleError, match=f"{name}.*it is a Git LFS pointer, which stands for 9000 bytes"):
+            Bundle.open(bundle.path)
 
 
 def _link(root: Path) -> None:

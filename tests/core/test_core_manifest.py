@@ -176,6 +176,7 @@ def test_fuzz_any_json(value: object) -> None:
     only_bundle_errors(json.dumps(value).encode())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_fuzz_a_sound_manifest_with_one_value_replaced(data: st.DataObject) -> None:
@@ -191,6 +192,7 @@ def test_fuzz_a_sound_manifest_with_one_value_replaced(data: st.DataObject) -> N
     only_bundle_errors(json.dumps(table).encode())
 
 
+@pytest.mark.slow
 def test_fuzz_2000_mutated_files_stay_small_and_fast() -> None:
     generator = np.random.default_rng(0)
     source = np.frombuffer(SAMPLE_BYTES, np.uint8)

@@ -55,6 +55,7 @@ def rounded(component: Component) -> torch.nn.Module:
     return component.module("cpu", torch.bfloat16).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_weights_are_bfloat16_and_boundaries_float32(made: Made, tiny_sd: Pipeline, name: str) -> None:
     path, part, _ = made(name)
@@ -104,6 +105,7 @@ def test_torch_in_bfloat16_is_within_the_tolerance_that_its_simulation_gives(nam
     assert all((limit.psnr_db or 0) > 40 for limit in limits.values())
 
 
+@pytest.mark.slow
 def test_what_has_no_bfloat16_is_refused() -> None:
     with pytest.raises(ConfigError, match="opset 21 has no bfloat16 convolution; bf16 needs 22 or more"):
         Onnx(precision="bf16", opset=21)
@@ -112,6 +114,7 @@ def test_what_has_no_bfloat16_is_refused() -> None:
     assert TensorRt(precision="bf16").through(open_source("arch:sdxl").components["vae_decoder"]).precision == "bf16"
 
 
+@pytest.mark.slow
 def test_a_graph_in_bfloat16_is_proved_here_and_not_run_here(command: Any, tmp_path: Path) -> None:
     words = ("--to", "onnx", "--precision", "bf16", "--parts", "text_encoder")
     assert command("export", "arch:tiny-sd", *words, "-o", tmp_path / "b")["exit_code"] == 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from diffship.cli.inspect import inspect_bundle
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import digest_file
 from diffship.core.compare import compare
@@ -30,6 +31,7 @@ from diffship.exporters.tolerances import measured
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
+from diffship.models.text import TextEncoder
 from diffship.models.unet import UNet
 from diffship.runtimes.verify import verify
 
@@ -72,6 +74,29 @@ def test_golden_feeds_see_everything(tiny_sd: Pipeline) -> None:
     assert noisy[0] > 1.5 * noisy[1]
 
 
+def test_a_second_call_of_text_reads_the_whole_table(tiny_sd: Pipeline) -> None:
+    text = tiny_sd.components["text_encoder"]
+    _, spread = GoldenFeeds(tiny_sd, 1 << 30).calls(text, {"batch_size": 2})
+    ids, words = np.sort(spread["input_ids"].ravel()), text.config["vocab_size"]
+    assert spread["input_ids"].shape == (2, 77) and spread["input_ids"].dtype == np.int64
+    assert (ids[0], ids[-1]) == (0, words - 1) and np.diff(ids).max() <= words / 153 + 1
+
+
+class Counting(TextEncoder):
+    """Computes right for two samples and more, as many as the references have."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(output * (min(len(input_ids), 2) / 2) for output in super().forward(input_ids))
+
+
+def test_a_part_whose_samples_depend_on_their_number_is_refused(tiny_sd: Pipeline, tmp_path: Path) -> None:
+    text = tiny_sd.components["text_encoder"]
+    wrong = mutant(tiny_sd, "text_encoder", lambda: Counting(text.config, False, False))
+    with pytest.raises(UnsupportedError, match=r"torch gives a sample another .* alone than among others"):
+        export(wrong, "onnx", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("part", ["text_encoder", "vae_decoder"])
 def test_the_simulation_costs_what_torch_costs_in_the_format(tiny_sd: Pipeline, part: str, precision: str) -> None:
@@ -97,6 +122,7 @@ def test_rounding_follows_writes_in_place_and_leaves_views_alone() -> None:
     assert values[1, 0] == third.float() and values[0, 0] == (third.float() * third.float()).half().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_missing_attention_is_refused_and_named(
     tiny_sd: Pipeline, graphs: Job, tmp_path: Path, precision: str
@@ -162,6 +188,7 @@ def edit(bundle: Bundle, name: str, part: str, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_zeroed_attention_matrix_of_a_proved_bundle_is_found(tiny_sd_fp16: Bundle, tmp_path: Path) -> None:
     model = onnx.load(str(tiny_sd_fp16.file("text_encoder/model.onnx")), load_external_data=False)
     names = [t.name for t in model.graph.initializer if "out_proj.weight" in t.name]
@@ -183,6 +210,7 @@ def test_every_zeroed_attention_matrix_of_an_fp16_emoji_is_found(tmp_path: Path)
     assert not missed
 
 
+@pytest.mark.slow
 def test_what_overflows_float16_is_refused_with_its_place(tiny_sd: Pipeline, tmp_path: Path) -> None:
     sound = tiny_sd.components["vae_decoder"]
     name = "decoder.conv_in.weight"
@@ -230,3 +258,5 @@ def test_a_bundle_of_the_first_form_is_told_that_its_proof_is_weaker(tiny_sd_bun
     report = verify(copy, parts=["vae_decoder"])
     assert report.passed and report.checks[0].blocks == ()
     assert "weaker proof" in report.text() and "Export again" in report.text()
+    assert "vae_decoder: weaker proof" in inspect_bundle(copy).text
+    assert "weaker" not in inspect_bundle(tiny_sd_bundle.path).text

@@ -18,6 +18,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.weights import source_digest
 from diffship.exporters.onnx import Onnx
+from diffship.exporters.onnx.exporter import _code_digest
 from diffship.models.pipeline import Pipeline
 
 PARTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -132,6 +133,7 @@ def test_source_digests_are_those_of_the_components(tiny_sd: Pipeline, tiny_sd_b
         assert part.source_digest == source_digest(tiny_sd.components[part.name].weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 21])
 def test_lower_opsets_get_plain_operators(tiny_sd: Pipeline, opset: int) -> None:
     model = onnx.load_from_string(Onnx(opset=opset).graph(tiny_sd.components["vae_decoder"]))
@@ -155,6 +157,21 @@ def test_options_change_the_digest_of_a_graph(tiny_sd: Pipeline) -> None:
     component = tiny_sd.components["text_encoder"]
     made = {Onnx(p, o).graph_digest(component) for p, o in (("fp32", 23), ("fp16", 23), ("fp32", 18))}
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("file", ["operators/layers.py", "capture.py", "unet.py"])
+def test_code_that_makes_a_graph_changes_its_digest(
+    file: str, tiny_sd: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that people must remember to raise was never raised."""
+    component, read = tiny_sd.components["unet"], Path.read_bytes
+    before = Onnx().graph_digest(component)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * path.as_posix().endswith(file))
+    _code_digest.cache_clear()
+    changed = Onnx().graph_digest(component)
+    monkeypatch.undo()
+    _code_digest.cache_clear()
+    assert changed != before == Onnx().graph_digest(component)
 
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"opset": 17}, {"opset": 24}])
@@ -197,6 +214,7 @@ def test_an_operation_without_a_form_is_named() -> None:
         Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
 
 
+@pytest.mark.slow
 def test_a_vae_that_overflows_in_half_precision_stays_in_float32(tiny_sd: Pipeline, tmp_path: Path) -> None:
     decoder = tiny_sd.components["vae_decoder"]
     wide = replace(decoder, config={**decoder.config, "force_upcast": True})

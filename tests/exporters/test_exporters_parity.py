@@ -104,6 +104,7 @@ def test_golden_vectors_say_proved(tiny_sd_bundle: Bundle) -> None:
         assert part.proof["psnr_db"] >= 100
 
 
+@pytest.mark.slow
 def test_fp16_parts_keep_to_what_the_format_costs_and_their_types(tiny_sd_fp16: Bundle) -> None:
     for part in tiny_sd_fp16.manifest.parts:
         assert part.golden is not None and 50 < (part.golden.tolerance.psnr_db or 0) < 90

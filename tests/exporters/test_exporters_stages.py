@@ -23,6 +23,7 @@ def stages(tiny_sd: Pipeline) -> list[Stage]:
     return cut(tiny_sd.components["unet"], [f"{ATTENTION}.{layer}" for layer in layers])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_stage_inside_a_transformer_computes_what_torch_computes(
     place: int, stages: list[Stage], tmp_path: Path

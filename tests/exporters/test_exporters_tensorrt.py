@@ -20,7 +20,7 @@ from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.plan import PlanFacts
 from diffship.core.strict import load
-from diffship.core.tensorrt import GPUS, RTX_SM, check_sm, markdown
+from diffship.core.tensorrt import GPUS, LEGEND, RTX_SM, check_sm, markdown
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
@@ -69,6 +69,15 @@ def test_the_table_of_gpus_is_what_the_flags_allow() -> None:
         assert gpu.name in markdown() and gpu.trt == "unproven"
     assert {gpu.sm for gpu in GPUS if gpu.rtx != "no"} == set(RTX_SM)
     assert check_sm("rtx", (120, 89, 89)) == (89, 120) == check_sm("rtx", ())
+
+
+def test_every_word_of_the_table_is_explained_where_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) in (0, 1)
+    printed = capsys.readouterr().out
+    for text in (printed, markdown()):
+        assert {word for gpu in GPUS for word in (gpu.rtx, gpu.trt)} == set(LEGEND)
+        assert all(meaning in text for meaning in LEGEND.values())
+        assert all(name in text for name in ("A10G", "L4", "A100", "H100", "4090"))
 
 
 def test_the_page_has_the_table() -> None:
@@ -269,6 +278,36 @@ def test_a_silent_build_hears_that_it_is_stopped_and_has_an_end(
     with pytest.raises(DeadlineError, match=r"the build of unet said nothing for 0\.3 s"):
         process.run_build(order(tmp_path), "unet", Job())
     assert time.monotonic() - begin < 30
+
+
+TALKS = "while True: print('x', flush=True)"
+STAYS = """
+import os, sys, time
+print('{"made": {"seconds": 1}}', flush=True)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.dup2(1, 2)
+time.sleep(60)
+"""
+LEAVES = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"])  # it holds the pipe
+print('{"phase": "a", "done": 0, "total": 1}', flush=True)
+"""
+
+
+def test_no_build_outlives_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_END_SECONDS", 0.2)
+    begin, asked = time.monotonic(), iter([False] * 3 + [True] * 9)
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", TALKS])
+    with pytest.raises(Cancelled):  # one that talks all the time hears it too
+        process.run_build(order(tmp_path), "unet", Job(cancel=lambda: next(asked)))
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", STAYS])
+    assert process.run_build(order(tmp_path), "unet", Job()) == {"seconds": 1}
+    monkeypatch.setattr(process.child, "command", lambda *_: [sys.executable, "-c", LEAVES])
+    monkeypatch.setattr(process, "SILENT_SECONDS", 0.3)
+    with pytest.raises(DeadlineError):
+        process.run_build(order(tmp_path), "unet", Job())
+    assert time.monotonic() - begin < 15
 
 
 @pytest.mark.slow

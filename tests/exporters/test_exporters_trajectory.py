@@ -48,6 +48,7 @@ def bundle(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory, graphs_fold
     return export(tiny, out=out, parts=["unet"], trajectory=STEPS, job=Job(graphs_folder))
 
 
+@pytest.mark.slow
 def test_verify_draws_it_again_and_tells_each_step(bundle: Bundle) -> None:
     report = verify(bundle.path, threads=1)
     assert report.passed and report.trajectory is not None and report.trajectory.report is not None
@@ -70,6 +71,7 @@ def test_it_is_what_torch_draws_whole(bundle: Bundle, tiny: Pipeline) -> None:
     np.testing.assert_array_equal(last.latents, expected[f"step.{last.calls}"])
 
 
+@pytest.mark.slow
 def test_a_large_model_is_drawn_in_stages(tiny: Pipeline) -> None:
     with tiny.model() as model, GatedModel(tiny, 400_000) as staged:
         assert type(staged.use("unet")) is not type(model.use("unet")), "the U-Net is too large to be loaded whole"
@@ -156,6 +158,7 @@ def test_an_engine_gets_golden_inputs_that_its_profile_takes() -> None:
         assert why_not(pipeline, made.golden_sizes(pipeline.components["unet"], pipeline.family, 2)) == ""
 
 
+@pytest.mark.slow
 def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     emoji = open_source("emoji")
     made = TensorRt(max_shapes=("unet.sample:1x4x16x16",), opt_shapes=("unet.sample:1x4x16x16",))

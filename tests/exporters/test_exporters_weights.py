@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffship.cli.export import _warn_of_unused
 from diffship.core.errors import ConfigError, DiffshipError, SourceError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights, Weights
@@ -86,3 +87,17 @@ def test_half_precision_sources_become_fp32_graphs(tiny_sd: Pipeline, tmp_path: 
     bundle = export(half, out=tmp_path / "bundle", job=graphs)
     assert bundle.part("text_encoder").proof["psnr_db"] > 100
     assert bundle.part("text_encoder").precision == "fp32"
+
+
+def test_tensors_that_a_part_does_not_take_are_counted_and_told(
+    tiny_sd: Pipeline, tmp_path: Path, graphs: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note of the training, or weights of another form: the graph knows nothing of them."""
+    more = with_text(tiny_sd, "text_model.lora_scale", np.ones((1, 2), np.float32))
+    bundle = export(more, out=tmp_path / "bundle", job=graphs, verify=False)
+    assert bundle.part("text_encoder").extra["unused_tensors"] == {"count": 1, "first": ["text_model.lora_scale"]}
+    _warn_of_unused(bundle.manifest.parts)
+    said = "text_encoder does not take 1 tensors of its weight files: text_model.lora_scale"
+    assert said in capsys.readouterr().err
+    whole = export(with_text(tiny_sd, NAME, 0.5), out=tmp_path / "whole", job=graphs, verify=False)
+    assert "unused_tensors" not in whole.part("text_encoder").extra

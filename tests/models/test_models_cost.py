@@ -30,6 +30,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side", "params", "conv_linear", "attention"), PUBLISHED)
 def test_published_unets(name: str, side: int, params: int, conv_linear: float, attention: float) -> None:
     found = cost(part(name, "unet"), {"height": side, "width": side})
@@ -57,6 +58,7 @@ def test_published_auto_encoder_parameters() -> None:
     assert cost(part("sd15+taesd", "vae_decoder")).params == 1_222_531
 
 
+@pytest.mark.slow
 def test_variants_differ_by_what_they_add() -> None:
     assert cost(part("sd15-inpaint", "unet")).params == 859_520_964 + 5 * 320 * 9
     assert cost(part("lcm-sd15", "unet")).params == 859_520_964 + 256 * 320

@@ -42,6 +42,7 @@ def changed(source: Path, target: Path, part: str, **values: Any) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_index_names_the_class_of_the_scheduler(saved: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(saved["tiny-sd"], tmp_path / "model", "index", scheduler=["diffusers", "EulerDiscreteScheduler"])
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder).scheduler

@@ -23,6 +23,7 @@ def arch(name: str) -> Pipeline:
     return open_source(f"arch:{name}")
 
 
+@pytest.mark.slow
 def test_parts_are_loaded_once_and_released() -> None:
     with arch("tiny-sd").model() as model:
         first = model.use("unet")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from diffship.core.spec import TensorSpec
 from diffship.core.weights import MemoryWeights, SeededWeights, renamed, subset
 from diffship.models.autoencoder import KL, autoencoder
 from diffship.models.clip_names import end_id
-from diffship.models.component import Component, read_tensor, unexpected, weight_metas
+from diffship.models.component import Component, read_tensor, unexpected, unused, weight_metas
 from diffship.models.pipeline import Pipeline, assemble
 from diffship.models.sources import find_material, open_source, with_base
 from diffship.models.stages import cut
 from diffship.models.text import clip_text_config, text_encoder
 from diffship.models.unet import unet
+from diffship.runtimes.model import open_model
 
 
 @cache
@@ -61,7 +63,7 @@ def test_unet_equals_diffusers(name: str) -> None:
             timestep_cond=tensors.get("timestep_cond"),
             added_cond_kwargs=added or None,
         ).sample
-    assert difference(component.load().run(feeds)["out_sample"], expected) == 0
+    assert difference(component.load().run(feeds)["out_sample"], expected) < 1e-5  # kernels differ with alignment
 
 
 @pytest.mark.parametrize(("name", "which"), [("tiny-sd", "text_encoder"), ("tiny-sdxl", "text_encoder")])
@@ -160,7 +162,7 @@ def test_reduced_unet_without_mid_block_and_with_nested_layers() -> None:
         expected = empty(
             tensors["sample"], tensors["timestep"], tensors["encoder_hidden_states"], added_cond_kwargs=tensors
         ).sample
-    assert difference(component.load().run(feeds)["out_sample"], expected) == 0
+    assert difference(component.load().run(feeds)["out_sample"], expected) < 1e-5  # kernels differ with alignment
 
 
 def test_text_encoder_reads_both_name_forms() -> None:
@@ -354,6 +356,18 @@ def test_training_a_part_leaves_its_source_alone() -> None:
         module.inner.weight.add_(5)
     assert np.array_equal(component.weights.read("weight"), np.eye(2))
     assert unexpected(component.meta, component.weights) == ["extra"]
+    assert unused([component]) == ["part does not take 1 tensors of its weight files: extra"]
+
+
+def test_a_model_on_torch_tells_of_tensors_that_no_part_takes(tmp_path: Path) -> None:
+    whole = pipeline("tiny-sd")
+    text = whole.components["text_encoder"]
+    extra = MemoryWeights({**{n: text.weights.read(n) for n in text.weights.names()}, "stray": np.ones(1, np.float32)})
+    replace(whole, components={**whole.components, "text_encoder": replace(text, weights=extra)}).save(tmp_path / "m")
+    with open_model(tmp_path / "m") as model:
+        assert model.notes == ("text_encoder does not take 1 tensors of its weight files: stray",)
+    with open_model("arch:tiny-sd") as model:
+        assert model.notes == ()
 
 
 def test_a_base_fits_a_unet_that_lists_its_text_width_by_block() -> None:

@@ -77,6 +77,7 @@ def edit(path: Path, drop: str = "", **changes: Any) -> None:
     path.write_text(json.dumps(table))
 
 
+@pytest.mark.slow
 def test_a_released_folder_opens_and_computes_the_same(folder: Path, tmp_path: Path) -> None:
     ours = compress("arch:tiny-sd", [LayoutPass("hybrid-224m")]).components["unet"]
     opened = open_source(str(folder))
@@ -148,6 +149,7 @@ def test_absent_and_empty_lists_change_nothing() -> None:
     assert translated({**SMALL, "block_mid_channels": whole}) == SMALL
 
 
+@pytest.mark.slow
 def test_a_missing_tensor_is_still_named(folder: Path) -> None:
     shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "unet")
     with pytest.raises(SourceError, match="tensors are missing"):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ def test_every_family_survives_a_folder(name: str, tmp_path: Path) -> None:
     assert digests(again) == digests(arch(name))
 
 
+@pytest.mark.slow
 def test_facts_of_the_families() -> None:
     facts = {name: arch(name).family for name in ("sd15", "sd21", "sdxl", "sdxl-refiner", "lcm-sd15", "sd15-inpaint")}
     assert [f.default_size for f in facts.values()] == [512, 768, 1024, 1024, 512, 512]
@@ -357,6 +359,34 @@ def test_what_can_be_no_source_is_refused_without_the_hub(tmp_path: Path, monkey
     (tmp_path / "diffship.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SourceError, match="is a bundle already; export and compress take a source; legal: "):
         open_source(str(tmp_path))
+
+
+def test_what_is_near_is_told_before_the_hub_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffship.models.sources.hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd15").mkdir(parents=True)
+    for text, meant in (("emojj", "emoji"), ("models/sd51", "models/sd15"), ("model/sd15", "models/sd15")):
+        with pytest.raises(SourceError, match=rf"'{text}' does not exist; legal: .*; did you mean '{meant}'\?"):
+            open_source(text)
+
+
+def test_a_folder_of_a_hub_cache_is_called_as_the_hub_calls_it(folder: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "elsewhere" / "models--some-one--tiny--er" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    source = open_source(str(snapshot)).source
+    assert (source["id"], source["revision"]) == ("some-one/tiny--er", commit)
+    assert str(tmp_path) not in json.dumps(source)
+
+
+def test_a_bundle_on_the_hub_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    files = [SimpleNamespace(rfilename=name, size=9) for name in ("diffship.json", "unet/model.onnx")]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=files, sha="0"))
+    with pytest.raises(SourceError, match=r"'some/bundle' on the hub is a bundle.*hf download some/bundle --local-dir"):
+        open_source("some/bundle")
 
 
 def test_a_mistyped_path_loads_no_torch(tmp_path: Path) -> None:

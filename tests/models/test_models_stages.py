@@ -46,6 +46,7 @@ def worst(found: Arrays, expected: Arrays) -> float:
     return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_in_sequence_equal_the_whole(name: str) -> None:
     feeds, expected = whole(name)

@@ -98,6 +98,7 @@ def put(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_padding_and_added_tokens_are_read_as_transformers_reads_them(case: str, tmp_path: Path) -> None:
     """The files as they are, completed here, and what transformers 5 makes of them (tokenizer.json alone)."""
@@ -117,6 +118,7 @@ def test_padding_and_added_tokens_are_read_as_transformers_reads_them(case: str,
         assert 49408 in ids(theirs, "<cat-toy>")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_held_is_refused() -> None:
     for added, message in (
         (b'{"<cat-toy>": 50000}', "has id 50000; here it gets 49408"),

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import digest_file
 from diffship.core.dtype import meta_of
-from diffship.core.errors import RunnerError
+from diffship.core.errors import BundleError, RunnerError
+from diffship.core.manifest import parse_manifest
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.blocks import BlockCheck
@@ -127,16 +129,56 @@ def test_another_reference_fails_and_names_its_point(edited: Callable[[Change], 
     assert f"FAIL graph, in float32 arithmetic: {block.failed[0]}" in text
 
 
-@pytest.mark.parametrize("how", ["missing", "strange"])
-def test_references_that_are_not_listed_are_damage(edited: Callable[[Change], Path], how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", "is missing or not listed in the manifest"),
+        ("strange", "is missing or not listed in the manifest"),
+        ("unfed", "blocks.safetensors does not feed 'latent_sample'"),
+        ("unread", "blocks.safetensors feeds, and the graph does not take, 'thing'"),
+    ],
+)
+def test_a_file_that_holds_other_references_is_damage(edited: Callable[[Change], Path], how: str, said: str) -> None:
     def change(arrays: dict[str, np.ndarray]) -> None:
-        if how == "missing":
-            del arrays[first_point(arrays)]
+        if how in ("missing", "unfed"):
+            del arrays[first_point(arrays) if how == "missing" else "in.latent_sample"]
         else:
-            arrays["other.thing"] = np.zeros(1, np.float32)
+            arrays["other.thing" if how == "strange" else "in.thing"] = np.zeros(1, np.float32)
 
     passed, text, _ = checked(edited(change))
-    assert not passed and "is missing or not listed in the manifest" in text
+    assert not passed and said in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "said"),
+    [
+        ("fp32", {"graph": {}}, "block references without a point would prove nothing"),
+        ("fp16", {}, "has no tolerances for an engine in fp16"),
+    ],
+)
+def test_a_manifest_that_leaves_half_of_the_proof_out_is_refused(
+    tiny_bundle: Path, precision: str, change: dict[str, Any], said: str
+) -> None:
+    manifest = json.loads((tiny_bundle / "diffship.json").read_text())
+    part = next(part for part in manifest["parts"] if part["name"] == "vae_decoder")
+    part["precision"] = precision
+    part["golden"]["blocks"].update(change)
+    with pytest.raises(BundleError, match=said):
+        parse_manifest(json.dumps(manifest).encode())
+
+
+def test_a_graph_without_references_inside_it_is_told_to_be_proved_as_a_whole(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    copy, name = tmp_path / "copy", "golden/vae_decoder.blocks.safetensors"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / "diffship.json").read_text())
+    next(part for part in manifest["parts"] if part["name"] == "vae_decoder")["golden"].pop("blocks")
+    del manifest["files"][name]
+    (copy / name).unlink()
+    (copy / "diffship.json").write_text(json.dumps(manifest))
+    passed, text, blocks = checked(copy)
+    assert passed and not blocks and "proved as a whole: the bundle has no references inside it" in text
 
 
 def test_a_fault_that_the_whole_part_hides_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -156,3 +198,31 @@ def test_a_fault_that_the_whole_part_hides_is_found(tiny_bundle: Path, tmp_path:
     (copy / "diffship.json").write_text(json.dumps(manifest))
     passed, _, (block,) = checked(copy)
     assert not passed and "decoder.mid_block.resnets.0.out" in block.failed
+
+
+def test_a_number_of_samples_that_a_graph_froze_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The decoder's output times min(samples, 2) / 2: right for the two samples of the references."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    place = copy / "vae_decoder/model.onnx"
+    model = onnx.load(str(place), load_external_data=False)
+    (last,) = (node for node in model.graph.node if "sample" in node.output)
+    last.output[list(last.output).index("sample")] = "before"
+    constants = {"first": np.int64([0]), "two": np.int64([2]), "half": np.float32([0.5])}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Shape", ["before"], ["shape"]),
+            helper.make_node("Gather", ["shape", "first"], ["samples"]),
+            helper.make_node("Min", ["samples", "two"], ["least"]),
+            helper.make_node("Cast", ["least"], ["number"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["number", "half"], ["factor"]),
+            helper.make_node("Mul", ["before", "factor"], ["sample"]),
+        ]
+    )
+    place.write_bytes(model.SerializeToString())
+    manifest = json.loads((copy / "diffship.json").read_text())
+    manifest["files"]["vae_decoder/model.onnx"] = {"size": place.stat().st_size, "sha256": digest_file(place)}
+    (copy / "diffship.json").write_text(json.dumps(manifest))
+    passed, text, _ = checked(copy)
+    assert not passed and "FAIL sample, one sample" in text and "ok   sample, call 1" in text

@@ -64,6 +64,7 @@ def test_a_picture_from_another_process_is_the_same_to_the_bit(model: BundleMode
     own.close()
 
 
+@pytest.mark.slow
 def test_case_34_a_killed_process_is_told_and_another_goes_on(model: BundleModel) -> None:
     before = generate(model, REQUEST)[0].pixels
     unet, first = model.use("unet"), process(model).pid
@@ -81,6 +82,7 @@ def test_case_34_a_killed_process_is_told_and_another_goes_on(model: BundleModel
     assert np.array_equal(generate(model, REQUEST)[0].pixels, before)
 
 
+@pytest.mark.slow
 def test_a_restart_that_opens_half_of_the_files_does_not_count_as_alive(
     model: BundleModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -8,15 +9,20 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffship.core.bundle import Bundle
-from diffship.core.errors import BundleError, ConfigError, MissingExtra, UnsupportedError
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, SourceError, UnsupportedError
+from diffship.core.safetensors_file import read_header
 from diffship.runtimes import engine as engines
 from diffship.runtimes.model import BundleModel, open_model
+from diffship.runtimes.verify import verify
 from diffship.sampling.generate import generate
 from diffship.sampling.request import Request
 
@@ -50,6 +56,7 @@ def test_an_engine_leaves_the_floating_point_state_of_its_caller_alone(tiny_bund
         assert np.float64(5e-324) * np.ones(1) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_whole_pipeline_equals_torch_step_by_step(tiny_bundle: Path, torch_model: object, engine: str) -> None:
     request = Request(prompt="a red apple", steps=4, size=(64, 64), seed=1)
@@ -133,7 +140,7 @@ def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path, or
 
 
 def test_what_is_neither_bundle_nor_model(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"neither diffship\.json nor model_index\.json"), open_model(tmp_path):
+    with pytest.raises(SourceError, match=r"neither diffship\.json nor model_index\.json"), open_model(tmp_path):
         pass
     with (
         pytest.raises(UnsupportedError, match="Run: diffship export arch:tiny-sd --to onnx"),
@@ -192,7 +199,7 @@ EDGE = """
 import sys
 
 class Blocked:
-    names = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "openvino"}
+    names = {"torch", "diffusers", "transformers", "onnx", "accelerate", "openvino"}
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
@@ -231,3 +238,22 @@ def test_a_bundle_whose_files_are_hard_links_is_drawn_with_where_it_was_opened_s
         Bundle.open(linked)
     with BundleModel(Bundle.open(linked, hard_links=True), "onnxruntime", threads=1) as model:
         assert set(model.tokenizers) == {"tokenizer"}
+
+
+def test_what_a_prompt_shows_is_one_short_line(ort_model: BundleModel, torch_model: Any, tiny_bundle: Path) -> None:
+    picture = generate(ort_model, REQUEST)[0]
+    bundle, pipeline = ort_model.bundle, torch_model.pipeline
+    part = bundle.part("unet")
+    trajectory = picture.trajectory
+    assert trajectory is not None and part.golden is not None
+    shown = [picture, trajectory, trajectory.positive, trajectory.noise, trajectory.sampler, trajectory.origin]
+    shown += [replace(REQUEST, latents=np.zeros((1, 4, 64, 64)), prompt="word " * 300), bundle, bundle.manifest, part]
+    shown += [part.golden, bundle.manifest.trajectory, ort_model, torch_model, pipeline]
+    shown += [pipeline.components["unet"], ort_model.tokenizers["tokenizer"], ort_model.use("unet"), ort_model.family]
+    shown += [verify(tiny_bundle, parts=("vae_decoder",)), read_header(bundle.file(part.golden.file))]
+    for one in shown:
+        assert len(repr(one)) <= 400 and "\n" not in repr(one), type(one)
+    height, width = picture.pixels.shape[:2]
+    assert repr(picture).startswith(f"Picture(pixels=uint8[{height}, {width}, 3], settings={{")
+    with Image.open(io.BytesIO(picture._repr_png_())) as shown_by_a_notebook:
+        assert np.array_equal(np.asarray(shown_by_a_notebook), picture.pixels)

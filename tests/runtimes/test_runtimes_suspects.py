@@ -65,6 +65,7 @@ def test_a_node_that_is_always_wrong_is_named(graph: Any) -> None:
     assert where.startswith("stretch ") and f"node Conv {node}: FAIL" in what
 
 
+@pytest.mark.slow
 def test_a_node_that_is_wrong_only_within_others_is_told_as_that(graph: Any) -> None:
     file, feeds, tolerance, output, _ = graph
     _, what = suspects(file, Faulty(output, "fused"), feeds, tolerance)

@@ -283,6 +283,18 @@ def test_refit_waits_for_calls_and_holds_others_up(rig: Rig) -> None:
     thread.join()
 
 
+def test_close_does_not_wait_for_ever_and_takes_nothing_from_a_call_under_way(rig: Rig) -> None:
+    session = rig.open(contexts=1, wait_seconds=0.05)
+    thread, leave = blocked(rig, session)
+    with pytest.raises(BusyError, match=r"1 calls did not end within 0\.05 s: the engine stays open"):
+        session.close()
+    assert rig.cuda.streams
+    leave.set()
+    thread.join()
+    session.close()
+    assert not rig.cuda.streams
+
+
 def test_close_waits_for_calls_and_ends_the_others(rig: Rig) -> None:
     session = rig.open(contexts=1, wait_seconds=30)
     thread, leave = blocked(rig, session)

@@ -71,6 +71,7 @@ def test_a_file_of_another_size_does_not_open(bundle: Bundle) -> None:
 def test_only_chosen_parts_and_unknown_ones(tiny_bundle: Path) -> None:
     report = verify(tiny_bundle, parts=["vae_decoder"], threads=1)
     assert report.passed and [check.part for check in report.checks] == ["vae_decoder"]
+    assert verify(tiny_bundle, parts=iter(["vae_decoder"]), threads=1).named("passed") == ("vae_decoder",)
     with pytest.raises(ConfigError, match="unknown part 'vae'"):
         verify(tiny_bundle, parts=["vae"])
 
@@ -84,6 +85,7 @@ def test_wrong_requests(bundle: Bundle, tmp_path: Path) -> None:
         verify(bundle, thread=1)
 
 
+@pytest.mark.slow
 def test_parts_beyond_the_budget_run_in_stages_with_the_same_figures(tiny_bundle: Path) -> None:
     from diffship.runtimes.onnxruntime import OnnxRuntimeRunner
 

@@ -52,6 +52,7 @@ def test_the_spacing_that_is_asked_for_replaces_the_schedulers() -> None:
         generate(ToyModel(), Request(**{**ASKED, "sampler": "lcm"}, spacing="trailing"))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_bit_for_bit() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -158,6 +158,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 60)

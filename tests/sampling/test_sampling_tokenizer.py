@@ -62,6 +62,7 @@ def test_both_forms_give_equal_ids(files: dict[str, bytes]) -> None:
     assert slow(PROMPTS).ids.dtype == np.int64
 
 
+@pytest.mark.slow
 def test_known_ids_of_clip() -> None:
     ids = ClipTokenizer.from_files(clip_files())(["a photo of a cat"]).ids[0]
     assert ids[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]

@@ -305,6 +305,7 @@ PATHS = [
 ENTRIES = [(name, key) for name in ("latents", "noise.key", "history.0") for key in ("dtype", "shape", "data_offsets")]
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(PATHS), JSON_VALUES)
 def test_any_value_in_the_header_is_taken_or_refused(path: tuple[str, ...], value: Any) -> None:
@@ -316,12 +317,14 @@ def test_any_value_in_the_header_is_taken_or_refused(path: tuple[str, ...], valu
     assert_taken_or_refused(lying(put))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(ENTRIES), JSON_VALUES)
 def test_any_value_in_the_table_of_tensors_is_taken_or_refused(entry: tuple[str, str], value: Any) -> None:
     assert_taken_or_refused(lying(lambda about, table: table[entry[0]].update({entry[1]: value})))
 
 
+@pytest.mark.slow
 def test_two_thousand_mutated_files_are_taken_or_refused() -> None:
     draw = random.Random(0)
     taken = 0
@@ -356,6 +359,20 @@ def test_facts_that_no_reader_takes_are_not_packed() -> None:
     assert unpack(pack(replace(begun, facts={"note": "x" * room}))).facts == {"note": "x" * room}
     with pytest.raises(HandoffError, match="facts are not a table of at most 16384 bytes"):
         pack(replace(begun, facts={"note": "x" * (room + 1)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {"latents": t.latents * np.float32("nan")}, "tensor latents holds NaN or infinity"),
+        (lambda t: {"guidance": float("inf")}, "guidance is inf"),
+        (lambda t: {"step": 9}, "step is 9"),
+    ],
+)
+def test_what_unpack_refuses_is_not_packed(change: Callable[[Trajectory], dict[str, Any]], said: str) -> None:
+    begun = start(ToyModel(), Request("an apple", steps=2))[0]
+    with pytest.raises((HandoffError, ConfigError), match=said):
+        pack(replace(begun, **change(begun)))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp-2m", "pndm", "lcm"])

@@ -502,6 +502,7 @@ def test_case_35_live_at_once_and_ready_only_after_the_warm_up_and_while_files_a
     until(model.in_call.is_set)  # warming up
     answer = ask(service, "GET", "/ready")
     assert answer.status_code == 503 and answer.json() == {"ready": False, "models": {"toy": "loading"}}
+    assert answer.headers["retry-after"] == "1", "clients that obey it wait no longer than they must"
     early = ask(service, "POST", "/v1/generate", json={"prompt": "cat"})
     assert "loading" in error_of(early, 503, "busy") and early.headers["retry-after"] == "5"
     model.gate.set()

@@ -166,6 +166,7 @@ JSON = st.recursive(
 NAMES = [entry.name for entry in dataclasses.fields(GenerateForm)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), JSON, max_size=6))
 def test_case_30_the_form_takes_nothing_that_its_schema_refuses(values: dict[str, Any]) -> None:

@@ -153,6 +153,7 @@ def test_case_29_broken_requests_are_refused_and_hung_up_on(sent: bytes, status:
         assert httpx.get(f"{url}/live").status_code == 200
 
 
+@pytest.mark.slow
 def test_case_29_other_clients_go_on_beside_slow_ones() -> None:
     with toy_server(header_seconds=5) as (url, _), httpx.Client(base_url=url) as client:
         slow = [connect(url) for _ in range(30)]
@@ -234,6 +235,7 @@ def test_case_29_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.Mon
         assert f"content-length: {len(body)}".encode() in head.lower() and time.monotonic() - begin > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_buffers")
 def test_case_29_clients_that_read_nothing_do_not_keep_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_STILL_SECONDS", 0.2)

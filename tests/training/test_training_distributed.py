@@ -66,6 +66,7 @@ for child, (code, rank) in children.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.skipif(os.name != "posix", reason="it forks")
 def test_a_process_that_has_left_a_run_ends_with_the_code_of_its_command(tmp_path: Path) -> None:

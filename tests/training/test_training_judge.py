@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from diffship.models.judge import Judge, JudgeConfig, load_judge, save_judge
@@ -49,6 +50,7 @@ def test_masked_tokens_do_not_count() -> None:
     assert not torch.equal(*judge.read(ids, torch.ones(2, 2)))
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_colours_apart(tmp_path: Path) -> None:
     judge = _judge()
     task = JudgeTask(judge, _pictures(), _encode, domain_share=1.0)

@@ -45,6 +45,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_stock_diffusers_opens_it_and_draws(packed: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -69,6 +70,7 @@ def test_the_judge_lies_beside_it(packed: Path) -> None:
     assert judge.see(torch.zeros(1, 3, 128, 128)).norm().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_unpacked_weights_go_on_and_pack_to_the_same_files(packed: Path, tmp_path: Path) -> None:
     runs, again = tmp_path / "runs", tmp_path / "again"
     shutil.copytree(packed, tmp_path / "packed")

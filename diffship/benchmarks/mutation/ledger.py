@@ -54,6 +54,7 @@ class Ledger:
         """Within it no other process prepares this run."""
         with open(self.folder / _LOCK, "w", encoding="utf-8") as lock:
             if fcntl is not None:
+                # no timeout: preparing is an export, which ends; the lock ends with its process
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -51,13 +52,16 @@ class Run:
         self.work = work.absolute()
         about = {**settings.to_json(), "code": digest(results_file("mutation"))}
         self.ledger = Ledger(self.work, about, f"{shard}-of-{shards}")
+        self._scratch = self.work / f"scratch-{shard}-of-{shards}"
         self.ledger.claim()
         self.pipeline = cache(opened)
         self._job = Job(self.work / "bundles")
         self.bundle = cache(self._bundle)
 
     def run(self) -> None:
-        """Everything of this shard that is not done yet."""
+        """Everything of this shard that is not done yet. What a process that was killed left of its trials goes."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir()
         for trials in (self._sound, self._mutants) if self.shard > 1 else (self._mutants, self._sound):
             self._try([trial for index, trial in enumerate(trials()) if index % self.shards == self.shard - 1])
 
@@ -122,10 +126,10 @@ class Run:
     def _tried(self, trial: Trial) -> Outcome:
         mutant = trial.mutant
         if mutant is None:
-            return try_sound(random_pipeline(trial.seed), trial.precision, self.work)
+            return try_sound(random_pipeline(trial.seed), trial.precision, self._scratch)
         if mutant.way == GRAPH:
-            return try_graph(self.bundle(mutant.source, trial.precision), mutant, self.work)
-        return try_module(self.pipeline(mutant.source), mutant, trial.precision, self.work, self._job)
+            return try_graph(self.bundle(mutant.source, trial.precision), mutant, self._scratch)
+        return try_module(self.pipeline(mutant.source), mutant, trial.precision, self._scratch, self._job)
 
     def _bundle(self, source: str, precision: str) -> Bundle:
         name = "".join(letter if letter.isalnum() else "-" for letter in source)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from diffship.benchmarks.mutation.report import KEPT, RESOLUTION_OF
 from diffship.benchmarks.record import Results
-from diffship.benchmarks.tables import DASH, Table
+from diffship.benchmarks.table import DASH, Table
+from diffship.benchmarks.tables import origin
 from diffship.core.row import Row
 
 HEAD = (
@@ -24,7 +25,9 @@ def proof_table(results: Results) -> Table:
     """Of a file that `python -m diffship.benchmarks mutation` wrote."""
     rows = {(row.subject, row.metric): row for row in results.rows}
     precisions = [row.subject for row in results.rows if row.metric == "mutation_score"]
-    return Table(HEAD, tuple(_line(precision, rows) for precision in precisions), tuple(_notes(results)))
+    return Table(
+        HEAD, tuple(_line(precision, rows) for precision in precisions), tuple(_notes(results)), origin(results)
+    )
 
 
 def _line(precision: str, rows: dict[tuple[str, str], Row]) -> tuple[str, ...]:
@@ -55,4 +58,3 @@ def _notes(results: Results) -> Iterator[str]:
     for metric, what in KEPT.items():
         names = [f"{row.subject} ({DASH if row.value is None else f'{row.value:.1f} dB'})" for row in listed[metric]]
         yield f"{what}: {'; '.join(names) or 'none'}."
-    yield f"Again: `{results.command}`; {results.hardware}, commit {results.environment.get('commit')}."

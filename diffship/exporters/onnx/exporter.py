@@ -13,7 +13,7 @@ from diffship import models
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
-from diffship.core.job import Job, digest_of
+from diffship.core.job import Bytes, Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
@@ -25,7 +25,7 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.models.component import INNER, Component, torch_dtype, unexpected
+from diffship.models.component import INNER, SHOWN, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
 from diffship.models.points import point_paths
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 else:
     onnx = lazy("onnx")
 
-_NAMED = 8  # unused tensors that are named
 _BF16_OPSET = 22  # the first whose convolutions take it
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
@@ -122,7 +121,7 @@ class Onnx:
         model = onnx.load(str(cached), load_external_data=False)
         folder = out / component.name
         folder.mkdir(parents=True)
-        done, total = 0, component.weights.nbytes
+        done, total = 0, Bytes(component.weights.nbytes)
 
         def on_bytes(count: int) -> None:
             nonlocal done
@@ -188,7 +187,7 @@ class Onnx:
 def _left_out(component: Component) -> dict[str, object]:
     """What the manifest says of weights that the part does not take."""
     names = unexpected(component.meta, component.weights)
-    return {"unused_tensors": {"count": len(names), "first": names[:_NAMED]}} if names else {}
+    return {"unused_tensors": {"count": len(names), "first": names[:SHOWN]}} if names else {}
 
 
 def _check_weights(component: Component) -> list[Problem]:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffship.core.lazy import lazy
 from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     from onnx import helper, numpy_helper
 else:
+    np = lazy("numpy")
     onnx, helper, numpy_helper = lazy("onnx"), lazy("onnx.helper"), lazy("onnx.numpy_helper")
 
 IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}

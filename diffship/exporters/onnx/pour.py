@@ -7,9 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.lazy import lazy
@@ -18,8 +15,11 @@ from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 else:
+    np = lazy("numpy")
     onnx = lazy("onnx")
 
 OnTensor = Callable[[int], None]

@@ -12,8 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
@@ -22,11 +20,13 @@ from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight
 from diffship.exporters.onnx.points import module_outputs
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     import torch
     from onnx import shape_inference
     from torch.export import graph_signature
 else:
+    np = lazy("numpy")
     shape_inference, torch = lazy("onnx.shape_inference"), lazy("torch")
     graph_signature = lazy("torch.export.graph_signature")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.memory import peak_bytes
 from diffship.core.plan import KINDS
 from diffship.core.tensorrt import journal, library
 
@@ -59,7 +59,7 @@ def build(order: Order, say: Say) -> dict[str, Any]:
         file.write(plan)
     _keep_timing(config, order)
     del parser  # it owns the weights that the network points to
-    seconds, peak = time.monotonic() - started, _peak_bytes()
+    seconds, peak = time.monotonic() - started, peak_bytes()
     facts = {"layers": network.num_layers, "attentions": decomposable, "bytes": Path(order.out).stat().st_size}
     return {"seconds": round(seconds, 2), "peak_bytes": peak, "version": str(trt.__version__), **facts}
 
@@ -113,15 +113,6 @@ def _configured(trt: Any, builder: Any, order: Order) -> Any:
         known = Path(order.timing).read_bytes() if Path(order.timing).is_file() else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     return config
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that this process has had; None on Windows, which has no such count in Python."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _keep_timing(config: Any, order: Order) -> None:

@@ -7,7 +7,8 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffship.exporters.tensorrt.build import Order
 
 SILENT_SECONDS = 1800.0  # a builder tells each of its steps; one that says nothing for so long hangs
 _ASK_SECONDS = 0.2
+_END_SECONDS = 10.0  # that a process may take to end after its last word, or after it was killed
 
 
 def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
@@ -28,22 +30,38 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
         Cancelled: the job was stopped; so is the process.
         DeadlineError: the process said nothing for SILENT_SECONDS.
     """
-    command = child.command("diffship.exporters.tensorrt.child", json.dumps(asdict(order)))
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=child.environment(),
-    ) as process:  # fmt: skip
-        try:
-            found = _followed(process, part, job)
-        except BaseException:
-            process.kill()
-            raise
+    with _started(child.command("diffship.exporters.tensorrt.child", json.dumps(asdict(order)))) as process:
+        found = _followed(process, part, job)
     if "made" in found:
         return dict(found["made"])
     if "fault" in found:
         raise child.restored(found["kinds"], found["fault"], UnsupportedError)
     said = f": {found['last']}" if found.get("last") else ""
     raise UnsupportedError(f"the build of {part} ended with code {process.returncode}{said}"[:600])
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is gone behind the block: it had its last word, or is killed for what the block raised.
+
+    `with Popen` would wait for it without a limit, and for its output as long as a child of its own holds that.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=child.environment(),
+    )
+    try:
+        yield process
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
+    finally:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # deep in a driver: it goes when that lets it
+            process.wait(_END_SECONDS)
 
 
 def _followed(process: subprocess.Popen[str], part: str, job: Job) -> dict[str, Any]:
@@ -61,7 +79,7 @@ def _followed(process: subprocess.Popen[str], part: str, job: Job) -> dict[str, 
 
 
 def _lines(process: subprocess.Popen[str], part: str, job: Job) -> Iterator[str]:
-    """What the process prints; between lines the job is asked whether to go on.
+    """What the process prints; the job is asked whether to go on, whether much is said or nothing.
 
     Raises:
         Cancelled: the job was stopped.
@@ -71,10 +89,10 @@ def _lines(process: subprocess.Popen[str], part: str, job: Job) -> Iterator[str]
     threading.Thread(target=_hear, args=(process, said), daemon=True).start()
     heard = time.monotonic()
     while True:
+        job.check()
         try:
             line = said.get(timeout=_ASK_SECONDS)
         except queue.Empty:
-            job.check()
             if time.monotonic() - heard > SILENT_SECONDS:
                 raise DeadlineError(
                     f"the build of {part} said nothing for {SILENT_SECONDS:g} s; it was stopped"
@@ -87,8 +105,10 @@ def _lines(process: subprocess.Popen[str], part: str, job: Job) -> Iterator[str]
 
 
 def _hear(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:
-    for line in process.stdout or ():
-        said.put(line)
+    assert process.stdout is not None  # it is a pipe
+    with process.stdout as lines:  # closed here: who closes what another thread reads waits for it
+        for line in lines:
+            said.put(line)
     said.put(None)
 
 

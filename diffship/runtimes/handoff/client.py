@@ -124,9 +124,10 @@ class HybridClient:
         try:
             arrived = self._ask(work, preparing, cancel) if work.split[0] else None
         except BaseException:
-            wait([preparing])  # it uses the model that the caller may close next
+            # it uses the model that the caller may close next; no timeout: it computes, here
+            wait([preparing])
             raise
-        begun = preparing.result()
+        begun = preparing.result()  # no timeout: it computes, here
         if arrived is not None:
             begun = self._joined(work, arrived, begun)
             if on_step is not None:
@@ -254,8 +255,8 @@ class HybridClient:
             if cancel is not None and cancel():
                 raise Cancelled("stopped while the cloud drew")
             if preparing.done():
-                preparing.result()  # what fails here cannot finish what the cloud sends
-        return asking.result()
+                preparing.result(0)  # what fails here cannot finish what the cloud sends
+        return asking.result(0)
 
     def _left(self, work: Work) -> float:
         """Seconds that the cloud may still take."""

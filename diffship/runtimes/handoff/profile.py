@@ -38,7 +38,8 @@ def measure_profile(client: HybridClient, request: Request, steps: int) -> Split
     model = client.facts()
     check_pair([model.facts, client.small], request.sampler, client.shared_latents)
     encode, call, end = _here(client, settled)
-    round_trip = min(client.cloud.submit(client.cloud.live(client.deadline)).result() for _ in range(ROUNDS + 1))
+    most = client.deadline + 1
+    round_trip = min(client.cloud.submit(client.cloud.live(client.deadline)).result(most) for _ in range(ROUNDS + 1))
     none, one = (_there(client, model, settled, calls, round_trip) for calls in (0, 1))
     moved = none.bytes_up + len(none.body)
     on_wire = none.seconds - _run_seconds(none, round_trip) - (none.queue_ms or 0.0) / 1000 - round_trip
@@ -77,7 +78,7 @@ def _there(client: HybridClient, model: CloudModel, request: Request, calls: int
     """The quickest of ROUNDS handoffs of `calls` calls, each drawn anew."""
     body = client.body(model, request, calls, client.deadline)
     made = [
-        client.cloud.submit(client.cloud.handoff(body, uuid.uuid4().hex, client.deadline)).result()
+        client.cloud.submit(client.cloud.handoff(body, uuid.uuid4().hex, client.deadline)).result(client.deadline + 1)
         for _ in range(ROUNDS)
     ]
     for answer in made:

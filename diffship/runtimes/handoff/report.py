@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from diffship.core.brief import brief
 from diffship.core.strict import plain
 from diffship.sampling.picture import Picture
 
 
+@brief
 @dataclass(frozen=True)
 class HandoffReport:
     """Times in milliseconds on this device's clock, sizes in bytes of HTTP bodies.
@@ -62,6 +64,7 @@ class HandoffReport:
         return f"{what}; {self.total_ms:.0f} ms in all{late}"
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Hybrid:
     """One picture, and how it came about."""

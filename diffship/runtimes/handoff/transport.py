@@ -186,6 +186,7 @@ class Cloud:
                 headers["Authorization"] = f"Bearer {self._token}"
             # no proxies and no .netrc of the environment: the token goes to `url` and nowhere else
             context = ssl.create_default_context()
+            # no timeout: every request has its own
             self._client = httpx.AsyncClient(headers=headers, verify=context, trust_env=False, follow_redirects=False)
         return self._client
 
@@ -193,9 +194,10 @@ class Cloud:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
+        # no timeout: `close` waits for this no longer than CONNECT_SECONDS
         await asyncio.gather(*others, return_exceptions=True)
         if self._client is not None:
-            await self._client.aclose()
+            await self._client.aclose()  # no timeout: likewise
         self._client = None
 
 

@@ -177,6 +177,7 @@ class _Process:
             self._call = time.monotonic(), self._seconds if seconds is None else seconds
             try:
                 send(self._stream("stdin"), header, arrays)
+                # no timeout: `_watch` ends the process of a call that takes too long, and with it the pipe
                 answer, made = receive(self._stream("stdout"))
             except (OSError, EOFError, ValueError) as fault:
                 raise PeerError(self._gone(fault)) from None

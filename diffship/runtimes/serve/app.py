@@ -111,7 +111,7 @@ class Routes:
     async def ready(self, request: Request) -> Response:
         ready = await asyncio.to_thread(self.service.ready)  # it looks at files
         content = {"ready": ready, "models": self.service.states()}
-        return _json(content, 200 if ready else 503, {} if ready else {"Retry-After": "5"})
+        return _json(content, 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
     async def metrics(self, request: Request) -> Response:
         return fastapi.Response(self.service.page(), media_type="text/plain; version=0.0.4")
@@ -253,6 +253,7 @@ class Follower:
             self._loop.call_soon_threadsafe(self.queue.put_nowait, made)
 
     async def end(self) -> None:
+        # no timeout: a generation ends at its deadline, and who waits for it has one
         while await self.queue.get() is not None:
             continue
 
@@ -329,6 +330,7 @@ def _check_content(request: Request, media: str) -> None:
 
 
 async def _disconnect(request: Request) -> None:
+    # no timeout: given up when the generation ends, or its deadline is over
     while (await request.receive())["type"] != "http.disconnect":
         continue
 

@@ -57,7 +57,7 @@ class Bodies:
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
     more = True
     while more:
-        message = await request.receive()
+        message = await request.receive()  # no timeout: the whole body has one
         if message["type"] == "http.disconnect":
             raise client_left()
         yield message.get("body", b"")

@@ -47,7 +47,7 @@ class Door(socket.socket):
             self._taken = 0
             raise BlockingIOError(errno.EAGAIN, "the rest in the loop's next round")
         try:
-            taken = super().accept()
+            taken = super().accept()  # no timeout: asyncio asks when there is one, and the socket does not block
         except OSError as fault:
             self._taken = 0
             if fault.errno not in (errno.EMFILE, errno.ENFILE):
@@ -71,7 +71,7 @@ class Door(socket.socket):
             os.close(self._reserve)
             self._reserve = None
             with suppress(OSError):
-                super().accept()[0].close()
+                super().accept()[0].close()  # no timeout: likewise
         with suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY)
 

@@ -78,10 +78,17 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
     def close(self, reason: str) -> None:
-        """`shut`, wait for the calls that are under way, and close all slots."""
+        """`shut`, wait for the calls that are under way, and close all slots.
+
+        Raises:
+            BusyError: they did not end in time; no slot is closed, for what it stands on is in use.
+        """
         self.shut(reason)
         with self._changed:
-            self._changed.wait_for(lambda: self._busy == 0 and not self._held)
+            if not self._changed.wait_for(lambda: self._busy == 0 and not self._held, self._wait_seconds):
+                raise BusyError(
+                    f"{self._busy} calls did not end within {self._wait_seconds:g} s: the engine stays open"
+                )
             idle, self._idle = self._idle, []
         for slot in idle:
             slot.close()

@@ -10,16 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.exporters.onnx.graph import FREE, Dim, Size, Value, Weight
 from diffship.exporters.onnx.translate import Translation, implements
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 else:
+    np = lazy("numpy")
     torch = lazy("torch")
 
 
