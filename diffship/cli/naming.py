@@ -19,6 +19,7 @@ from diffship.sampling.trajectory import Trajectory
 
 Fields = Mapping[str, str]
 _MARKS = {"steps": "{}steps", "guidance": "g{}", "negative": "no-{}", "strength": "strength{}"}  # others stand alone
+OWN = "own"  # the spacing of a sampler whose scheduler has no such key
 _FREE = ("seed", "images")  # told by the name's beginning
 
 
@@ -74,9 +75,9 @@ def settled_fields(request: Request, steps: int | None, model: Model, engines: S
     """The settings of a request where they are left to `model`, which begins it."""
     made = settle(request, model.family, model.scheduler)
     known = _settings(made.sampler.name, steps or made.steps, made.guidance, made.size)
-    spacing, strength = made.sampler.timestep_spacing, _number(made.strength)
+    spacing, strength = made.sampler.spacing or OWN, _number(made.strength)
     return {key: str(value) for key, value in known.items()} | {
-        "spacing": str(spacing),
+        "spacing": spacing,
         "strength": str(strength),
         "engine": "+".join(engines),
     }
@@ -91,7 +92,7 @@ def resumed_fields(options: argparse.Namespace, trajectory: Trajectory, seed: in
         **_said(0, 0, trajectory.prompt, trajectory.negative_prompt, seed),
         **{key: str(value) for key, value in known.items()},
         **{key: slug(str(value)) for key, value in facts.items()},
-        "spacing": str(sampler.timestep_spacing),
+        "spacing": sampler.spacing or OWN,
         "model": _models(options),
         "memory": options.memory or "normal",
         **({"engine": options.engine} if options.engine else {}),

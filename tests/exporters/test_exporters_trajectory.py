@@ -179,7 +179,7 @@ def test_a_scheduler_that_is_not_built_is_told_before_any_engine_is(steps: int |
     from diffship.export import _steps
 
     tiny = open_source("arch:tiny-sd")
-    strange = replace(tiny, scheduler={**tiny.scheduler, "_class_name": "DEISMultistepScheduler"})
+    strange = replace(tiny, scheduler={**tiny.scheduler, "_class_name": "LMSDiscreteScheduler"})
     made, told = TensorRt(), list[str]()
     sizes = made.golden_sizes(strange.components["unet"], strange.family, 2)
     job = Job(progress=lambda label, *_: told.append(label))

@@ -603,7 +603,7 @@ def test_the_document_is_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", [{"_class_name": "UniPCMultistepScheduler"}, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}]
+    "scheduler", [{"_class_name": "LMSDiscreteScheduler"}, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}]
 )
 def test_a_model_whose_scheduler_takes_no_single_step_is_served(scheduler: dict[str, Any]) -> None:
     """One that is not built, and one that needs four steps: whoever names another sampler is drawn for."""
