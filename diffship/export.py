@@ -315,7 +315,7 @@ def _golden(work: _Work, part: Part) -> Golden:
 
     truth = work.against[part.name]
     sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
-    feeds = rounded_feeds(work.feeds.calls(truth, sizes)[0], part.precision)
+    feeds = rounded_feeds(work.feeds.inside(truth, sizes), part.precision)
     blocks = write_blocks(truth, feeds, work.folder, part.precision, work.gate_bytes // 2)
     return replace(_whole(work, part), blocks=blocks)
 

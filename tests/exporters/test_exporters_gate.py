@@ -74,11 +74,12 @@ def test_golden_feeds_see_everything(tiny_sd: Pipeline) -> None:
     assert noisy[0] > 1.5 * noisy[1]
 
 
-def test_a_second_call_of_text_reads_the_whole_table(tiny_sd: Pipeline) -> None:
-    text = tiny_sd.components["text_encoder"]
-    _, spread = GoldenFeeds(tiny_sd, 1 << 30).calls(text, {"batch_size": 2})
-    ids, words = np.sort(spread["input_ids"].ravel()), text.config["vocab_size"]
-    assert spread["input_ids"].shape == (2, 77) and spread["input_ids"].dtype == np.int64
+def test_blocks_of_text_read_the_whole_table(tiny_sd: Pipeline) -> None:
+    text, feeds = tiny_sd.components["text_encoder"], GoldenFeeds(tiny_sd, 1 << 30)
+    found = feeds.inside(text, {"batch_size": 2})["input_ids"]
+    assert found.shape == (4, 77) and found.dtype == np.int64
+    assert np.array_equal(found[:2], feeds.calls(text, {"batch_size": 2})[0]["input_ids"])
+    ids, words = np.sort(found[2:].ravel()), text.config["vocab_size"]
     assert (ids[0], ids[-1]) == (0, words - 1) and np.diff(ids).max() <= words / 153 + 1
 
 
