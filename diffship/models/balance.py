@@ -1,7 +1,7 @@
-"""Balance: where a row of layers is cut so that the slowest, or the largest, of several stages is as small as it can be.
+"""Balance: where a row of layers is cut so that the largest of several stages is as small as it can be.
 
-Numbers in, numbers out. Among cuts whose largest stage is within SLACK of the best, the one with the fewest bytes between
-devices is taken: a cut one layer further often saves a skip.
+Numbers in, numbers out. Among cuts whose largest stage is within SLACK of the best, the one with the fewest bytes
+between devices is taken: a cut one layer further often saves a skip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A timetable as a Gantt chart: text for a terminal, SVG for a page. A cell holds the step whose timestep is embedded."""
+"""A timetable as a Gantt chart: text for a terminal, SVG for a page. Cells hold the step whose timestep is embedded."""
 
 from __future__ import annotations
 

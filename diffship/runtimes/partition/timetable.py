@@ -1,7 +1,7 @@
 """Timetable: which stage computes which step, with which timestep, out of which boundary tensors. Pure data.
 
-AsyncDiff (arXiv 2406.06911): after a warm-up in which one stage follows the other, all stages of a step run at once, each
-on what its predecessors made in the round before. Steps and rounds count from 0, in the timesteps that are really used.
+AsyncDiff (arXiv 2406.06911): after a warm-up in which one stage follows the other, all stages of a step run at once,
+each on what its predecessors made in the round before. Steps and rounds count from 0, in the timesteps really used.
 """
 
 from __future__ import annotations
