@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
+from diffship.core.weights import TensorMeta
 from diffship.models.blocks import program_of
 from diffship.models.component import Component
-from diffship.models.program import Tree
+from diffship.models.program import Layer, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +66,16 @@ def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) ->
         with torch.no_grad(), torch.device("meta"), counter:
             written = layer.apply(tree, *(values[name] for name in layer.reads))
         values.update(zip(layer.writes, written, strict=True))
-        held = tuple(f"{path}." for path in layer.modules)
-        metas = [component.weights.meta(name) for name in component.weights.names() if name.startswith(held)]
-        sums = sum(meta.count for meta in metas), sum(meta.nbytes for meta in metas)
-        found[layer.name] = Cost(sums[0], counter.conv_linear, counter.attention, sums[1])
+        metas = held_by(component, layer)
+        params, size = sum(meta.count for meta in metas), sum(meta.nbytes for meta in metas)
+        found[layer.name] = Cost(params, counter.conv_linear, counter.attention, size)
     return found
+
+
+def held_by(component: Component, layer: Layer) -> list[TensorMeta]:
+    """The stored tensors that one layer owns."""
+    paths = tuple(f"{path}." for path in layer.modules)
+    return [component.weights.meta(name) for name in component.weights.names() if name.startswith(paths)]
 
 
 def _translated(sizes: Mapping[str, int]) -> dict[str, int]:

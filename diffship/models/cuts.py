@@ -14,7 +14,7 @@ from diffship.core.strict import unknown
 from diffship.models.balance import Crossing, balanced
 from diffship.models.blocks import program
 from diffship.models.component import Component
-from diffship.models.cost import layer_costs
+from diffship.models.cost import held_by, layer_costs
 from diffship.models.program import Program
 from diffship.models.stages import Stage, cut
 from diffship.models.unet_program import EMBEDDING
@@ -118,6 +118,14 @@ def partition(component: Component, cuts: Cuts) -> list[Stage]:
     return cut(component, cuts.at, embed="recompute")
 
 
+def held_bytes(stages: Sequence[Stage], homes: Sequence[int]) -> list[int]:
+    """Bytes of the stored weights on each device; what two of its stages share, a time embedding, is there once."""
+    held: list[dict[str, int]] = [{} for _ in range(max(homes) + 1)]
+    for stage, home in zip(stages, homes, strict=True):
+        held[home] |= {name: stage.weights.meta(name).nbytes for name in stage.weights.names()}
+    return [sum(sizes.values()) for sizes in held]
+
+
 def keeps_ends(config: Mapping[str, Any]) -> bool:
     """Whether the balanced cut leaves both ends on one device: their skips are large and there is no attention."""
     return tuple(config.get("down_block_types", ()))[:1] == (_PLAIN,)
@@ -133,18 +141,26 @@ def _balanced(
 ) -> Cuts:
     plan = program(component)
     names = [layer.name for layer in plan.layers if layer.name != EMBEDDING]
-    found = layer_costs(component, sizes)
-    weights = {name: float(each.bytes if kind == "memory" else each.macs) for name, each in found.items()}
-    if kind == "speed" and times is not None:
-        missing = [name for name in names if name not in times]
-        if missing:
-            raise ConfigError(f"times: {len(missing)} layers have none, first {missing[0]}")
-        weights = dict(times)
+    weights = _weights(component, plan, kind, sizes, times)
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise ConfigError(f"times: {len(missing)} layers have none, first {missing[0]}")
     ends = keeps_ends(component.config)
     known = {**component.smallest_sizes(), **sizes}
     before = balanced([weights[name] for name in names], _crossings(plan, names, known), stages, speeds, ends)
     order = tuple(range(stages))
     return Cuts(tuple(names[i - 1] for i in before), (stages - 1, *order) if ends else order)
+
+
+def _weights(
+    component: Component, plan: Program, kind: str, sizes: Mapping[str, int], times: Mapping[str, float] | None
+) -> Mapping[str, float]:
+    """What is to be spread evenly, by layer."""
+    if kind == "memory":
+        return {layer.name: sum(meta.nbytes for meta in held_by(component, layer)) for layer in plan.layers}
+    if times is not None:
+        return times
+    return {name: each.macs for name, each in layer_costs(component, sizes).items()}
 
 
 def _crossings(plan: Program, names: Sequence[str], sizes: Mapping[str, int]) -> list[Crossing]:
