@@ -91,7 +91,7 @@ class _Rows:
         """Per end: the least largest cost of the stretches that fill [start, end)."""
         best = self.cost[start] / pace[0]
         for speed in pace[1:]:
-            best = np.maximum(best[:, None], self.cost / speed).min(axis=0)
+            best = np.asarray(np.maximum(best[:, None], self.cost / speed).min(axis=0))
         return best
 
     def _bytes(self, start: int, pace: F64, limit: float) -> tuple[F64, list[I64]]:

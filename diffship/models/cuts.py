@@ -64,12 +64,12 @@ _TABLES = {(_CROSS, _CROSS, _CROSS, _PLAIN): "sd15", (_PLAIN, _CROSS, _CROSS): "
 def find_cuts(
     component: Component,
     stages: int,
-    kind: str = "published",
+    kind: str | None = None,
     sizes: Mapping[str, int] | None = None,
     times: Mapping[str, float] | None = None,
     speeds: Sequence[float] | None = None,
 ) -> Cuts:
-    """The cuts of a U-Net for `stages` devices.
+    """The cuts of a U-Net for `stages` devices; without a kind, those of `usual_kind`.
 
     `published`: AsyncDiff's. `speed`: the least time of the slowest stage, counted in multiply-accumulates at `sizes`,
     or by `times` (layer name -> seconds), on devices of relative `speeds`. `memory`: the least bytes in the largest.
@@ -80,6 +80,7 @@ def find_cuts(
     """
     if component.name != "unet":
         raise UnsupportedError(f"{component.name} is not partitioned; a unet is")
+    kind = kind or usual_kind(component.config, stages)
     if kind not in KINDS:
         raise ConfigError(unknown("cut", kind, KINDS))
     if stages < 1:
@@ -89,6 +90,12 @@ def find_cuts(
     if kind == "published":
         return published(component.config, stages)
     return _balanced(component, stages, kind, sizes or {}, times, speeds)
+
+
+def usual_kind(config: Mapping[str, Any], stages: int) -> str:
+    """`published` where AsyncDiff has a cut for such a U-Net and number of stages, else `speed`."""
+    table = table_of(config)
+    return "published" if table is not None and stages in (1, *PUBLISHED[table]) else "speed"
 
 
 def published(config: Mapping[str, Any], stages: int) -> Cuts:

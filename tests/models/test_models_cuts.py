@@ -16,7 +16,17 @@ from diffship.models.balance import SLACK, Crossing, balanced
 from diffship.models.blocks import blocks
 from diffship.models.component import Component, weight_metas
 from diffship.models.cost import cost, layer_costs
-from diffship.models.cuts import KINDS, PUBLISHED, Cuts, find_cuts, held_bytes, partition, published, table_of
+from diffship.models.cuts import (
+    KINDS,
+    PUBLISHED,
+    Cuts,
+    find_cuts,
+    held_bytes,
+    partition,
+    published,
+    table_of,
+    usual_kind,
+)
 from diffship.models.layouts import find_layout, student_config
 from diffship.models.sources import open_source
 from diffship.models.unet import unet
@@ -246,9 +256,10 @@ def test_the_balance_is_the_best_of_all_cuts(
 def test_what_cannot_be_cut_is_refused() -> None:
     component = part("tiny-sd")
     with pytest.raises(ConfigError, match="stages is 5; published for sd15: 2, 3, 4"):
-        find_cuts(component, 5)
+        find_cuts(component, 5, "published")
     with pytest.raises(ConfigError, match="no cut was published"):
-        find_cuts(part("bk-tiny"), 2)
+        find_cuts(part("bk-tiny"), 2, "published")
+    assert [usual_kind(part(name).config, 3) for name in ("tiny-sd", "bk-tiny")] == ["published", "speed"]
     with pytest.raises(ConfigError, match="did you mean 'speed'"):
         find_cuts(component, 2, "sped")
     with pytest.raises(ConfigError, match="stages is 0"):

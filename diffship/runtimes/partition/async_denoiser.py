@@ -16,7 +16,14 @@ from diffship.runtimes.partition.placement import place
 from diffship.runtimes.partition.timetable import Scheme, Task, timetable
 
 # the order of UNet2DConditionModel.forward
-_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask")
+_ARGUMENTS: tuple[str, ...] = (
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+)
 _ARGUMENTS += ("cross_attention_kwargs", "added_cond_kwargs", "down_block_additional_residuals")
 _ARGUMENTS += ("mid_block_additional_residual", "down_intrablock_additional_residuals", "encoder_attention_mask")
 _ARGUMENTS += ("return_dict",)
@@ -58,13 +65,13 @@ class AsyncDenoiser:
         self.scheme = Scheme(stride, warm_up, time_shift)
         self.pipeline = pipeline
         self.devices = None if devices is None else tuple(devices)
-        self._unet = getattr(pipeline, "unet", None)
+        self._unet: Any = getattr(pipeline, "unet", None)
         self._timeout = timeout
         self._run: _Run | None = None
         self._lanes: Lanes | None = None
         self._runners: dict[Seat, Runner] = {}
         component = live_unet(self._unet)
-        self.cuts = find_cuts(component, stages, cut or _cut_for(component.config, stages), _sizes(self._unet))
+        self.cuts = find_cuts(component, stages, cut, _sizes(self._unet))
         self._stages = partition(component, self.cuts)
         self.placement = place(self._stages, self.cuts.homes)
         timetable(self.placement, 1, self.scheme)  # refuses a scheme that does not fit, before anything runs
@@ -225,13 +232,6 @@ def _begin(scheduler: Any, timestep: float) -> int:
             "pipeline is not partitioned"
         )
     return times.index(timestep)
-
-
-def _cut_for(config: Mapping[str, Any], stages: int) -> str:
-    from diffship.models.cuts import PUBLISHED, table_of
-
-    table = table_of(config)
-    return "published" if stages == 1 or (table and stages in PUBLISHED[table]) else "speed"
 
 
 def _sizes(unet: Any) -> dict[str, int]:

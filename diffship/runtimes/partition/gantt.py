@@ -61,11 +61,12 @@ def svg(table: Timetable) -> str:
 def title(table: Timetable) -> str:
     """`3 stages, stride 2: 4 devices, 50 steps, warm-up 9`."""
     shift = ", time shift" if table.scheme.time_shift else ""
-    stages = table.placement.devices
-    return (
-        f"{stages} stage{'s' if stages > 1 else ''}, stride {table.scheme.stride}: {table.devices} devices, "
-        f"{table.calls} steps, warm-up {min(table.scheme.warm_up, table.calls)}{shift}"
+    stages, devices, calls = (
+        f"{count} {word}{'s' if count > 1 else ''}"
+        for count, word in ((table.placement.devices, "stage"), (table.devices, "device"), (table.calls, "step"))
     )
+    warm_up = sum(each.synchronous for each in table.rounds)
+    return f"{stages}, stride {table.scheme.stride}: {devices}, {calls}, warm-up {warm_up}{shift}"
 
 
 def _of_round(table: Timetable, index: int) -> Iterator[Column]:
