@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.cli.output import Result, size_text, table
+from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
 from diffship.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,15 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warm-up", metavar="W", type=int, help="steps that are exact (default: 1)")
     group.add_argument("--time-shift", action="store_const", const=True, help="embed the timestep before, after them")
     group.add_argument("--steps", metavar="T", type=int, help="steps of the timetable (default: 10)")
-    group.add_argument("--chart", metavar="FILE", help="write the timetable as an SVG drawing, too")
+    group.add_argument("--chart", metavar="FILE", type=Path, help="write the timetable as an SVG drawing, too")
+    add_overwrite(group, "charts")
 
 
 def check(options: argparse.Namespace) -> None:
     """Raises ConfigError for flags that only --placement heeds."""
-    names = [name for name in (*_DEFAULTS, "cut", "chart") if getattr(options, name) is not None]
+    names = [name for name in (*_DEFAULTS, "cut", "chart", "overwrite") if getattr(options, name) not in (None, False)]
     if names and not options.placement:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
         raise ConfigError(f"{flags} without --placement; add it to see where the U-Net is cut")
+    if options.chart:
+        require_file_place(options.chart, "--chart")
+        refuse_taken([("--chart", options.chart)], options.overwrite)
 
 
 def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
@@ -70,6 +76,7 @@ def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
     if options.chart:
         from diffship.core.atomic import write_file
 
+        options.chart.parent.mkdir(parents=True, exist_ok=True)
         write_file(options.chart, gantt.svg(chart))
     document = {"kind": "placement", "name": options.what, "size": list(subject.size), "cut": kind, **chosen}
     document |= _figures(cuts[kind], plans[kind]) | {"compared": _compared(plans), "note": NOTE}

@@ -294,5 +294,12 @@ def test_what_cannot_be_asked_for(pipe: Any) -> None:
         diffship.AsyncDenoiser(pipe, 2, 2, devices=["cpu", "cpu"])
     with pytest.raises(ConfigError, match="time_shift"):
         diffship.AsyncDenoiser(pipe, 1, time_shift=True)
+    parallel, own = diffship.AsyncDenoiser(pipe), pipe.unet
+    try:
+        pipe.unet = pipeline().unet
+        with pytest.raises(ConfigError, match="another U-Net"), parallel:
+            pass
+    finally:
+        pipe.unet = own
     with pytest.raises(UnsupportedError, match="NoneType; a UNet2DConditionModel is cut"):
         diffship.AsyncDenoiser(object())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -186,6 +187,7 @@ predicts   0   1 2,3 4,5 6"""
 def test_the_chart_in_text_and_svg() -> None:
     table = table_of(2, 2, 2, False, 7)
     assert gantt.text(table) == CHART
+    assert CHART in (Path(__file__).parents[2] / "docs" / "partition.md").read_text(encoding="utf-8")
     assert gantt.title(table) == "2 stages, stride 2: 3 devices, 7 steps, warm-up 2"
     narrow = gantt.text(table, 20)
     assert max(map(len, narrow.splitlines())) <= 20 and narrow.count("predicts") == 2

@@ -85,6 +85,8 @@ class AsyncDenoiser:
     def __enter__(self) -> AsyncDenoiser:
         from diffship.models.live import live_unet
 
+        if self.pipeline.unet is not self._unet:
+            raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
         live_unet(self._unet)  # nothing may have changed since
         self._runners = self._load()
         self._lanes = OneByOne() if self.devices is None else ThreadEach(self._timeout)
@@ -92,7 +94,7 @@ class AsyncDenoiser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._unet.forward
+        vars(self._unet).pop("forward", None)
         if self._lanes is not None:
             self._lanes.close()
         self._run, self._lanes, self._runners = None, None, {}
@@ -150,6 +152,7 @@ class _Run:
         self.listed = listed
         self._course = course
         self._times = listed[begin:]
+        self._due = [float(time) for time in self._times]
         self._shape = shape
         self._inputs = inputs
         self._step = 0
@@ -159,7 +162,7 @@ class _Run:
         return self._step == self._course.table.calls
 
     def step(self, given: Mapping[str, Any]) -> Any:
-        due, asked = float(self._times[self._step]), _time(given["timestep"])
+        due, asked = self._due[self._step], _time(given["timestep"])
         if due != asked:
             raise UnsupportedError(
                 f"the pipeline calls its U-Net at timestep {asked:g}, and {due:g} is due: it skips steps or calls the "
