@@ -89,7 +89,7 @@ class _Rows:
 
     def _least(self, start: int, pace: F64) -> F64:
         """Per end: the least largest cost of the stretches that fill [start, end)."""
-        best = self.cost[start] / pace[0]
+        best: F64 = self.cost[start] / pace[0]
         for speed in pace[1:]:
             best = np.asarray(np.maximum(best[:, None], self.cost / speed).min(axis=0))
         return best

@@ -47,7 +47,7 @@ class ModuleWeights:
         raise UnsupportedError(f"{name} belongs to a pipeline that is loaded; save the pipeline and open its folder")
 
 
-def live_unet(inner: nn.Module) -> Component:
+def live_unet(inner: Any) -> Component:
     """The U-Net of a diffusers pipeline as a part that can be cut; `over` of its stages takes `inner`.
 
     Raises:

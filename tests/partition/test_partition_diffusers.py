@@ -154,6 +154,7 @@ def test_one_stage_or_a_warm_up_of_all_steps_is_the_plain_picture(
     assert torch.equal(found, draw(pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
 def test_schedulers_that_repeat_timesteps_or_draw_noise_stay_in_step(scheduler: str) -> None:
