@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
     from diffship.runtimes.handoff.client import HybridClient as HybridClient
     from diffship.runtimes.model import open_model as open_model
+    from diffship.runtimes.partition.async_denoiser import AsyncDenoiser as AsyncDenoiser
     from diffship.runtimes.verify import verify as verify
     from diffship.sampling.generate import Request as Request
     from diffship.sampling.generate import generate as generate
 
 __version__ = "0.1.0"
-__all__ = ["HybridClient", "Request", "__version__", "compare", "generate", "open_model", "verify"]
+__all__ = ["AsyncDenoiser", "HybridClient", "Request", "__version__", "compare", "generate", "open_model", "verify"]
 
 _WHERE = {
+    "AsyncDenoiser": "diffship.runtimes.partition.async_denoiser",
     "HybridClient": "diffship.runtimes.handoff.client",
     "Request": "diffship.sampling.generate",
     "compare": "diffship.core.compare",

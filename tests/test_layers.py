@@ -25,7 +25,7 @@ BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
 BELOW["cli"] = {"benchmarks", "reduce", *BELOW["benchmarks"]}
 
 # Files of torch-free rooms that import torch or `models`, inside functions only.
-TORCH_SIDE = {"runtimes/torch.py", "runtimes/model.py"}
+TORCH_SIDE = {"runtimes/torch.py", "runtimes/model.py", "runtimes/partition/async_denoiser.py"}
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"}
 CORE_ONLY = {"numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
 OPTIONAL_IN_FUNCTIONS = {"ml_dtypes", "onnxruntime", "openvino", "psutil"}

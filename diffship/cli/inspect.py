@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffship.cli import placement
 from diffship.cli.flags import size
 from diffship.cli.output import Result, size_text, table
 from diffship.core.errors import ConfigError
@@ -15,6 +16,8 @@ EXAMPLES = """examples:
   diffship inspect out/emoji
   diffship inspect arch:sd15 --size 512
   diffship inspect emoji --json
+  diffship inspect arch:sdxl --placement --stages 2
+  diffship inspect arch:sd15 --placement --stages 3 --cut speed --stride 2 --warm-up 9
 """
 
 
@@ -23,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
     parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id")
     parser.add_argument("--size", metavar="N|WxH", type=size, help="count the cost at this size (sources only)")
+    placement.add_arguments(parser)
 
 
 def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -30,13 +34,15 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
+    placement.check(options)
     if is_bundle(options.what):
-        if options.size or options.base or options.revision:
-            raise ConfigError("--size, --base and --revision are for sources; this is a bundle")
+        if options.size or options.base or options.revision or options.placement:
+            raise ConfigError("--size, --base, --revision and --placement are for sources; this is a bundle")
         return inspect_bundle(Path(options.what))
     from diffship.models.sources import open_source
 
-    return inspect_source(open_source(options.what, base=options.base, revision=options.revision), options)
+    pipeline = open_source(options.what, base=options.base, revision=options.revision)
+    return placement.inspect_placement(pipeline, options) if options.placement else inspect_source(pipeline, options)
 
 
 def is_bundle(text: str) -> bool:

@@ -72,6 +72,10 @@ class TensorSpec:
         """
         return tuple(_evaluate(self.name, axis, sizes) for axis in self.shape)
 
+    def nbytes(self, sizes: Mapping[str, int], width: int) -> int:
+        """Bytes of the tensor where a value takes `width` of them. Raises as `resolve`."""
+        return math.prod(self.resolve(sizes)) * width
+
     def axes(self) -> tuple[str, ...]:
         """Names of the free axes, in order of appearance."""
         names = [name for axis in self.shape if isinstance(axis, str) for name in _parse(axis)[0].split(" * ")]

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
+from diffship.core.weights import TensorMeta
+from diffship.models.blocks import program_of
 from diffship.models.component import Component
+from diffship.models.program import Layer, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,29 @@ def cost(component: Component, sizes: Mapping[str, int] | None = None) -> Cost:
         module(*(_blank(spec, known) for spec in component.inputs))
     params = sum(parameter.numel() for parameter in module.parameters())
     return Cost(params, counter.conv_linear, counter.attention, component.weights.nbytes)
+
+
+def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) -> dict[str, Cost]:
+    """As `cost`, layer by layer (names of models.blocks.layers); weights that no layer owns are in none of them."""
+    known = {**component.smallest_sizes(), **_translated(sizes or {})}
+    whole = component.meta.get_submodule("inner")
+    tree, found = Tree(whole), {}
+    values = {spec.name: _blank(spec, known) for spec in component.inputs}
+    for layer in program_of(component, whole).layers:
+        counter = _Counter()
+        with torch.no_grad(), torch.device("meta"), counter:
+            written = layer.apply(tree, *(values[name] for name in layer.reads))
+        values.update(zip(layer.writes, written, strict=True))
+        metas = held_by(component, layer)
+        params, size = sum(meta.count for meta in metas), sum(meta.nbytes for meta in metas)
+        found[layer.name] = Cost(params, counter.conv_linear, counter.attention, size)
+    return found
+
+
+def held_by(component: Component, layer: Layer) -> list[TensorMeta]:
+    """The stored tensors that one layer owns."""
+    paths = tuple(f"{path}." for path in layer.modules)
+    return [component.weights.meta(name) for name in component.weights.names() if name.startswith(paths)]
 
 
 def _translated(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -40,10 +40,12 @@ STAGE_BYTES = 512 << 20
 @dataclass(frozen=True)
 class Stage(Component):
     """Layers `[first, last)` of `parent`. Inputs: what it reads from outside; outputs: what is read after it, and
-    outputs of the whole. A tensor keeps its name from the stage that writes it to all that read it."""
+    outputs of the whole. A tensor keeps its name from the stage that writes it to all that read it. `over(inner)` is
+    the stage as a module that shares those of `inner`, a whole that is loaded already."""
 
     parent: str = ""
     layers: tuple[str, ...] = ()
+    over: Callable[[nn.Module], nn.Module] | None = field(default=None, repr=False, compare=False)
 
 
 class StageModule(Module):
@@ -182,6 +184,7 @@ def _stage(
         template=partial(_template, whole, steps, reads, writes),
         parent=component.name,
         layers=tuple(step.name for step in steps),
+        over=partial(StageModule, steps=steps, reads=reads, writes=writes),
     )
 
 

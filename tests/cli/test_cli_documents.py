@@ -63,6 +63,29 @@ def test_inspect_source(command: Any) -> None:
 
 
 @pytest.mark.slow
+def test_inspect_placement(command: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    words = ["--placement", "--stages", 2, "--stride", 2, "--warm-up", 2, "--steps", 7, "--chart", tmp_path / "t.svg"]
+    document = check(command("inspect", "arch:tiny-sdxl", *words), "inspect")
+    assert document["cut"] == "published" and document["homes"] == [1, 0, 1]
+    # stride 2 takes one more device, which holds and receives what the last one does
+    assert [row["stages"] for row in document["devices"]] == [["unet.1"], ["unet.0", "unet.2"], ["unet.0", "unet.2"]]
+    assert [(link["from"], link["to"]) for link in document["links"]] == [(0, 1), (1, 0), (0, 2)]
+    assert document["bytes_per_round"] == sum(link["bytes"] for link in document["links"])
+    assert [row["cut"] for row in document["compared"]] == ["published", "speed", "memory"]
+    fastest = max(row["after_warm_up"] for row in document["compared"])
+    assert fastest == document["compared"][1]["after_warm_up"] <= 4.0
+    assert (tmp_path / "t.svg").read_text(encoding="utf-8").startswith("<svg ")
+    assert "--overwrite" in command("inspect", "arch:tiny-sdxl", *words)["error"]["message"]
+
+
+def test_flags_of_a_placement_without_it_are_refused(command: Any, tiny_bundle: Path) -> None:
+    document = check(command("inspect", "arch:tiny-sd", "--stages", 3, "--warm-up", 2), "inspect")
+    assert document["exit_code"] == 2 and "--stages, --warm-up without --placement" in document["error"]["message"]
+    assert "this is a bundle" in command("inspect", tiny_bundle, "--placement")["error"]["message"]
+
+
+@pytest.mark.slow
 def test_verify(command: Any, tiny_bundle: Path) -> None:
     document = check(command("verify", tiny_bundle), "verify")
     assert document["exit_code"] == 0 and document["passed"]

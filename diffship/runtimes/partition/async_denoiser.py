@@ -1,0 +1,244 @@
+"""AsyncDenoiser: AsyncDiff on a diffusers pipeline, in two lines. The one file of this room that knows torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffship.core.brief import brief_text
+from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.runner import Runner
+from diffship.runtimes.partition.course import Course
+from diffship.runtimes.partition.denoiser import TIMEOUT_SECONDS, Seat, seats
+from diffship.runtimes.partition.lanes import Lanes, OneByOne, ThreadEach
+from diffship.runtimes.partition.placement import place
+from diffship.runtimes.partition.timetable import Scheme, Task, timetable
+
+# the order of UNet2DConditionModel.forward
+_ARGUMENTS: tuple[str, ...] = (
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+)
+_ARGUMENTS += ("cross_attention_kwargs", "added_cond_kwargs", "down_block_additional_residuals")
+_ARGUMENTS += ("mid_block_additional_residual", "down_intrablock_additional_residuals", "encoder_attention_mask")
+_ARGUMENTS += ("return_dict",)
+_TAKEN = {"sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs", "return_dict"}
+
+
+class AsyncDenoiser:
+    """Runs a pipeline's U-Net in stages that lag behind each other while it is entered:
+
+        parallel = AsyncDenoiser(pipeline, stages=2, warm_up=3)
+        with parallel:
+            image = pipeline("a cat").images[0]
+
+    `devices` names one for each stage, and one more at stride 2; a stage on another device than the pipeline's is
+    copied there. Without them all stages run one after another where the pipeline is: the pictures are those of several
+    devices, the time is that of one. `cut` is that of models.cuts; by default the published one where there is one for
+    this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
+
+    Raises:
+        UnsupportedError: not such a U-Net, or something that stages would not heed (LoRA, FreeU, hooks, ControlNet).
+        ConfigError: no such cut, or another number of devices than the scheme takes.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        stages: int = 2,
+        stride: int = 1,
+        warm_up: int = 1,
+        time_shift: bool = False,
+        *,
+        cut: str | None = None,
+        devices: Sequence[str] | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        from diffship.models.cuts import find_cuts, partition
+        from diffship.models.live import live_unet
+
+        self.scheme = Scheme(stride, warm_up, time_shift)
+        self.pipeline = pipeline
+        self.devices = None if devices is None else tuple(devices)
+        self._unet: Any = getattr(pipeline, "unet", None)
+        self._timeout = timeout
+        self._run: _Run | None = None
+        self._lanes: Lanes | None = None
+        self._runners: dict[Seat, Runner] = {}
+        component = live_unet(self._unet)
+        self.cuts = find_cuts(component, stages, cut, _sizes(self._unet))
+        self._stages = partition(component, self.cuts)
+        self.placement = place(self._stages, self.cuts.homes)
+        timetable(self.placement, 1, self.scheme)  # refuses a scheme that does not fit, before anything runs
+        needed = self.scheme.devices(self.placement.devices)
+        if self.devices is not None and len(self.devices) != needed:
+            raise ConfigError(f"{stages} stages at stride {stride} take {needed} devices; got {len(self.devices)}")
+
+    def __repr__(self) -> str:
+        return brief_text(self, cuts=self.cuts, scheme=self.scheme, devices=self.devices)
+
+    def __enter__(self) -> AsyncDenoiser:
+        from diffship.models.live import live_unet
+
+        if self.pipeline.unet is not self._unet:
+            raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
+        live_unet(self._unet)  # nothing may have changed since
+        self._runners = self._load()
+        self._lanes = OneByOne() if self.devices is None else ThreadEach(self._timeout)
+        self._unet.forward = self._forward
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._unet).pop("forward", None)
+        if self._lanes is not None:
+            self._lanes.close()
+        self._run, self._lanes, self._runners = None, None, {}
+
+    def _load(self) -> dict[Seat, Runner]:
+        """A runner for every seat; stages on the pipeline's own device share its weights."""
+        import torch
+
+        from diffship.models.live import share
+        from diffship.models.runner import TorchRunner
+
+        home, dtype = self._unet.device, self._unet.dtype
+        found: dict[Seat, Runner] = {}
+        for device, piece in seats(self.placement, self.scheme):
+            stage, module = self._stages[piece], share(self._stages[piece], self._unet)
+            where = home if self.devices is None else torch.device(self.devices[device])
+            if where != home:
+                module = copy.deepcopy(module).to(where)
+            found[device, piece] = TorchRunner(module, stage.inputs, stage.outputs, str(where), dtype)
+        return found
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of UNet2DConditionModel.forward."""
+        given = _arguments(args, kwargs)
+        _check(given["sample"], 2**self._unet.num_upsamplers, threaded=self.devices is not None)
+        run, self._run = self._follow(given), None  # unless all goes well
+        prediction = run.step(given)
+        self._run = run
+        if not given.get("return_dict", True):
+            return (prediction,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=prediction)
+
+    def _follow(self, given: Mapping[str, Any]) -> _Run:
+        listed = self.pipeline.scheduler.timesteps
+        if self._run is not None and self._run.listed is listed and not self._run.ended:
+            return self._run
+        assert self._lanes is not None  # set while the forward is ours
+        begin = _begin(self.pipeline.scheduler, _time(given["timestep"]))
+        table = timetable(self.placement, len(listed) - begin, self.scheme)
+        return _Run(Course(table, self._call, self._lanes), listed, begin, tuple(given["sample"].shape), self._inputs)
+
+    def _call(self, device: int, piece: int, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._runners[device, piece].run(feeds)
+
+    def _inputs(self, task: Task) -> set[str]:
+        return {spec.name for spec in self._runners[task.device, task.piece].inputs}
+
+
+class _Run:
+    """One picture, or one batch of them: the calls of the U-Net for the timesteps that the scheduler lists."""
+
+    def __init__(self, course: Course, listed: Any, begin: int, shape: tuple[int, ...], inputs: Any) -> None:
+        self.listed = listed
+        self._course = course
+        self._times = listed[begin:]
+        self._due = [float(time) for time in self._times]
+        self._shape = shape
+        self._inputs = inputs
+        self._step = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._step == self._course.table.calls
+
+    def step(self, given: Mapping[str, Any]) -> Any:
+        due, asked = self._due[self._step], _time(given["timestep"])
+        if due != asked:
+            raise UnsupportedError(
+                f"the pipeline calls its U-Net at timestep {asked:g}, and {due:g} is due: it skips steps or calls the "
+                "U-Net several times in one; such a pipeline is not partitioned"
+            )
+        if tuple(given["sample"].shape) != self._shape:
+            raise UnsupportedError(
+                f"the latents changed from {self._shape} to {tuple(given['sample'].shape)} between two steps; stages "
+                "that lag behind need one shape (a callback that turns guidance off, for one, changes it)"
+            )
+        whole = {name: given.get(name) for name in ("sample", "encoder_hidden_states", "timestep_cond")}
+        whole |= given.get("added_cond_kwargs") or {}
+
+        def feeds(task: Task) -> dict[str, Any]:
+            wanted = self._inputs(task)
+            found = {name: value for name, value in whole.items() if name in wanted and value is not None}
+            return {**found, "timestep": self._times[task.time]} if "timestep" in wanted else found
+
+        prediction = self._course.prediction(self._step, feeds)
+        self._step += 1
+        # a copy: what stages make cannot be written to, and pipelines may write into predictions
+        return prediction.to(given["sample"].device).clone()
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the U-Net was called with, by name; refuses what stages would not heed."""
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    unheeded = [name for name, value in given.items() if name not in _TAKEN and value not in (None, {})]
+    extra = given.get("added_cond_kwargs") or {}
+    unheeded += [name for name, value in extra.items() if name not in ("text_embeds", "time_ids") and value is not None]
+    if unheeded:
+        raise UnsupportedError(
+            f"a partitioned U-Net does not take {', '.join(unheeded)}; leave the context to use them"
+        )
+    return given
+
+
+def _check(sample: Any, multiple: int, threaded: bool) -> None:
+    """Raises UnsupportedError where stages would compute something else than the whole."""
+    import torch
+
+    if sample.requires_grad:
+        raise UnsupportedError("a partitioned U-Net has no gradients; run it under torch.no_grad()")
+    if threaded and (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        raise UnsupportedError(
+            "torch.autocast does not reach the threads of the devices; load the pipeline in its dtype"
+        )
+    if any(side % multiple for side in sample.shape[-2:]):
+        sides = " x ".join(map(str, sample.shape[-2:]))
+        raise UnsupportedError(f"latents of {sides} are not partitioned; both sides are multiples of {multiple}")
+
+
+def _time(timestep: Any) -> float:
+    """The one timestep of a call: a number, or a tensor with it in every row."""
+    values = {float(value) for value in timestep.flatten()} if hasattr(timestep, "flatten") else {float(timestep)}
+    if len(values) != 1:
+        raise UnsupportedError(f"rows stand at timesteps {sorted(values)}; a partitioned U-Net takes one for all")
+    return values.pop()
+
+
+def _begin(scheduler: Any, timestep: float) -> int:
+    """Where in the scheduler's list this run begins: later than 0 for image to image, which drops the first steps."""
+    times = [float(time) for time in scheduler.timesteps]
+    told = getattr(scheduler, "begin_index", None)
+    if told is not None and told < len(times) and times[told] == timestep:
+        return int(told)
+    if timestep not in times:
+        raise UnsupportedError(
+            f"the pipeline calls its U-Net at timestep {timestep:g}, which its scheduler does not list; such a "
+            "pipeline is not partitioned"
+        )
+    return times.index(timestep)
+
+
+def _sizes(unet: Any) -> dict[str, int]:
+    """Guidance's two rows at the U-Net's own picture size."""
+    side = unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side or (64, 64)
+    return {"batch_size": 2, "height": height, "width": width}
