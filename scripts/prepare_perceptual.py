@@ -1,4 +1,4 @@
-"""Write a folder of LPIPS weights for `compress --pass vae --set perceptual=FOLDER`, from the pickles that they come in.
+"""Write a folder of LPIPS weights, for `compress --pass vae --set perceptual=FOLDER`, from the pickles of others.
 
     pip download --no-deps stlpips-pytorch==0.0.2
     python scripts/prepare_perceptual.py st-vgg16 out/st-vgg16 stlpips_pytorch-0.0.2-py3-none-any.whl

@@ -23,7 +23,7 @@ from diffship.core.job import Job, digest_of
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.core.weights import SafetensorsWeights, source_digest
-from diffship.models.autoencoder import KL, TINY
+from diffship.models.autoencoder import KL, TINY, decoder_widths
 from diffship.models.pipeline import Module, Pipeline, recorded, with_vae
 from diffship.training.checkpoint import reached
 from diffship.training.paired import PairedPictures
@@ -152,6 +152,8 @@ class VaePass:
         report = read_report(folder)
         made = with_vae(pipeline, trained_vae(student, SafetensorsWeights(folder / STATE)), {})
         entry = {**self._entry(pipeline, features), **digests, "pictures": len(pictures), "report": report}
+        if self.student == SMALL:
+            entry["decoder"] = list(decoder_widths(made.components[DECODER].config))
         counts = {"decoder_parameters_before": _count(teacher), "decoder_parameters": _count(made)}
         return recorded(replace(made, history=pipeline.history), {**entry, **counts})
 
@@ -183,7 +185,7 @@ class VaePass:
         name = found.components[DECODER].class_name
         if name != KL:
             raise UnsupportedError(
-                f"the teacher is an {name}, which learnt from another one; name a {KL}: teacher=SOURCE"
+                f"the teacher is an {name}, which learnt from another one; name an {KL}: teacher=SOURCE"
             )
         return found
 
@@ -213,7 +215,9 @@ class VaePass:
         yield Calls(theirs[ENCODER], samples * (self.colour * self.steps + filtered))
 
     def _entry(self, pipeline: Pipeline, features: Perceptual) -> dict[str, Any]:
-        said = {**asdict(self), "data": Path(self.data).name, "decoder": list(self.decoder)}
+        unsaid = {NEW: ("decoder",), SMALL: ("width",)}.get(self.student, ("decoder", "width"))
+        said = {name: value for name, value in asdict(self).items() if name not in unsaid}
+        said |= {"data": Path(self.data).name}
         said |= {"perceptual": features.network, "perceptual_digest": features.digest}
         said |= {"student": Path(self.student).name if Path(self.student).expanduser().is_dir() else self.student}
         if self.teacher is None:

@@ -78,7 +78,7 @@ def autoencoder(
     """
     if class_name not in (KL, TINY):
         raise UnsupportedError(f"vae: {class_name} is not supported; legal: {KL}, {TINY}")
-    _check_narrow(class_name, config)
+    check_narrow(class_name, config)
     weights = renamed(weights, {_current(name): name for name in weights.names()})
     factor, latents = vae_factor(class_name, config), int(config.get("latent_channels", 4))
     image = TensorSpec("sample", "float32", ("batch_size", 3, "sample_height", "sample_width"))
@@ -115,7 +115,8 @@ def decoder_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     return load(Narrow, config[KEY], f"vae config: {KEY}", SourceError).decoder
 
 
-def _check_narrow(class_name: str, config: Mapping[str, Any]) -> None:
+def check_narrow(class_name: str, config: Mapping[str, Any]) -> None:
+    """Raises SourceError where what stands under `diffship` makes no decoder."""
     if KEY not in config:
         return
     if class_name != KL:

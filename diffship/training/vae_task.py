@@ -72,6 +72,8 @@ class Turns:
 
     def learnt(self, module: str, step: int) -> int:
         """How often `module` has learnt before `step`."""
+        if module not in (*self.cycle, *self.at(0)):
+            return 0
         together = step if self.start is None else min(step, self.start)
         rounds, rest = divmod(max(0, step - together - self.alone), len(self.cycle))
         later = rounds * self.cycle.count(module) + self.cycle[:rest].count(module)
