@@ -73,8 +73,8 @@ def estimate(pipeline: Pipeline, passes: Sequence[Any], found: Sequence[Outline]
         held = outline.pipeline
     unknown = "known only when it runs"
     for place, step in enumerate(passes[len(found) :]):
-        before = None if place else costs.of(held, held.components[_part_of(step)])
-        steps.append(Step(step.kind, before, None, None, unknown, part=_part_of(step)))
+        first = None if place else costs.of(held, held.components[_part_of(step)])
+        steps.append(Step(step.kind, first, None, None, unknown, part=_part_of(step)))
     return Estimate(tuple(steps), found[-1].pipeline if found else pipeline, timed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.compression.outline import Outline
@@ -47,14 +47,14 @@ class SwapVaePass:
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What configs alone tell: a source without one, latents of another shape."""
         try:
-            with_vae(pipeline, vae_module(self.vae), {})
+            with_vae(pipeline, vae_module(self.vae))
         except DiffshipError as fault:
             return [Problem.of("vae", fault)]
         return []
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The shapes of the other auto-encoder; a few pictures are decoded to try it, which is not counted."""
-        return Outline(with_vae(pipeline, vae_module(self.vae), {}))
+        return Outline(with_vae(pipeline, vae_module(self.vae)))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the other auto-encoder and its scale of latents; what is odd about it is told.
@@ -68,7 +68,7 @@ class SwapVaePass:
             job.progress(f"warning: {fault}", 1, 1)
         job.progress("try the VAE", 1, 1)
         entry = {"pass": self.kind, **asdict(self), "report": None if report is None else plain(report)}
-        return recorded(replace(made, history=pipeline.history), entry)
+        return recorded(made, entry)
 
 
 def swap_vae(pipeline: Pipeline, vae: Module, force: bool = False) -> tuple[Pipeline, VaeReport | None]:
@@ -77,7 +77,7 @@ def swap_vae(pipeline: Pipeline, vae: Module, force: bool = False) -> tuple[Pipe
     Raises:
         ConfigError: latents of another shape; or it makes other pictures of the same latents, and `force` is not set.
     """
-    made = with_vae(pipeline, vae, {})
+    made = with_vae(pipeline, vae)
     if pipeline.source.get("kind") == "arch":
         return made, None
     report = tried(pipeline, made)

@@ -7,7 +7,7 @@ The tiny one is TAESD's (AutoencoderTiny), the small one a KL auto-encoder with 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,7 +125,7 @@ class VaePass:
         """The student's shapes, and calls of both auto-encoders; the discriminator and the features come on top."""
         teacher = self.teacher_of(pipeline)
         student = self.student_of(teacher)
-        made = with_vae(pipeline, student, {})
+        made = with_vae(pipeline, student)
         return Outline(made, tuple(self._calls(teacher, made, self.turns(student))))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
@@ -150,12 +150,12 @@ class VaePass:
         if reached(folder / STATE) < self.steps:
             train_vae(self, teacher, student, pictures, features, folder, job)
         report = read_report(folder)
-        made = with_vae(pipeline, trained_vae(student, SafetensorsWeights(folder / STATE)), {})
+        made = with_vae(pipeline, trained_vae(student, SafetensorsWeights(folder / STATE)))
         entry = {**self._entry(pipeline, features), **digests, "pictures": len(pictures), "report": report}
         if self.student == SMALL:
             entry["decoder"] = list(decoder_widths(made.components[DECODER].config))
         counts = {"decoder_parameters_before": _count(teacher), "decoder_parameters": _count(made)}
-        return recorded(replace(made, history=pipeline.history), {**entry, **counts})
+        return recorded(made, {**entry, **counts})
 
     def pixels(self, pipeline: Pipeline) -> int:
         """Side of the pictures that are trained on."""
@@ -181,7 +181,7 @@ class VaePass:
             UnsupportedError: the teacher is no AutoencoderKL.
             ConfigError: its latents are of another shape.
         """
-        found = pipeline if self.teacher is None else with_vae(pipeline, vae_module(self.teacher), {})
+        found = pipeline if self.teacher is None else with_vae(pipeline, vae_module(self.teacher))
         name = found.components[DECODER].class_name
         if name != KL:
             raise UnsupportedError(
@@ -199,7 +199,7 @@ class VaePass:
 
     def _made(self, pipeline: Pipeline) -> None:
         teacher = self.teacher_of(pipeline)
-        with_vae(pipeline, self.student_of(teacher), {})
+        with_vae(pipeline, self.student_of(teacher))
 
     def _calls(self, teacher: Pipeline, made: Pipeline, turns: Turns) -> Iterator[Calls]:
         size = (self.pixels(made) / made.family.default_size) ** 2

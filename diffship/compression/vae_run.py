@@ -57,7 +57,7 @@ def train_vae(
         schedule(options, options.rate),
         folder,
         validate=Report(
-            Sides(theirs.decoder.decode, lambda pixels: theirs.encoder.encode(pixels)[0]),
+            Sides(theirs.decode, lambda pixels: theirs.encoder.encode(pixels)[0]),
             Sides(task.decoder.decode, None if task.encoder is None else task.encoder.encode),
             looked,
             task.features,
@@ -81,7 +81,7 @@ def make_task(
 ) -> VaeTeaching:
     """The task with everything that it needs on `device`; what is trained is in float32."""
     turns, place = options.turns(student), str(device)
-    encoder, decoder = halves_of(with_vae(teacher, student, {}), place)
+    encoder, decoder = halves_of(with_vae(teacher, student), place)
     discriminator = Discriminator(options.disc_width, options.seed) if turns.start is not None else None
     side, family = pictures.size // teacher.family.vae_factor, teacher.family
     draws = Draws(len(pictures), (family.latent_channels, side, side), options.flip, options.colour)

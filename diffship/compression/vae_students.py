@@ -10,7 +10,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.weights import SeededWeights, Weights, cast, joined, renamed, subset
 from diffship.models.arch_configs import tiny_vae
-from diffship.models.autoencoder import KL, TINY, Decoder, Encoder, autoencoder, check_narrow, decoder_widths
+from diffship.models.autoencoder import KL, TINY, Decoder, Encoder, autoencoder, check_narrow, narrower
 from diffship.models.component import weight_metas
 from diffship.models.families import OWN
 from diffship.models.pipeline import Module, Pipeline
@@ -52,9 +52,7 @@ def _tiny_config(teacher: Pipeline, width: int) -> dict[str, Any]:
 
 def _small(teacher: Pipeline, decoder: tuple[int, ...], seed: int) -> Module:
     own = teacher.components[DECODER].config
-    groups = int(own["norm_num_groups"])
-    widths = decoder or tuple(max(groups, 3 * width // 4 // groups * groups) for width in decoder_widths(own))
-    config = {**own, KEY: {"decoder": list(widths)}}
+    config = {**own, KEY: {"decoder": list(decoder or narrower(own))}}
     check_narrow(KL, config)
     return Module(KL, config, joined(_encoder_of(teacher), _drawn(KL, config, seed, (DECODER,))))
 

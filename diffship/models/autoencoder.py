@@ -115,6 +115,12 @@ def decoder_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     return load(Narrow, config[KEY], f"vae config: {KEY}", SourceError).decoder
 
 
+def narrower(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Three quarters of the channels of a KL decoder, in whole norm groups: what Hybrid SD's small one has of SD1.5."""
+    groups = int(config["norm_num_groups"])
+    return tuple(max(groups, 3 * width // 4 // groups * groups) for width in decoder_widths(config))
+
+
 def check_narrow(class_name: str, config: Mapping[str, Any]) -> None:
     """Raises SourceError where what stands under `diffship` makes no decoder."""
     if KEY not in config:

@@ -226,8 +226,8 @@ def with_unet(pipeline: Pipeline, config: Mapping[str, Any], weights: Weights, e
     return recorded(replace(pipeline, family=family, components=parts), entry)
 
 
-def with_vae(pipeline: Pipeline, vae: Module, entry: Mapping[str, Any]) -> Pipeline:
-    """`pipeline` with another auto-encoder, drawn with by the scale factors of its own config.
+def with_vae(pipeline: Pipeline, vae: Module) -> Pipeline:
+    """`pipeline` with another auto-encoder, drawn with by the scale factors of its own config; its history stays.
 
     Raises:
         ConfigError: its latents are of another shape than those of the U-Net.
@@ -239,7 +239,7 @@ def with_vae(pipeline: Pipeline, vae: Module, entry: Mapping[str, Any]) -> Pipel
         halves = autoencoder(vae.class_name, config, vae.weights, _smallest(before))
     parts = {**pipeline.components, **{part.name: part for part in halves}}
     index = {**pipeline.model_index, "vae": ["diffusers", vae.class_name]}
-    return recorded(replace(pipeline, family=family, components=parts, model_index=index), entry)
+    return replace(pipeline, family=family, components=parts, model_index=index)
 
 
 def _family_with(pipeline: Pipeline, class_name: str, config: Mapping[str, Any]) -> Family:

@@ -60,7 +60,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     At most 1e4, without a gradient of its own. The graph stays, for the backward pass that follows.
     """
     pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
-    return (pulls[0] / (pulls[1] + 1e-4)).clamp(0, MOST_WEIGHT).detach()
+    return torch.as_tensor((pulls[0] / (pulls[1] + 1e-4)).clamp(0, MOST_WEIGHT).detach())
 
 
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:

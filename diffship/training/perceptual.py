@@ -93,7 +93,9 @@ class Features(Protocol):
 class Lpips(Module):
     """One of NETWORKS with its heads."""
 
-    heads: Sequence[Tensor]
+    heads: Any  # a ParameterList
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, layers: Sequence[Sequence[Conv | Pool]]) -> None:
         super().__init__()

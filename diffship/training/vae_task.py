@@ -158,6 +158,11 @@ class Teacher:
     encoder: Encoder
     decoder: Half
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Its pictures, not clamped, in float32 also where the student computes in less."""
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            return self.decoder.decode(latents)
+
 
 class VaeTeaching:
     """One loss per turn. `encoder` is None where the student keeps its teacher's."""
@@ -225,7 +230,7 @@ class VaeTeaching:
 
     def _filtered(self, pixels: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            ours, theirs = self.decoder.decode(latents), self.teacher.decoder.decode(latents)
+            ours, theirs = self.decoder.decode(latents), self.teacher.decode(latents)
             masked = worst_half(pixels, ours, theirs)
         return masked, self.teacher.encoder.encode(masked)[0]
 
@@ -251,10 +256,7 @@ class VaeTeaching:
         return hinge(real, fake)
 
     def _target(self, pixels: Tensor, latents: Tensor) -> Tensor:
-        if not self.losses.taught:
-            return pixels
-        with torch.no_grad():
-            return self.teacher.decoder.decode(latents)
+        return self.teacher.decode(latents) if self.losses.taught else pixels
 
     def _shrunk(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         return latents * (1 - self.losses.shrink * float(torch.rand((), generator=generator)))

@@ -65,7 +65,11 @@ def test_the_small_one_has_the_published_size() -> None:
     assert round((count(encoder) + count(decoder)) / 1e6, 2) == 62.01
     options = VaePass("x", student="small", steps=1)
     outline = options.outline(open_source("arch:sd15"))
-    assert outline.pipeline.components[DECODER].config["diffship"] == {"decoder": [96, 192, 384, 384]}
+    drawn = open_source("arch:sd15+small-vae")
+    for made in (outline.pipeline, drawn):
+        assert made.components[DECODER].config["diffship"] == {"decoder": [96, 192, 384, 384]}
+    with pytest.raises(SourceError, match="name one of taesd and small-vae"):
+        open_source("arch:sd15+small-vae+taesd")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_the_small_one_has_the_published_size() -> None:
 def test_widths_that_make_no_decoder_are_refused(vae: str, said: dict[str, Any], message: str, tiny: Pipeline) -> None:
     config = {**(VAES["tiny-sd"] if vae == "AutoencoderKL" else tiny_vae(8)), "diffship": said}
     with pytest.raises(SourceError, match=message):
-        with_vae(tiny, Module(vae, config, MemoryWeights({})), {})
+        with_vae(tiny, Module(vae, config, MemoryWeights({})))
 
 
 @pytest.mark.parametrize(("name", "more"), STUDENTS.items(), ids=STUDENTS)
@@ -278,7 +282,7 @@ def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(tmp_path
     other = Module(vae.class_name, {**vae.config, "_diffship": {"latents": "of another"}}, vae.weights)
     with pytest.raises(ConfigError, match="does not fit"):
         swap_vae(emoji, other)
-    place = str(with_vae(emoji, said, {}).save(tmp_path / "model"))
+    place = str(with_vae(emoji, said).save(tmp_path / "model"))
     labels: list[str] = []
     step = SwapVaePass(place)
     assert step.check(emoji) == []
