@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from diffship import __version__
 from diffship.compression.distill_run import STATE
+from diffship.compression.narrow import count_parameters
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.swap_vae import require_same_latents, vae_module
 from diffship.compression.trained import CADENCE, unplaced
@@ -154,7 +155,8 @@ class VaePass:
         entry = {**self._entry(pipeline, features), **digests, "pictures": len(pictures), "report": report}
         if self.student == SMALL:
             entry["decoder"] = list(decoder_widths(made.components[DECODER].config))
-        counts = {"decoder_parameters_before": _count(teacher), "decoder_parameters": _count(made)}
+        before, after = (count_parameters(one.components[DECODER].weights) for one in (teacher, made))
+        counts = {"decoder_parameters_before": before, "decoder_parameters": after}
         return recorded(made, {**entry, **counts})
 
     def pixels(self, pipeline: Pipeline) -> int:
@@ -231,8 +233,3 @@ class VaePass:
         first = source_digest(student.weights)
         facts = [__version__, options, digests, features.network, features.digest, plain(vae), first]
         return digest_of([*facts, self.pixels(teacher)])[:40]
-
-
-def _count(pipeline: Pipeline) -> int:
-    weights = pipeline.components[DECODER].weights
-    return sum(weights.meta(name).count for name in weights.names())

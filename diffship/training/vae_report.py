@@ -26,6 +26,7 @@ else:
 Map: TypeAlias = "Callable[[Tensor], Tensor]"
 
 _SCALES = tuple(2.0 ** (half / 2) for half in range(-6, 7))  # that latents may be off by
+_AT_ONCE = 2
 _BETTER = 0.8  # of the error at scale 1: another scale is the right one
 _NEAR, _LIMIT = 0.9, 0.98  # what is inside, and what lies at an end of the range of pictures
 # what is found to be a fault
@@ -78,24 +79,29 @@ def compare(reference: Sides, ours: Sides, pictures: Tensor, features: Features 
     """Both auto-encoders on `pictures` (n, 3, height, width) in [-1, 1]; the reference has an encoder."""
     assert reference.encode is not None  # what latents would be compared otherwise
     with torch.no_grad():
-        latents = reference.encode(pictures)
-        theirs, drawn = reference.decode(latents), ours.decode(latents)
-        slope = None if ours.encode is None else _slope(latents, ours.encode(pictures))
+        latents = in_parts(reference.encode, pictures)
+        theirs, drawn = (in_parts(one.decode, latents) for one in (reference, ours))
+        slope = None if ours.encode is None else _slope(latents, in_parts(ours.encode, pictures))
         gain, shift = _lines(theirs.clamp(-1, 1), drawn.clamp(-1, 1))
         figures = VaeReport(
             pictures=len(pictures),
             psnr=_psnr(drawn, pictures),
             reference_psnr=_psnr(theirs, pictures),
             between=_psnr(drawn, theirs.clamp(-1, 1)),
-            perceptual=None if features is None else distance(features, drawn, pictures).mean().item(),
+            perceptual=None if features is None else _distance(features, drawn, pictures),
             gain=gain,
             shift=shift,
             saturated=((drawn.abs() >= _LIMIT) & (theirs.abs() < _NEAR)).float().mean().item(),
-            scale=_scale(ours.decode, latents, theirs),
+            scale=_scale(ours.decode, latents[:_AT_ONCE], theirs[:_AT_ONCE]),
             slope=slope,
             unexplained=_unexplained(drawn.clamp(-1, 1), theirs.clamp(-1, 1)),
         )
     return replace(figures, found=tuple(faults(figures)))
+
+
+def in_parts(made: Map, given: Tensor) -> Tensor:
+    """`made` of a few of `given` at a time: a KL decoder takes gigabytes for eight pictures of 512 px."""
+    return torch.cat([made(part) for part in given.split(_AT_ONCE)])
 
 
 def faults(report: VaeReport) -> list[str]:
@@ -119,6 +125,11 @@ def faults(report: VaeReport) -> list[str]:
             "another family, or has not learnt yet"
         )
     return found
+
+
+def _distance(features: Features, ours: Tensor, pictures: Tensor) -> float:
+    pairs = zip(ours.split(_AT_ONCE), pictures.split(_AT_ONCE), strict=True)
+    return torch.cat([distance(features, a, b) for a, b in pairs]).mean().item()
 
 
 def _psnr(ours: Tensor, pictures: Tensor) -> float:
@@ -179,8 +190,8 @@ class Report:
     def _drawn(self) -> bytes:
         assert self.reference.encode is not None
         with torch.no_grad():
-            latents = self.reference.encode(self.pictures)
-            rows = [self.pictures, self.reference.decode(latents), self.ours.decode(latents)]
+            latents = in_parts(self.reference.encode, self.pictures)
+            rows = [self.pictures, *(in_parts(one.decode, latents) for one in (self.reference, self.ours))]
         return picture_bytes(grid([_pixels(one) for row in rows for one in row], len(self.pictures)))
 
 

@@ -40,6 +40,11 @@ def tiny() -> Pipeline:
     return open_source("arch:tiny-sd")
 
 
+@pytest.fixture(scope="module")
+def emoji() -> Pipeline:
+    return open_source("emoji")
+
+
 def count(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters())
 
@@ -266,14 +271,13 @@ def new_vae(config: dict[str, Any]) -> Module:
         (tiny_vae(8), "does not fit the model's latents: .*other pictures: .*Set force=true"),
     ],
 )
-def test_latents_of_another_family_are_refused(config: dict[str, Any], message: str) -> None:
-    emoji = open_source("emoji")
+def test_latents_of_another_family_are_refused(config: dict[str, Any], message: str, emoji: Pipeline) -> None:
     with pytest.raises(ConfigError, match=message):
         swap_vae(emoji, new_vae(config))
 
 
-def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(tmp_path: Path) -> None:
-    emoji, vae = open_source("emoji"), new_vae(tiny_vae(8))
+def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(emoji: Pipeline, tmp_path: Path) -> None:
+    vae = new_vae(tiny_vae(8))
     made, report = swap_vae(emoji, vae, force=True)
     assert report is not None and report.foreign and made.components[DECODER].class_name == "AutoencoderTiny"
     own = emoji.components[ENCODER].digest
@@ -315,13 +319,18 @@ FAULTS: dict[str, tuple[Callable[[Z], Z], Callable[[Z], Z], str]] = {
 TINT = torch.tensor([0.0, 0.0, -0.25])[:, None, None]
 
 
+@pytest.fixture(scope="module")
+def reference(emoji: Pipeline) -> Sides:
+    encoder, decoder = halves_of(emoji, "cpu")
+    return Sides(decoder.decode, encoder.encode)
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_report_finds_planted_faults(name: str) -> None:
-    encoder, decoder = halves_of(open_source("emoji"), "cpu")
+def test_the_report_finds_planted_faults(name: str, reference: Sides) -> None:
+    assert reference.encode is not None
     pictures = drawn_pictures(2, 64)
-    reference = Sides(decoder.decode, encoder.encode)
     spoil_decoder, spoil_encoder, message = FAULTS[name]
-    ours = Sides(spoil_decoder(decoder.decode), spoil_encoder(encoder.encode))
+    ours = Sides(spoil_decoder(reference.decode), spoil_encoder(reference.encode))
     found = compare(reference, ours, pictures)
     told = "; ".join(found.found)
     assert re.search(message, told) if message else told == "", told
