@@ -101,7 +101,7 @@ def compare(reference: Sides, ours: Sides, pictures: Tensor, features: Features 
 
 def in_parts(made: Map, given: Tensor) -> Tensor:
     """`made` of a few of `given` at a time: a KL decoder takes gigabytes for eight pictures of 512 px."""
-    return torch.cat([made(part) for part in given.split(_AT_ONCE)])
+    return torch.cat([made(part) for part in torch.split(given, _AT_ONCE)])
 
 
 def faults(report: VaeReport) -> list[str]:
@@ -128,7 +128,7 @@ def faults(report: VaeReport) -> list[str]:
 
 
 def _distance(features: Features, ours: Tensor, pictures: Tensor) -> float:
-    pairs = zip(ours.split(_AT_ONCE), pictures.split(_AT_ONCE), strict=True)
+    pairs = zip(torch.split(ours, _AT_ONCE), torch.split(pictures, _AT_ONCE), strict=True)
     return torch.cat([distance(features, a, b) for a, b in pairs]).mean().item()
 
 
