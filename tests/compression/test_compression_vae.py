@@ -21,11 +21,13 @@ from diffship.compression.vae import VaePass
 from diffship.core.errors import ConfigError, DiffshipError, SourceError
 from diffship.core.job import Job
 from diffship.core.problem import refuse
+from diffship.core.recipe import read_recipe
 from diffship.core.strict import load
 from diffship.core.weights import MemoryWeights, SeededWeights, source_digest
 from diffship.models.arch_configs import VAES, tiny_vae
 from diffship.models.autoencoder import Decoder, Encoder
 from diffship.models.component import weight_metas
+from diffship.models.cost import cost
 from diffship.models.pipeline import Module, Pipeline, with_vae
 from diffship.models.sources import open_source
 from diffship.sampling.decode import decode, to_pixels
@@ -33,6 +35,8 @@ from diffship.training.adversarial import augmented, hinge
 from diffship.training.loop import step_generator
 from diffship.training.vae_report import Sides, compare
 from diffship.training.vae_task import DECODER, DISCRIMINATOR, ENCODER, Turns, halves_of
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,23 @@ def test_the_small_one_has_the_published_size() -> None:
         assert made.components[DECODER].config["diffship"] == {"decoder": [96, 192, 384, 384]}
     with pytest.raises(SourceError, match="name one of taesd and small-vae"):
         open_source("arch:sd15+small-vae+taesd")
+
+
+def test_decoders_cost_what_the_page_says(emoji: Pipeline) -> None:
+    """Counted conv and linear GMAC; those of SD1.5 and TAESD at 512 px are the guide's, too."""
+    recipe = read_recipe(ROOT / "recipes" / "emoji-tiny-vae.toml").passes[0][1].outline(emoji).pipeline
+    sides = {"sd15": 64, "sd15+taesd": 64}
+    costs = {name: cost(open_source(f"arch:{name}").components[DECODER], _square(side)) for name, side in sides.items()}
+    costs |= {name: cost(one.components[DECODER], _square(16)) for name, one in (("emoji", emoji), ("tiny", recipe))}
+    found = {name: f"{one.conv_linear_macs / 1e9:,.4g}" for name, one in costs.items()}
+    assert found == {"sd15": "1,240", "sd15+taesd": "70.68", "emoji": "1.145", "tiny": "0.2815"}
+    assert 3 * costs["tiny"].macs < costs["emoji"].macs  # a third is asked for
+    page = (ROOT / "docs" / "compression.md").read_text(encoding="utf-8")
+    assert "takes 1,240 GMAC at 512 px, TAESD's 71." in page and "0.28 GMAC where\n`emoji` has 1.14." in page
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
 @pytest.mark.parametrize(
