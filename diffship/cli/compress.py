@@ -111,7 +111,8 @@ def _foreseen(options: argparse.Namespace) -> Result:
     source, base, passes = _asked(options)
     precision, timing = PRECISIONS.get(options.precision), not options.no_timing
     found = foresee(source, passes, base=base, revision=options.revision, precision=precision, timing=timing)
-    result = _described(found.pipeline, None, found.steps[-1].after)
+    last = found.steps[-1]
+    result = _described(found.pipeline, None, last.after if last.part == "unet" else None)
     plan = {"passes": [_step(step) for step in found.steps], "timed": found.timed}
     return Result({**result.document, "plan": plan}, f"{_plan_text(found)}\nnothing is written (--dry-run)")
 
@@ -196,6 +197,7 @@ def _cells(found: Cost | None) -> tuple[str, ...]:
 def _step(step: Step) -> dict[str, Any]:
     return {
         "pass": step.kind,
+        "part": step.part,
         "before": None if step.before is None else _figures(step.before),
         "after": None if step.after is None else _figures(step.after),
         "hours": None if step.seconds is None else step.seconds / 3600,
@@ -210,7 +212,8 @@ def _plan_text(found: Estimate) -> str:
     for step in found.steps:
         before = "-" if step.before is None else f"{step.before.params:,}"
         hours = "-" if step.seconds is None else f"{step.seconds / 3600:.2f}"
-        rows.append((step.kind, before, *_cells(step.after), hours))
+        kind = step.kind if step.part == "unet" else f"{step.kind} ({step.part})"
+        rows.append((kind, before, *_cells(step.after), hours))
     notes = [f"{step.kind}: a target: {step.note}" for step in found.steps if step.note]
     notes += [f"{step.kind}: no hours: {step.absent}" for step in found.steps if step.absent]
     return "\n".join([table(head, rows), *notes, f"hours: {found.timed}"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from diffship.compression.distill import DistillPass
     from diffship.compression.lcm import LcmPass
+    from diffship.compression.vae import VaePass
 else:
     torch = lazy("torch")
 
@@ -97,7 +98,7 @@ def make_task(
     )
 
 
-def schedule(options: DistillPass | LcmPass, rate: float) -> Schedule:
+def schedule(options: DistillPass | LcmPass | VaePass, rate: float) -> Schedule:
     """AdamW as published: betas .9 and .999. `rate` is the learning rate, which a pass may choose by itself."""
     return Schedule(
         steps=options.steps,

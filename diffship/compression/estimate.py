@@ -1,4 +1,4 @@
-"""A dry run: what each pass would leave of the U-Net, and the hours that it would take on this machine.
+"""A dry run: what each pass would leave of the part that it changes, and the hours that it would take on this machine.
 
 Hours come from one timed call of the source's U-Net, on the device that torch would train on, in float32. A call of
 another U-Net is taken to last as long as its share of multiply-accumulates: half precision is faster, reading pictures
@@ -34,8 +34,8 @@ _NOT_ASKED = "nothing was timed"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass: the U-Net's cost before and after it (None where that is not known), seconds (None: not timed, or the
-    pass cannot run), what the figures hang on, and what is not there that the pass reads."""
+    """One pass: the cost of `part`, which it changes, before and after it (None where that is not known), seconds
+    (None: not timed, or the pass cannot run), what the figures hang on, and what is not there that the pass reads."""
 
     kind: str
     before: Cost | None
@@ -43,6 +43,7 @@ class Step:
     seconds: float | None
     note: str = ""
     absent: str = ""
+    part: str = "unet"
 
 
 @brief
@@ -62,17 +63,24 @@ def estimate(pipeline: Pipeline, passes: Sequence[Any], found: Sequence[Outline]
     """
     costs, calling = _Costs(), any(outline.calls for outline in found)
     per_mac, timed = _seconds_per_mac(pipeline, costs) if timing and calling else (None, _NOT_ASKED)
-    steps, before = [], costs.of(pipeline, pipeline.components["unet"])
+    steps, held = [], pipeline
     for step, outline in zip(passes, found, strict=False):
-        after = costs.of(outline.pipeline, outline.pipeline.components["unet"])
+        part = _part_of(step)
+        before, after = (costs.of(one, one.components[part]) for one in (held, outline.pipeline))
         absent = absent_data(step)
         seconds = None if absent else _seconds(outline, per_mac, costs)
-        steps.append(Step(step.kind, before, after, seconds, outline.note, absent))
-        before = after
+        steps.append(Step(step.kind, before, after, seconds, outline.note, absent, part))
+        held = outline.pipeline
     unknown = "known only when it runs"
     for place, step in enumerate(passes[len(found) :]):
-        steps.append(Step(step.kind, None if place else before, None, None, unknown))
+        first = None if place else costs.of(held, held.components[_part_of(step)])
+        steps.append(Step(step.kind, first, None, None, unknown, part=_part_of(step)))
     return Estimate(tuple(steps), found[-1].pipeline if found else pipeline, timed)
+
+
+def _part_of(step: Any) -> str:
+    """The part that a pass changes, or the main one of them."""
+    return str(getattr(step, "part", "unet"))
 
 
 def absent_data(step: Any) -> str:
@@ -83,9 +91,10 @@ def absent_data(step: Any) -> str:
     return f"data={data} is not a folder here, and the run would stop at once; docs/compression.md says what it holds"
 
 
-def sized_cost(pipeline: Pipeline, unet: Component, px: int | None = None) -> Cost:
-    """Of one call of `unet` for one picture of `px` (the default size of `pipeline`)."""
-    return cost(unet, _sides(pipeline, px or pipeline.family.default_size))
+def sized_cost(pipeline: Pipeline, part: Component, px: int | None = None) -> Cost:
+    """Of one call of `part` for one picture of `px` (the default size of `pipeline`)."""
+    px = px or pipeline.family.default_size
+    return cost(part, {"image_height": px, "image_width": px, **_sides(pipeline, px)})
 
 
 def _sides(pipeline: Pipeline, px: int) -> Mapping[str, int]:
@@ -94,18 +103,18 @@ def _sides(pipeline: Pipeline, px: int) -> Mapping[str, int]:
 
 
 class _Costs:
-    """Costs that were counted; a pass that only trains leaves the U-Net that it found."""
+    """Costs that were counted; a pass that only trains leaves the shapes that it found."""
 
     def __init__(self) -> None:
         self._known: list[tuple[Component, int, Cost]] = []
 
-    def of(self, pipeline: Pipeline, unet: Component, px: int | None = None) -> Cost:
+    def of(self, pipeline: Pipeline, part: Component, px: int | None = None) -> Cost:
         px = px or pipeline.family.default_size
         for component, size, known in self._known:
-            if component is unet and size == px:
+            if component is part and size == px:
                 return known
-        found = sized_cost(pipeline, unet, px)
-        self._known.append((unet, px, found))
+        found = sized_cost(pipeline, part, px)
+        self._known.append((part, px, found))
         return found
 
 
@@ -114,7 +123,7 @@ def _seconds(outline: Outline, per_mac: float | None, costs: _Costs) -> float | 
         return 0.0
     if per_mac is None:
         return None
-    return sum(costs.of(outline.pipeline, calls.unet).macs * calls.count * per_mac for calls in outline.calls)
+    return sum(costs.of(outline.pipeline, calls.part).macs * calls.count * per_mac for calls in outline.calls)
 
 
 def _seconds_per_mac(pipeline: Pipeline, costs: _Costs) -> tuple[float | None, str]:

@@ -38,9 +38,9 @@ from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
 from diffship.models.sources import open_source
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
+from diffship.training.checkpoint import reached
 from diffship.training.consistency import LOSSES, PREDICTIONS
 from diffship.training.distillation_report import read_curve
-from diffship.training.loop import reached
 from diffship.training.paired import PairedPictures
 
 FULL, LORA = "full", "lora"

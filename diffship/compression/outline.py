@@ -18,9 +18,9 @@ from diffship.models.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Calls:
-    """`count` calls of `unet` for one sample of the default size each; a backward pass is as long as two calls."""
+    """`count` calls of `part` for one sample of the default size each; a backward pass is as long as two calls."""
 
-    unet: Component
+    part: Component
     count: float
 
 

@@ -61,9 +61,14 @@ def require_agreement(student: Pipeline, teacher: Pipeline) -> None:
 
 def untrainable(pipeline: Pipeline, pixels: int, batch: int, precision: str) -> Iterator[Problem]:
     """Why no training of this U-Net can start, whatever it is to learn."""
-    family, processes = pipeline.family, int(os.environ.get("WORLD_SIZE", "1"))
-    if family.unet_channels != family.latent_channels:
+    if pipeline.family.unet_channels != pipeline.family.latent_channels:
         yield Problem("unet", "is an inpainting model; models that draw whole pictures are distilled")
+    yield from unplaced(pipeline, pixels, batch, precision)
+
+
+def unplaced(pipeline: Pipeline, pixels: int, batch: int, precision: str) -> Iterator[Problem]:
+    """Why no training with these pictures can start on these machines, of whatever part."""
+    family, processes = pipeline.family, int(os.environ.get("WORLD_SIZE", "1"))
     if batch % processes:
         yield Problem("", f"batch {batch} cannot be shared by {processes} processes; make it a multiple")
     if precision == "fp16" and not torch.cuda.is_available():

@@ -57,6 +57,8 @@ PASSES: dict[str, str] = {
     "lora": "diffship.compression.lora:LoraPass",
     "significance": "diffship.compression.significance:SignificancePass",
     "prune": "diffship.compression.structural:PrunePass",
+    "swap-vae": "diffship.compression.swap_vae:SwapVaePass",
+    "vae": "diffship.compression.vae:VaePass",
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -33,6 +34,7 @@ __all__ = [
     "Weights",
     "cast",
     "identity_of",
+    "joined",
     "renamed",
     "source_digest",
     "subset",
@@ -167,6 +169,24 @@ class Derived:
         return self._weights.read(name)
 
 
+class _Joined:
+    def __init__(self, parts: Sequence[Weights]) -> None:
+        self._owner = {name: part for part in parts for name in part.names()}
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._owner)
+
+    def meta(self, name: str) -> TensorMeta:
+        return _find(self._owner, name).meta(name)
+
+    def read(self, name: str) -> Array:
+        return _find(self._owner, name).read(name)
+
+
 class _Renamed(Derived):
     def __init__(self, weights: Weights, old_names: Mapping[str, str]) -> None:
         super().__init__(weights)
@@ -258,6 +278,15 @@ def renamed(weights: Weights, old_names: Mapping[str, str]) -> Weights:
         if old not in known:
             raise SourceError(f"there is no tensor {old!r} among {len(known)}")
     return _Renamed(weights, old_names)
+
+
+def joined(*parts: Weights) -> Weights:
+    """The tensors of all `parts`; raises SourceError where two have one of the same name."""
+    names = [name for part in parts for name in part.names()]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise SourceError(f"the tensor {twice[0]!r} stands in two of {len(parts)} sets of weights")
+    return _Joined(parts)
 
 
 def subset(weights: Weights, names: Iterable[str]) -> Weights:

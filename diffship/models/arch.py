@@ -1,4 +1,4 @@
-"""`arch:NAME[+lcm][+taesd]`: an architecture from its config, with weights drawn from a seed when they are read."""
+"""`arch:NAME[+lcm][+taesd|+small-vae]`: an architecture from its config; weights are drawn from a seed when read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffship.core.lazy import lazy
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models import arch_configs as configs
-from diffship.models.autoencoder import KL, TINY, Decoder, Encoder
+from diffship.models.autoencoder import KL, TINY, Decoder, Encoder, narrower
 from diffship.models.component import weight_metas
 from diffship.models.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.pipeline import Material, Module
@@ -22,7 +22,7 @@ from diffship.models.text import PROJECTED, TextEncoder
 from diffship.models.tokenizer_files import clip_files
 from diffship.models.unet import CLASS as UNET
 from diffship.models.unet import UNet
-from diffship.models.widths import with_widths
+from diffship.models.widths import KEY, with_widths
 from diffship.sampling.tokenizer import END
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ else:
     torch = lazy("torch")
 
 PREFIX = "arch:"
-SUFFIXES = ("lcm", "taesd")
+SUFFIXES = ("lcm", "taesd", "small-vae")
 # whose text encoders, VAE and scheduler an architecture has, where they are not its own
 _SHARED = {
     "sd21-base": ("sd21", "sd15", "sd21-base"),
@@ -54,7 +54,7 @@ NAMES = (*configs.UNETS, *_TEACHERS)
 
 
 def arch_material(text: str) -> Material:
-    """Configs, seeded weights, tokenizers and scheduler of `arch:NAME[+lcm][+taesd]`; nothing is drawn yet.
+    """Configs, seeded weights, tokenizers and scheduler of `arch:NAME[+lcm][+taesd|+small-vae]`; nothing is drawn yet.
 
     Raises:
         SourceError: an unknown name or suffix.
@@ -65,6 +65,7 @@ def arch_material(text: str) -> Material:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
     text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
     vae_class, vae = (TINY, configs.TAESD[_size(name)]) if "taesd" in suffixes else (KL, configs.VAES[vae_of])
+    vae = {**vae, KEY: {"decoder": list(narrower(vae))}} if "small-vae" in suffixes else vae
     modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _ArchWeights([partial(UNet, unet)], _SEEDS["unet"]))}
     modules["vae"] = Module(
         vae_class,
@@ -105,6 +106,8 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     for suffix in suffixes:
         if suffix not in SUFFIXES:
             raise SourceError(f"{text}: {unknown('suffix', suffix, SUFFIXES)}")
+    if {"taesd", "small-vae"} <= set(suffixes):
+        raise SourceError(f"{text}: a model has one VAE; name one of taesd and small-vae")
     return name, tuple(suffixes)
 
 

@@ -171,25 +171,26 @@ VAES: dict[str, Config] = {
 }
 
 
-def _tiny_vae(width: int) -> Config:
+def tiny_vae(width: int, levels: int = 4, latents: int = 4) -> Config:
+    """The config of TAESD with other widths; a latent is 2 ** (levels - 1) pixels wide."""
     return {
         "act_fn": "relu",
-        "decoder_block_out_channels": [width] * 4,
-        "encoder_block_out_channels": [width] * 4,
+        "decoder_block_out_channels": [width] * levels,
+        "encoder_block_out_channels": [width] * levels,
         "force_upcast": False,
         "in_channels": 3,
-        "latent_channels": 4,
+        "latent_channels": latents,
         "latent_magnitude": 3,
         "latent_shift": 0.5,
-        "num_decoder_blocks": [3, 3, 3, 1],
-        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3] * (levels - 1) + [1],
+        "num_encoder_blocks": [1] + [3] * (levels - 1),
         "out_channels": 3,
         "scaling_factor": 1.0,
         "upsampling_scaling_factor": 2,
     }
 
 
-TAESD = {"full": _tiny_vae(64), "tiny": _tiny_vae(8)}
+TAESD = {"full": tiny_vae(64), "tiny": tiny_vae(8)}
 
 _BETAS: Config = {
     "beta_end": 0.012,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diffship.core.errors import UnsupportedError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
+from diffship.core.strict import bounded, bounds, load
 from diffship.core.weights import Weights, renamed, subset
 from diffship.models.component import Component
+from diffship.models.widths import KEY
 
 if TYPE_CHECKING:
     import diffusers
@@ -27,6 +29,15 @@ KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+@dataclass(frozen=True)
+@bounded
+class Narrow:
+    """What a KL auto-encoder's config says under `diffship`. decoder: channels of the decoder's levels, counted as
+    `block_out_channels` counts the encoder's, where it is narrower than that (the small VAE of Hybrid SD)."""
+
+    decoder: tuple[int, ...] = field(metadata=bounds(1, 65536))
+
+
 class Encoder(Module):
     """(sample,) -> (latent_parameters,): mean and log variance for KL, the latents themselves for the tiny one."""
 
@@ -34,7 +45,7 @@ class Encoder(Module):
 
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner = _half(class_name, config, ("encoder", "quant_conv"))
+        self.inner = _half(class_name, _stock(config), ("encoder", "quant_conv"))
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
         encoded = self.inner.encoder(sample)
@@ -48,7 +59,7 @@ class Decoder(Module):
 
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner = _half(class_name, config, ("decoder", "post_quant_conv"))
+        self.inner = _half(class_name, _of_decoder(config), ("decoder", "post_quant_conv"))
 
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
         if hasattr(self.inner, "post_quant_conv"):
@@ -63,9 +74,11 @@ def autoencoder(
 
     Raises:
         UnsupportedError: another class than AutoencoderKL or AutoencoderTiny.
+        SourceError: what stands under `diffship` in its config is not known here, or does not fit the rest.
     """
     if class_name not in (KL, TINY):
         raise UnsupportedError(f"vae: {class_name} is not supported; legal: {KL}, {TINY}")
+    check_narrow(class_name, config)
     weights = renamed(weights, {_current(name): name for name in weights.names()})
     factor, latents = vae_factor(class_name, config), int(config.get("latent_channels", 4))
     image = TensorSpec("sample", "float32", ("batch_size", 3, "sample_height", "sample_width"))
@@ -93,6 +106,42 @@ def autoencoder(
         (picture,), {"batch_size": 1, "latent_height": side, "latent_width": side},
     )  # fmt: skip
     return _owning(encoder), _owning(decoder)
+
+
+def decoder_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Channels of the levels of a KL decoder, which stock configs cannot say apart from those of the encoder."""
+    if KEY not in config:
+        return tuple(config["block_out_channels"])
+    return load(Narrow, config[KEY], f"vae config: {KEY}", SourceError).decoder
+
+
+def narrower(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Three quarters of the channels of a KL decoder, in whole norm groups: what Hybrid SD's small one has of SD1.5."""
+    groups = int(config["norm_num_groups"])
+    return tuple(max(groups, 3 * width // 4 // groups * groups) for width in decoder_widths(config))
+
+
+def check_narrow(class_name: str, config: Mapping[str, Any]) -> None:
+    """Raises SourceError where what stands under `diffship` makes no decoder."""
+    if KEY not in config:
+        return
+    if class_name != KL:
+        raise SourceError(f"vae config: {KEY} has widths of a decoder, which {class_name} says by itself")
+    levels, groups = len(config["block_out_channels"]), int(config.get("norm_num_groups", 32))
+    widths = decoder_widths(config)
+    if len(widths) != levels or any(width % groups for width in widths):
+        raise SourceError(
+            f"vae config: {KEY} has the decoder widths {list(widths)}; legal are {levels} multiples of {groups}"
+        )
+
+
+def _stock(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != KEY}
+
+
+def _of_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stock config whose decoder is the one that `config` means."""
+    return {**_stock(config), "block_out_channels": list(decoder_widths(config))} if KEY in config else dict(config)
 
 
 def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:

@@ -75,6 +75,8 @@ def card_text(pipeline: Pipeline) -> str:
             f"Inner widths of the U-Net lie under `{KEY}` in `unet/config.json`: stock diffusers cannot load it.",
             "",
         ]
+    if KEY in pipeline.components["vae_decoder"].config:
+        lines += [f"Widths of the decoder lie under `{KEY}` in `vae/config.json`: stock diffusers cannot load it.", ""]
     commands = ["diffship export . --to onnx -o onnx", 'diffship run onnx "..." -o pictures/']
     return "\n".join([*lines, "```", *commands, "```", ""])
 

@@ -18,7 +18,7 @@ from diffship.core.family import Family
 from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.weights import Weights, cast
 from diffship.models import stock
-from diffship.models.autoencoder import autoencoder
+from diffship.models.autoencoder import autoencoder, vae_factor
 from diffship.models.component import Component, reading
 from diffship.models.defaults import completed
 from diffship.models.families import OWN, family_of, own_facts
@@ -224,6 +224,35 @@ def with_unet(pipeline: Pipeline, config: Mapping[str, Any], weights: Weights, e
     family = family_of(config, vae.class_name, vae.config, pipeline.scheduler, pipeline.model_index, texts)
     parts["unet"] = unet(config, weights, _smallest(family) // family.vae_factor)
     return recorded(replace(pipeline, family=family, components=parts), entry)
+
+
+def with_vae(pipeline: Pipeline, vae: Module) -> Pipeline:
+    """`pipeline` with another auto-encoder, drawn with by the scale factors of its own config; its history stays.
+
+    Raises:
+        ConfigError: its latents are of another shape than those of the U-Net.
+        UnsupportedError: another class than AutoencoderKL or AutoencoderTiny, or a config that is not drawn with.
+    """
+    config = completed(vae.class_name, vae.config)
+    family, before = _family_with(pipeline, vae.class_name, config), pipeline.family
+    with reading("vae", vae.class_name):
+        halves = autoencoder(vae.class_name, config, vae.weights, _smallest(before))
+    parts = {**pipeline.components, **{part.name: part for part in halves}}
+    index = {**pipeline.model_index, "vae": ["diffusers", vae.class_name]}
+    return replace(pipeline, family=family, components=parts, model_index=index)
+
+
+def _family_with(pipeline: Pipeline, class_name: str, config: Mapping[str, Any]) -> Family:
+    before, factor = pipeline.family, vae_factor(class_name, config)
+    channels = int(config.get("latent_channels", 4))
+    if (channels, factor) != (before.latent_channels, before.vae_factor):
+        raise ConfigError(
+            f"the VAE has {channels} latent channels, each latent {factor} pixels wide; the U-Net draws "
+            f"{before.latent_channels}, each {before.vae_factor} pixels wide: latents of another family"
+        )
+    unet = pipeline.components["unet"].config
+    texts = {name: pipeline.components[name].config for name in TEXT_PARTS if name in pipeline.components}
+    return family_of(unet, class_name, config, pipeline.scheduler, pipeline.model_index, texts)
 
 
 def recorded(pipeline: Pipeline, entry: Mapping[str, Any]) -> Pipeline:

@@ -26,7 +26,8 @@ _HERE = Path(__file__).parent
 
 
 def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
-    """A path that exists, a hub id, `emoji` or its sibling `emoji-small`, or `arch:NAME[+lcm][+taesd]`, as a Pipeline.
+    """A path that exists, a hub id, `emoji` or its sibling `emoji-small`, or `arch:NAME[+lcm][+taesd]`, as a
+    Pipeline; `+small-vae` in place of `+taesd`.
 
     No tensor is read yet.
 

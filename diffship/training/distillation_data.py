@@ -21,7 +21,9 @@ from diffship.training.paired import PairedPictures
 from diffship.training.saving import read_tensors, save_tensors
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from safetensors import torch as tensor_file
     from torch import Tensor, nn
 else:
@@ -56,15 +58,23 @@ class Encoder:
         return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
     def _encode(self, rows: Sequence[int], flips: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        pixels = torch.from_numpy(self.pictures.pixels(rows, flips)).to(self.device)
+        return self.encode(signed(self.pictures.pixels(rows, flips)).to(self.device))
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posteriors of pictures (n, 3, height, width) in [-1, 1]."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            parameters = self.module(pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))[0]
+            parameters = self.module(pixels)[0]
         mean, deviation = parameters, torch.zeros_like(parameters)
         if parameters.shape[1] == 2 * self.family.latent_channels:
             mean, log_variance = parameters.chunk(2, dim=1)
             deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
         scale = self.family.scaling_factor
         return (mean - self.family.shift_factor) * scale, deviation * scale
+
+
+def signed(pixels: NDArray[np.uint8]) -> Tensor:
+    """(n, height, width, 3) uint8 as (n, 3, height, width) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 class HeldLatents:

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 _AT_ONCE = 4
 _COLUMNS = 4
 _WIDTH, _HEIGHT, _MARGIN = 640, 360, 48
-_COLOURS = {"loss": "black", "task": "#1f77b4", "out": "#d95f02", "feat": "#2ca02c"}
+_COLOURS = {
+    "loss": "black",
+    "task": "#1f77b4",
+    "out": "#d95f02",
+    "feat": "#2ca02c",
+    "pixel": "#1f77b4",
+    "perceptual": "#2ca02c",
+    "latents": "#d95f02",
+    "discriminator": "#9467bd",
+}
 
 
 class InTraining(PipelineModel):
@@ -64,7 +73,7 @@ def write_pictures(model: InTraining, look: Look, file: Path) -> None:
         RunnerError: the model draws nothing but black, or numbers that are not finite.
     """
     drawn = np.concatenate([_drawn(model, look, steps) for steps in look.steps], axis=0)
-    write_file(file, _png(Image.fromarray(drawn)))
+    write_file(file, picture_bytes(drawn))
 
 
 def _drawn(model: InTraining, look: Look, steps: int | None) -> NDArray[np.uint8]:
@@ -91,6 +100,11 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = _COLUMNS) -> NDAr
     whole = [*pictures, *[blank] * (-len(pictures) % columns)]
     rows = [np.concatenate(whole[at : at + columns], axis=1) for at in range(0, len(whole), columns)]
     return np.concatenate(rows)
+
+
+def picture_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """(height, width, 3) uint8 as a PNG."""
+    return _png(Image.fromarray(pixels))
 
 
 def read_curve(file: Path) -> list[dict[str, Any]]:
@@ -122,11 +136,11 @@ def write_curve(curve: Path, file: Path) -> None:
         pen.text((x, y), label, fill="black")
     pen.text((_MARGIN, _HEIGHT - _MARGIN + 6), f"step {first}", fill="black")
     pen.text((_WIDTH - 2 * _MARGIN, _HEIGHT - _MARGIN + 6), f"step {last}", fill="black")
-    for number, (name, colour) in enumerate(_COLOURS.items()):
+    drawn = [name for name in _COLOURS if sum(entry.get(name, 0) > 0 for entry in entries) > 1]
+    for number, name in enumerate(drawn):
         points = [place(entry["step"], entry[name]) for entry in entries if entry.get(name, 0) > 0]
-        if len(points) > 1:
-            pen.line(points, fill=colour, width=2)
-            pen.text((_MARGIN + 110 + 60 * number, _HEIGHT - _MARGIN + 6), name, fill=colour)
+        pen.line(points, fill=_COLOURS[name], width=2)
+        pen.text((_MARGIN + 110 + 72 * number, _HEIGHT - _MARGIN + 6), name, fill=_COLOURS[name])
     write_file(file, _png(image))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.training.checkpoint import load_average
 from diffship.training.diffusion import (
     TEXT_CONFIG,
     UNET_CONFIG,
@@ -18,7 +19,7 @@ from diffship.training.diffusion import (
     Latents,
     caption_variants,
 )
-from diffship.training.loop import Schedule, load_average, train
+from diffship.training.loop import Schedule, train
 from diffship.training.pictures import Pictures
 from diffship.training.preview import draw, save_grid
 from diffship.training.saving import read_tensors, reading, replace_tensors

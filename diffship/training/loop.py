@@ -11,29 +11,24 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 from diffship.core.distributed import note_left
-from diffship.core.errors import Cancelled, DiffshipError, SourceError
+from diffship.core.errors import Cancelled, DiffshipError
 from diffship.core.lazy import lazy
 from diffship.core.quiet import training
-from diffship.training.saving import reading, replace_tensors, save_tensors
+from diffship.training.checkpoint import parameters_of, read_state, write_state
 
 if TYPE_CHECKING:
     import accelerate
     import torch
-    from safetensors import torch as tensor_file
     from torch import Tensor, nn
 else:
     accelerate, torch = lazy("accelerate"), lazy("torch")
-    tensor_file = lazy("safetensors.torch")
-
-
-_REMEDY = "Remove it, and the same command trains from the beginning"
 
 
 class Task(Protocol):
@@ -43,6 +38,22 @@ class Task(Protocol):
     def modules(self) -> Mapping[str, nn.Module]: ...
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+
+
+@runtime_checkable
+class TakesTurns(Task, Protocol):
+    """A task whose modules do not all learn at every step, as generator and discriminator do not.
+
+    `rates` are factors of the schedule's rate, by module; 1 where it names none. AdamW keeps the moments and the count
+    of steps of each weight apart, so that modules that take turns are what they would be under optimisers of their own.
+    """
+
+    @property
+    def rates(self) -> Mapping[str, float]: ...
+
+    def begin(self, step: int) -> Collection[str]:
+        """Names of the modules that learn at `step`, whose losses are asked for next."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,8 @@ def train(
             if progress is not None:
                 progress(run.step, schedule.steps)
         run.save()
+    for value in run.live:  # of modules that took turns, only some have it now
+        value.requires_grad_(True)
     run.accelerator.wait_for_everyone()  # no timeout: torch's own, for every exchange
     return run.step
 
@@ -169,10 +182,10 @@ class _Run:
         self.accelerator = new_accelerator(precision)
         for module in task.modules.values():
             module.to(self.accelerator.device)
-        self.parameters = _parameters(task.modules)
+        self.parameters = parameters_of(task.modules)
         self.live = list(self.parameters.values())
         adam = torch.optim.AdamW(
-            self.live, lr=schedule.rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True
+            self._groups(), lr=schedule.rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True
         )
         self.optimizer = self.accelerator.prepare(adam)
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -183,7 +196,8 @@ class _Run:
         """One step; returns what reads its figures, so that a step that is not logged never waits for them."""
         tick = time.monotonic()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate_at(self.step)
+            group["lr"] = self.schedule.rate_at(self.step) * group["factor"]
+        learning = self._learning()
         generator = step_generator(self.schedule.seed, self.step, self.accelerator.process_index)
         parts = [self._add_gradients(generator) for _ in range(self.schedule.accumulate)]
         self._average_gradients()
@@ -193,10 +207,33 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         weight = 1 - self.schedule.ema_at(self.step)
-        torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.live], weight)
+        torch._foreach_lerp_(
+            [self.average[name] for name in learning], [self.parameters[name].detach() for name in learning], weight
+        )
         self.step += 1
         seconds = time.monotonic() - tick
         return lambda: {"seconds": seconds, **_mean([{"loss": loss.item(), **figures} for loss, figures in parts])}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The weights of each module with the factor of its rate."""
+        rates = self.task.rates if isinstance(self.task, TakesTurns) else {}
+        modules = dict.fromkeys(_module_of(name) for name in self.parameters)
+        return [
+            {
+                "params": [value for name, value in self.parameters.items() if _module_of(name) == module],
+                "factor": rates.get(module, 1.0),
+            }
+            for module in modules
+        ]
+
+    def _learning(self) -> list[str]:
+        """Names of the weights that learn at this step; the others take no gradient."""
+        if not isinstance(self.task, TakesTurns):
+            return list(self.parameters)
+        modules = self.task.begin(self.step)
+        for name, value in self.parameters.items():
+            value.requires_grad_(_module_of(name) in modules)
+        return [name for name, value in self.parameters.items() if value.requires_grad]
 
     def _add_gradients(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of this process's share of one batch; its gradient is added to those that are there."""
@@ -240,11 +277,11 @@ class _Run:
         if self.accelerator.is_main_process and self._written != self.step:
             scaler = self.accelerator.scaler
             about = {"step": self.step, "scaler": None if scaler is None else scaler.state_dict()}
-            _save(self.state, about, self.parameters, self.average, self.optimizer)
+            write_state(self.state, about, self.parameters, self.average, self.optimizer)
             self._written = self.step
 
     def _load(self) -> int:
-        about = _load(self.state, self.parameters, self.average, self.optimizer)
+        about = read_state(self.state, self.parameters, self.average, self.optimizer)
         if self.accelerator.scaler is not None and about.get("scaler"):
             self.accelerator.scaler.load_state_dict(about["scaler"])
         return int(about["step"])
@@ -274,6 +311,10 @@ def _report(curve: TextIO, step: int, steps: int, figures: Mapping[str, float], 
         print(f"step {step}/{steps} loss {figures['loss']:.4f} {figures['seconds']:.2f}s", file=sys.stderr)
 
 
+def _module_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
 class averaged:
     """While open, the parameters hold their exponential averages."""
 
@@ -292,81 +333,3 @@ class averaged:
 
     def __exit__(self, *error: object) -> None:
         self._swap()
-
-
-def reached(state: Path) -> int:
-    """The step of a checkpoint, 0 where there is none. Raises SourceError: it is damaged."""
-    if not state.exists():
-        return 0
-    with reading(state, _REMEDY) as file:
-        return int(_about(file, state)["step"])
-
-
-def load_average(state: Path, modules: Mapping[str, nn.Module]) -> int:
-    """Fill modules with the averaged weights of a checkpoint; returns its step. Raises SourceError: it is damaged."""
-    with reading(state, _REMEDY) as file, torch.no_grad():
-        for name, value in _parameters(modules).items():
-            value.copy_(_tensor(file, state, f"average/{name}", value.shape))
-        return int(_about(file, state)["step"])
-
-
-def save_start(state: Path, modules: Mapping[str, nn.Module]) -> None:
-    """A checkpoint of step 0 that holds the modules as they are, without moments."""
-    parameters = {name: value.detach() for name, value in _parameters(modules).items()}
-    state.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{kind}/{name}": value.clone() for kind in ("live", "average") for name, value in parameters.items()}
-    save_tensors(tensor_file.save_file, tensors, state, {"state": json.dumps({"step": 0})})
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}/{key}": value
-        for name, module in modules.items()
-        for key, value in module.named_parameters()
-        if value.requires_grad
-    }
-
-
-def _save(
-    state: Path, about: Mapping[str, Any], parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any
-) -> None:
-    tensors = {f"live/{name}": value.detach().contiguous() for name, value in parameters.items()}
-    tensors |= {f"average/{name}": value.contiguous() for name, value in average.items()}
-    for name, value in parameters.items():
-        for key, moment in optimizer.state.get(value, {}).items():
-            tensors[f"{key}/{name}"] = moment.contiguous()
-    replace_tensors(tensors, state, {"state": json.dumps(about)})
-
-
-def _load(state: Path, parameters: Mapping[str, Any], average: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Fill weights, averages and moments; returns what else the checkpoint notes. Raises SourceError: it is damaged."""
-    with reading(state, _REMEDY) as file, torch.no_grad():
-        keys = set(file.keys())
-        for name, value in parameters.items():
-            value.copy_(_tensor(file, state, f"live/{name}", value.shape))
-            average[name].copy_(_tensor(file, state, f"average/{name}", value.shape))
-            for key, shape in (("step", ()), ("exp_avg", value.shape), ("exp_avg_sq", value.shape)):
-                if f"{key}/{name}" in keys:
-                    held = _tensor(file, state, f"{key}/{name}", shape).to(value.device)
-                    # fused AdamW walks through memory: moments must lie as their weight does (channels last, say)
-                    optimizer.state[value][key] = held if key == "step" else torch.empty_like(value).copy_(held)
-        return _about(file, state)
-
-
-def _about(file: Any, state: Path) -> dict[str, Any]:
-    """What a checkpoint notes beside its tensors: the step, and the scaler of a run in fp16."""
-    try:
-        found: dict[str, Any] = json.loads(file.metadata()["state"])
-        int(found["step"])
-        return found
-    except (TypeError, KeyError, ValueError):
-        raise SourceError(f"{state} is no checkpoint of a training run: its header notes no step") from None
-
-
-def _tensor(file: Any, state: Path, name: str, shape: Sequence[int]) -> Tensor:
-    if name not in file.keys():
-        raise SourceError(f"{state} has no tensor {name}: it is of another run")
-    found: Tensor = file.get_tensor(name)
-    if tuple(found.shape) != tuple(shape):
-        raise SourceError(f"{state}: {name} has shape {tuple(found.shape)}, this run needs {tuple(shape)}")
-    return found

@@ -64,7 +64,7 @@ CAPABILITIES: Mapping[str, Capability] = {
     ),
     # these have no form in the command line yet: whoever builds one gives it a test here
     "coco": Capability("FID, IS and CLIP score on COCO captions", _never),
-    "asymmetric-vae": Capability("VAEs whose decoder is narrower than their encoder", _never),
+    "asymmetric-vae": Capability("reading released VAEs whose decoder is narrower than their encoder", _never),
     "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),
     "video": Capability("video models", _never),

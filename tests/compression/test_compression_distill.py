@@ -306,7 +306,7 @@ def test_what_fits_has_no_problem_and_tells_its_calls(tmp_path: Path) -> None:
     ]
     assert shapes[0] == shapes[1] and outline.pipeline.history == student.history
     assert [calls.count for calls in outline.calls] == [180, 60]
-    assert outline.calls[1].unet.config["layers_per_block"] == 2
+    assert outline.calls[1].part.config["layers_per_block"] == 2
     lone = dataclasses.replace(step, w_out=0.0, features="none", checkpointing=True).outline(student)
     assert [calls.count for calls in lone.calls] == [240]
 

@@ -95,7 +95,7 @@ def test_the_outline_has_the_shapes_of_the_result(small: Pipeline, pictures: Pat
     }
     long = PrunePass(keep=0.7, criterion="taylor", **options)
     outline = long.outline(small)
-    assert [(calls.count, calls.unet.name) for calls in outline.calls] == [(3 * 4 * 334, "unet")]
+    assert [(calls.count, calls.part.name) for calls in outline.calls] == [(3 * 4 * 334, "unet")]
     assert "hangs on their scores" in outline.note
 
 

@@ -19,6 +19,7 @@ from diffship.core.weights import (
     SafetensorsWeights,
     SeededWeights,
     cast,
+    joined,
     renamed,
     source_digest,
     subset,
@@ -62,6 +63,17 @@ def test_maps_compose_lazily() -> None:
     for broken in (lambda: subset(weights, ["y"]), lambda: weights.read("a"), lambda: weights.meta("a")):
         with pytest.raises(SourceError, match="there is no tensor"):
             broken()
+
+
+def test_sets_of_weights_join_unless_both_have_a_name() -> None:
+    first, second = (MemoryWeights({name: np.full(2, value, np.float32)}) for name, value in (("a", 1), ("b", 2)))
+    both = joined(first, second)
+    assert (both.names(), both.nbytes, both.read("b").tolist()) == (("a", "b"), 16, [2, 2])
+    assert both.meta("a") == TensorMeta("float32", (2,))
+    with pytest.raises(SourceError, match="'a' stands in two of 3"):
+        joined(first, second, first)
+    with pytest.raises(SourceError, match="no tensor 'c'"):
+        both.read("c")
 
 
 def test_bfloat16_source_cast_to_float32(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_process_that_has_left_a_run_ends_with_the_code_of_its_command(tmp_pat
 
 def test_the_first_process_alone_writes_the_whole_auto_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffship.training import emoji_stages
-    from diffship.training.loop import save_start
+    from diffship.training.checkpoint import save_start
 
     vae = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     modules = {"vae": vae}

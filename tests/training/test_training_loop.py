@@ -18,7 +18,8 @@ from torch import nn
 from diffship.core import quiet
 from diffship.core.errors import BusyError, Cancelled, SourceError
 from diffship.training import loop
-from diffship.training.loop import DivergedError, Schedule, load_average, reached, step_generator, train
+from diffship.training.checkpoint import load_average, reached
+from diffship.training.loop import DivergedError, Schedule, step_generator, train
 
 
 class Line:
@@ -186,13 +187,13 @@ def test_no_step_is_made_while_something_is_timed(
 
 def test_every_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    whole = loop._save
+    whole = loop.write_state
 
     def noted(state: Path, about: Mapping[str, Any], *rest: Any) -> None:
         written.append(about["step"])
         whole(state, about, *rest)
 
-    monkeypatch.setattr(loop, "_save", noted)
+    monkeypatch.setattr(loop, "write_state", noted)
     train(Line(), Schedule(steps=3, batch=4, rate=1e-2), tmp_path)
     assert written == [3]
     train(Line(), Schedule(steps=3, batch=4, rate=1e-2), tmp_path)  # nothing is left to do, nor to write
