@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from partition_oracle import Toy, placed, published, toys
 
 from diffship.core.errors import ConfigError, DeadlineError, RunnerError
+from diffship.core.registry import SAMPLERS
 from diffship.core.spec import TensorSpec
 from diffship.runtimes.partition.denoiser import Partitioned, everywhere, seats, simulate, threads
 from diffship.runtimes.partition.timetable import Scheme
 from diffship.sampling.kernel import apply_matrix
 from diffship.sampling.loop import advance, denoise, plain
 from diffship.sampling.rng import make_noise
-from diffship.sampling.samplers import SAMPLERS, make_sampler, times_of
+from diffship.sampling.sampler import times_of
+from diffship.sampling.samplers import make_sampler
 from diffship.sampling.trajectory import Conditioning, Trajectory
 
 SD = {
@@ -104,11 +106,11 @@ def test_threads_give_what_one_process_gives(scheme: Scheme, ends: bool) -> None
         assert np.array_equal(want.latents, have.latents) and np.array_equal(want.latents, second.latents)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith(("edm-", "flow-"))])
 def test_a_warm_up_of_all_steps_is_the_plain_run(sampler: str) -> None:
     batch = [drawn(4, sampler, seed) for seed in range(2)]
     expected = denoise(batch, plain(Chain(toys(3)[0])))
-    for devices, scheme in ((3, Scheme(1, 10)), (3, Scheme(2, 5, True)), (1, Scheme(1, 1))):
+    for devices, scheme in ((3, Scheme(1, 10)), (3, Scheme(2, 10, True)), (1, Scheme(1, 1))):
         found = denoise(batch, simulated(devices, scheme))
         whole = denoise(batch, plain(Chain(toys(devices)[0]))) if devices == 1 else expected
         assert all(np.array_equal(a.latents, b.latents) for a, b in zip(found, whole, strict=True))

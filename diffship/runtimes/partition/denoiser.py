@@ -15,7 +15,7 @@ from diffship.runtimes.partition.lanes import Lanes, OneByOne, ThreadEach
 from diffship.runtimes.partition.placement import Placement
 from diffship.runtimes.partition.timetable import Scheme, Task, Timetable, timetable
 from diffship.sampling.guidance import FeedMaker, guide, guided, like
-from diffship.sampling.samplers import times_of
+from diffship.sampling.sampler import times_of
 from diffship.sampling.trajectory import Trajectory
 
 TIMEOUT_SECONDS = 600.0
