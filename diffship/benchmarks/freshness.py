@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from diffship.benchmarks.catalogue import ResultsFile, of_suite
-from diffship.core.registry import EXPORTERS, PASSES, RUNNERS
+from diffship.core.registry import EXPORTERS, PASSES, RUNNERS, SAMPLERS
 
 PACKAGE = Path(__file__).parents[1]
 # They name others, or write down what was measured: no figure depends on them.
@@ -24,6 +24,7 @@ ASIDE = {
     "diffship.core.registry",
     *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry")),
 }
+MAKES_SAMPLERS = "diffship.sampling.samplers"
 # It counts and what it imports does not: it makes materials for all suites, each of which uses a few.
 SHALLOW = {"diffship.benchmarks.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
@@ -66,7 +67,10 @@ def modules(entry: ResultsFile, runners: Iterable[str] = (), package: Path = PAC
     targets = {name: target.partition(":")[0] for name, target in tables.items()}
     wanted = {module for name, module in targets.items() if name.removeprefix("engine ") in used}
     unused = {module for module in targets.values() if module not in wanted}
-    return sorted(closure([*entry.roots, *wanted], unused, package))
+    found = closure([*entry.roots, *wanted], unused, package)
+    if MAKES_SAMPLERS in found:  # a model's scheduler says which, so any of them
+        found |= closure([target.partition(":")[0] for target in SAMPLERS.values()], unused, package)
+    return sorted(found)
 
 
 def closure(roots: Iterable[str], without: Iterable[str] = (), package: Path = PACKAGE) -> set[str]:

@@ -66,6 +66,10 @@ def test_what_materials_are_made_of_counts_for_those_who_use_them(edited: Edit) 
     assert {"cold-start", "serving"} <= made
 
 
+def test_what_a_sampler_computes_counts_for_those_who_draw(edited: Edit) -> None:
+    assert {"cold-start", "serving"} <= edited("sampling/solvers/ddim.py", "return Coefficients(", "return Other(")
+
+
 @pytest.mark.slow
 def test_statistics_and_figures_count(edited: Edit) -> None:
     assert edited("benchmarks/intervals.py", "LEVEL = 0.95", "LEVEL = 0.5") == set(SUITES)
