@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -198,15 +198,21 @@ def load(kit: Kit) -> Readings:
         grown = served.resident_bytes() - before
     over = {row.metric: row.value or 0 for row in serving.overload(replace(short, seconds=8.0, rounds=1), capacity)}
     waits = [answer.seconds * capacity for answer in steady if answer.status == 200]
-    shares = {"p50_pictures": 0.5, "p99_pictures": 0.99}  # of too few requests there is no 99th percentile
-    known = {name: share for name, share in shares.items() if intervals.supports(len(waits), share)}
+    late = intervals.supports(len(waits), 0.99)  # of too few requests there is no 99th percentile
     return {
         "batching_gain": Interval(gain.value or 0, gain.low, gain.high, gain.n or 0, gain.conditions["interval"]),
-        **{name: _once(float(np.quantile(waits, share))) for name, share in known.items()},
+        "p50_pictures": _in_parts(waits),
+        **({"p99_pictures": _once(float(np.quantile(waits, 0.99)))} if late else {}),
         "refused_share": _once(sum(answer.status != 200 for answer in steady) / max(len(steady), 1)),
         "grown_mb": _once(grown / 1e6),
         "goodput": _once(over["goodput_over_capacity"]),
     }
+
+
+def _in_parts(waits: Sequence[float], parts: int = 6) -> Interval:
+    """The median with its interval over consecutive parts: what waits together is one sample, not many."""
+    medians = [[float(np.median(part))] for part in np.array_split(np.asarray(waits), parts)]
+    return intervals.ratio(medians, [[1.0]] * parts)
 
 
 def counts(kit: Kit) -> Readings:

@@ -20,7 +20,7 @@ from diffship.benchmarks.intervals import Interval
 from diffship.benchmarks.load import Server
 from diffship.benchmarks.materials import Materials
 from diffship.benchmarks.readings import SENTINELS, Kit, Readings
-from diffship.benchmarks.sentinels import CLAIMS, RULERS, figures_of, found, judged, main, watched
+from diffship.benchmarks.sentinels import CLAIMS, RULERS, figures_of, found, judged, main, processors, watched
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.quiet import HELD
 
@@ -56,6 +56,21 @@ def contradicted(known: dict[str, Readings], figures: dict[str, float] = FIGURES
     lines = judged(known, figures)
     assert {line.status for line in lines} <= {"fine", "contradicted"}
     return [line.text.partition(":")[0] for line in lines if line.status == "contradicted"]
+
+
+def test_a_lead_over_others_is_told_on_another_processor_and_our_own_figures_are_held_anywhere() -> None:
+    known = fitting()
+    known["large-calls"]["onnxruntime"] = exactly(2.0)
+    known["small-model"]["call_ratio"] = exactly(2.0)
+    cpus = processors(ROOT)
+    for here, status in ((cpus["cpu-edge"], "contradicted"), ("another", "not checked")):
+        lines = judged(known, FIGURES, cpus, here)
+        found = {line.text.partition(":")[0]: line for line in lines if line.status != "fine"}
+        assert {name: line.status for name, line in found.items()} == {
+            "large-calls.onnxruntime": status,
+            "small-model.call_ratio": "contradicted",
+        }
+    assert "and this is another" in found["large-calls.onnxruntime"].text
 
 
 @pytest.mark.parametrize("marker", MARKERS)
