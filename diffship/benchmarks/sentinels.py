@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in SENTINELS:
             raise ConfigError(unknown("sentinel", name, SENTINELS))
-    figures = figures_of(given.root)
+    figures, cpus, here = figures_of(given.root), processors(given.root), str(environment()["cpu"])
     for claim in CLAIMS:
         claim.bound(figures)  # a claim whose figure is gone is told before anything is measured
     given.work.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[Verdict] = []
     for name in names:
         ran = run(kit, [name], lambda text: print(text, file=sys.stderr, flush=True))
-        made = judged(ran, figures, processors(given.root), str(environment()["cpu"]))
+        made = judged(ran, figures, cpus, here)
         for line in made:
             print(f"{line.status:12}  {line.text}", flush=True)
         lines += made

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffship.compression.distill_run import STATE, train_student
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.trained import require_agreement, run_key, trained_schedule, trained_weights, untrainable
-from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.errors import ConfigError
 from diffship.core.job import Job
-from diffship.core.problem import Problem
+from diffship.core.problem import Problem, met
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline, converted, with_unet
@@ -100,13 +101,8 @@ class DistillPass:
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: another family of teacher, features that do not pair, data that cannot be read."""
-        found = [*self._unfit(pipeline)]
-        for part, look in (("unet", self._check_teacher), ("data", self.pictures)):
-            try:
-                look(pipeline)
-            except DiffshipError as fault:
-                found.append(Problem.of(part, fault))
-        return found
+        looks = {"unet": self._check_teacher, "data": self.pictures}
+        return [*self._unfit(pipeline), *met((part, partial(look, pipeline)) for part, look in looks.items())]
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The same shapes in float32; forward and backward passes of the student, forward passes of the teacher.

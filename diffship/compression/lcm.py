@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,9 +28,9 @@ from diffship.compression.trained import (
     untrainable,
 )
 from diffship.core.distributed import first_process
-from diffship.core.errors import ConfigError, DiffshipError, UnsupportedError
+from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job
-from diffship.core.problem import Problem
+from diffship.core.problem import Problem, met
 from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights, cast
@@ -131,13 +132,8 @@ class LcmPass:
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a model or teacher that cannot become an LCM, data that cannot be read."""
-        found = [*self._unfit(pipeline)]
-        for part, look in (("unet", self._check_teacher), ("data", self.pictures), ("", self._check_place)):
-            try:
-                look(pipeline)
-            except DiffshipError as fault:
-                found.append(Problem.of(part, fault))
-        return found
+        looks = {"unet": self._check_teacher, "data": self.pictures, "": self._check_place}
+        return [*self._unfit(pipeline), *met((part, partial(look, pipeline)) for part, look in looks.items())]
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The shapes of the result in float32, and what is computed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,9 @@ from diffship.compression.swap_vae import require_same_latents, vae_module
 from diffship.compression.trained import CADENCE, unplaced
 from diffship.compression.vae_run import train_vae
 from diffship.compression.vae_students import NEW, SMALL, student_vae, trained_vae
-from diffship.core.errors import ConfigError, DiffshipError, UnsupportedError
+from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job, digest_of
-from diffship.core.problem import Problem
+from diffship.core.problem import Problem, met
 from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.core.weights import SafetensorsWeights, source_digest
 from diffship.models.autoencoder import KL, TINY, decoder_widths
@@ -113,14 +114,12 @@ class VaePass:
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a teacher or student that does not fit, data or features that cannot be read."""
-        found = [*unplaced(pipeline, self.pixels(pipeline), self.batch, self.precision)]
-        looks = (("vae", self._made), ("data", self.pictures), ("perceptual", lambda _: self.features()))
-        for part, look in looks:
-            try:
-                look(pipeline)
-            except DiffshipError as fault:
-                found.append(Problem.of(part, fault))
-        return found
+        looks = (
+            ("vae", partial(self._made, pipeline)),
+            ("data", partial(self.pictures, pipeline)),
+            ("perceptual", self.features),
+        )
+        return [*unplaced(pipeline, self.pixels(pipeline), self.batch, self.precision), *met(looks)]
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The student's shapes, and calls of both auto-encoders; the discriminator and the features come on top."""

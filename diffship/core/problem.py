@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from diffship.core.errors import ConfigError, DiffshipError, SourceError, UnsupportedError
@@ -29,6 +29,15 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.part}: {self.text}" if self.part else self.text
+
+
+def met(looks: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[Problem]:
+    """What raises among `looks`, pairs of a part and what is tried of it; each is tried, whatever became of others."""
+    for part, look in looks:
+        try:
+            look()
+        except DiffshipError as fault:
+            yield Problem.of(part, fault)
 
 
 def refuse(problems: Sequence[Problem]) -> None:

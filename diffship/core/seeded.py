@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffship.core.described import Described
 from diffship.core.dtype import TensorMeta
-from diffship.core.errors import ConfigError, SourceError
+from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def usual_init(name: str, meta: TensorMeta) -> Spread:
     return Spread(0.0, math.sqrt(1 / max(math.prod(meta.shape[1:]), 1)))
 
 
-class SeededWeights:
+class SeededWeights(Described):
     """Tensors drawn when they are read, each by its own generator: sha256(seed, name) keys numpy's SFC64.
 
     `metas` may hold float32 and float16 tensors; integer ones become 0, 1, 2, ... along the last axis (position ids).
@@ -64,21 +65,9 @@ class SeededWeights:
         for name, meta in metas.items():
             if meta.dtype not in ("float32", "float16") and not _is_integer(meta):
                 raise ConfigError(f"tensor {name}: seeded weights are float32 or float16, not {meta.dtype}")
-        self._metas = dict(metas)
+        super().__init__(metas)
         self._seed = seed
         self._init = init
-
-    @property
-    def nbytes(self) -> int:
-        return sum(meta.nbytes for meta in self._metas.values())
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._metas)
-
-    def meta(self, name: str) -> TensorMeta:
-        if name not in self._metas:
-            raise SourceError(f"there is no tensor {name!r} among {len(self._metas)}")
-        return self._metas[name]
 
     def read(self, name: str) -> NDArray[np.generic]:
         meta = self.meta(name)

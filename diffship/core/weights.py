@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from diffship.core.described import Described, find
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, meta_of, stored, to_float32
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.lazy import lazy
@@ -97,11 +98,11 @@ class SafetensorsWeights:
         return tuple(self._where)
 
     def meta(self, name: str) -> TensorMeta:
-        header, stored_name = _find(self._where, name)
+        header, stored_name = find(self._where, name)
         return header.entries[stored_name].meta
 
     def read(self, name: str) -> Array:
-        header, stored_name = _find(self._where, name)
+        header, stored_name = find(self._where, name)
         return read_tensor(header, stored_name)
 
     def identity(self) -> str | None:
@@ -122,31 +123,24 @@ class SafetensorsWeights:
         self._where[name] = (header, stored_name)
 
 
-class MemoryWeights:
+class MemoryWeights(Described):
     """Tensors that are arrays already, read-only; `dtypes` names the true type of raw bits (bfloat16 in uint16)."""
 
     def __init__(self, arrays: Mapping[str, Array], dtypes: Mapping[str, str] | None = None) -> None:
-        self._metas: dict[str, TensorMeta] = {}
+        known = dtypes or {}
+        super().__init__(
+            {
+                name: TensorMeta(known[name], tuple(array.shape)) if name in known else meta_of(array)
+                for name, array in arrays.items()
+            }
+        )
         self._arrays: dict[str, Array] = {}
         for name, array in arrays.items():
-            dtype = (dtypes or {}).get(name)
-            meta = TensorMeta(dtype, tuple(array.shape)) if dtype else meta_of(array)
-            self._metas[name] = meta
-            self._arrays[name] = stored(array, meta).view()
+            self._arrays[name] = stored(array, self._metas[name]).view()
             self._arrays[name].flags.writeable = False
 
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._arrays)
-
-    def meta(self, name: str) -> TensorMeta:
-        return _find(self._metas, name)
-
     def read(self, name: str) -> Array:
-        return _find(self._arrays, name)
+        return find(self._arrays, name)
 
 
 class Derived:
@@ -181,10 +175,10 @@ class _Joined:
         return tuple(self._owner)
 
     def meta(self, name: str) -> TensorMeta:
-        return _find(self._owner, name).meta(name)
+        return find(self._owner, name).meta(name)
 
     def read(self, name: str) -> Array:
-        return _find(self._owner, name).read(name)
+        return find(self._owner, name).read(name)
 
 
 class _Renamed(Derived):
@@ -201,10 +195,10 @@ class _Renamed(Derived):
         return tuple(self._old)
 
     def meta(self, name: str) -> TensorMeta:
-        return self._weights.meta(_find(self._old, name))
+        return self._weights.meta(find(self._old, name))
 
     def read(self, name: str) -> Array:
-        return self._weights.read(_find(self._old, name))
+        return self._weights.read(find(self._old, name))
 
 
 class _Cast(Derived):
@@ -317,12 +311,6 @@ def source_digest(weights: Weights) -> str:
         digest.update(line.encode() + b"\n")
         digest.update(as_bytes(stored(weights.read(name), meta)))
     return digest.hexdigest()
-
-
-def _find(table: Mapping[str, T], name: str) -> T:
-    if name not in table:
-        raise SourceError(f"there is no tensor {name!r} among {len(table)}")
-    return table[name]
 
 
 def _nbytes(weights: Weights) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from diffship.core.described import Described
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
@@ -24,24 +25,16 @@ else:
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
-class ModuleWeights:
+class ModuleWeights(Described):
     """The tensors of a loaded module under their names; they are described, and not read."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._metas = {
-            name: TensorMeta(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in module.state_dict().items()
-        }
-
-    @property
-    def nbytes(self) -> int:
-        return sum(meta.nbytes for meta in self._metas.values())
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._metas)
-
-    def meta(self, name: str) -> TensorMeta:
-        return self._metas[name]
+        super().__init__(
+            {
+                name: TensorMeta(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                for name, tensor in module.state_dict().items()
+            }
+        )
 
     def read(self, name: str) -> NDArray[np.generic]:
         raise UnsupportedError(f"{name} belongs to a pipeline that is loaded; save the pipeline and open its folder")

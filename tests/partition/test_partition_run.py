@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from partition_oracle import Toy, placed, published, toys
+from sampling_toy import SD
 
 from diffship.core.errors import ConfigError, DeadlineError, RunnerError
 from diffship.core.registry import SAMPLERS
@@ -21,16 +22,6 @@ from diffship.sampling.rng import make_noise
 from diffship.sampling.sampler import times_of
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.trajectory import Conditioning, Trajectory
-
-SD = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "steps_offset": 1,
-    "skip_prk_steps": True,
-}
 
 
 class Chain:
