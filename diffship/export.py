@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
 from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityError, SourceError, UnsupportedError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
+from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
@@ -274,10 +275,10 @@ def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, 
     `verify` runs where it can, on golden vectors at sizes that the engine takes.
     """
     # inside the draft, which the next export sweeps up if this process is killed
-    with tempfile.TemporaryDirectory(dir=work.folder, prefix=".graph-") as folder:
+    with temporary_folder("graph", work.folder) as folder:
         graphs = exporter.through(component)
         sizes = {component.name: graphs.golden_sizes(component, work.pipeline.family, BATCH)}
-        inner = replace(work, exporter=graphs, folder=Path(folder), runs_here=True, sizes=sizes)
+        inner = replace(work, exporter=graphs, folder=folder, runs_here=True, sizes=sizes)
         graph = _part(inner, graphs, component, verify)
         started = time.perf_counter()
         part = exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)

@@ -6,7 +6,6 @@ An engine cannot be looked into, but the graph that it was built from can: `expo
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
+from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
 from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.core.tensorrt import library
@@ -96,8 +96,8 @@ class _Stretch:
             return _run(make_engine("onnxruntime", {"optimisation": "off"}), [self._file], feeds, outputs)
         model = self._file.with_name(_FIXED)
         model.write_bytes(_with_shapes(self._model, kept, fixed))
-        with tempfile.TemporaryDirectory(prefix="diffship-stretch-") as folder:
-            return _run(self._stretches.engine, self._built(model, kept, Path(folder)), kept, outputs)
+        with temporary_folder("stretch") as folder:
+            return _run(self._stretches.engine, self._built(model, kept, folder), kept, outputs)
 
     def keep(self, array: np.ndarray) -> Any:
         return array

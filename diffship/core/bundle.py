@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,11 +170,7 @@ def write_bundle(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     remove_leftovers(path)
     require_place(path, overwrite)
     with claim_folder(path) as folder:
-        try:
-            yield Draft(path, folder, overwrite)
-        finally:
-            with suppress(OSError):
-                shutil.rmtree(folder)
+        yield Draft(path, folder, overwrite)
 
 
 def require_place(path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -7,14 +7,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffship.core.atomic import sync_folder, sync_tree
 from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
-from diffship.core.leftovers import claim_folder, remove_leftovers
+from diffship.core.leftovers import claim_folder, remove_leftovers, temporary_name
 from diffship.core.limits import GIB, MIB
 
 Progress = Callable[[str, int, int], None]
@@ -72,8 +71,9 @@ class Job:
     def folder(self) -> Path:
         """The folder, created on first use."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="diffship-job-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, True)
+            self._folder = temporary_name("job")
+            weakref.finalize(self, shutil.rmtree, self._folder, True)  # before it is made: a signal may fall between
+            self._folder.mkdir(0o700)
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
@@ -94,10 +94,7 @@ class Job:
         self.check()
         remove_leftovers(place)
         with claim_folder(place) as folder:
-            try:
-                self._make(place, folder / "result", make)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            self._make(place, folder / "result", make)
         return place
 
     def progress(self, label: str, done: int, total: int) -> None:

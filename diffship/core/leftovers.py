@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,19 +25,45 @@ _STALE_SECONDS = 24 * 3600
 
 @contextmanager
 def claim_folder(path: Path) -> Iterator[Path]:
-    """A new, empty, private (0700) folder beside `path`, locked until the block ends or the process dies."""
+    """A new, empty, private (0700) folder beside `path`, locked until the block ends or the process dies.
+
+    What is still in its place at the end is removed. A signal at any moment, also right after the folder is made,
+    leaves nothing: it is named first, and made where its end is watched.
+    """
     for _ in range(10):
         folder = partial_name(path)
-        os.mkdir(folder, 0o700)
-        descriptor = _lock(folder)
-        if descriptor is None:
-            continue  # swept away between its creation and its lock
+        descriptor = None
         try:
+            os.mkdir(folder, 0o700)
+            descriptor = _lock(folder)
+            if descriptor is None:
+                continue  # swept away between its creation and its lock
             yield folder
         finally:
-            _unlock(descriptor)
+            shutil.rmtree(folder, ignore_errors=True)
+            if descriptor is not None:
+                _unlock(descriptor)
         return
     raise BusyError(f"{path}: other writers keep sweeping this one's folder away; try again")
+
+
+@contextmanager
+def temporary_folder(what: str, place: Path | None = None) -> Iterator[Path]:
+    """A new private folder, `diffship-WHAT-...` in `place` (the system's temporary folder), removed at the end.
+
+    `tempfile.TemporaryDirectory` makes its folder and then notes it; a signal between the two leaves it for ever.
+    """
+    folder = temporary_name(what, place)
+    try:
+        os.mkdir(folder, 0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_name(what: str, place: Path | None = None) -> Path:
+    """The path of a temporary folder that is still to be made, unlike any other's."""
+    return Path(place or tempfile.gettempdir()) / f"diffship-{what}-{secrets.token_hex(8)}"
 
 
 def usual_mode(private: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,13 +92,10 @@ class Pipeline:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         with claim_folder(target) as draft:
-            try:
-                write_folder(self, draft, dtype, progress)
-                draft.chmod(usual_mode(draft))
-                sync_tree(draft)
-                _move(draft, target)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            write_folder(self, draft, dtype, progress)
+            draft.chmod(usual_mode(draft))
+            sync_tree(draft)
+            _move(draft, target)
         return target
 
     def model(self, device: str = "cpu", dtype: str | None = None) -> PipelineModel:

@@ -8,7 +8,6 @@ that of the format with a margin.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.compare import Report, Tolerance, compare
 from diffship.core.dtype import to_float32
 from diffship.core.errors import BundleError
+from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import GoldenBlocks, Part
 from diffship.core.sketch import sketch
 from diffship.core.weights import SafetensorsWeights
@@ -139,7 +139,7 @@ def _check(
 ) -> BlockCheck:
     widen = kind == GRAPH and part.precision != "fp32"
     size = stage_bytes(engine, "fp32" if widen else part.precision, budget)
-    with tempfile.TemporaryDirectory(prefix="diffship-blocks-") as folder:
+    with temporary_folder("blocks") as folder:
         path = bundle.file(part.files[0])
         stages = split(path, min(size // 2 if widen else size, _MOST), folder, model=model, widen=widen)
         found = _sketches(stages, engine, feeds, limits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffship.core.errors import RunnerError
+from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
 from diffship.runtimes.arrays import as_dtype
 from diffship.runtimes.engine import Engine, Opener
@@ -29,7 +29,7 @@ def run_in_stages(
     Raises:
         RunnerError: a single stage does not fit `budget` bytes, or the engine refuses it.
     """
-    with tempfile.TemporaryDirectory(prefix="diffship-stages-") as folder:
+    with temporary_folder("stages") as folder:
         size = stage_bytes(engine, "fp32" if widen else part.precision, budget)
         stages = split(model, size // 2 if widen else size, folder, widen=widen)
         with PartRunner(part, _Chain(part, stages, engine)) as runner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import DiffshipError, UnsupportedError
+from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
 from diffship.runtimes.engine import Engine, Opener, make_engine
 from diffship.runtimes.stages import run_stage
@@ -44,7 +44,7 @@ def suspects(model: Path, engine: Opener, feeds: Arrays, tolerance: Tolerance) -
     from diffship.runtimes.onnx_split import split_evenly
 
     reference = make_engine("onnxruntime", {"optimisation": "off"})
-    with tempfile.TemporaryDirectory(prefix="diffship-reduce-") as folder:
+    with temporary_folder("reduce") as folder:
         stages = split_evenly(model, _STRETCHES, folder)
         values = dict(feeds)
         for index, stage in enumerate(stages):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from diffship.core import job as job_module
 from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
 from diffship.core.job import Job, available_memory, digest_of, require_disk, require_memory
+from diffship.core.leftovers import claim_folder, temporary_folder
 
 DIGEST = "0123456789abcdef"
 
@@ -153,3 +155,31 @@ def test_digests_take_plain_data_only(tmp_path: Path) -> None:
     assert str(first) == str(second)
     with pytest.raises(TypeError, match="ndarray"):
         digest_of({"x": first})
+
+
+def test_a_signal_right_after_a_folder_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = os.mkdir
+
+    def interrupted(path: Path, *mode: int) -> None:
+        made(path, *mode)
+        raise KeyboardInterrupt
+
+    def job() -> None:
+        Job().folder.exists()
+
+    def claimed() -> None:
+        with claim_folder(tmp_path / "bundle"):
+            pass
+
+    def temporary() -> None:
+        with temporary_folder("test"):
+            pass
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for make in (job, claimed, temporary):
+        monkeypatch.setattr(os, "mkdir", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        monkeypatch.setattr(os, "mkdir", made)
+        gc.collect()
+        assert not list(tmp_path.iterdir()), make.__name__

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from diffship.benchmarks.mutation.mutant import Mutant, Outcome
 from diffship.core.bundle import Bundle
 from diffship.core.errors import DiffshipError, ParityError, UnsupportedError
 from diffship.core.job import Job
+from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
@@ -37,19 +35,19 @@ def try_module(pipeline: Pipeline, mutant: Mutant, precision: str, work: Path, j
     parts = {mutant.part: spoilt(pipeline.components[mutant.part], mutant)}
     wrong = replace(pipeline, components=parts)
     kept = job if spoils_weights(mutant) else None
-    with _folder(work) as folder:
+    with temporary_folder("mutant", work) as folder:
         return _timed(lambda: _exported(wrong, pipeline, mutant.part, precision, folder / "bundle", kept))
 
 
 def try_graph(bundle: Bundle, mutant: Mutant, work: Path) -> Outcome:
     """Edit a copy of the bundle and verify it."""
-    with _folder(work) as folder:
+    with temporary_folder("mutant", work) as folder:
         return _timed(lambda: _verified(bundle, mutant, folder / "bundle"))
 
 
 def try_sound(pipeline: Pipeline, precision: str, work: Path) -> Outcome:
     """Export a sound pipeline; "alarm" where that is refused as another network."""
-    with _folder(work) as folder:
+    with temporary_folder("mutant", work) as folder:
         return _timed(lambda: _clean(pipeline, precision, folder / "bundle"))
 
 
@@ -113,12 +111,3 @@ def _clean(pipeline: Pipeline, precision: str, out: Path) -> Outcome:
 def _timed(run: Callable[[], Outcome]) -> Outcome:
     started = time.perf_counter()
     return replace(run(), seconds=round(time.perf_counter() - started, 2))
-
-
-@contextmanager
-def _folder(work: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="mutant-", dir=work))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
