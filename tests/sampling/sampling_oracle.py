@@ -141,6 +141,11 @@ def walk(
 ) -> tuple[float, float]:
     """(worst difference of a call over the largest value, worst difference of a timestep), each call from one input."""
     begin = sampler.begins_at(strength, steps)
+    if getattr(sampler, "rescale_betas_zero_snr", False):  # in float32 on nearly zero: every processor has its own
+        ours = torch.tensor(sampler.process.schedule.alphas_cumprod())
+        ours[-1] = reference.alphas_cumprod[-1]  # which it has set to 2^-24
+        torch.testing.assert_close(reference.alphas_cumprod, ours, rtol=1e-6, atol=1e-7)
+        reference.alphas_cumprod = ours
     reference.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
     if hasattr(reference, "set_begin_index"):
         reference.set_begin_index(begin)  # as pipelines do, for timesteps that stand twice
@@ -167,6 +172,15 @@ def walk(
         worst = max(worst, float(np.abs(rows[0] - following).max()) / peak)
         x, history = following, rows[1:]
     return worst, late
+
+
+def allowed(config: Mapping[str, Any]) -> float:
+    """The difference of a call that diffusers' own roundings explain: its tables are float32, by the processor's logs.
+
+    Noise that is the root of a difference between two levels multiplies them, most of all where both are sigma_min.
+    """
+    last = config.get("algorithm_type") == SDE and config.get("final_sigmas_type") == "sigma_min"
+    return 1e-5 if last or "Ancestral" in config["_class_name"] else 1e-6
 
 
 def stepped(
