@@ -19,10 +19,10 @@ from diffship.core import telemetry
 
 if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
+    from diffship.runtimes.engines.model import open_model as open_model
     from diffship.runtimes.handoff.client import HybridClient as HybridClient
-    from diffship.runtimes.model import open_model as open_model
     from diffship.runtimes.partition.async_denoiser import AsyncDenoiser as AsyncDenoiser
-    from diffship.runtimes.verify import verify as verify
+    from diffship.runtimes.proof.verify import verify as verify
     from diffship.sampling.generate import Request as Request
     from diffship.sampling.generate import generate as generate
 
@@ -35,8 +35,8 @@ _WHERE = {
     "Request": "diffship.sampling.generate",
     "compare": "diffship.core.compare",
     "generate": "diffship.sampling.generate",
-    "open_model": "diffship.runtimes.model",
-    "verify": "diffship.runtimes.verify",
+    "open_model": "diffship.runtimes.engines.model",
+    "verify": "diffship.runtimes.proof.verify",
 }
 
 telemetry.refuse()

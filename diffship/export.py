@@ -190,7 +190,7 @@ def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
         UnsupportedError: there is none, and the proof needs one; MissingExtra where it can be installed.
     """
     from diffship.exporters.protocol import BuiltFromGraph
-    from diffship.runtimes.engine import choose_engine
+    from diffship.runtimes.engines.engine import choose_engine
 
     if not verify:
         return False
@@ -290,8 +290,8 @@ def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, 
 
 def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -> Part:
     """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
-    from diffship.runtimes.engine import choose_engine, make_engine
-    from diffship.runtimes.verify import check_part
+    from diffship.runtimes.engines.engine import choose_engine, make_engine
+    from diffship.runtimes.proof.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
     part = replace(part, golden=_golden(work, part))
@@ -344,8 +344,8 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
         ParityError: it has not; the message has the figures by step.
     """
     from diffship.exporters.golden_trajectory import write_trajectory
-    from diffship.runtimes.engine import choose_engine, make_engine
-    from diffship.runtimes.verify_trajectory import check_trajectory
+    from diffship.runtimes.engines.engine import choose_engine, make_engine
+    from diffship.runtimes.proof.verify_trajectory import check_trajectory
 
     unet = next(part for part in made if part.name == "unet")
     work.job.progress("draw trajectory", 0, 1)

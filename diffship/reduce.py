@@ -24,8 +24,8 @@ from diffship.core.tensorrt import library
 from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
-from diffship.runtimes.engine import Engine, Opener, Session, make_engine
-from diffship.runtimes.suspects import Arrays, Look, suspects, tolerance_of
+from diffship.runtimes.engines.engine import Engine, Opener, Session, make_engine
+from diffship.runtimes.proof.suspects import Arrays, Look, suspects, tolerance_of
 
 if TYPE_CHECKING:
     import onnx

@@ -21,7 +21,7 @@ from diffship.core.job import Job
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
-from diffship.runtimes.verify import verify
+from diffship.runtimes.proof.verify import verify
 
 Make = Callable[..., Bundle]
 

@@ -28,7 +28,7 @@ from diffship.exporters.tensorrt import TensorRt
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
-from diffship.runtimes.onnxruntime import OnnxRuntimeRunner
+from diffship.runtimes.engines.onnxruntime import OnnxRuntimeRunner
 
 
 @dataclass(frozen=True)

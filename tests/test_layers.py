@@ -24,8 +24,19 @@ BELOW["compress"] = {"compression", *BELOW["compression"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
 BELOW["cli"] = {"benchmarks", "reduce", *BELOW["benchmarks"]}
 
+# Among the rooms of `runtimes`. "engines.model" is a bundle opened as a Model: who draws needs no more of an engine.
+RUNTIMES = {
+    "engines": set(),
+    "proof": {"engines"},
+    "partition": set(),
+    "handoff": {"engines.model"},
+    "serve": {"engines.model", "engines.isolated", "handoff"},
+}
+# Who may import these from outside; benchmarks ask a server and read its forms.
+USERS = {"serve": {"cli", "benchmarks"}, "handoff": {"cli", "benchmarks"}, "partition": {"cli", "benchmarks"}}
+
 # Files of torch-free rooms that import torch or `models`, inside functions only.
-TORCH_SIDE = {"runtimes/torch.py", "runtimes/model.py", "runtimes/partition/async_denoiser.py"}
+TORCH_SIDE = {"runtimes/engines/torch.py", "runtimes/engines/model.py", "runtimes/partition/async_denoiser.py"}
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"}
 CORE_ONLY = {"numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
 OPTIONAL_IN_FUNCTIONS = {"ml_dtypes", "onnxruntime", "openvino", "psutil"}
@@ -62,6 +73,7 @@ def imports(file: Path) -> list[tuple[str, bool]]:
 
 
 def own_imports(file: Path) -> list[tuple[str, bool]]:
+    """(room of diffship, at module level) of every import of the package itself."""
     parts = [(name.split("."), top) for name, top in imports(file)]
     return [(words[1], top) for words, top in parts if words[0] == "diffship" and len(words) > 1]
 
@@ -76,6 +88,25 @@ def test_arrows_only_go_down(file: Path) -> None:
     for other, top in own_imports(file):
         if other in BELOW and other not in legal:
             assert name in TORCH_SIDE and other == "models" and not top, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_arrows_among_the_runtimes(file: Path) -> None:
+    name = file.relative_to(PACKAGE).as_posix()
+    inside = RUNTIMES.get(name.split("/")[1]) if name.startswith("runtimes/") else None
+    for module, _ in imports(file):
+        _, _, below = module.partition("diffship.runtimes.")
+        other = below.split(".")[0]
+        if not below or name.startswith(f"runtimes/{other}/") or room(file) == "__init__":
+            continue
+        if inside is not None:
+            assert any(f"{below}.".startswith(f"{legal}.") for legal in inside), f"{name} imports {below}"
+        else:
+            assert room(file) in USERS.get(other, {room(file)}), f"{name} imports {below}"
+
+
+def test_every_room_of_the_runtimes_is_in_the_rule() -> None:
+    assert {path.name for path in (PACKAGE / "runtimes").iterdir()} - {"__init__.py", "__pycache__"} == set(RUNTIMES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

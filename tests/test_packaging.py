@@ -74,7 +74,7 @@ from diffship.models.hub import hub_folder
 from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.models.sources import open_source
 from diffship.models.unet import unet as make_unet
-from diffship.runtimes.engine import choose_engine
+from diffship.runtimes.engines.engine import choose_engine
 from diffship.training import commands, loop
 from diffship.training.options import TrainOptions
 

@@ -15,8 +15,8 @@ from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.exporters.tensorrt.build import Order
-from diffship.runtimes.engine import make_engine
-from diffship.runtimes.verify import read_golden
+from diffship.runtimes.engines.engine import make_engine
+from diffship.runtimes.proof.verify import read_golden
 
 onnx = pytest.importorskip("onnx")
 

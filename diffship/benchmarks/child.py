@@ -46,7 +46,7 @@ def _model(case: Case, order: Mapping[str, Any]) -> Any:
 
         return open_source(order["folder"]).model(case.device, PRECISIONS[case.precision])
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.model import BundleModel
+    from diffship.runtimes.engines.model import BundleModel
 
     options = {"device": case.device} | chosen
     return BundleModel(Bundle.open(order["bundle"]), engine, **options)

@@ -67,7 +67,7 @@ def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: flo
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
 
     with open_model(arguments.model) as model:
         bench = Bench.read(arguments.data, arguments.judge, model.tokenizers["tokenizer"])

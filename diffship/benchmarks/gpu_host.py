@@ -96,7 +96,7 @@ def _flags(target: str) -> list[str]:
     """Of the export: TensorRT's engines are for this GPU. Raises DiffshipError where none can be asked."""
     if target != "tensorrt":
         return []
-    from diffship.runtimes.tensorrt.library import flavour_here
+    from diffship.runtimes.engines.tensorrt.library import flavour_here
 
     flavour, sm = flavour_here()
     return ["--flavour", flavour, *(["--sm", ",".join(map(str, sm))] if sm else [])]

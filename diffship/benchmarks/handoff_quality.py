@@ -200,7 +200,7 @@ def curve_of(found: Mapping[int, Figures], large: Model, small: Model, steps: in
 def run(arguments: argparse.Namespace) -> list[Row]:
     from contextlib import ExitStack
 
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
 
     asked = parse_splits(arguments.splits)
     found, job = {end: Figures() for end in asked.ends}, Job(arguments.work)

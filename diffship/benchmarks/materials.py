@@ -113,7 +113,7 @@ def _bundles(order: Order, job: Job, source: Path | str, origin: str) -> tuple[d
     Raises:
         DiffshipError: the source has no ONNX graph, without which there is nothing of ours to measure.
     """
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engines.engine import engine_class
 
     found: dict[str, str] = {}
     refused: dict[str, str] = {}
@@ -133,7 +133,7 @@ def _bundle(order: Order, job: Job, source: Path | str, origin: str, target: str
 
     options: dict[str, Any] = {"precision": order.precision}
     if target == "tensorrt":
-        from diffship.runtimes.tensorrt.library import flavour_here
+        from diffship.runtimes.engines.tensorrt.library import flavour_here
 
         flavour, sm = flavour_here()
         # the graph is proved as ONNX, and shapes are those that are measured
@@ -148,7 +148,7 @@ def _bundle(order: Order, job: Job, source: Path | str, origin: str, target: str
 def _of_bundle(order: Order) -> Materials:
     """A bundle alone: no layers to count, and nothing that a peer could load."""
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engines.engine import engine_class
 
     bundle = Bundle.open(order.target)
     manifest = bundle.manifest

@@ -128,7 +128,7 @@ def calls(kit: Kit) -> Readings:
 
 def large_calls(kit: Kit) -> Readings:
     """A U-Net call of SD's blocks, batch 2, 256 px, in our engines against diffusers, in turns."""
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engines.engine import engine_class
 
     found: Readings = {}
     for engine in ("onnxruntime", "openvino"):
@@ -236,7 +236,7 @@ def judge(kit: Kit) -> Readings:
     """Fifty captions, drawn by `emoji` and by `emoji-small`: how often the judge finds the right one among five."""
     from diffship.benchmarks.emoji_quality import draw
     from diffship.benchmarks.judging import Judging
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
 
     data = kit.data or emoji_data(kit.work)
     found = {}

@@ -33,8 +33,8 @@ from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
 from diffship.core.row import Row
+from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.client import HybridClient
-from diffship.runtimes.model import open_model
 from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ImagesForm
 from diffship.sampling.generate import Request, generate
 

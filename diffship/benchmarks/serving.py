@@ -28,7 +28,7 @@ from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.errors import RunnerError
 from diffship.core.quiet import timing
 from diffship.core.row import Row
-from diffship.runtimes.model import open_model
+from diffship.runtimes.engines.model import open_model
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import advance, plain
 

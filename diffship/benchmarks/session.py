@@ -277,7 +277,7 @@ class Session:
 
 def _engines(materials: Materials) -> tuple[str, ...]:
     """Our installed runners that can run the target."""
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engines.engine import engine_class
 
     able = [name for name in RUNNERS if _runs(name, materials) and engine_class(name).probe().available]
     return tuple(able)
@@ -289,7 +289,7 @@ def _runs(engine: str, materials: Materials) -> bool:
 
 def _usable(engine: str, device: str) -> bool:
     """Whether that engine computes on such a device, and is there at all."""
-    from diffship.runtimes.engine import engine_class
+    from diffship.runtimes.engines.engine import engine_class
 
     found = engine_class(engine)
     return device in found.__dataclass_fields__["device"].metadata["choices"] and bool(found.probe().available)
@@ -308,7 +308,7 @@ def _fitting(materials: Materials) -> int:
 
 
 def _require_engine(case: Case, materials: Materials) -> None:
-    from diffship.runtimes.engine import engine_class, make_engine
+    from diffship.runtimes.engines.engine import engine_class, make_engine
 
     engine, options = engine_of(case.runner)
     probe = engine_class(engine).probe()

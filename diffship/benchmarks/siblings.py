@@ -127,7 +127,7 @@ class Siblings:
     def _draw(self, folder: Path, bundle: Path, out: Path) -> None:
         from safetensors.numpy import save_file
 
-        from diffship.runtimes.model import open_model
+        from diffship.runtimes.engines.model import open_model
 
         target, options = (str(folder), {"device": "cuda"}) if self.engine == "torch" else (str(bundle), {})
         with open_model(target, self.engine, **options) as model:
@@ -191,7 +191,7 @@ class Siblings:
 
 def unet_seconds(bundles: Mapping[str, Path], rounds: int) -> dict[str, list[float]]:
     """Seconds of a U-Net call with two rows at the model's size: `rounds` values for each bundle, interleaved."""
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
 
     found: dict[str, list[float]] = {name: [] for name in bundles}
     with ExitStack() as stack:

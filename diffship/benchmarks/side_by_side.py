@@ -60,7 +60,7 @@ class StepFigures:
 @contextmanager
 def open_side(text: str, engine: str | None = None, options: Mapping[str, Any] | None = None) -> Iterator[Side]:
     """A bundle in an engine, or a source in torch (`engine` must then be None or torch)."""
-    from diffship.runtimes.model import BundleModel, open_model
+    from diffship.runtimes.engines.model import BundleModel, open_model
 
     with open_model(text, engine, **dict(options or {})) as model:
         if isinstance(model, BundleModel):

@@ -32,7 +32,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from diffship.runtimes.engine import probe_all
+    from diffship.runtimes.engines.engine import probe_all
 
     engines = [probe.to_json() for probe in probe_all()]
     extras = [_extra(name, requirements) for name, requirements in _extras().items() if name != "dev"]

@@ -22,7 +22,7 @@ from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import also, missing, near
-from diffship.runtimes.engine import installed
+from diffship.runtimes.engines.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
 from diffship.runtimes.handoff.router import begin as begin_request

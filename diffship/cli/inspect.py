@@ -52,7 +52,7 @@ def is_bundle(text: str) -> bool:
 def inspect_bundle(folder: Path) -> Result:
     """From the manifest alone: nothing is hashed and no engine is opened."""
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.verify import weakness
+    from diffship.runtimes.proof.verify import weakness
 
     bundle = Bundle.open(folder)
     manifest = bundle.manifest

@@ -48,7 +48,7 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
     Raises:
         ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
     """
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
 
     engines = options.engines or [options.engine] * len(sources)
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from diffship.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.suspects import Look
+    from diffship.runtimes.proof.suspects import Look
 
 EXAMPLES = """examples:
   diffship verify out/emoji
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> Result:
         return _hashes(options)
     if options.polygraphy:
         return _polygraphy(options)
-    from diffship.runtimes.verify import verify
+    from diffship.runtimes.proof.verify import verify
 
     with Stages(options.quiet) as stages:
         report = verify(
@@ -70,7 +70,7 @@ def _look(options: argparse.Namespace) -> Look | None:
         from diffship.reduce import through_graphs
 
         return through_graphs(options.graphs)
-    from diffship.runtimes.suspects import look_into
+    from diffship.runtimes.proof.suspects import look_into
 
     return look_into
 
@@ -90,7 +90,7 @@ def _hashes(options: argparse.Namespace) -> Result:
 def _polygraphy(options: argparse.Namespace) -> Result:
     """Golden vectors in Polygraphy's form, and its commands; the hashes are checked, and nothing is computed."""
     from diffship.core.bundle import Bundle
-    from diffship.runtimes.polygraphy_files import write_polygraphy
+    from diffship.runtimes.proof.polygraphy_files import write_polygraphy
 
     if options.engine or options.reduce or options.graphs:
         raise ConfigError("--polygraphy opens no engine; leave --engine, --reduce and --graphs out")

@@ -14,10 +14,10 @@ EXPORTERS: dict[str, str] = {
     "tensorrt": "diffship.exporters.tensorrt:TensorRt",
 }
 RUNNERS: dict[str, str] = {
-    "onnxruntime": "diffship.runtimes.onnxruntime:OnnxRuntimeRunner",
-    "openvino": "diffship.runtimes.openvino:OpenVinoRunner",
-    "tensorrt": "diffship.runtimes.tensorrt:TensorRtRunner",
-    "torch": "diffship.runtimes.torch:TorchRunner",
+    "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",
+    "openvino": "diffship.runtimes.engines.openvino:OpenVinoRunner",
+    "tensorrt": "diffship.runtimes.engines.tensorrt:TensorRtRunner",
+    "torch": "diffship.runtimes.engines.torch:TorchRunner",
 }
 SAMPLERS: dict[str, str] = {
     "ddim": "diffship.sampling.solvers.ddim:Ddim",

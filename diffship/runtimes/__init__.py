@@ -1,1 +1,1 @@
-"""Engines that run what the exporters wrote; nothing here needs torch."""
+"""What runs a bundle: engines, the proof of them, and serve, handoff and partition on top; nothing here needs torch."""

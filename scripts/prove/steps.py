@@ -13,7 +13,7 @@ from typing import Any
 
 from diffship.benchmarks.machine import code_digest
 from diffship.benchmarks.process import TIMEOUT_CODE, Measured, measure
-from diffship.runtimes.engine import engines_for
+from diffship.runtimes.engines.engine import engines_for
 from prove.capabilities import missing
 from prove.catalogue import Catalogue, Checkpoint
 from prove.state import Outcome, State, digest

@@ -84,14 +84,14 @@ def test_rooms_count_for_the_suites_that_use_them(edited: Edit) -> None:
     assert edited("runtimes/serve/batcher.py", "def ", "async def ") == {"serving"}
     assert edited("compression/distill.py", "def ", "async def ") == {"compression"}
     assert edited("cli/run.py", "def run", "def ran") == {"cold-start"}
-    assert edited("runtimes/shell.py", "def ", "async def ") == set(SUITES)
+    assert edited("runtimes/engines/shell.py", "def ", "async def ") == set(SUITES)
     assert edited("benchmarks/tables.py", "def ", "async def ") == set()
 
 
 def test_engines_of_the_rows_count() -> None:
-    assert "diffship.runtimes.tensorrt" not in modules(of_suite("gpu"))
-    assert "diffship.runtimes.tensorrt" in modules(of_suite("gpu"), ["tensorrt:graphs=false"])
-    assert "diffship.runtimes.openvino" in modules(of_suite("cpu-edge"), ["openvino"])
+    assert "diffship.runtimes.engines.tensorrt" not in modules(of_suite("gpu"))
+    assert "diffship.runtimes.engines.tensorrt" in modules(of_suite("gpu"), ["tensorrt:graphs=false"])
+    assert "diffship.runtimes.engines.openvino" in modules(of_suite("cpu-edge"), ["openvino"])
 
 
 def test_weights_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_what_a_run_imports_is_what_its_file_depends_on(tiny_bundle: Path, tmp_p
     words = ["run", str(tiny_bundle), "a red apple", "--steps", "1", "-o", str(tmp_path / "a.png"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", IMPORTED, *words], capture_output=True, text=True, timeout=120)
     loaded = {name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith(_ASIDE)}
-    assert (tmp_path / "a.png").is_file() and "diffship.runtimes.onnxruntime_sessions" in loaded
+    assert (tmp_path / "a.png").is_file() and "diffship.runtimes.engines.onnxruntime_sessions" in loaded
     known = set(modules(results_file("cold-start"))) | freshness.ASIDE
     # engines that are asked whether they are there, and the flags of another verb
     others = [target.partition(":")[0] for name, target in RUNNERS.items() if name != "onnxruntime"]

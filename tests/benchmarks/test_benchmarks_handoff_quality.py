@@ -25,9 +25,9 @@ from diffship.benchmarks.judging import Judged
 from diffship.benchmarks.record import read_result
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
+from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.choose import read_curve
 from diffship.runtimes.handoff.router import Router, begin, draw
-from diffship.runtimes.model import open_model
 
 ROOT = Path(__file__).parents[2]
 ASK = Ask(4, (0, 1, 3, 4), sampler="dpmpp-2m")  # a sampler with a history, which must travel

@@ -27,7 +27,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         out.mkdir(parents=True)
 
     monkeypatch.setattr("diffship.export.export", export)
-    monkeypatch.setattr("diffship.runtimes.tensorrt.library.flavour_here", lambda: ("rtx", (89,)))
+    monkeypatch.setattr("diffship.runtimes.engines.tensorrt.library.flavour_here", lambda: ("rtx", (89,)))
     return found
 
 

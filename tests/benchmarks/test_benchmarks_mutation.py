@@ -227,7 +227,7 @@ def blind_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
         return compare(reference, candidate, Tolerance(atol=1e30))
 
     for module in ("blocks", "verify"):
-        monkeypatch.setattr(f"diffship.runtimes.{module}.compare", blind)
+        monkeypatch.setattr(f"diffship.runtimes.proof.{module}.compare", blind)
 
 
 def test_the_proof_catches_an_edit_and_a_blind_one_does_not(

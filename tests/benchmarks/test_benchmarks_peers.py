@@ -59,7 +59,7 @@ def test_an_installation_that_fails_is_one_line(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_peer_of_our_own_environment_needs_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("diffship.runtimes.engine.installed", lambda name: name != "torch")
+    monkeypatch.setattr("diffship.runtimes.engines.engine.installed", lambda name: name != "torch")
     with pytest.raises(PeerError, match=r"needs torch.*pip install 'diffship\[torch\]'"):
         peer_python("diffusers", tmp_path)
 

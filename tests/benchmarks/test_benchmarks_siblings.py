@@ -78,7 +78,7 @@ def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_path: Path) -> None:
     from diffship.models.sources import open_source
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
     from diffship.sampling.generate import Request, generate
 
     table = {

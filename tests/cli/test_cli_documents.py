@@ -190,7 +190,7 @@ def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
-    from diffship.runtimes.model import open_model
+    from diffship.runtimes.engines.model import open_model
     from diffship.sampling.generate import Request, start
     from diffship.sampling.loop import denoise, plain
     from diffship.sampling.wire import pack, unpack
@@ -255,7 +255,7 @@ def test_what_would_fail_at_the_end_is_refused_before_the_work(
     (tmp_path / "dir.png" / "kept").touch()
     monkeypatch.chdir(tmp_path)
     opened: list[object] = []
-    monkeypatch.setattr("diffship.runtimes.model.open_model", lambda *_, **__: opened.append(1))
+    monkeypatch.setattr("diffship.runtimes.engines.model.open_model", lambda *_, **__: opened.append(1))
     assert main([str(tiny_bundle) if word == "B" else word for word in words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not opened

@@ -99,8 +99,8 @@ def test_a_split_resumes_where_it_stood(command: Any, small: Path, tmp_path: Pat
 
 
 def half(small: Path, step: int) -> bytes:
+    from diffship.runtimes.engines.model import open_model
     from diffship.runtimes.handoff.router import Router, begin
-    from diffship.runtimes.model import open_model
     from diffship.sampling.generate import Request
     from diffship.sampling.loop import denoise
     from diffship.sampling.wire import pack

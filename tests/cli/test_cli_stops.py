@@ -19,7 +19,7 @@ from diffship.cli.main import main
 from diffship.cli.output import Result
 from diffship.cli.progress import Stages
 from diffship.core.errors import UnsupportedError
-from diffship.runtimes.onnxruntime import OnnxRuntimeRunner
+from diffship.runtimes.engines.onnxruntime import OnnxRuntimeRunner
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -146,7 +146,7 @@ def test_an_engine_that_was_stopped_while_it_started_is_not_missing(monkeypatch:
     monkeypatch.setattr("diffship.core.lazy.importlib", SimpleNamespace(import_module=start, util=importlib.util))
     with pytest.raises(KeyboardInterrupt):
         OnnxRuntimeRunner.probe()
-    monkeypatch.setattr("diffship.runtimes.onnxruntime._import", lambda: exec("raise ImportError('broken')"))
+    monkeypatch.setattr("diffship.runtimes.engines.onnxruntime._import", lambda: exec("raise ImportError('broken')"))
     assert OnnxRuntimeRunner.probe().reason == "onnxruntime does not start: broken"
 
 

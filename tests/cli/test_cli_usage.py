@@ -11,7 +11,7 @@ from diffship.cli import main as entry
 from diffship.cli.main import VERBS, main
 from diffship.cli.train import STAGES
 from diffship.core import errors
-from diffship.runtimes.verify import Refused
+from diffship.runtimes.proof.verify import Refused
 
 
 def leaves(tree: type[errors.DiffshipError]) -> list[type[errors.DiffshipError]]:

@@ -16,7 +16,7 @@ import pytest
 
 from diffship.cli.main import VERBS, main, make_parser
 from diffship.core.registry import EXPORTERS
-from diffship.runtimes import engine
+from diffship.runtimes.engines import engine
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "./нигде"  # no letter of it is in the code page below

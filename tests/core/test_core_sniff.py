@@ -15,7 +15,7 @@ from diffship.core.errors import DiffshipError
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import describe, missing, near
 from diffship.models.diffusers_folder import folder_material
-from diffship.runtimes.model import open_model
+from diffship.runtimes.engines.model import open_model
 from diffship.sampling.picture import read_pixels
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 134621556\n"

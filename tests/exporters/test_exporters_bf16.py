@@ -26,7 +26,7 @@ from diffship.exporters.tolerances import measured
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
-from diffship.runtimes.onnx_split import split
+from diffship.runtimes.proof.onnx_split import split
 
 PARTS = [
     "vae_decoder",

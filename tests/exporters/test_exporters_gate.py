@@ -33,7 +33,7 @@ from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
 from diffship.models.text import TextEncoder
 from diffship.models.unet import UNet
-from diffship.runtimes.verify import verify
+from diffship.runtimes.proof.verify import verify
 
 PRECISIONS = ["fp32", "fp16", "bf16"]
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError, RunnerError
 from diffship.models.pipeline import Pipeline
-from diffship.runtimes.onnx_split import SplitStage, split
+from diffship.runtimes.proof.onnx_split import SplitStage, split
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:

@@ -26,9 +26,9 @@ from diffship.exporters.golden_trajectory import why_not, write_trajectory
 from diffship.exporters.tensorrt import TensorRt
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
-from diffship.runtimes.engine import make_engine
-from diffship.runtimes.verify import verify
-from diffship.runtimes.verify_trajectory import check_trajectory, read_trajectory
+from diffship.runtimes.engines.engine import make_engine
+from diffship.runtimes.proof.verify import verify
+from diffship.runtimes.proof.verify_trajectory import check_trajectory, read_trajectory
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import denoise, plain
 from diffship.sampling.wire import unpack

@@ -12,7 +12,7 @@ import torch
 
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.models.sources import open_source
-from diffship.runtimes.model import open_model
+from diffship.runtimes.engines.model import open_model
 
 FILES = {
     "unet": "unet/config.json",

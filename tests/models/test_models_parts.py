@@ -23,7 +23,7 @@ from diffship.models.sources import find_material, open_source, with_base
 from diffship.models.stages import cut
 from diffship.models.text import clip_text_config, text_encoder
 from diffship.models.unet import unet
-from diffship.runtimes.model import open_model
+from diffship.runtimes.engines.model import open_model
 
 
 @cache

@@ -391,7 +391,8 @@ def test_a_bundle_on_the_hub_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_mistyped_path_loads_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom diffship.core.errors import SourceError\nfrom diffship.runtimes.torch import TorchRunner\n"
+        "import sys\nfrom diffship.core.errors import SourceError\n"
+        "from diffship.runtimes.engines.torch import TorchRunner\n"
         "try:\n    TorchRunner().open_model('./out/nix')\nexcept SourceError as fault:\n"
         "    sys.exit('torch was loaded' if 'torch' in sys.modules else str(fault))"
     )

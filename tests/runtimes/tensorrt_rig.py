@@ -15,8 +15,8 @@ from tensorrt_double import Trt, plan_bytes
 
 from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
 from diffship.core.strict import load
-from diffship.runtimes.tensorrt import TensorRtRunner
-from diffship.runtimes.tensorrt.session import TensorRtSession
+from diffship.runtimes.engines.tensorrt import TensorRtRunner
+from diffship.runtimes.engines.tensorrt.session import TensorRtSession
 
 VERSION = "1.7.1.116"
 both = pytest.mark.parametrize("flavour", ["rtx", "trt"])

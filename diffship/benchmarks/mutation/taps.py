@@ -17,7 +17,7 @@ from diffship.benchmarks.mutation.values import change
 from diffship.core.bundle import Bundle
 from diffship.core.lazy import lazy
 from diffship.core.manifest import Part
-from diffship.runtimes.verify import read_golden
+from diffship.runtimes.proof.verify import read_golden
 
 if TYPE_CHECKING:
     import onnx

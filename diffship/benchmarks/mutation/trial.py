@@ -18,7 +18,7 @@ from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
-from diffship.runtimes.verify import PartCheck, Refused, verify
+from diffship.runtimes.proof.verify import PartCheck, Refused, verify
 
 CAUGHT, SURVIVED, NOT_OPENED, NOT_MADE = "caught", "survived", "not opened", "not made"
 ALARM, CLEAN = "alarm", "clean"

@@ -75,7 +75,7 @@ def isolated_path(folder: Path) -> Path:
 
 
 def _require_own(name: str) -> None:
-    from diffship.runtimes.engine import installed
+    from diffship.runtimes.engines.engine import installed
 
     for package in ("torch", "diffusers", "transformers"):
         if not installed(package):

@@ -18,6 +18,7 @@ from typing import Any
 
 from diffship.core.errors import Cancelled, ConfigError, HandoffError, UnsupportedError
 from diffship.core.limits import check_range
+from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.arrival import check_arrival, require_answer
 from diffship.runtimes.handoff.breaker import Breaker
 from diffship.runtimes.handoff.pair import check_pair, sampler_of
@@ -25,7 +26,6 @@ from diffship.runtimes.handoff.report import Hybrid
 from diffship.runtimes.handoff.router import boundaries, check_split
 from diffship.runtimes.handoff.transport import Cloud, CloudError, CloudModel, choose_model, retried
 from diffship.runtimes.handoff.work import Pace, Work
-from diffship.runtimes.model import open_model
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import checked, finish, start
 from diffship.sampling.generate import draw as draw_local

@@ -12,8 +12,8 @@ from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.limits import MIB
 from diffship.core.manifest import MANIFEST_NAME
-from diffship.runtimes.isolated.engine import IsolatedEngine
-from diffship.runtimes.model import BundleModel, open_model
+from diffship.runtimes.engines.isolated.engine import IsolatedEngine
+from diffship.runtimes.engines.model import BundleModel, open_model
 from diffship.runtimes.serve.files import Files, identity
 from diffship.runtimes.serve.worker import Served
 

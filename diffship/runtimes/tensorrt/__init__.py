@@ -1,3 +1,0 @@
-"""TensorRT plans on NVIDIA GPUs: TensorRT-RTX or TensorRT, whichever built the plan."""
-
-from diffship.runtimes.tensorrt.runner import TensorRtRunner as TensorRtRunner
