@@ -19,13 +19,13 @@ from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.leftovers import temporary_folder
 from diffship.core.manifest import Part
-from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
-from diffship.core.tensorrt import library
 from diffship.exporters.onnx.graph import NAMES
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
 from diffship.runtimes.engines.engine import Engine, Opener, Session, make_engine
 from diffship.runtimes.proof.suspects import Arrays, Look, suspects, tolerance_of
+from diffship.targets.tensorrt.libraries import library
+from diffship.targets.tensorrt.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 
 if TYPE_CHECKING:
     import onnx

@@ -67,7 +67,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def rtx() -> Any:
     """The TensorRT-RTX library; tests that need it are skipped, with the reason, where it is not installed."""
     from diffship.core.errors import MissingExtra
-    from diffship.core.tensorrt import library
+    from diffship.targets.tensorrt.libraries import library
 
     try:
         return library("rtx")

@@ -71,7 +71,7 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.exporters.onnx.graph import Graph
 from diffship.models.cost import cost
 from diffship.models.hub import hub_folder
-from diffship.models.judge import Judge, JudgeConfig, load_judge
+from diffship.training.judge_model import Judge, JudgeConfig, load_judge
 from diffship.models.sources import open_source
 from diffship.models.unet import unet as make_unet
 from diffship.runtimes.engines.engine import choose_engine

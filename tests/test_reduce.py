@@ -13,10 +13,10 @@ import pytest
 from diffship import reduce
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
-from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.exporters.tensorrt.build import Order
 from diffship.runtimes.engines.engine import make_engine
 from diffship.runtimes.proof.verify import read_golden
+from diffship.targets.tensorrt.plan import KINDS, PlanFacts, PlanInput, PlanOutput, read_facts
 
 onnx = pytest.importorskip("onnx")
 

@@ -17,11 +17,11 @@ from diffship.benchmarks.materials import slug
 from diffship.benchmarks.peers.environments import peer_python, versions
 from diffship.benchmarks.peers.table import PEERS
 from diffship.benchmarks.record import Results, code_of, runners
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.session import Journal, Outcome, Progress, Session, Settings
 from diffship.benchmarks.suite import ExportBench, Suite
 from diffship.core.errors import PeerError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.core.strict import plain
 
 

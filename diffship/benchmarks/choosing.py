@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.table import DASH, Table
 from diffship.benchmarks.tables import KEYS, MEDIANS, OLD, OLD_NOTE, cases, labelled, part_text, said, value
 from diffship.core.registry import RUNNERS
-from diffship.core.row import Row
 
 FASTER, SLOWER = "faster", "slower"
 HEAD = ("to compute", "take", "it needs", "others", "how sure the times are")

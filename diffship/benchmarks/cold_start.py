@@ -20,10 +20,10 @@ from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.intervals import spread
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, bundle, edge_python
 from diffship.core.errors import RunnerError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 
 PROBE = """
 import importlib.metadata, importlib.util, json, pathlib

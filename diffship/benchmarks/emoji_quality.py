@@ -23,8 +23,8 @@ from diffship.benchmarks.entry import enter
 from diffship.benchmarks.judging import RANKS, Bench, Judging, ask, figure_rows
 from diffship.benchmarks.quality import hits, nearest
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data, untrained
-from diffship.core.row import Row
 
 SUITE = "emoji-quality"
 Uint8 = NDArray[np.uint8]

@@ -16,12 +16,12 @@ from typing import Any
 
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.core.strict import unknown
 from diffship.export import export
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, optimum_cli
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 
 OURS = "diffship"
 GRAPH_ONLY = "diffship --no-verify"

@@ -12,8 +12,8 @@ from diffship.benchmarks.case import IMAGE, Case, engine_of
 from diffship.benchmarks.intervals import ratio, spread, supports
 from diffship.benchmarks.materials import Materials
 from diffship.benchmarks.peers.table import PEERS
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.session import Measurement, Outcome
-from diffship.core.row import Row
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _WORST = ("OOM", "failed", "unsupported", "missing")  # which status a case has whose rounds ended differently

@@ -22,9 +22,9 @@ from diffship.benchmarks.case import label
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.materials import slug
 from diffship.benchmarks.record import read_result, write_result
+from diffship.benchmarks.row import Row
 from diffship.core import child
 from diffship.core.errors import DiffshipError
-from diffship.core.row import Row
 
 SUITE = "gpu-host"
 SOURCES = ("emoji", "arch:sd15", "arch:sdxl", "arch:koala-700m")

@@ -22,10 +22,10 @@ from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.intervals import spread
 from diffship.benchmarks.load import server
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.errors import RunnerError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.transport import Answer
 from diffship.sampling.request import Request

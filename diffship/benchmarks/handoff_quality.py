@@ -29,12 +29,12 @@ from diffship.benchmarks.entry import enter
 from diffship.benchmarks.intervals import quality, spread
 from diffship.benchmarks.judging import RANKS, Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.core.strict import plain as jsonable
 from diffship.runtimes.handoff.choose import QualityCurve, QualityPoint
 from diffship.runtimes.handoff.pair import check_pair

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from diffship.benchmarks.intervals import Interval, quality, quality_verdict, spread
 from diffship.benchmarks.quality import frechet_distance, hits
+from diffship.benchmarks.row import Row
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 if TYPE_CHECKING:
-    from diffship.models.judge import Judge
     from diffship.sampling.tokenizer import Tokenizer
+    from diffship.training.judge_model import Judge
     from diffship.training.pictures import Pictures
 
 RANKS = (1, 5)
@@ -40,7 +40,7 @@ class Bench:
 
     @classmethod
     def read(cls, data: Path, judge: Path, tokenizer: Tokenizer) -> Bench:
-        from diffship.models.judge import load_judge
+        from diffship.training.judge_model import load_judge
         from diffship.training.pictures import Pictures
 
         def inside(split: str) -> Pictures:

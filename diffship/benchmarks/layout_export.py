@@ -17,11 +17,11 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.process import measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.core.strict import unknown
 
 SUITE = "layout-export"

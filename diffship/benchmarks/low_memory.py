@@ -14,11 +14,11 @@ from pathlib import Path
 from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.process import Measured, measure
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 
 SUITE = "low-memory"
 SOURCE = "arch:koala-700m+taesd"

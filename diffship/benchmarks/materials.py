@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RANDOM = "random weights"
 TRAINED = "trained weights"
 WEIGHTS = ("core", "models")  # the rooms that make the folder
-GRAPHS = ("exporters", "export.py")  # and those that make a bundle of it
+GRAPHS = ("targets", "exporters", "export.py")  # and those that make a bundle of it
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 from diffship.benchmarks.labels import label, subject
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.tables import KEYS, OLD, cases, comparisons, digits, figure, is_share, spread_of
 from diffship.core.errors import ConfigError, MissingExtra
-from diffship.core.row import Row
 
 Figure = Any  # matplotlib's; the package is imported when a plot is drawn
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -17,11 +17,11 @@ from typing import Any
 from diffship.benchmarks.catalogue import of_suite
 from diffship.benchmarks.freshness import changed_since, suite_digest
 from diffship.benchmarks.machine import environment, hardware
+from diffship.benchmarks.row import Row
 from diffship.core.atomic import write_file
 from diffship.core.brief import brief
 from diffship.core.document import read_json
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 from diffship.core.strict import load
 
 SCHEMA = 2

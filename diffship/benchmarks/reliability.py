@@ -29,10 +29,10 @@ from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.fault_proxy import fault_proxy
 from diffship.benchmarks.load import server
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
-from diffship.core.row import Row
 from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.serve.forms import GenerateForm, HandoffForm, ImagesForm

@@ -21,10 +21,10 @@ from diffship.benchmarks.catalogue import of_suite
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.freshness import derived
 from diffship.benchmarks.record import Results, read_result, runners, save
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work
 from diffship.core import child
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 METRIC = "ratio_deviation"
 

@@ -24,10 +24,10 @@ from diffship.benchmarks.entry import enter, named_bundle
 from diffship.benchmarks.intervals import ratio, spread, supports
 from diffship.benchmarks.load import Answer, Server, closed_loop, open_loop, server
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.workbench import add_work, bundle
 from diffship.core.errors import RunnerError
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.runtimes.engines.model import open_model
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import advance, plain

@@ -31,12 +31,12 @@ from diffship.benchmarks.experiment import Experiment, Model, made_passes, read_
 from diffship.benchmarks.intervals import spread
 from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.turns import REST_SECONDS
 from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
-from diffship.core.row import Row
 from diffship.core.strict import plain, unknown
 
 if TYPE_CHECKING:

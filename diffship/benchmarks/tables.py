@@ -11,8 +11,8 @@ from typing import Any
 from diffship.benchmarks.intervals import ROUNDS, ratio_verdict, supports
 from diffship.benchmarks.labels import SHARES, label, shared, subject
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.table import DASH, Table
-from diffship.core.row import Row
 
 MEDIANS = ("image_seconds_p50", "call_seconds_p50")
 KEYS = ("model", "runner", "part", "batch", "steps", "size", "precision", "device")

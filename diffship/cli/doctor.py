@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship import __version__
 from diffship.cli.output import Result, size_text, table
-from diffship.core.tensorrt import GPUS, LEGEND, capability_text
+from diffship.targets.tensorrt.gpus import GPUS, LEGEND, capability_text
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -127,8 +127,8 @@ def train_judge(options: TrainOptions) -> dict[str, object]:
     """Train the judge; needs the tokenizer that `emoji-unet` wrote."""
     from transformers import CLIPTokenizer
 
-    from diffship.models.judge import Judge, JudgeConfig
     from diffship.training.judge import JudgeTask, sees
+    from diffship.training.judge_model import Judge, JudgeConfig
 
     words = options.out / "emoji-unet" / "tokenizer"
     if not (words / "vocab.json").exists():

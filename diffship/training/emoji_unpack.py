@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
-from diffship.models.judge import load_judge
 from diffship.training.checkpoint import save_start
 from diffship.training.emoji_stages import new_text_encoder, new_unet
+from diffship.training.judge_model import load_judge
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.lazy import lazy
-from diffship.models.judge import Judge
+from diffship.training.judge_model import Judge
 from diffship.training.pictures import Pictures
 
 if TYPE_CHECKING:

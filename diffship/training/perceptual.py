@@ -23,8 +23,8 @@ from diffship.core.limits import LIMITS
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights, source_digest
 from diffship.models.component import read_tensor
-from diffship.models.judge import Judge, load_judge
 from diffship.models.sources import packaged
+from diffship.training.judge_model import Judge, load_judge
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffship.benchmarks.record import Results, read_result
+from diffship.benchmarks.row import Row as MeasuredRow
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row as MeasuredRow
 from diffship.core.strict import bounds, load
 from prove.capabilities import missing
 from prove.catalogue import HERE, MAX_BYTES, Catalogue, Checkpoint, read_catalogue

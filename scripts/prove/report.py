@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row
 from diffship.cli.output import size_text, table
-from diffship.core.row import Row
 from prove.catalogue import Checkpoint
 from prove.published import SUITE, Page, figures_of
 from prove.state import Outcome

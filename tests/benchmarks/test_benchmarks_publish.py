@@ -12,9 +12,9 @@ import pytest
 from diffship.benchmarks.bench import asked
 from diffship.benchmarks.publish import main, pages, publish, read_all, rendered, stale, states
 from diffship.benchmarks.record import read_result, write_result
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.suite import read_suite
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 ROOT = Path(__file__).parents[2]
 CONDITIONS = {"model": "emoji", "runner": "torch", "part": "image", "batch": 1, "steps": 4, "size": 128}

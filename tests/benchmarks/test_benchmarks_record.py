@@ -15,8 +15,8 @@ import pytest
 from diffship.benchmarks import ceiling, freshness, machine, record
 from diffship.benchmarks.freshness import PACKAGE, suite_digest
 from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
+from diffship.benchmarks.row import Row
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -209,3 +209,13 @@ def test_rows_say_which_statuses_and_kinds_there_are() -> None:
     for change in ({"status": "fine"}, {"kind": "speed"}, {"low": float("nan")}):
         with pytest.raises(ConfigError):
             a_row(**change)
+
+
+def test_row_is_read_back_and_refuses_nonsense() -> None:
+    row = Row("parity", "sd15/unet", "max_abs", 4e-6, "", "ok", {"threads": 2})
+    assert Row.from_json(row.to_json()) == row
+    assert Row("a", "b", "c", None, status="skipped").value is None
+    with pytest.raises(ConfigError, match="not finite"):
+        Row("a", "b", "c", float("nan"))
+    with pytest.raises(ConfigError, match=r"Row\.status: unknown value 'good'"):
+        Row("a", "b", "c", 1.0, status="good")

@@ -10,8 +10,8 @@ import pytest
 from diffship.benchmarks.freshness import suite_digest
 from diffship.benchmarks.record import Results, read_result, save
 from diffship.benchmarks.repeats import METRIC, main, repeats
+from diffship.benchmarks.row import Row
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 ENVIRONMENT = {"cpu": "a", "threads": 2, "memory_gib": 24.0, "gpus": []}
 

@@ -16,9 +16,9 @@ from diffship.benchmarks import session as module
 from diffship.benchmarks.case import Bench, Case, cases_of, engine_of
 from diffship.benchmarks.figures import rows_of
 from diffship.benchmarks.materials import Materials
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.session import Journal, Outcome, Session, Settings
 from diffship.core.errors import ConfigError, PeerError
-from diffship.core.row import Row
 
 # long enough for its memory to be seen
 REPORT = (

@@ -15,6 +15,7 @@ from diffship.benchmarks.choosing import engines_table
 from diffship.benchmarks.hardware import koala_form, lcm_form, merged
 from diffship.benchmarks.plots import differences, draw_all
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.table import Table
 from diffship.benchmarks.tables import (
     OLD_NOTE,
@@ -29,7 +30,6 @@ from diffship.benchmarks.tables import (
     ratios_table,
 )
 from diffship.core.errors import ConfigError, MissingExtra
-from diffship.core.row import Row
 
 CPU = {"cpu": "Some CPU", "threads": 2, "memory_gib": 24.0, "gpus": [], "packages": {"numpy": "2"}, "commit": "abc"}
 GPU = {**CPU, "gpus": ["Some GPU"], "gpu_memory_gib": [80.0]}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from diffship.benchmarks.record import read_result, write_result
+from diffship.benchmarks.row import Row
 from diffship.cli.bench import byte_count, prints_json
-from diffship.core.row import Row
 
 jsonschema = pytest.importorskip("jsonschema")
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "bench.json"

@@ -16,7 +16,6 @@ from diffship.core.errors import ConfigError, MissingExtra, RunnerError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.recipe import parse_recipe, read_recipe
-from diffship.core.row import Row
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounds, choices, load, plain
 
@@ -208,16 +207,6 @@ def test_family_is_read_back_strictly() -> None:
     assert Family.from_json(XL.to_json()) == XL
     with pytest.raises(ConfigError, match="did you mean 'vae_factor'"):
         Family.from_json({**XL.to_json(), "vae_facter": 8})
-
-
-def test_row_is_read_back_and_refuses_nonsense() -> None:
-    row = Row("parity", "sd15/unet", "max_abs", 4e-6, "", "ok", {"threads": 2})
-    assert Row.from_json(row.to_json()) == row
-    assert Row("a", "b", "c", None, status="skipped").value is None
-    with pytest.raises(ConfigError, match="not finite"):
-        Row("a", "b", "c", float("nan"))
-    with pytest.raises(ConfigError, match=r"Row\.status: unknown value 'good'"):
-        Row("a", "b", "c", 1.0, status="good")
 
 
 def test_spec_binds_and_resolves() -> None:

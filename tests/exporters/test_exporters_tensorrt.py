@@ -18,13 +18,13 @@ from diffship.core.bundle import Bundle
 from diffship.core.errors import Cancelled, ConfigError, DeadlineError, UnsupportedError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
-from diffship.core.plan import PlanFacts
 from diffship.core.strict import load
-from diffship.core.tensorrt import GPUS, LEGEND, RTX_SM, check_sm, markdown
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source
+from diffship.targets.tensorrt.gpus import GPUS, LEGEND, RTX_SM, check_sm, markdown
+from diffship.targets.tensorrt.plan import PlanFacts
 
 pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")

@@ -13,10 +13,10 @@ import pytest
 from cuda_double import Cuda
 from tensorrt_double import Trt, plan_bytes
 
-from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
 from diffship.core.strict import load
 from diffship.runtimes.engines.tensorrt import TensorRtRunner
 from diffship.runtimes.engines.tensorrt.session import TensorRtSession
+from diffship.targets.tensorrt.plan import PlanFacts, PlanInput, PlanOutput
 
 VERSION = "1.7.1.116"
 both = pytest.mark.parametrize("flavour", ["rtx", "trt"])

@@ -22,9 +22,9 @@ from prove.steps import ORDER
 from safetensors.numpy import load_file, save_file
 
 from diffship.benchmarks.record import read_result
+from diffship.benchmarks.row import Row
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
-from diffship.core.row import Row
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "prove_real.py"

@@ -30,9 +30,9 @@ from prove.published import (
 )
 
 from diffship.benchmarks.record import write_result
+from diffship.benchmarks.row import Row as Figure
 from diffship.cli.main import parse
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.row import Row as Figure
 
 PUBLISHED = read_pages()
 CATALOGUE = read_catalogue()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffship.models.judge import Judge, JudgeConfig, load_judge, save_judge
 from diffship.training.judge import JudgeTask, distort
+from diffship.training.judge_model import Judge, JudgeConfig, load_judge, save_judge
 from diffship.training.loop import Schedule, train
 from diffship.training.pictures import Pictures
 

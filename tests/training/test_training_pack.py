@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffship.core.errors import ConfigError
-from diffship.models.judge import Judge, JudgeConfig, load_judge
 from diffship.training.commands import run
 from diffship.training.emoji_stages import encode, new_text_encoder, new_unet, new_vae
+from diffship.training.judge_model import Judge, JudgeConfig, load_judge
 from diffship.training.loop import Schedule, train
 from diffship.training.options import TrainOptions
 from diffship.training.pictures import Pictures

@@ -10,7 +10,7 @@ from diffship.benchmarks.mutation.ledger import RESOLUTION, SCORE, SOUND, Trial
 from diffship.benchmarks.mutation.modules import LOSE_LAYER
 from diffship.benchmarks.mutation.mutant import GRAPH, Mutant, Outcome
 from diffship.benchmarks.mutation.trial import ALARM, CAUGHT, CLEAN, NOT_MADE, NOT_OPENED, SURVIVED
-from diffship.core.row import Row
+from diffship.benchmarks.row import Row
 
 SUITE = "mutation"
 SURVIVORS, EXCLUDED = "survivor_margin_db", "excluded_margin_db"

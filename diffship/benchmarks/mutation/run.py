@@ -19,10 +19,10 @@ from diffship.benchmarks.mutation.random_source import PREFIX, random_pipeline
 from diffship.benchmarks.mutation.report import loses_layer, rows
 from diffship.benchmarks.mutation.taps import Taps
 from diffship.benchmarks.mutation.trial import try_graph, try_module, try_sound
+from diffship.benchmarks.row import Row
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
-from diffship.core.row import Row
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources import open_source

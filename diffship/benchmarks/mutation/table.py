@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from diffship.benchmarks.mutation.report import KEPT, RESOLUTION_OF
 from diffship.benchmarks.record import Results
+from diffship.benchmarks.row import Row
 from diffship.benchmarks.table import DASH, Table
 from diffship.benchmarks.tables import origin
-from diffship.core.row import Row
 
 HEAD = (
     "precision",

@@ -209,7 +209,7 @@ def _check_weights(component: Component) -> list[Problem]:
 def _code_digest() -> str:
     """sha256 over the source of everything that makes a graph: this room and `models`."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.glob("*.py")]):
+    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.rglob("*.py")]):
         digest.update(f"{file.name}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 

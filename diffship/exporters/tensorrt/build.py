@@ -10,8 +10,8 @@ from typing import Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.memory import peak_bytes
-from diffship.core.plan import KINDS
-from diffship.core.tensorrt import journal, library
+from diffship.targets.tensorrt.libraries import journal, library
+from diffship.targets.tensorrt.plan import KINDS
 
 _WORDS = 400  # of an error of the library
 

@@ -18,10 +18,8 @@ from diffship.core.job import Job, digest_of, require_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import MIB
 from diffship.core.manifest import Part
-from diffship.core.plan import KINDS, PlanFacts, PlanInput, PlanOutput
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
-from diffship.core.tensorrt import FLAVOURS, RTX, check_sm, has_driver, journal, library
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.graph import IR_VERSION, NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
@@ -30,6 +28,9 @@ from diffship.exporters.tensorrt.process import run_build
 from diffship.exporters.tensorrt.shapes import Range, Shape, axis_ranges, check_names, parse_shapes, profile
 from diffship.models.component import Component
 from diffship.models.pipeline import Pipeline
+from diffship.targets.tensorrt.gpus import check_sm
+from diffship.targets.tensorrt.libraries import FLAVOURS, RTX, has_driver, journal, library
+from diffship.targets.tensorrt.plan import KINDS, PlanFacts, PlanInput, PlanOutput
 
 if TYPE_CHECKING:
     import onnx

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS
-from diffship.core.plan import KINDS
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
 from diffship.models.component import Component
+from diffship.targets.tensorrt.plan import KINDS
 
 Sizes = dict[str, int]
 Shape = tuple[int, ...]

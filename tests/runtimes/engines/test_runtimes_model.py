@@ -162,7 +162,7 @@ def test_torch_opens_sources_but_no_bundles(tiny_bundle: Path) -> None:
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     there = engines.installed
     engine_files = (f"runtimes.engines.{name}" for name in ("onnxruntime", "openvino", "torch"))
-    for file in (*engine_files, "core.tensorrt"):
+    for file in (*engine_files, "targets.tensorrt.libraries"):
         monkeypatch.setattr(f"diffship.{file}.installed", lambda name: name not in modules and there(name))
 
 

@@ -12,7 +12,6 @@ from tensorrt_rig import Rig, both, call, feeds, ok, right
 
 from diffship.core.errors import BusyError, RunnerError, UnsupportedError
 from diffship.core.manifest import Part
-from diffship.core.plan import PlanInput
 from diffship.core.spec import TensorSpec
 from diffship.runtimes.engines.shell import PartRunner
 from diffship.runtimes.engines.tensorrt import TensorRtRunner
@@ -20,6 +19,7 @@ from diffship.runtimes.engines.tensorrt.constants import Constants
 from diffship.runtimes.engines.tensorrt.device import Device
 from diffship.runtimes.engines.tensorrt.profiles import choose_profile
 from diffship.runtimes.engines.tensorrt.slot import KEPT_SHAPES
+from diffship.targets.tensorrt.plan import PlanInput
 
 INPUTS = (
     TensorSpec("sample", "float32", ("batch_size", 4, "height", "width")),

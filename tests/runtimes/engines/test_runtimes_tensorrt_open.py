@@ -13,11 +13,11 @@ from tensorrt_rig import SMALL, VERSION, Rig, both, feeds, ok
 
 from diffship.core.dtype import TensorMeta, meta_of
 from diffship.core.errors import BundleError, ConfigError, MissingExtra, RunnerError, UnsupportedError
-from diffship.core.plan import PlanFacts, PlanInput, PlanOutput, read_facts
 from diffship.core.safetensors_file import write_safetensors
 from diffship.runtimes.engines.engine import choose_engine, engines_for
 from diffship.runtimes.engines.tensorrt import TensorRtRunner
 from diffship.runtimes.engines.tensorrt.library import flavour_here
+from diffship.targets.tensorrt.plan import PlanFacts, PlanInput, PlanOutput, read_facts
 
 # The file beside the plan
 
@@ -86,14 +86,16 @@ def test_a_part_has_two_files(rig: Rig) -> None:
 @both
 def test_a_missing_library_names_its_extra(rig: Rig, flavour: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = rig.plan(flavour)
-    monkeypatch.setattr("diffship.core.tensorrt.installed", lambda name: False)
+    monkeypatch.setattr("diffship.targets.tensorrt.libraries.installed", lambda name: False)
     with pytest.raises(MissingExtra, match=rf"diffship\[tensorrt{'-rtx' if flavour == 'rtx' else ''}\]"):
         rig.open(files)
 
 
 def test_the_bindings_do_without_the_meta_package(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", rig.rtx)
-    monkeypatch.setattr("diffship.core.tensorrt.installed", lambda name: name in ("tensorrt_rtx_bindings", "cuda"))
+    monkeypatch.setattr(
+        "diffship.targets.tensorrt.libraries.installed", lambda name: name in ("tensorrt_rtx_bindings", "cuda")
+    )
     ok(rig.open(rig.plan("rtx")), feeds())
 
 
@@ -386,7 +388,7 @@ def test_probe_without_a_driver_or_without_the_library(rig: Rig, monkeypatch: py
     rig.cuda.gpus = -1
     probe = TensorRtRunner.probe()
     assert not probe.available and probe.version and probe.reason.endswith("cudaErrorInsufficientDriver")
-    monkeypatch.setattr("diffship.core.tensorrt.installed", lambda name: False)
+    monkeypatch.setattr("diffship.targets.tensorrt.libraries.installed", lambda name: False)
     probe = TensorRtRunner.probe()
     assert not probe.available and "not installed" in probe.reason and "diffship[tensorrt-rtx]" in probe.install
     monkeypatch.undo()

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from diffship.core.errors import BundleError, MissingExtra, RunnerError, UnsupportedError
-from diffship.core.plan import PlanFacts, PlanInput, PlanOutput
 from diffship.runtimes.engines.gpu_tensor import GpuTensor
 from diffship.runtimes.engines.tensorrt import TensorRtRunner
 from diffship.runtimes.engines.tensorrt.device import Device, cuda_runtime, gpu_count
 from diffship.runtimes.engines.tensorrt.plan import load_engine
+from diffship.targets.tensorrt.plan import PlanFacts, PlanInput, PlanOutput
 
 
 def cuda() -> Any:

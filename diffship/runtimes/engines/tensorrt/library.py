@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffship.core.errors import UnsupportedError
-from diffship.core.plan import PlanFacts
-from diffship.core.tensorrt import PACKAGES, RTX, RTX_SM, TRT, capability_text, way_for
 from diffship.runtimes.engines.tensorrt.device import Device
+from diffship.targets.tensorrt.gpus import RTX_SM, capability_text, way_for
+from diffship.targets.tensorrt.libraries import PACKAGES, RTX, TRT
+from diffship.targets.tensorrt.plan import PlanFacts
 
 
 def flavour_here(index: int = 0) -> tuple[str, tuple[int, ...]]:

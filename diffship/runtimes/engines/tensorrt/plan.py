@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import BundleError, DiffshipError, RunnerError, UnsupportedError
-from diffship.core.plan import KINDS, PlanFacts
-from diffship.core.tensorrt import PACKAGES, journal
 from diffship.runtimes.engines.engine import first_line
 from diffship.runtimes.engines.tensorrt.jit_cache import JitCache
 from diffship.runtimes.engines.tensorrt.values import native_dtype
+from diffship.targets.tensorrt.libraries import PACKAGES, journal
+from diffship.targets.tensorrt.plan import KINDS, PlanFacts
 
 
 class Plan:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffship.core.errors import RunnerError, UnsupportedError
-from diffship.core.plan import PlanInput, Shapes
 from diffship.core.strict import unknown
+from diffship.targets.tensorrt.plan import PlanInput, Shapes
 
 Shape = tuple[int, ...]
 

@@ -9,9 +9,9 @@ import numpy as np
 from diffship.core.dtype import FLOATS, TensorMeta, from_float32, stored, to_float32
 from diffship.core.errors import ConfigError, RunnerError, UnsupportedError
 from diffship.core.strict import unknown
-from diffship.core.tensorrt import journal
 from diffship.runtimes.engines.tensorrt.plan import Plan
 from diffship.runtimes.engines.tensorrt.values import NATIVE
+from diffship.targets.tensorrt.libraries import journal
 
 
 class Refit:

@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffship.core.errors import BundleError, DiffshipError, MissingExtra, UnsupportedError
-from diffship.core.plan import PlanFacts, read_facts
 from diffship.core.strict import bounded, bounds, choices
-from diffship.core.tensorrt import MODULES, PACKAGES, capability_text, library
 from diffship.runtimes.engines.engine import Probe
 from diffship.runtimes.engines.tensorrt.device import Device, cuda_runtime, gpu_count
 from diffship.runtimes.engines.tensorrt.jit_cache import cache_file
@@ -20,6 +18,9 @@ from diffship.runtimes.engines.tensorrt.library import check_gpu, check_version
 from diffship.runtimes.engines.tensorrt.plan import Plan, load_engine
 from diffship.runtimes.engines.tensorrt.session import TensorRtSession
 from diffship.runtimes.engines.tensorrt.weights import read_weights
+from diffship.targets.tensorrt.gpus import capability_text
+from diffship.targets.tensorrt.libraries import MODULES, PACKAGES, library
+from diffship.targets.tensorrt.plan import PlanFacts, read_facts
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from diffship.core.dtype import TensorMeta, to_float32
 from diffship.core.errors import BundleError
 from diffship.core.onnx_wire import external_data
-from diffship.core.plan import PlanFacts
 from diffship.core.weights import SafetensorsWeights
+from diffship.targets.tensorrt.plan import PlanFacts
 
 
 def read_weights(folder: Path, part: str, facts: PlanFacts) -> dict[str, np.ndarray] | None:

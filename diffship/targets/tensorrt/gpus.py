@@ -1,4 +1,4 @@
-"""The two TensorRT libraries, and which goes with which GPU: what flags are checked against, and docs and doctor print.
+"""Which TensorRT library goes with which GPU: what flags are checked against, and docs and doctor print.
 
 An engine of TensorRT-RTX is built on any machine, for the compute capabilities ("SM") that its support matrix names; an
 engine of TensorRT is built on the GPU that runs it. Statuses say what somebody has seen, not what should work.
@@ -6,21 +6,12 @@ engine of TensorRT is built on the GPU that runs it. Statuses say what somebody 
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-from diffship.core.errors import ConfigError, DiffshipError, MissingExtra, UnsupportedError
-from diffship.core.lazy import installed, need
+from diffship.core.errors import ConfigError
+from diffship.targets.tensorrt.libraries import TRT
 
-RTX, TRT = FLAVOURS = ("rtx", "trt")
-# flavour -> modules (the RTX bindings come without the meta package too), the package, its extra
-MODULES = {RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"), TRT: ("tensorrt",)}
-PACKAGES = {RTX: "tensorrt-rtx", TRT: "tensorrt"}  # and the extra of that name
 RTX_SM = (75, 86, 89, 120, 121)  # support matrix of TensorRT-RTX 1.5; 8.0 is in the library's enumeration only
 DEFAULT_SM = (89, 120)
 DATA_CENTRE_SM = {80: "A100", 90: "H100, H200", 100: "B200", 103: "B300"}
@@ -55,61 +46,6 @@ GPUS = (
     Gpu("RTX 50 series, RTX PRO Blackwell", 120, BUILT),
     Gpu("DGX Spark (GB10)", 121, UNPROVEN),
 )
-
-
-def library(flavour: str) -> Any:
-    """The module of TensorRT-RTX or TensorRT.
-
-    Raises:
-        MissingExtra: it is not installed.
-        UnsupportedError: it is, and does not start.
-    """
-    for name in MODULES[flavour]:
-        if not installed(name):
-            continue
-        try:
-            return need(name)
-        except DiffshipError:
-            raise
-        except (ImportError, OSError) as fault:
-            reason = " ".join(str(fault).split())[:240]
-            raise UnsupportedError(f"{PACKAGES[flavour]} does not start: {reason}") from None
-    raise MissingExtra(PACKAGES[flavour], PACKAGES[flavour])
-
-
-@cache
-def journal(trt: Any) -> Any:
-    """The logger of that library, one per process: it keeps the last errors, and `words()` tells them.
-
-    TensorRT holds a bare pointer to the first logger that it is given, so this one is never let go.
-    """
-    errors: deque[str] = deque(maxlen=4)
-    severe = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    def start(self: Any) -> None:
-        trt.ILogger.__init__(self)
-
-    def log(self: Any, severity: Any, message: str) -> None:
-        if severity in severe:
-            errors.append(message)
-
-    def words(self: Any) -> str:
-        """What was logged since the last time, the first error first, in one bounded line."""
-        said = [*errors]
-        errors.clear()
-        return " ".join("; ".join(said).split())[:300] or "it does not say why"
-
-    return type("Journal", (trt.ILogger,), {"__init__": start, "log": log, "words": words})()
-
-
-def has_driver() -> bool:
-    """Whether NVIDIA's driver can be loaded here."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
 
 
 def way_for(sm: int) -> str:
