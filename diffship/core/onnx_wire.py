@@ -1,4 +1,4 @@
-"""Just enough protobuf to see where an ONNX model keeps its tensors, before any ONNX library opens it.
+"""Where an ONNX model keeps its tensors, seen before any ONNX library opens it.
 
 Field numbers are those of onnx.proto3 (github.com/onnx/onnx). Tensor bytes are stepped over, never read.
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from diffship.core.errors import BundleError
 from diffship.core.limits import LIMITS
+from diffship.core.protobuf import BYTES, Span, spans
 
 # message -> field number -> message that the field holds
 _INSIDE: Mapping[str, Mapping[int, str]] = {
@@ -27,7 +28,6 @@ _INSIDE: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 _KEYS = ("location", "offset", "length", "checksum")
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _TEXT_LIMIT = 4096
 
 
@@ -40,37 +40,10 @@ class ExternalData(NamedTuple):
     length: int | None
 
 
-class _Field(NamedTuple):
-    number: int
-    wire: int
-    start: int
-    stop: int
-    value: int
-
-
 @dataclass
 class _Scan:
     data: mmap.mmap
     messages: int = 0
-
-    def fields(self, start: int, stop: int) -> Iterator[_Field]:
-        while start < stop:
-            key, start = self._varint(start, stop)
-            number, wire = key >> 3, key & 7
-            value, end = 0, start
-            if wire == _VARINT:
-                value, end = self._varint(start, stop)
-            elif wire == _BYTES:
-                length, start = self._varint(start, stop)
-                end = start + length
-            elif wire in (_FIXED64, _FIXED32):
-                end = start + (8 if wire == _FIXED64 else 4)
-            else:
-                raise BundleError(f"wire type {wire} at byte {start} is not legal")
-            if number == 0 or end > stop:
-                raise BundleError(f"the field at byte {start} reaches over the end of its message")
-            yield _Field(number, wire, start, end, value)
-            start = end
 
     def walk(self, kind: str, start: int, stop: int, depth: int) -> Iterator[ExternalData]:
         self.messages += 1
@@ -80,7 +53,7 @@ class _Scan:
             yield from self._tensor(start, stop)
             return
         inside = _INSIDE[kind]
-        for field in self.fields(start, stop):
+        for field in spans(self.data, start, stop):
             child = inside.get(field.number)
             if child is not None:
                 _require_bytes(field)
@@ -88,7 +61,7 @@ class _Scan:
 
     def _tensor(self, start: int, stop: int) -> Iterator[ExternalData]:
         name, outside, entries = "", False, list[tuple[str, str]]()
-        for field in self.fields(start, stop):
+        for field in spans(self.data, start, stop):
             if field.number == 8:
                 name = self._text(field)
             elif field.number == 13:
@@ -98,17 +71,17 @@ class _Scan:
         if outside or entries:
             yield _external(name, entries)
 
-    def _entry(self, field: _Field) -> tuple[str, str]:
+    def _entry(self, field: Span) -> tuple[str, str]:
         _require_bytes(field)
         key, value = "", ""
-        for inner in self.fields(field.start, field.stop):
+        for inner in spans(self.data, field.start, field.stop):
             if inner.number == 1:
                 key = self._text(inner)
             elif inner.number == 2:
                 value = self._text(inner)
         return key, value
 
-    def _text(self, field: _Field) -> str:
+    def _text(self, field: Span) -> str:
         _require_bytes(field)
         if field.stop - field.start > _TEXT_LIMIT:
             raise BundleError(f"a name of {field.stop - field.start} bytes is too long")
@@ -116,18 +89,6 @@ class _Scan:
             return self.data[field.start : field.stop].decode("utf-8")
         except UnicodeDecodeError:
             raise BundleError(f"the name at byte {field.start} is not UTF-8") from None
-
-    def _varint(self, start: int, stop: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            if start >= stop:
-                break
-            byte = self.data[start]
-            start += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, start
-        raise BundleError(f"the number that ends at byte {start} is cut short or too long")
 
 
 def external_data(path: str | Path) -> list[ExternalData]:
@@ -152,8 +113,8 @@ def external_data(path: str | Path) -> list[ExternalData]:
         os.close(descriptor)
 
 
-def _require_bytes(field: _Field) -> None:
-    if field.wire != _BYTES:
+def _require_bytes(field: Span) -> None:
+    if field.wire != BYTES:
         raise BundleError(f"the field at byte {field.start} has the wrong wire type")
 
 

@@ -6,34 +6,62 @@ encoding). A field that is not understood is carried over byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from diffship.core.errors import BundleError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
-_CUT_OFF = "it is cut off, or no protobuf"
 
 Field = tuple[int, int, "int | memoryview"]  # number, wire type, value
 
 
-def fields(data: memoryview) -> Iterator[Field]:
-    """The fields of one message in order. Raises BundleError where the bytes end too early."""
-    position, end = 0, len(data)
-    while position < end:
-        key, position = _varint(data, position)
+class Octets(Protocol):
+    """Bytes by position: `bytes`, a memoryview or a mapped file."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+
+class Span(NamedTuple):
+    """Where one field lies: its content is the bytes from `start` to before `stop`; `value` is a varint's, or 0."""
+
+    number: int
+    wire: int
+    start: int
+    stop: int
+    value: int
+
+
+def spans(data: Octets, start: int, stop: int) -> Iterator[Span]:
+    """The fields of the message at `start` to before `stop`, in order; contents are stepped over, not read.
+
+    Raises:
+        BundleError: the bytes end too early, or are no protobuf.
+    """
+    while start < stop:
+        key, start = _varint(data, start, stop)
         number, wire = key >> 3, key & 7
+        value, end = 0, start
         if wire == VARINT:
-            value, position = _varint(data, position)
-            yield number, wire, value
-            continue
-        length = _FIXED.get(wire, 0)
-        if wire == BYTES:
-            length, position = _varint(data, position)
-        if wire not in (BYTES, *_FIXED) or length > end - position:
-            raise BundleError(_CUT_OFF)
-        yield number, wire, data[position : position + length]
-        position += length
+            value, end = _varint(data, start, stop)
+        elif wire == BYTES:
+            length, start = _varint(data, start, stop)
+            end = start + length
+        elif wire in _FIXED:
+            end = start + _FIXED[wire]
+        else:
+            raise BundleError(f"wire type {wire} at byte {start} is not legal: it is cut off, or no protobuf")
+        if number == 0 or end > stop:
+            raise BundleError(f"the field at byte {start} reaches over the end of its message, or has no number")
+        yield Span(number, wire, start, end, value)
+        start = end
+
+
+def fields(data: memoryview) -> Iterator[Field]:
+    """The fields of one message in order. Raises BundleError as `spans` does."""
+    for number, wire, start, stop, value in spans(data, 0, len(data)):
+        yield number, wire, value if wire == VARINT else data[start:stop]
 
 
 def message(value: int | memoryview) -> memoryview:
@@ -59,7 +87,7 @@ def numbers(value: int | memoryview) -> list[int]:
         return [value]
     found, position = [], 0
     while position < len(value):
-        entry, position = _varint(value, position)
+        entry, position = _varint(value, position, len(value))
         found.append(entry)
     return found
 
@@ -93,17 +121,17 @@ def encode_block(number: int, data: bytes | memoryview) -> bytes:
     return b"".join([_encoded(number << 3 | BYTES), _encoded(len(data)), data])
 
 
-def _varint(data: Sequence[int], position: int) -> tuple[int, int]:
+def _varint(data: Octets, start: int, stop: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        if position >= len(data):
+        if start >= stop:
             break
-        byte = data[position]
-        position += 1
+        byte = data[start]
+        start += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, position
-    raise BundleError(_CUT_OFF)
+            return value, start
+    raise BundleError(f"the number that ends at byte {start} is cut off or too long, or this is no protobuf")
 
 
 def _encoded(value: int) -> bytes:
