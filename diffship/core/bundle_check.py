@@ -12,6 +12,7 @@ from diffship.core.errors import BundleError, SourceError
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path, parse_manifest
 from diffship.core.onnx_wire import ExternalData, external_data
+from diffship.core.registry import MODEL_FILES
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import PICKLE_SUFFIXES, classify_head, describe
 from diffship.core.travel import beside, left_by_systems, only_read_by_people, rewrapped
@@ -51,8 +52,9 @@ def check_files(root: Path, manifest: Manifest, found: Mapping[str, os.stat_resu
             raise BundleError(f"{root}: {who} names the file {name}, which is not listed")
     for part in manifest.parts:
         # engines open files[0] whatever its name, so a model under another name would escape `check_formats`
-        if manifest.target == "onnx" and not part.files[0].endswith(".onnx"):
-            raise BundleError(f"{root}: part {part.name} opens {part.files[0]}, which is not named *.onnx")
+        suffix = MODEL_FILES.get(manifest.target, "")
+        if not part.files[0].endswith(suffix):
+            raise BundleError(f"{root}: part {part.name} opens {part.files[0]}, which is not named *{suffix}")
 
 
 def check_formats(root: Path, manifest: Manifest) -> None:

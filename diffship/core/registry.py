@@ -13,6 +13,8 @@ EXPORTERS: dict[str, str] = {
     "onnx": "diffship.exporters.onnx:Onnx",
     "tensorrt": "diffship.exporters.tensorrt:TensorRt",
 }
+# How the file that an engine opens, the first of a part, is named in a bundle for that target.
+MODEL_FILES: dict[str, str] = {"onnx": ".onnx", "tensorrt": ".plan"}
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.engines.openvino:OpenVinoRunner",

@@ -140,11 +140,16 @@ def test_hostile_model_that_was_swapped_in_is_refused_at_open(tmp_path: Path, ma
 
 def test_a_model_under_another_name_does_not_escape_the_scan(tmp_path: Path, manifest: Manifest) -> None:
     model = helper.make_model(graph("main", [outside("evil", entry("/etc/passwd"))])).SerializeToString()
-    for name, message in (("model.dat", "not named"), ("model.ONNX", "external data"), ("model.onnx", "external data")):
+    cases = (
+        ("onnx", "model.dat", r"not named \*\.onnx"),
+        ("tensorrt", "model.dat", r"not named \*\.plan"),
+        ("sample", "model.ONNX", "external data"),
+        ("onnx", "model.onnx", "external data"),
+    )
+    for target, name, message in cases:
         part = replace(manifest.parts[0], files=(name,), golden=None)
         with pytest.raises(BundleError, match=message), write_bundle(tmp_path / "bundle") as draft:
             (draft.folder / name).write_bytes(model)
-            target = "onnx" if name != "model.ONNX" else "sample"
             draft.finish(replace(manifest, target=target, parts=(part,)))
 
 
