@@ -22,8 +22,9 @@ BELOW = {
 BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"], *BELOW["exporters"]}
 BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
+BELOW["compare"] = {"runtimes", "models", *BELOW["runtimes"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
-BELOW["cli"] = {"benchmarks", "reduce", *BELOW["benchmarks"]}
+BELOW["cli"] = {"benchmarks", "reduce", "compare", *BELOW["benchmarks"]}
 
 # Among the rooms of `runtimes`. "engines.model" is a bundle opened as a Model: who draws needs no more of an engine.
 RUNTIMES = {

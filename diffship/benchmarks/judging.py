@@ -203,8 +203,8 @@ def _rounded(value: float) -> float:
 
 def show(file: Path, sets: Mapping[str, Uint8], texts: Sequence[str]) -> None:
     """A PNG with a row of pictures for each set, the same prompts in each; labels name the set and the prompt."""
-    from diffship.benchmarks.grid import grid, png_bytes
     from diffship.core.atomic import write_file
+    from diffship.sampling.grid import grid, png_bytes
 
     cells = [picture for pictures in sets.values() for picture in pictures[: len(texts)]]
     labels = [f"{name}: {text}" for name in sets for text in texts]

@@ -177,7 +177,7 @@ def require_something(text: str) -> None:
 
 def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
     """One labelled PNG of all pictures; appears whole or not at all."""
-    from diffship.benchmarks.grid import grid, png_bytes
+    from diffship.sampling.grid import grid, png_bytes
 
     sheet = grid(pictures, labels, columns)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,6 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image, ImageFont
 
-from diffship.benchmarks.grid import grid, png_bytes, wrapped
-from diffship.benchmarks.side_by_side import picture_psnr
 from diffship.cli import doctor
 from diffship.cli.compress import fitting
 from diffship.cli.export import _target
@@ -25,9 +23,11 @@ from diffship.cli.main import main
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.cli.pass_help import option_texts
 from diffship.cli.prompts import read_prompts
+from diffship.compare import picture_psnr
 from diffship.core.errors import ConfigError
 from diffship.core.registry import EXPORTERS, PASSES, load
 from diffship.core.strict import choices, plain_value
+from diffship.sampling.grid import grid, png_bytes, wrapped
 
 
 @pytest.mark.parametrize(
