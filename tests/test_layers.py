@@ -22,9 +22,9 @@ BELOW = {
 BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"], *BELOW["exporters"]}
 BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
-BELOW["compare"] = {"runtimes", "models", *BELOW["runtimes"]}
+BELOW["side_by_side"] = {"runtimes", "models", *BELOW["runtimes"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
-BELOW["cli"] = {"benchmarks", "reduce", "compare", *BELOW["benchmarks"]}
+BELOW["cli"] = {"benchmarks", "reduce", "side_by_side", *BELOW["benchmarks"]}
 
 # Among the rooms of `runtimes`. "engines.model" is a bundle opened as a Model: who draws needs no more of an engine.
 RUNTIMES = {
@@ -109,6 +109,26 @@ def test_arrows_among_the_runtimes(file: Path) -> None:
 
 def test_every_room_of_the_runtimes_is_in_the_rule() -> None:
     assert {path.name for path in (PACKAGE / "runtimes").iterdir()} - {"__init__.py", "__pycache__"} == set(RUNTIMES)
+
+
+# Rooms of `benchmarks`; the last two are not in the wheel. The runner joins them all.
+MEASURING = {"measure": set(), "report": {"measure"}, "studies": {"measure", "report"}}
+MEASURING["publish"] = {"studies", *MEASURING["studies"]}
+IN_THE_CLONE = {"publish", "studies"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_arrows_among_the_benchmarks_and_what_the_wheel_does_without(file: Path) -> None:
+    name = file.relative_to(PACKAGE).as_posix()
+    inside = MEASURING.get(name.split("/")[1]) if name.startswith("benchmarks/") else None
+    for module, _ in imports(file):
+        other = module.removeprefix("diffship.benchmarks.").split(".")[0]
+        if not module.startswith("diffship.benchmarks.") or name == "benchmarks/__main__.py" or other not in MEASURING:
+            continue
+        if inside is not None and not name.startswith(f"benchmarks/{other}/"):
+            assert other in inside, f"{name} imports {module}"
+        if inside is None:
+            assert other not in IN_THE_CLONE, f"{name} imports {module}, which the wheel does not hold"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

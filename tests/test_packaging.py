@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -307,8 +308,15 @@ def test_wheel_equals_tree(tmp_path: Path, clone: Path) -> None:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffship"}
-    assert {name for name in names if name.startswith("diffship/")} == tracked()
+    aside = ("diffship/benchmarks/publish/", "diffship/benchmarks/studies/")  # what measures our own pages
+    assert {name for name in names if name.startswith("diffship/")} == {
+        name for name in tracked() if not name.startswith(aside)
+    }
     assert any(name.endswith("licenses/NOTICE") for name in names)
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    ask = [sys.executable, "-m", "diffship.benchmarks"]
+    done = subprocess.run(ask, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)
+    assert done.returncode == 2 and "a wheel holds no studies: run this in a clone" in done.stderr
 
 
 @pytest.mark.slow

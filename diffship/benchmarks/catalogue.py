@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from diffship.core.errors import ConfigError
 from diffship.core.strict import unknown
 
-BENCH = "bench"
+BENCH = "measure.bench"  # of the verb `bench`
+SIBLINGS = "studies.quality.siblings"
 _PACKAGE = "diffship.benchmarks"
 _PASSES = ("distill", "layout", "prune", "significance")
 
@@ -19,7 +20,7 @@ _PASSES = ("distill", "layout", "prune", "significance")
 class ResultsFile:
     """One file under `benchmarks/results`.
 
-    module: of this room, whose `main` measures it ("bench": the verb, which reads the suite's TOML). words: arguments
+    module: of this room, whose `main` measures it (BENCH: the verb, which reads the suite's TOML). words: arguments
     of it. uses: entries of the registries that it needs (engines, targets, passes); engines of its rows are added.
     verbs: those that it starts as processes. data: folders of the package that it reads, such as weights. suite: as the
     rows name it. of: the file from whose runs this one is computed.
@@ -47,7 +48,7 @@ class ResultsFile:
 
 def experiment_file(name: str) -> ResultsFile:
     """The entry of an experiment, whose models are trained, drawn and judged."""
-    return ResultsFile(name, "siblings", (f"{name}.toml",), ("onnx", "onnxruntime", *_PASSES))
+    return ResultsFile(name, SIBLINGS, (f"{name}.toml",), ("onnx", "onnxruntime", *_PASSES))
 
 
 FILES = {
@@ -55,26 +56,26 @@ FILES = {
     for entry in (
         ResultsFile("cpu-edge", words=("--suite", "cpu-edge")),
         ResultsFile("cpu-image", words=("--suite", "cpu-image"), data=()),
-        ResultsFile("cpu-edge-repeats", "repeats", ("--suite", "cpu-edge"), of="cpu-edge"),
-        ResultsFile("cold-start", "cold_start", verbs=("run",)),
-        ResultsFile("low-memory", "low_memory", verbs=("run",), data=()),
-        ResultsFile("export-sd15", "export_cost", verbs=("export",), data=(), suite="export"),
+        ResultsFile("cpu-edge-repeats", "studies.repeats", ("--suite", "cpu-edge"), of="cpu-edge"),
+        ResultsFile("cold-start", "studies.cost.cold_start", verbs=("run",)),
+        ResultsFile("low-memory", "studies.cost.low_memory", verbs=("run",), data=()),
+        ResultsFile("export-sd15", "studies.cost.export_cost", verbs=("export",), data=(), suite="export"),
         ResultsFile(
             "export-sdxl-fp16",
-            "export_cost",
+            "studies.cost.export_cost",
             ("--source", "arch:sdxl", "--precision", "fp16", "--no-optimum"),
             verbs=("export",),
             data=(),
             suite="export",
         ),
-        ResultsFile("layout-export", "layout_export", verbs=("export",), data=()),
-        ResultsFile("mutation", "mutation.__main__"),
-        ResultsFile("engine-build", "engine_build", uses=("onnx", "tensorrt")),
-        ResultsFile("serving", "serving", verbs=("serve",)),
-        ResultsFile("reliability", "reliability", verbs=("serve",)),
-        ResultsFile("handoff-overhead", "handoff_overhead", verbs=("serve",)),
-        ResultsFile("handoff-quality", "handoff_quality", data=("models/emoji", "models/emoji-small")),
-        ResultsFile("emoji-quality", "emoji_quality"),
+        ResultsFile("layout-export", "studies.cost.layout_export", verbs=("export",), data=()),
+        ResultsFile("mutation", "studies.mutation.__main__"),
+        ResultsFile("engine-build", "studies.cost.engine_build", uses=("onnx", "tensorrt")),
+        ResultsFile("serving", "studies.service.serving", verbs=("serve",)),
+        ResultsFile("reliability", "studies.service.reliability", verbs=("serve",)),
+        ResultsFile("handoff-overhead", "studies.service.handoff_overhead", verbs=("serve",)),
+        ResultsFile("handoff-quality", "studies.quality.handoff_quality", data=("models/emoji", "models/emoji-small")),
+        ResultsFile("emoji-quality", "studies.quality.emoji_quality"),
         experiment_file("compression"),
         experiment_file("criteria"),
         experiment_file("features"),

@@ -22,11 +22,11 @@ PACKAGE = Path(__file__).parents[1]
 ASIDE = {
     "diffship",
     "diffship.core.registry",
-    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "record", "entry")),
+    *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "measure.record", "entry")),
 }
 MAKES_SAMPLERS = "diffship.sampling.samplers"
 # It counts and what it imports does not: it makes materials for all suites, each of which uses a few.
-SHALLOW = {"diffship.benchmarks.workbench"}
+SHALLOW = {"diffship.benchmarks.studies.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}  # or not in every version of Python
@@ -101,7 +101,7 @@ def _tree(file: Path, changed: int) -> ast.Module:
 
 
 def _named(file: Path) -> tuple[str, ...]:
-    """What may be modules of diffship: imported names, and texts such as `diffship.benchmarks.child`."""
+    """What may be modules of diffship: imported names, and texts such as `diffship.benchmarks.measure.child`."""
     return _named_now(file, file.stat().st_mtime_ns)
 
 

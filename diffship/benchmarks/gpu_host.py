@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.case import label
 from diffship.benchmarks.entry import enter
-from diffship.benchmarks.materials import slug
-from diffship.benchmarks.record import read_result, write_result
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure.case import label
+from diffship.benchmarks.measure.materials import slug
+from diffship.benchmarks.measure.record import read_result, write_result
+from diffship.benchmarks.measure.row import Row
 from diffship.core import child
 from diffship.core.errors import DiffshipError
 

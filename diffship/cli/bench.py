@@ -22,10 +22,10 @@ from diffship.core.registry import RUNNERS
 from diffship.core.strict import load, unknown
 
 if TYPE_CHECKING:
-    from diffship.benchmarks.case import Bench
-    from diffship.benchmarks.record import Results
-    from diffship.benchmarks.suite import Suite
-    from diffship.benchmarks.table import Table
+    from diffship.benchmarks.measure.case import Bench
+    from diffship.benchmarks.measure.record import Results
+    from diffship.benchmarks.measure.suite import Suite
+    from diffship.benchmarks.report.table import Table
 
 PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
@@ -81,8 +81,8 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from diffship.benchmarks.record import read_result, save
-    from diffship.benchmarks.tables import best
+    from diffship.benchmarks.measure.record import read_result, save
+    from diffship.benchmarks.report.tables import best
 
     file = _output(options)
     _check_places(options, file)
@@ -150,7 +150,7 @@ def _check_places(options: argparse.Namespace, file: Path | None) -> None:
 
 def _refuse_taken(options: argparse.Namespace, file: Path | None, suites: Sequence[str]) -> None:
     """Raises ConfigError where what is to be written would replace something, or itself."""
-    from diffship.benchmarks.plots import stems
+    from diffship.benchmarks.report.plots import stems
 
     named = {"-o" if options.output else "--json": file, "--csv": options.csv, "--markdown": options.markdown}
     places = [(flag, path) for flag, path in named.items() if path]
@@ -160,8 +160,8 @@ def _refuse_taken(options: argparse.Namespace, file: Path | None, suites: Sequen
 
 
 def _suite(options: argparse.Namespace) -> Suite:
-    from diffship.benchmarks.case import engine_of
-    from diffship.benchmarks.suite import Suite, read_suite
+    from diffship.benchmarks.measure.case import engine_of
+    from diffship.benchmarks.measure.suite import Suite, read_suite
 
     given = {name: value for name in BENCH_FIELDS if (value := getattr(options, name)) is not None}
     if options.suite:
@@ -178,7 +178,7 @@ def _suite(options: argparse.Namespace) -> Suite:
 
 
 def _bench(given: dict[str, Any]) -> Bench:
-    from diffship.benchmarks.case import Bench
+    from diffship.benchmarks.measure.case import Bench
 
     try:
         return load(Bench, given, "bench")
@@ -187,8 +187,8 @@ def _bench(given: dict[str, Any]) -> Bench:
 
 
 def _measured(options: argparse.Namespace, suite: Suite) -> Results:
-    from diffship.benchmarks.bench import run_suite
-    from diffship.benchmarks.session import Settings
+    from diffship.benchmarks.measure.bench import run_suite
+    from diffship.benchmarks.measure.session import Settings
 
     rounds = suite.rounds if options.rounds is None else options.rounds
     if rounds < 1:
@@ -210,7 +210,7 @@ def _measured(options: argparse.Namespace, suite: Suite) -> Results:
 
 def _command(options: argparse.Namespace) -> str:
     """The command that repeats this; folders and files of this machine are left out."""
-    from diffship.benchmarks.case import label
+    from diffship.benchmarks.measure.case import label
 
     words = ["diffship", "bench", *([f"--suite {options.suite}"] if options.suite else map(label, options.targets))]
     for name in (*BENCH_FIELDS, "rounds", "memory_limit"):
@@ -222,13 +222,13 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _tables(results: Results) -> list[Table]:
-    from diffship.benchmarks.tables import parts_table, ratios_table
+    from diffship.benchmarks.report.tables import parts_table, ratios_table
 
     return [parts_table(results), ratios_table(results)]
 
 
 def _merge(options: argparse.Namespace, files: list[Results]) -> Result:
-    from diffship.benchmarks.hardware import merged
+    from diffship.benchmarks.report.hardware import merged
 
     if options.targets or options.suite:
         raise ConfigError("--merge reads results; leave targets and --suite out")
@@ -245,8 +245,8 @@ def _merge(options: argparse.Namespace, files: list[Results]) -> Result:
 
 def _side_files(options: argparse.Namespace, files: list[Results], tables: list[Table]) -> list[Callable[[], object]]:
     """What writes each of them."""
-    from diffship.benchmarks.plots import draw_all
-    from diffship.benchmarks.tables import csv_text
+    from diffship.benchmarks.report.plots import draw_all
+    from diffship.benchmarks.report.tables import csv_text
 
     markdown = "\n\n".join(table.markdown() for table in tables if table.rows) + "\n"
     texts = ((options.csv, csv_text(files)), (options.markdown, markdown))

@@ -16,7 +16,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS
 
 if TYPE_CHECKING:
-    from diffship.compare import PartFigures, Side, StepFigures
+    from diffship.side_by_side import PartFigures, Side, StepFigures
 
 EXAMPLES = """examples:
   diffship compare emoji out/emoji
@@ -45,7 +45,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from diffship import compare as side_by_side
+    from diffship import side_by_side
     from diffship.sampling.generate import Request
 
     _check(options)

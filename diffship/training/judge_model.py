@@ -1,7 +1,7 @@
 """The judge of `emoji`: a small image tower and caption tower trained on real pictures only.
 
 A contrastive pair of encoders in the sense of CLIP (Radford et al. 2021, fig. 3), small enough for a CPU. It never sees
-a generated picture while it is trained. What it is used for lives in `diffship.benchmarks.quality`.
+a generated picture while it is trained. What it is used for lives in `diffship.benchmarks.studies.quality.scores`.
 """
 
 from __future__ import annotations

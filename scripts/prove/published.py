@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffship.benchmarks.record import Results, read_result
-from diffship.benchmarks.row import Row as MeasuredRow
+from diffship.benchmarks.measure.record import Results, read_result
+from diffship.benchmarks.measure.row import Row as MeasuredRow
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.strict import bounds, load

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.record import write_result
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure.record import write_result
+from diffship.benchmarks.measure.row import Row
 from diffship.cli.output import size_text, table
 from prove.catalogue import Checkpoint
 from prove.published import SUITE, Page, figures_of

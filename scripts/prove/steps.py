@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffship.benchmarks.machine import code_digest
-from diffship.benchmarks.process import TIMEOUT_CODE, Measured, measure
+from diffship.benchmarks.measure.machine import code_digest
+from diffship.benchmarks.measure.process import TIMEOUT_CODE, Measured, measure
 from diffship.runtimes.engines.engine import engines_for
 from prove.capabilities import missing
 from prove.catalogue import Catalogue, Checkpoint

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from diffship.benchmarks import clock
-from diffship.benchmarks.clock import SPAWNED, device_peak, report, timed, told, waits
+from diffship.benchmarks.measure import clock
+from diffship.benchmarks.measure.clock import SPAWNED, device_peak, report, timed, told, waits
 
 
 def test_load_first_call_and_the_others_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,6 @@ def test_names_that_results_record_are_found_where_they_usually_lie(
 
 
 def test_an_experiment_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    words = ["-m", "diffship.benchmarks.siblings", "nix.toml", "--work", "w"]
+    words = ["-m", "diffship.benchmarks.studies.quality.siblings", "nix.toml", "--work", "w"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, "siblings: nix.toml cannot be read: No such file or directory\n")

@@ -48,21 +48,21 @@ Edit = Callable[[str, str, str], set[str]]
 
 @pytest.mark.slow
 def test_comments_docstrings_and_layout_make_nothing_stale(edited: Edit) -> None:
-    for module in ("core/errors.py", "benchmarks/serving.py", "benchmarks/intervals.py"):
+    for module in ("core/errors.py", "benchmarks/studies/service/serving.py", "benchmarks/measure/intervals.py"):
         assert edited(module, "from __future__", "# a word\n\n\nfrom __future__") == set()
-    assert edited("benchmarks/intervals.py", '"""How sure a figure is', '"""How very sure a figure is') == set()
+    assert edited("benchmarks/measure/intervals.py", '"""How sure a figure is', '"""How very sure a figure is') == set()
     assert edited("core/errors.py", '"""No capacity right now;', '"""None;') == set()
 
 
 def test_a_doubled_clock_of_the_server_makes_its_file_stale(edited: Edit) -> None:
-    assert edited("benchmarks/load.py", "time.perf_counter() - begin, client", "2 * time.perf_counter(), client") == {
-        "serving"
-    }
-    assert edited("benchmarks/serving.py", "statistics.median(values)", "2 * statistics.median(values)") == {"serving"}
+    service, clock, median = "benchmarks/studies/service", "time.perf_counter()", "statistics.median(values)"
+    assert edited(f"{service}/load.py", f"{clock} - begin, client", f"2 * {clock}, client") == {"serving"}
+    assert edited(f"{service}/serving.py", median, f"2 * {median}") == {"serving"}
 
 
 def test_what_materials_are_made_of_counts_for_those_who_use_them(edited: Edit) -> None:
-    made = edited("benchmarks/workbench.py", 'export(source, to="onnx"', 'export(source, to="onnx", precision="fp16"')
+    call = 'export(source, to="onnx"'
+    made = edited("benchmarks/studies/workbench.py", call, f'{call}, precision="fp16"')
     assert {"cold-start", "serving"} <= made
 
 
@@ -72,12 +72,12 @@ def test_what_a_sampler_computes_counts_for_those_who_draw(edited: Edit) -> None
 
 @pytest.mark.slow
 def test_statistics_and_figures_count(edited: Edit) -> None:
-    assert edited("benchmarks/intervals.py", "LEVEL = 0.95", "LEVEL = 0.5") == set(SUITES)
+    assert edited("benchmarks/measure/intervals.py", "LEVEL = 0.95", "LEVEL = 0.5") == set(SUITES)
     runs = {"cpu-edge", "cpu-edge-repeats"}
-    assert edited("benchmarks/figures.py", '"p99": 0.99', '"p99": 0.9') == runs
-    clock = edited("benchmarks/clock.py", "time.perf_counter() - started", "time.time() - started")
+    assert edited("benchmarks/measure/figures.py", '"p99": 0.99', '"p99": 0.9') == runs
+    clock = edited("benchmarks/measure/clock.py", "time.perf_counter() - started", "time.time() - started")
     assert runs <= clock and "serving" not in clock
-    assert edited("benchmarks/repeats.py", "value / middle - 1", "value / middle") == {"cpu-edge-repeats"}
+    assert edited("benchmarks/studies/repeats.py", "value / middle - 1", "value / middle") == {"cpu-edge-repeats"}
 
 
 def test_rooms_count_for_the_suites_that_use_them(edited: Edit) -> None:
@@ -85,7 +85,7 @@ def test_rooms_count_for_the_suites_that_use_them(edited: Edit) -> None:
     assert edited("compression/distill.py", "def ", "async def ") == {"compression"}
     assert edited("cli/run.py", "def run", "def ran") == {"cold-start"}
     assert edited("runtimes/engines/shell.py", "def ", "async def ") == set(SUITES)
-    assert edited("benchmarks/tables.py", "def ", "async def ") == set()
+    assert edited("benchmarks/report/tables.py", "def ", "async def ") == set()
 
 
 def test_engines_of_the_rows_count() -> None:

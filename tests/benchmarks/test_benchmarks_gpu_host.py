@@ -11,7 +11,7 @@ import pytest
 
 from diffship.benchmarks import gpu_host
 from diffship.benchmarks.gpu_host import Plan, main, prove
-from diffship.benchmarks.record import read_result
+from diffship.benchmarks.measure.record import read_result
 from diffship.core.errors import UnsupportedError
 
 OUTPUT = {"name": "out_sample", "passed": True, "psnr_db": 48.5, "reason": ""}

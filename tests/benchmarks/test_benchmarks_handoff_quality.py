@@ -10,7 +10,8 @@ import pytest
 from sampling_toy import ToyModel
 
 from diffship.benchmarks import freshness
-from diffship.benchmarks.handoff_quality import (
+from diffship.benchmarks.measure.record import read_result
+from diffship.benchmarks.studies.quality.handoff_quality import (
     Ask,
     Figures,
     curve_of,
@@ -21,8 +22,7 @@ from diffship.benchmarks.handoff_quality import (
     rows_of,
     timed,
 )
-from diffship.benchmarks.judging import Judged
-from diffship.benchmarks.record import read_result
+from diffship.benchmarks.studies.quality.judging import Judged
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.runtimes.engines.model import open_model

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from diffship.benchmarks.intervals import (
+from diffship.benchmarks.measure.intervals import (
     NO_DIFFERENCE,
     quality,
     quality_verdict,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks import layout_export
-from diffship.benchmarks.layout_export import SOURCES, chosen, rows_of
-from diffship.benchmarks.process import Measured
+from diffship.benchmarks.measure.process import Measured
+from diffship.benchmarks.studies.cost import layout_export
+from diffship.benchmarks.studies.cost.layout_export import SOURCES, chosen, rows_of
 from diffship.core.errors import ConfigError
 from diffship.models.arch import PREFIX, parse_arch
 from diffship.models.layouts import LAYOUTS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks import low_memory
-from diffship.benchmarks.low_memory import main, rows_of
-from diffship.benchmarks.process import Measured
+from diffship.benchmarks.measure.process import Measured
+from diffship.benchmarks.studies.cost import low_memory
+from diffship.benchmarks.studies.cost.low_memory import main, rows_of
 from diffship.core.errors import ConfigError
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks import materials as module
-from diffship.benchmarks.case import Bench
-from diffship.benchmarks.materials import Order
-from diffship.benchmarks.session import _usable
+from diffship.benchmarks.measure import materials as module
+from diffship.benchmarks.measure.case import Bench
+from diffship.benchmarks.measure.materials import Order
+from diffship.benchmarks.measure.session import _usable
 from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
 

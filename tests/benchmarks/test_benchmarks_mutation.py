@@ -16,18 +16,18 @@ pytest.importorskip("onnx")
 
 import onnx
 
-from diffship.benchmarks.mutation import report, values
-from diffship.benchmarks.mutation.files import edited_bundle
-from diffship.benchmarks.mutation.graphs import CONSTANT, REMOVED, WIRE, edit, graph_mutants, works
-from diffship.benchmarks.mutation.ledger import RESOLUTION, SCORE, SOUND, Ledger, Trial
-from diffship.benchmarks.mutation.modules import KINDS, QK, SECOND, component_mutants, spoilt
-from diffship.benchmarks.mutation.mutant import GRAPH, MODULE, Mutant, Outcome
-from diffship.benchmarks.mutation.random_source import random_pipeline
-from diffship.benchmarks.mutation.run import Run, Settings, opened
-from diffship.benchmarks.mutation.table import proof_table
-from diffship.benchmarks.mutation.taps import Taps
-from diffship.benchmarks.mutation.trial import CAUGHT, NOT_MADE, NOT_OPENED, SURVIVED, try_graph, try_module
-from diffship.benchmarks.record import write_result
+from diffship.benchmarks.measure.record import write_result
+from diffship.benchmarks.studies.mutation import report, values
+from diffship.benchmarks.studies.mutation.files import edited_bundle
+from diffship.benchmarks.studies.mutation.graphs import CONSTANT, REMOVED, WIRE, edit, graph_mutants, works
+from diffship.benchmarks.studies.mutation.ledger import RESOLUTION, SCORE, SOUND, Ledger, Trial
+from diffship.benchmarks.studies.mutation.modules import KINDS, QK, SECOND, component_mutants, spoilt
+from diffship.benchmarks.studies.mutation.mutant import GRAPH, MODULE, Mutant, Outcome
+from diffship.benchmarks.studies.mutation.random_source import random_pipeline
+from diffship.benchmarks.studies.mutation.run import Run, Settings, opened
+from diffship.benchmarks.studies.mutation.table import proof_table
+from diffship.benchmarks.studies.mutation.taps import Taps
+from diffship.benchmarks.studies.mutation.trial import CAUGHT, NOT_MADE, NOT_OPENED, SURVIVED, try_graph, try_module
 from diffship.core.bundle import Bundle
 from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import ConfigError, UnsupportedError
@@ -362,7 +362,7 @@ def test_random_pipelines_are_legal_and_unlike(sd: Pipeline) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_proof_catches_sixty_mutants_in_every_precision(tmp_path: Path) -> None:
-    """Floors of the full run, which `python -m diffship.benchmarks.mutation` makes with a thousand mutants."""
+    """Floors of the full run, which `python -m diffship.benchmarks mutation` makes with a thousand mutants."""
     run = Run(Settings((f"random:{SD}",), ("fp32", "fp16", "bf16"), 60, 3, 0), tmp_path, say=lambda _: None)
     run.run()
     rows = run.rows()

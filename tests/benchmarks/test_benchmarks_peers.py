@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks.peers import environments
-from diffship.benchmarks.peers.environments import isolated_path, missing, peer_python
-from diffship.benchmarks.peers.table import PEERS, TORCH
+from diffship.benchmarks.measure.peers import environments
+from diffship.benchmarks.measure.peers.environments import isolated_path, missing, peer_python
+from diffship.benchmarks.measure.peers.table import PEERS, TORCH
 from diffship.core.errors import PeerError
 
 
@@ -67,7 +67,7 @@ def test_a_peer_of_our_own_environment_needs_torch(monkeypatch: pytest.MonkeyPat
 def test_a_peer_sees_this_package_and_nothing_else_of_ours(tmp_path: Path) -> None:
     path = isolated_path(tmp_path / "only")
     assert isolated_path(tmp_path / "only") == path and [entry.name for entry in path.iterdir()] == ["diffship"]
-    code = "import sys, diffship.benchmarks.clock; print([m for m in sys.modules if m in ('numpy', 'torch')])"
+    code = "import sys, diffship.benchmarks.measure.clock; print([m for m in sys.modules if m in ('numpy', 'torch')])"
     env = {**os.environ, "PYTHONPATH": str(path)}
     command = [sys.executable, "-S", "-c", code]  # -S: no site-packages, as in an environment that lacks ours
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)

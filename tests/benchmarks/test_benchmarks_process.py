@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from diffship.benchmarks.process import Measured, measure, memory_of
+from diffship.benchmarks.measure.process import Measured, measure, memory_of
 
 HOLD = "held = bytearray([1]) * 60_000_000; import time; time.sleep(0.5)"
 
@@ -35,7 +35,7 @@ SPIKES = {
 @pytest.mark.parametrize("where", SPIKES)
 def test_memory_that_is_held_for_milliseconds_is_seen(where: str) -> None:
     """The measuring process is a small one, as it is in use: the kernel counts a child from its parent's size on."""
-    code = "import sys; from diffship.benchmarks.process import measure\n"
+    code = "import sys; from diffship.benchmarks.measure.process import measure\n"
     code += f"print(measure([sys.executable, '-c', {SPIKES[where]!r}], 30).peak_bytes)"
     peaks = [int(python(code).output) for _ in range(2)]
     assert all(125 << 20 < peak < 160 << 20 for peak in peaks), peaks

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks.bench import asked
-from diffship.benchmarks.publish import main, pages, publish, read_all, rendered, stale, states
-from diffship.benchmarks.record import read_result, write_result
-from diffship.benchmarks.row import Row
-from diffship.benchmarks.suite import read_suite
+from diffship.benchmarks.measure.bench import asked
+from diffship.benchmarks.measure.record import read_result, write_result
+from diffship.benchmarks.measure.row import Row
+from diffship.benchmarks.measure.suite import read_suite
+from diffship.benchmarks.publish.pages import main, pages, publish, read_all, rendered, stale, states
 from diffship.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ def test_results_of_other_code_are_named(
     write_result(file / "cold-start.json", "cold-start", "as it was measured then", rows)
     assert stale(root) == {} and main(["--root", str(root), "--fresh"]) == 0
     assert states(root)["cold-start"].startswith("fresh (commit ") and states(root)["serving"] == "not measured"
-    monkeypatch.setattr("diffship.benchmarks.publish.digest", lambda entry, runners: "f" * 64)
+    monkeypatch.setattr("diffship.benchmarks.publish.pages.digest", lambda entry, runners: "f" * 64)
     assert stale(root).keys() == {"some", "cold-start"}
     capsys.readouterr()
     assert main(["--root", str(root), "--fresh"]) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffship.benchmarks.quality import frechet_distance, hits, nearest
+from diffship.benchmarks.studies.quality.scores import frechet_distance, hits, nearest
 
 
 def test_hits_count_ranks() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffship.benchmarks import ceiling, freshness, machine, record
+from diffship.benchmarks import freshness
 from diffship.benchmarks.freshness import PACKAGE, suite_digest
-from diffship.benchmarks.record import SCHEMA, content_digest, read_result, write_result
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure import ceiling, machine, materials, record
+from diffship.benchmarks.measure.record import SCHEMA, content_digest, read_result, write_result
+from diffship.benchmarks.measure.row import Row
 from diffship.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -62,13 +63,15 @@ def test_code_that_changed_while_it_ran_is_no_code(
     later = tmp_path / "load.py"
     later.write_bytes((PACKAGE / "benchmarks" / "load.py").read_bytes())
     os.utime(later, (newest + 1, newest + 1))
-    find = freshness._file
+    find, load = freshness._file, "diffship.benchmarks.studies.service.load"
     monkeypatch.setattr(
-        freshness, "_file", lambda name, package: later if name == "diffship.benchmarks.load" else find(name, package)
+        freshness,
+        "_file",
+        lambda name, package: later if name == load else find(name, package),
     )
     made = write_result(tmp_path / "serving.json", "serving", "make it", [a_row(suite="serving")])
     assert made.code == record.NO_CODE and read_result(tmp_path / "serving.json") is not None
-    assert capsys.readouterr().err.startswith("serving: diffship.benchmarks.load changed while it was measured")
+    assert capsys.readouterr().err.startswith(f"serving: {load} changed while it was measured")
     assert record.code_of("cold-start", []) == suite_digest("cold-start"), "which the server's clock is no part of"
 
 
@@ -175,14 +178,20 @@ def test_every_library_gives_a_product(make: Callable[[], Callable[[], object]])
 
 
 def test_the_key_of_what_is_kept_follows_what_makes_it_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("core/a.py", "runtimes/b.py", "benchmarks/peers/c.py", "benchmarks/tables.py", "cli/d.py"):
+    peer, table = "benchmarks/measure/peers/c.py", "benchmarks/report/tables.py"
+    for name in ("core/a.py", "runtimes/b.py", peer, table, "cli/d.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n", encoding="utf-8")
     before = machine.code_digest(tmp_path)
-    for name, matters in (("core/a.py", True), ("benchmarks/peers/c.py", True), ("benchmarks/tables.py", False)):
+    for name, matters in (("core/a.py", True), (peer, True), (table, False)):
         (tmp_path / name).write_text("2\n", encoding="utf-8")
         assert (machine.code_digest(tmp_path) != before) is matters
         before = machine.code_digest(tmp_path)
+
+
+def test_what_makes_it_is_there() -> None:
+    names = (*machine.ROOMS, *machine.MEASURING, *materials.WEIGHTS, *materials.GRAPHS)
+    assert [name for name in names if not machine._sources(PACKAGE / name)] == []
 
 
 def test_the_documented_form_fits_what_is_written(file: Path) -> None:

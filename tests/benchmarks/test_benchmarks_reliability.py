@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks import reliability
-from diffship.benchmarks.fault_proxy import fault_proxy
-from diffship.benchmarks.reliability import bad_requests, bad_trajectories, damaged_files, run
+from diffship.benchmarks.studies.service import reliability
+from diffship.benchmarks.studies.service.fault_proxy import fault_proxy
+from diffship.benchmarks.studies.service.reliability import bad_requests, bad_trajectories, damaged_files, run
 from diffship.core.errors import ConfigError
 
 

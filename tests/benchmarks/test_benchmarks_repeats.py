@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from diffship.benchmarks.freshness import suite_digest
-from diffship.benchmarks.record import Results, read_result, save
-from diffship.benchmarks.repeats import METRIC, main, repeats
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure.record import Results, read_result, save
+from diffship.benchmarks.measure.row import Row
+from diffship.benchmarks.studies.repeats import METRIC, main, repeats
 from diffship.core.errors import ConfigError
 
 ENVIRONMENT = {"cpu": "a", "threads": 2, "memory_gib": 24.0, "gpus": []}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks import workbench
-from diffship.benchmarks.__main__ import SENTINELS, command, main, measure
 from diffship.benchmarks.catalogue import BENCH, FILES, results_file
-from diffship.benchmarks.workbench import WORK, bundle, emoji_data, untrained
+from diffship.benchmarks.publish.runner import SENTINELS, command, main, measure
+from diffship.benchmarks.studies import workbench
+from diffship.benchmarks.studies.workbench import WORK, bundle, emoji_data, untrained
 from diffship.cli.main import parse
 from diffship.core.errors import ConfigError, UnsupportedError
 

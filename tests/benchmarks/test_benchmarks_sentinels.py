@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks import clock, intervals, readings, sentinels
-from diffship.benchmarks.intervals import Interval
-from diffship.benchmarks.load import Server
-from diffship.benchmarks.materials import Materials
-from diffship.benchmarks.readings import SENTINELS, Kit, Readings
-from diffship.benchmarks.sentinels import CLAIMS, RULERS, figures_of, found, judged, main, processors, watched
+from diffship.benchmarks.measure import clock, intervals
+from diffship.benchmarks.measure.intervals import Interval
+from diffship.benchmarks.measure.materials import Materials
+from diffship.benchmarks.publish.pages import readings, sentinels
+from diffship.benchmarks.publish.readings import SENTINELS, Kit, Readings
+from diffship.benchmarks.publish.sentinels import CLAIMS, RULERS, figures_of, found, judged, main, processors, watched
+from diffship.benchmarks.studies.service.load import Server
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.quiet import HELD
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffship.benchmarks import session as module
-from diffship.benchmarks.case import Bench, Case, cases_of, engine_of
-from diffship.benchmarks.figures import rows_of
-from diffship.benchmarks.materials import Materials
-from diffship.benchmarks.row import Row
-from diffship.benchmarks.session import Journal, Outcome, Session, Settings
+from diffship.benchmarks.measure import session as module
+from diffship.benchmarks.measure.case import Bench, Case, cases_of, engine_of
+from diffship.benchmarks.measure.figures import rows_of
+from diffship.benchmarks.measure.materials import Materials
+from diffship.benchmarks.measure.row import Row
+from diffship.benchmarks.measure.session import Journal, Outcome, Session, Settings
 from diffship.core.errors import ConfigError, PeerError
 
 # long enough for its memory to be seen

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from diffship.benchmarks import freshness
-from diffship.benchmarks.experiment import Experiment, made_passes, read_experiment
-from diffship.benchmarks.siblings import Siblings
+from diffship.benchmarks.studies.quality.experiment import Experiment, made_passes, read_experiment
+from diffship.benchmarks.studies.quality.siblings import Siblings
 from diffship.core.errors import ConfigError
 from diffship.core.strict import load
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffship.benchmarks.peers.table import PEERS
-from diffship.benchmarks.suite import parse_suite, read_suite
+from diffship.benchmarks.measure.peers.table import PEERS
+from diffship.benchmarks.measure.suite import parse_suite, read_suite
 from diffship.cli.bench import PEER_NAMES
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks import published
-from diffship.benchmarks.choosing import engines_table
-from diffship.benchmarks.hardware import koala_form, lcm_form, merged
-from diffship.benchmarks.plots import differences, draw_all
-from diffship.benchmarks.record import Results
-from diffship.benchmarks.row import Row
-from diffship.benchmarks.table import Table
-from diffship.benchmarks.tables import (
+from diffship.benchmarks.measure.record import Results
+from diffship.benchmarks.measure.row import Row
+from diffship.benchmarks.publish.choosing import engines_table
+from diffship.benchmarks.report import published
+from diffship.benchmarks.report.hardware import koala_form, lcm_form, merged
+from diffship.benchmarks.report.plots import differences, draw_all
+from diffship.benchmarks.report.table import Table
+from diffship.benchmarks.report.tables import (
     OLD_NOTE,
     best,
     csv_text,

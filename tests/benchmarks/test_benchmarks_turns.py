@@ -12,19 +12,19 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks import clock
-from diffship.benchmarks.case import Bench, Case, cases_of, sets
-from diffship.benchmarks.clock import TURNS, timed
-from diffship.benchmarks.figures import rows_of
-from diffship.benchmarks.session import Measurement, Outcome
-from diffship.benchmarks.turns import Job, take_turns
+from diffship.benchmarks.measure import clock
+from diffship.benchmarks.measure.case import Bench, Case, cases_of, sets
+from diffship.benchmarks.measure.clock import TURNS, timed
+from diffship.benchmarks.measure.figures import rows_of
+from diffship.benchmarks.measure.session import Measurement, Outcome
+from diffship.benchmarks.measure.turns import Job, take_turns
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="turns are taken by pipes")
 
 # notes its calls in a file that all share, and takes as long as it is told
 PLAYER = """
 import sys, time
-from diffship.benchmarks.clock import report, timed
+from diffship.benchmarks.measure.clock import report, timed
 name, seconds, log = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 def call():
     with open(log, "a") as file:
@@ -85,7 +85,7 @@ def test_a_process_out_of_time_is_told_and_the_others_go_on(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_an_interruption_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
-    from diffship.benchmarks import turns
+    from diffship.benchmarks.measure import turns
 
     def interrupt(self: object) -> None:
         raise KeyboardInterrupt

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from diffship.benchmarks.record import read_result, write_result
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure.record import read_result, write_result
+from diffship.benchmarks.measure.row import Row
 from diffship.cli.bench import byte_count, prints_json
 
 jsonschema = pytest.importorskip("jsonschema")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from diffship.benchmarks.experiment import made_passes, read_experiment
+from diffship.benchmarks.studies.quality.experiment import made_passes, read_experiment
 from diffship.cli.compress import work_folder
 from diffship.cli.main import main
 from diffship.compress import compress, foresee

@@ -12,7 +12,7 @@ from prove.catalogue import read_catalogue
 from prove.state import State
 from prove.steps import Box, Prover
 
-from diffship.benchmarks.process import Measured
+from diffship.benchmarks.measure.process import Measured
 
 
 def bench_rows(**image: Any) -> list[dict[str, Any]]:

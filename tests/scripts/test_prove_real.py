@@ -21,8 +21,8 @@ from prove.catalogue import pin, read_catalogue
 from prove.steps import ORDER
 from safetensors.numpy import load_file, save_file
 
-from diffship.benchmarks.record import read_result
-from diffship.benchmarks.row import Row
+from diffship.benchmarks.measure.record import read_result
+from diffship.benchmarks.measure.row import Row
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 

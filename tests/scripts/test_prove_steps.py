@@ -15,7 +15,7 @@ from prove.state import State
 from prove.steps import ORDER, Box, Prover, last_document
 from prove_fakes import Fake, bench_output, bench_rows, prover
 
-from diffship.benchmarks.process import Measured
+from diffship.benchmarks.measure.process import Measured
 from diffship.cli.main import parse
 from diffship.core.errors import ConfigError
 

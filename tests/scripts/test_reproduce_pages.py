@@ -29,8 +29,8 @@ from prove.published import (
     write_pages,
 )
 
-from diffship.benchmarks.record import write_result
-from diffship.benchmarks.row import Row as Figure
+from diffship.benchmarks.measure.record import write_result
+from diffship.benchmarks.measure.row import Row as Figure
 from diffship.cli.main import parse
 from diffship.core.errors import ConfigError, DiffshipError
 
@@ -156,7 +156,7 @@ def test_published_figures_are_the_published_ones() -> None:
 
 
 def test_the_koala_figure_is_the_one_that_our_tables_show() -> None:
-    from diffship.benchmarks.published import koala, lcm_lora
+    from diffship.benchmarks.report.published import koala, lcm_lora
 
     def number(cell: str) -> float | None:
         return None if cell in ("OOM", "-") else float(cell.removesuffix(" s"))

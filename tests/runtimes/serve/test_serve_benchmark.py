@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from serve_toy import HeldModel, toy_server
 
-from diffship.benchmarks import load, serving
-from diffship.benchmarks.load import Answer, Server, closed_loop, open_loop
-from diffship.benchmarks.serving import Plan, _fairness, slope
+from diffship.benchmarks.studies.service import load, serving
+from diffship.benchmarks.studies.service.load import Answer, Server, closed_loop, open_loop
+from diffship.benchmarks.studies.service.serving import Plan, _fairness, slope
 from diffship.core.errors import RunnerError
 
 

@@ -14,7 +14,7 @@ import pytest
 from sampling_toy import ToyModel
 from serve_toy import HeldModel, toy_server, until
 
-from diffship.benchmarks.fault_proxy import fault_proxy
+from diffship.benchmarks.studies.service.fault_proxy import fault_proxy
 from diffship.runtimes.handoff.breaker import Breaker
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.report import Hybrid

@@ -8,8 +8,8 @@ import pytest
 from sampling_toy import ToyModel
 from serve_toy import HeldModel, toy_server
 
-from diffship.benchmarks.handoff_overhead import Overhead, Plan, measure, rows
-from diffship.benchmarks.record import read_result, write_result
+from diffship.benchmarks.measure.record import read_result, write_result
+from diffship.benchmarks.studies.service.handoff_overhead import Overhead, Plan, measure, rows
 from diffship.core.errors import RunnerError
 from diffship.runtimes.handoff.client import HybridClient
 
@@ -40,7 +40,8 @@ def test_a_toy_in_whole(tmp_path: Path) -> None:
 
 
 def test_a_cloud_that_fails_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffship.benchmarks.handoff_overhead.overhead", lambda *_: Overhead(1, 1, 1, 1))
+    place = "diffship.benchmarks.studies.service.handoff_overhead.overhead"
+    monkeypatch.setattr(place, lambda *_: Overhead(1, 1, 1, 1))
     with HybridClient(ToyModel(), "http://127.0.0.1:9") as client:
         with pytest.raises(RunnerError, match="the cloud failed: down"):
             measure(client, PLAN)

@@ -1,0 +1,1 @@
+"""The project's own pages from its results files, and the sentinels that hold the pages' claims."""

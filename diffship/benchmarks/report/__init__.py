@@ -1,0 +1,1 @@
+"""Rows as tables and plots, of one results file or several."""

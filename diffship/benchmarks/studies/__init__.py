@@ -1,0 +1,1 @@
+"""Programs that measure one of the project's results files each; in a clone, not in the wheel."""

@@ -1,0 +1,1 @@
+"""What export, start and memory cost, outside the suites of `bench`."""

@@ -1,0 +1,1 @@
+"""What pictures are worth: scored, judged and compared over models that were trained anew."""

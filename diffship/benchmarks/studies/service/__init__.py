@@ -1,0 +1,1 @@
+"""The server and the handoff: load, faults, overhead."""
