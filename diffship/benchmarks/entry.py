@@ -17,7 +17,8 @@ EXPERIMENTS = Path("benchmarks") / "experiments"
 
 def enter(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its exit code; an expected error is one line on stderr, as of the verbs."""
-    name = Path(sys.argv[0]).stem
+    place = Path(sys.argv[0])
+    name = place.parent.name if place.stem == "__main__" else place.stem
     prepare()
     try:
         code = main() or 0

@@ -13,7 +13,8 @@ from diffship.benchmarks.entry import enter, named_bundle, named_experiment
 from diffship.core.errors import ConfigError, UnsupportedError
 
 HERE = Path(entry.__file__).parent
-INSIDE = ("child", "materials", "publish")  # started by others, who read what they print; publish says it itself
+# started by others, who read what they print; publish says it itself
+INSIDE = ("measure/child", "measure/materials", "measure/peers/pipelines", "measure/peers/sdcpp", "publish/__main__")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,17 @@ def test_an_expected_error_is_one_line_and_its_exit_code(
     assert left.value.code == code and capsys.readouterr().err == line
 
 
+def test_a_package_is_called_by_its_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/__main__.py"])
+    with pytest.raises(SystemExit):
+        enter(results_of_nothing)
+    assert capsys.readouterr().err == "benchmarks: no such file\n"
+
+
+def results_of_nothing() -> int:
+    raise ConfigError("no such file")
+
+
 @pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (1, 1)])
 def test_without_an_error_the_exit_code_is_that_of_main(given: int | None, code: int) -> None:
     with pytest.raises(SystemExit) as left:
@@ -49,9 +61,10 @@ def test_without_an_error_the_exit_code_is_that_of_main(given: int | None, code:
 
 def test_every_command_goes_through_it() -> None:
     ending = 'if __name__ == "__main__":\n    '
-    texts = {file.stem: file.read_text(encoding="utf-8") for file in HERE.glob("*.py")}
+    names = {file.relative_to(HERE).with_suffix("").as_posix(): file for file in HERE.rglob("*.py")}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in names.items()}
     commands = {name: text for name, text in texts.items() if ending in text and name not in INSIDE}
-    assert "siblings" in commands and "serving" in commands
+    assert {"studies/quality/siblings", "studies/service/serving", "__main__"} <= set(commands)
     assert all(text.endswith(f"{ending}enter(main)\n") for text in commands.values())
 
 

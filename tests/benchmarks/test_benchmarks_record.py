@@ -61,7 +61,7 @@ def test_code_that_changed_while_it_ran_is_no_code(
     monkeypatch.setattr(record, "_BEGAN", newest)
     assert record.code_of("serving", []) == suite_digest("serving") and capsys.readouterr().err == ""
     later = tmp_path / "load.py"
-    later.write_bytes((PACKAGE / "benchmarks" / "load.py").read_bytes())
+    later.write_bytes((PACKAGE / "benchmarks" / "studies" / "service" / "load.py").read_bytes())
     os.utime(later, (newest + 1, newest + 1))
     find, load = freshness._file, "diffship.benchmarks.studies.service.load"
     monkeypatch.setattr(

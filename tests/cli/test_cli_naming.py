@@ -148,11 +148,7 @@ def test_nothing_is_replaced_unasked(
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "bench-memory.png").write_bytes(b"kept")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    for place in (
-        "diffship.runtimes.engines.model.open_model",
-        "diffship.cli.bench._measured",
-        "diffship.compress._opened",
-    ):
+    for place in ("runtimes.engines.model.open_model", "cli.bench._measured", "compress._opened"):
         monkeypatch.setattr(f"diffship.{place}", lambda *_, **__: pytest.fail("it was begun"))
     assert main([str(tiny_bundle) if word == "B" else word for word in words]) == 2
     assert message in capsys.readouterr().err
