@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffship.benchmarks.measure.peers.table import PEERS
 from diffship.cli.flags import names, numbers
 from diffship.cli.output import Result
 from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from diffship.benchmarks.measure.suite import Suite
     from diffship.benchmarks.report.table import Table
 
-PEER_NAMES = ("diffusers", "compile", "optimum", "optimum-intel", "sdcpp")  # a test keeps it equal to the table
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]?)(i?)b?\Z")
 SHAPES = ("engines", "against", "parts", "batches", "steps", "size", "guidance", "sampler", "precision", "device")
 BENCH_FIELDS = (*SHAPES, "calls", "images", "together")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_shapes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--engines", metavar="A,B", type=names, help=f"ours: {', '.join(RUNNERS)} (the installed ones)")
-    group.add_argument("--against", metavar="A,B", type=names, help=f"other people's: {', '.join(PEER_NAMES)}")
+    group.add_argument("--against", metavar="A,B", type=names, help=f"other people's: {', '.join(PEERS)}")
     group.add_argument("--parts", metavar="A,B", type=names, help="part names and image (all)")
     group.add_argument("--batches", metavar="N,M", type=numbers, help="images at once (1)")
     group.add_argument("--steps", metavar="N,M", type=numbers, help="denoising steps of images (4)")
@@ -170,7 +170,7 @@ def _suite(options: argparse.Namespace) -> Suite:
             raise ConfigError(f"--suite says what is measured; leave {stray} out")
         return read_suite(options.suite)
     engines = [engine_of(runner)[0] for runner in options.engines or ()]
-    for kind, legal, found in (("engine", RUNNERS, engines), ("peer", PEER_NAMES, options.against or ())):
+    for kind, legal, found in (("engine", RUNNERS, engines), ("peer", PEERS, options.against or ())):
         for name in found:
             if name not in legal:
                 raise ConfigError(unknown(kind, name, legal))

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import ConfigError
-from diffship.core.registry import RUNNERS, SAMPLERS
+from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS
 from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
-
-SPACINGS = ("linspace", "leading", "trailing")
 
 
 def size(text: str) -> tuple[int, int]:

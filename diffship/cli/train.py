@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.cli.output import Result
 from diffship.core.errors import ConfigError
+from diffship.core.registry import STAGES
 from diffship.core.sniff import also
 
 if TYPE_CHECKING:
     from diffship.training.options import TrainOptions
 
-STAGES = ("emoji-data", "emoji-vae", "emoji-unet", "emoji-decoder", "judge", "emoji-pack", "emoji-unpack")
 STEPPED = ("emoji-vae", "emoji-unet", "emoji-decoder", "judge")  # they train, on what emoji-data wrote
 DATA = (
     "what emoji-data wrote; for emoji-data itself the npm archives, for emoji-pack the runs (-o of the other stages), "
@@ -38,7 +38,7 @@ STOPPED = "the same command goes on from its last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", choices=STAGES, help=f"one of {', '.join(STAGES)}")
+    parser.add_argument("name", metavar="NAME", choices=tuple(STAGES), help=f"one of {', '.join(STAGES)}")
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help=DATA)
     parser.add_argument(
         "-o", "--out", metavar="DIR", type=Path, required=True, help="folder of the runs, or the result"

@@ -62,6 +62,18 @@ PASSES: dict[str, str] = {
     "swap-vae": "diffship.compression.swap_vae:SwapVaePass",
     "vae": "diffship.compression.vae:VaePass",
 }
+# What `train` runs, in the order of a whole run.
+STAGES: dict[str, str] = {
+    "emoji-data": "diffship.training.commands:make_data",
+    "emoji-vae": "diffship.training.commands:train_vae",
+    "emoji-unet": "diffship.training.commands:train_unet",
+    "emoji-decoder": "diffship.training.commands:train_decoder",
+    "judge": "diffship.training.commands:train_judge",
+    "emoji-pack": "diffship.training.commands:pack",
+    "emoji-unpack": "diffship.training.commands:unpack",
+}
+# Values of flags, here so that `--help` needs no numpy: how timesteps are spread (diffusers' `timestep_spacing`).
+SPACINGS = ("linspace", "leading", "trailing")
 
 
 def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:

@@ -12,12 +12,12 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
+from diffship.core.registry import SPACINGS
 from diffship.core.strict import unknown
 from diffship.sampling.kernel import Array
 from diffship.sampling.rng import NOISES
 from diffship.sampling.sampler import Sampler
 from diffship.sampling.samplers import SAMPLERS, make_sampler
-from diffship.sampling.schedule import SPACINGS
 from diffship.sampling.tokenizer import check_prompt
 
 MEMORY = ("normal", "low")

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
+from diffship.core.registry import SPACINGS
 from diffship.core.strict import bounded, bounds, choices
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 PREDICTIONS_OF_BETAS = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("linspace", "leading", "trailing")
 _ALMOST_ZERO_SNR = np.float32(2.0**-24)
 R = TypeVar("R")
 

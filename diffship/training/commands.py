@@ -1,13 +1,13 @@
-"""What `diffship train NAME` runs: each stage of the `emoji` family, resumable, in the order of `STAGES`."""
+"""What `diffship train NAME` runs, resumable; `core.registry.STAGES` has the names, in the order of a whole run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.core.registry import STAGES, load
 from diffship.training.loop import leave
 from diffship.training.options import TrainOptions
 
@@ -23,17 +23,17 @@ def run(name: str, options: TrainOptions) -> dict[str, object]:
     Raises:
         ConfigError: unknown stage, or a stage that this one stands on has not been run.
     """
-    if name not in STAGES:
-        raise ConfigError(f"unknown training stage {name!r}; known: {', '.join(STAGES)}")
+    stage = load(STAGES, name, "training stage")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    reached = STAGES[name](options)
+    reached: dict[str, object] = stage(options)
     leave()
     return reached
 
 
-def _data(options: TrainOptions) -> dict[str, object]:
+def make_data(options: TrainOptions) -> dict[str, object]:
+    """Pictures and captions, out of the npm archives in `data`."""
     from diffship.training.emoji import prepare
 
     archives = [_archive(options.data, stem) for stem in ("lobehub-fluent-emoji-3d", "emojibase-data")]
@@ -49,48 +49,43 @@ def _archive(folder: Path, stem: str) -> Path:
     return found[-1]
 
 
-def _vae(options: TrainOptions) -> dict[str, object]:
+def train_vae(options: TrainOptions) -> dict[str, object]:
+    """The auto-encoder."""
     from diffship.training import emoji_stages
 
     return emoji_stages.train_vae(options, decoder_only=False)
 
 
-def _decoder(options: TrainOptions) -> dict[str, object]:
+def train_decoder(options: TrainOptions) -> dict[str, object]:
+    """Its decoder alone, longer."""
     from diffship.training import emoji_stages
 
     return emoji_stages.train_vae(options, decoder_only=True)
 
 
-def _unet(options: TrainOptions) -> dict[str, object]:
+def train_unet(options: TrainOptions) -> dict[str, object]:
+    """The U-Net and its text encoder."""
     from diffship.training import emoji_stages
 
     return emoji_stages.train_unet(options)
 
 
-def _judge(options: TrainOptions) -> dict[str, object]:
+def train_judge(options: TrainOptions) -> dict[str, object]:
+    """The judge, on real pictures alone."""
     from diffship.training import emoji_stages
 
     return emoji_stages.train_judge(options)
 
 
-def _pack(options: TrainOptions) -> dict[str, object]:
+def pack(options: TrainOptions) -> dict[str, object]:
+    """The trained family as the package that a wheel holds."""
     from diffship.training import emoji_pack
 
     return emoji_pack.pack(options)
 
 
-def _unpack(options: TrainOptions) -> dict[str, object]:
+def unpack(options: TrainOptions) -> dict[str, object]:
+    """A packed family as runs again."""
     from diffship.training import emoji_unpack
 
     return emoji_unpack.unpack(options)
-
-
-STAGES: dict[str, Callable[[TrainOptions], dict[str, object]]] = {
-    "emoji-data": _data,
-    "emoji-vae": _vae,
-    "emoji-unet": _unet,
-    "emoji-decoder": _decoder,
-    "judge": _judge,
-    "emoji-pack": _pack,
-    "emoji-unpack": _unpack,
-}

@@ -18,7 +18,7 @@ import pytest
 from diffship.benchmarks.measure import clock, intervals
 from diffship.benchmarks.measure.intervals import Interval
 from diffship.benchmarks.measure.materials import Materials
-from diffship.benchmarks.publish.pages import readings, sentinels
+from diffship.benchmarks.publish import readings, sentinels
 from diffship.benchmarks.publish.readings import SENTINELS, Kit, Readings
 from diffship.benchmarks.publish.sentinels import CLAIMS, RULERS, figures_of, found, judged, main, processors, watched
 from diffship.benchmarks.studies.service.load import Server

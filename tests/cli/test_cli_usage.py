@@ -9,8 +9,8 @@ import pytest
 
 from diffship.cli import main as entry
 from diffship.cli.main import VERBS, main
-from diffship.cli.train import STAGES
 from diffship.core import errors
+from diffship.core.registry import STAGES
 from diffship.runtimes.proof.verify import Refused
 
 
@@ -159,13 +159,9 @@ def test_version_and_module_form() -> None:
     assert done.returncode == 0 and done.stdout.startswith("diffship 0.")
 
 
-def test_names_that_the_flags_repeat_are_those_of_the_rooms() -> None:
-    from diffship.cli import flags
-    from diffship.sampling import schedule
-
-    assert flags.SPACINGS == schedule.SPACINGS
+def test_every_stage_of_the_registry_is_there() -> None:
     commands = pytest.importorskip("diffship.training.commands")
-    assert list(STAGES) == list(commands.STAGES)
+    assert all(callable(getattr(commands, target.partition(":")[2])) for target in STAGES.values())
 
 
 def test_closed_pipe_is_no_error() -> None:

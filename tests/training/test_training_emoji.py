@@ -15,7 +15,7 @@ from PIL import Image
 from diffship.core.errors import ConfigError, SourceError
 from diffship.training import emoji_stages
 from diffship.training import judge as judging
-from diffship.training.commands import STAGES, run
+from diffship.training.commands import run, train_decoder
 from diffship.training.diffusion import alphas_cumprod, caption_variants, loss_weight
 from diffship.training.emoji import prepare
 from diffship.training.options import TrainOptions
@@ -101,7 +101,7 @@ def test_a_missing_archive_names_the_command_that_gets_it(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="npm pack @lobehub/fluent-emoji-3d"):
         run("emoji-data", TrainOptions(data=tmp_path, out=tmp_path / "out"))
     with pytest.raises(ConfigError, match="first: diffship train emoji-vae"):
-        STAGES["emoji-decoder"](TrainOptions(data=tmp_path, out=tmp_path))
+        train_decoder(TrainOptions(data=tmp_path, out=tmp_path))
     with pytest.raises(ConfigError, match="known: emoji-data"):
         run("emoji-nothing", TrainOptions(data=tmp_path, out=tmp_path))
 

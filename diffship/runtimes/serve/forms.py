@@ -13,11 +13,11 @@ from typing import Any, NoReturn, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.registry import SPACINGS
 from diffship.core.strict import bounded, bounds, choices, load
 from diffship.runtimes.serve.options import DEADLINE_SECONDS
 from diffship.sampling.rng import NOISES
 from diffship.sampling.samplers import SAMPLERS
-from diffship.sampling.schedule import SPACINGS
 from diffship.sampling.wire import DTYPES
 
 T = TypeVar("T")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diffship.core.registry import SPACINGS
 from diffship.core.strict import bounds, choices
 from diffship.sampling.process import Betas, Exploding
 from diffship.sampling.sampler import BetasSampler, Sampler, times_of
-from diffship.sampling.schedule import F64, SPACINGS
+from diffship.sampling.schedule import F64
 from diffship.sampling.sigmas import chosen_grid
 
 
