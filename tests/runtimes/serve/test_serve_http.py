@@ -448,7 +448,7 @@ def test_case_25_overload_keeps_the_goodput_and_refuses_fast() -> None:
         made = [job.result() for job in jobs]
         goodput = sum(status == 200 for status, _ in made) / (time.monotonic() - begin)
     refused = sorted(seconds for status, seconds in made if status == 503)
-    # loose, as clients and other tests share the cores with the server; benchmarks.serving has the figures
+    # loose, as clients and other tests share the cores with the server; the study `serving` has the figures
     assert goodput >= 0.5 * rate and len(refused) > len(made) / 3
     assert refused[len(refused) // 2] < 0.5
     assert max(seconds for status, seconds in made if status == 200) < 2 + 1.5  # the deadline, and the way back
