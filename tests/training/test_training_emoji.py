@@ -102,7 +102,7 @@ def test_a_missing_archive_names_the_command_that_gets_it(tmp_path: Path) -> Non
         run("emoji-data", TrainOptions(data=tmp_path, out=tmp_path / "out"))
     with pytest.raises(ConfigError, match="first: diffship train emoji-vae"):
         train_decoder(TrainOptions(data=tmp_path, out=tmp_path))
-    with pytest.raises(ConfigError, match="known: emoji-data"):
+    with pytest.raises(ConfigError, match="did you mean 'emoji-unet'"):
         run("emoji-nothing", TrainOptions(data=tmp_path, out=tmp_path))
 
 
