@@ -17,7 +17,7 @@ EXPERIMENTS = Path("benchmarks") / "experiments"
 
 def enter(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its exit code; an expected error is one line on stderr, as of the verbs."""
-    name = Path(sys.argv[0]).stem
+    name = Path(sys.argv[0]).stem.replace("__main__", "diffship.benchmarks")
     prepare()
     try:
         code = main() or 0
