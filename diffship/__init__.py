@@ -44,7 +44,8 @@ telemetry.refuse()
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module 'diffship' has no attribute {name!r}")
+        hint = f"; from diffship.{name} import {name}" if name in ("compress", "export") else ""
+        raise AttributeError(f"module 'diffship' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 

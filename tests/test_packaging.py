@@ -186,6 +186,9 @@ def test_public_names() -> None:
     assert diffship.__version__ == project["version"]
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = diffship.nothing
+    script = "import diffship; diffship.export"  # a fresh process: once imported, it is the module of that name
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stderr.strip().endswith("no attribute 'export'; from diffship.export import export")
 
 
 @pytest.mark.parametrize("name", [name for name in diffship.__all__ if not name.startswith("__")])

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-steps", action="store_true", help="parts only: draw nothing")
     parser.add_argument("--psnr", metavar="DB", type=float, help="floor for every part, also where the weights differ")
     parser.add_argument("--grid", metavar="FILE", type=Path, help="write the pictures side by side")
-    add_overwrite(parser, "a grid")
+    add_overwrite(parser, "pictures")
     engine = add_engine(parser)
     engine.add_argument("--engine-b", choices=tuple(RUNNERS), help="engine of B (default: that of A)")
     add_request(parser)

@@ -35,7 +35,14 @@ STOPPED = "the same command goes on from its last checkpoint"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="a diffusers folder, a hub id, emoji, or arch:NAME")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the diffusers folder goes")
-    parser.add_argument("--pass", dest="passes", choices=tuple(PASSES), action="append", default=[], help="what to do")
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        choices=tuple(PASSES),
+        action="append",
+        default=[],
+        help="what to do; --pass NAME --help lists the options of one",
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

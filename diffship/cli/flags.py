@@ -96,7 +96,9 @@ def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=tuple(RUNNERS), help="default: the first installed one that reads DIR")
     group.add_argument("--device", help="the engine's device, such as cpu or cuda")
-    group.add_argument("--option", metavar="KEY=VALUE", type=setting, action="append", default=[], help="engine option")
+    group.add_argument(
+        "--option", metavar="KEY=VALUE", type=setting, action="append", default=[], help="engine option, as threads=1"
+    )
     return group
 
 

@@ -94,6 +94,8 @@ def check_flags(options: argparse.Namespace) -> None:
 
 def budget_of(options: argparse.Namespace) -> Budget:
     """Raises ConfigError: no budget, an unknown one, one twice, or a value that is no number above 0."""
+    if not options.budget:
+        raise ConfigError("there is no budget; --split auto needs --budget cloud-ms=X, quality=X or latency=SECONDS")
     found: dict[str, float] = {}
     for key, value in options.budget:
         name = key.replace("_", "-")

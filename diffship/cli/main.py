@@ -67,7 +67,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffship {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     parsers = {}
     for name, module in VERBS.items():
         summary = (module.__doc__ or "").splitlines()[0].partition(": ")[2]
@@ -97,11 +97,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises ConfigError for anything that no flag or argument takes, with the nearest legal flag."""
     parser, parsers = make_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in parsers:
-        raise ConfigError(f"{unknown('verb', arguments[0], parsers)} (diffship --help)")
+        legal = [*parsers, "--help", "--version"]  # for whoever asks for them as verbs
+        raise ConfigError(f"{unknown('verb', arguments[0], legal)} (diffship --help)")
     if arguments and arguments[0] in parsers:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
     words, behind = _split_at_dashes(arguments, parsers)
     options, rest = parser.parse_known_args(words)
+    if options.verb is None:
+        raise ConfigError(f"no verb is given; legal: {', '.join(parsers)} (diffship --help)")
     if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
         # argparse takes positionals in one piece; prompts may also stand behind flags
         options.prompts = [*options.prompts, *rest, *behind]
@@ -110,7 +113,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         stray = next((word for word in rest if word.startswith("-")), None)
         problem = unknown("flag", stray.partition("=")[0], legal) if stray else f"unexpected argument {rest[0]!r}"
         if stray and hasattr(options, "prompts"):
-            problem += "; a prompt that begins with a dash stands behind --"
+            problem += "; prompts are given without a flag, and one that begins with a dash stands behind --"
         raise ConfigError(f"{problem} (diffship {options.verb} --help)")
     return options
 

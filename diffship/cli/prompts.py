@@ -45,7 +45,9 @@ def _prompts_of(file: Path, quiet: bool) -> list[str]:
     written = [line.strip() for line in lines if line.strip()]
     prompts = [line for line in written if not _COMMENT.match(line)]
     if len(prompts) < len(written):
-        note(f"{file}: {len(prompts)} prompts; {len(written) - len(prompts)} lines are comments", quiet)
+        found, comments = len(prompts), len(written) - len(prompts)
+        told = "1 line is a comment" if comments == 1 else f"{comments} lines are comments"
+        note(f"{file}: {'1 prompt' if found == 1 else f'{found} prompts'}; {told}", quiet)
     return prompts
 
 

@@ -26,10 +26,13 @@ from diffship.core.manifest import (
     Part,
     listed_files,
 )
-from diffship.core.sniff import classify, describe, foreign, missing, near
+from diffship.core.sniff import describe, foreign, missing, near, part_of
 from diffship.core.travel import only_read_by_people, rewrapped
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
+
+
+_WHAT = f"a bundle is a folder with {MANIFEST_NAME} in it"
 
 
 @brief
@@ -53,7 +56,8 @@ class Bundle:
         root = _existing_folder(path)
         if not os.path.lexists(root / MANIFEST_NAME):
             raise SourceError(
-                f"{root} is not a bundle: it has no {MANIFEST_NAME}; {foreign(root, 'make one with: diffship export')}"
+                f"{root} is not a bundle: it has no {MANIFEST_NAME}; "
+                f"{part_of(root) or foreign(root, 'make one with: diffship export')}"
             )
         data = check.read_small(root / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links)
         if told := describe(root / MANIFEST_NAME, text=True):
@@ -185,10 +189,10 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
         root = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError):
         gone = missing(str(path)) or f"{str(path)[:200]!r} does not exist"
-        raise ConfigError(f"{gone}; a bundle is a folder with {MANIFEST_NAME} in it{near(str(path))}") from None
+        raise ConfigError(f"{gone}; {_WHAT}, which diffship export makes{near(str(path))}") from None
     if not root.is_dir():
-        what = f"unpack it yourself, a bundle is a folder with {MANIFEST_NAME} in it"
-        raise ConfigError(f"{path} is not a folder; {what if classify(root) == 'archive' else foreign(root, what)}")
+        told = describe(root)
+        raise ConfigError(f"{path} is not a folder; {f'{told}; ' if told else ''}{_WHAT}")
     return root
 
 

@@ -41,10 +41,10 @@ _FORMATS = {
     b"GIF8": "a picture (GIF)",
     b"RIFF": "a WebP picture, or sound or video",
     b"%PDF": "a PDF document",
-    b"\x08\x07\x12": "an ONNX model",
-    b"\x08\x08\x12": "an ONNX model",
     b"ptrt": "a TensorRT engine",
 }
+# the version of its format, whichever, then the name of the program that wrote it
+_ONNX = re.compile(rb"\x08[\x03-\x1f]\x12[\x02-\x7f][ -~]{2}")
 _COMPILED = {
     ".onnx": "ONNX files",
     ".plan": "TensorRT engines",
@@ -171,6 +171,15 @@ def _break_of(path: Path) -> tuple[Path, str, Path]:
     return folder, (parts or ("",))[0], Path(*parts[1:])
 
 
+def part_of(path: str | Path) -> str:
+    """`""`, or, for the folder of one part (`out/emoji/unet`), whose part it is, for whoever asked for the whole."""
+    folder = Path(os.path.abspath(path))
+    for name, whole in (("diffship.json", "bundle"), ("model_index.json", "model")):
+        if folder.is_dir() and (folder.parent / name).is_file() and not (folder / name).exists():
+            return f"it is one part of the {whole} {folder.parent}; pass that"
+    return ""
+
+
 def _close(wrong: str, folder: Path) -> list[str]:
     names = {name.lower(): name for name in _names(folder)}
     return [names[name] for name in difflib.get_close_matches(wrong.lower(), names, 3)]
@@ -216,6 +225,8 @@ def _describe_head(head: bytes) -> str:
             "it is a web page or a server's error message that was saved under this name; log in (a model may ask to "
             "accept its licence) and download the file again"
         )
+    if _ONNX.match(head):
+        return "it is an ONNX model"
     kind = next((kind for magic, kind in _FORMATS.items() if head.startswith(magic)), "")
     return f"it is {kind}" if kind else ""
 

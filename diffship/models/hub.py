@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -100,7 +101,7 @@ def _bundle(name: str) -> str:
 
 
 def _refusal(name: str, revision: str | None, fault: Exception, offline: bool) -> str:
-    what = f"{name!r}{f' at {revision}' if revision else ''} is no path here"
+    what = f"{name!r}{f' at {revision}' if revision else ''} is no path in {os.getcwd()}"
     if offline:
         return f"{what}, and not in the local hub cache; HF_HUB_OFFLINE keeps it from being fetched; {LEGAL}"
     reason = " ".join(str(fault).split())

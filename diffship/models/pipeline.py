@@ -143,8 +143,8 @@ def assemble(material: Material) -> Pipeline:
     missing = missing_parts(material)
     if missing:
         raise SourceError(
-            f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: --base SOURCE "
-            "(a folder, a hub id, emoji or arch:NAME)"
+            f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: export, compress and "
+            "inspect take --base SOURCE (a folder, a hub id, emoji or arch:NAME)"
         )
     kind, material = _as_stock(material)
     modules, scheduler = material.modules, dict(material.scheduler or {})

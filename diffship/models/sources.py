@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffship.core.errors import SourceError
 from diffship.core.manifest import MANIFEST_NAME
-from diffship.core.sniff import classify, describe, missing, near, refuse_unsafe
+from diffship.core.sniff import classify, describe, missing, near, part_of, refuse_unsafe
 from diffship.models.arch import PREFIX, arch_material
 from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.diffusers_folder import folder_material
@@ -38,6 +38,8 @@ def open_source(text: str, *, base: str | None = None, revision: str | None = No
         SourceError: nothing readable is there, parts are missing or do not fit, or only pickles or code are on offer.
         UnsupportedError: a class or family that is not known here.
     """
+    if base is None and (told := part_of(Path(text).expanduser())):
+        raise SourceError(f"{text}: {told}, or complete this part: export, compress and inspect take --base SOURCE")
     material = find_material(text, revision)
     if base is not None:
         material = with_base(material, find_material(base, None))

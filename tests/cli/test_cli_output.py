@@ -116,6 +116,9 @@ def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file.write_text(text, encoding="utf-8-sig")  # with an editor's mark before it
     assert prompts_of(file, "first") == ["first", "red apple", "black cat", "#1 fan"]
     assert capsys.readouterr().err == f"{file}: 3 prompts; 4 lines are comments\n"
+    file.write_text("# comment\nred apple\n")
+    assert prompts_of(file) == ["red apple"]
+    assert capsys.readouterr().err == f"{file}: 1 prompt; 1 line is a comment\n"
 
 
 def test_prompts_of_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

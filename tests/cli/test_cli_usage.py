@@ -19,7 +19,9 @@ def leaves(tree: type[errors.DiffshipError]) -> list[type[errors.DiffshipError]]
 
 
 BAD = {
-    "nothing": ([], 2, "required: VERB"),
+    "nothing": ([], 2, "no verb is given; legal: export, compress, run,"),
+    "help as a verb": (["help"], 2, "did you mean '--help'?"),
+    "version as a verb": (["version"], 2, "did you mean '--version'?"),
     "unknown verb": (["exprot", "emoji"], 2, "did you mean 'export'?"),
     "unknown flag": (["run", "D", "x", "--stepz", "3"], 2, "did you mean '--steps'?"),
     "unknown flag with a value": (["run", "D", "x", "--stepz=3"], 2, "did you mean '--steps'?"),
@@ -37,15 +39,21 @@ BAD = {
     "engine": (["run", "D", "x", "--engine", "tpu"], 2, "invalid choice: 'tpu'"),
     "option": (["run", "D", "x", "--option", "threads"], 2, "is not key=value"),
     "no prompt": (["run", "D"], 2, "no prompt is given"),
+    "a prompt behind a flag": (["run", "D", "--prompt", "x"], 2, "prompts are given without a flag"),
     "missing bundle": (["run", "./nowhere", "x"], 2, "'./nowhere' does not exist"),
     "missing prompts file": (["run", "D", "--prompts-file", "nowhere.txt"], 2, "is not a file"),
     "two pictures, one file": (["run", "D", "x", "y", "-o", "a.png"], 2, "one file for 2 pictures"),
     "empty prompt list": (["run", "D", "--prompts-file", __file__ + ".none"], 2, "is not a file"),
     "verify nothing": (["verify", "./nowhere"], 2, "does not exist"),
+    "verify a source": (
+        ["verify", "emoji"],
+        2,
+        "a bundle is a folder with diffship.json in it, which diffship export makes",
+    ),
     "verify an empty folder": (["verify", "."], 2, "is not a bundle: it has no diffship.json; it is empty"),
     "inspect an empty folder": (["inspect", "."], 2, "it is not a diffusers folder; it is empty"),
     "run an empty folder": (["run", ".", "x"], 2, "; it is empty"),
-    "a prompt with a dash": (["run", "D", "--blue"], 2, "a prompt that begins with a dash stands behind --"),
+    "a prompt with a dash": (["run", "D", "--blue"], 2, "one that begins with a dash stands behind --"),
     "a value with a dash": (["run", "D", "x", "--negative", "-blur"], 2, "is joined to it by ="),
     "verify a file": (["verify", __file__], 2, ""),
     "hashes and engine": (["verify", "D", "--hashes-only", "--engine", "torch"], 2, "opens no engine"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from diffship.core.bundle import Bundle
 from diffship.core.document import read_json
 from diffship.core.errors import DiffshipError
 from diffship.core.safetensors_file import read_header
-from diffship.core.sniff import describe, missing, near
+from diffship.core.sniff import describe, missing, near, part_of
 from diffship.models.diffusers_folder import folder_material
+from diffship.models.sources import open_source
 from diffship.runtimes.engines.model import open_model
 from diffship.sampling.picture import read_pixels
 
@@ -94,6 +96,35 @@ def test_every_opener_tells_what_a_folder_is(kind: str, tmp_path: Path) -> None:
         with pytest.raises(DiffshipError) as fault:
             reader(folder)
         assert told in str(fault.value) and fault.value.exit_code == 2
+
+
+ONNX = b"\x08\x0b\x12\x08diffship:" + bytes(40)  # version 11 of its format, and who wrote it
+
+
+@pytest.mark.parametrize(("name", "whole"), [("diffship.json", "bundle"), ("model_index.json", "model")])
+def test_one_part_is_told_whose_it_is(name: str, whole: str, tmp_path: Path) -> None:
+    part = tmp_path / "unet"
+    part.mkdir()
+    for file in (tmp_path / name, part / "config.json"):
+        file.write_text("{}")
+    told = f"it is one part of the {whole} {tmp_path}; pass that"
+    for reader in (Bundle.open, lambda path: open_source(str(path)), lambda path: open_model(path).__enter__()):
+        with pytest.raises(DiffshipError, match=re.escape(told)) as fault:
+            reader(part)
+        assert fault.value.exit_code == 2
+    assert part_of(tmp_path) == part_of(tmp_path / "gone") == part_of(part / "config.json") == ""
+
+
+def test_a_file_in_place_of_a_bundle_is_told_what_it_is(tmp_path: Path) -> None:
+    for name, content, told in (
+        ("model.onnx", ONNX, "an ONNX model"),
+        ("b.zip", b"PK\x03\x04", "a zip archive; unpack"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            DiffshipError, match=f"is not a folder; it is {told}.*; a bundle is a folder with diffship.json"
+        ):
+            Bundle.open(tmp_path / name)
 
 
 def test_a_snapshot_without_its_blobs(tmp_path: Path) -> None:

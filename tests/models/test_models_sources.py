@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -178,9 +179,12 @@ def test_only_tokenizer_json_or_only_merges(folder: Path) -> None:
         open_source(str(folder))
 
 
-def test_base_supplies_missing_parts(folder: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no vae, text_encoder, tokenizer, scheduler.*--base"):
+def test_base_supplies_missing_parts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=rf"part of the model {re.escape(str(folder))}; pass that, or .* --base"):
         open_source(str(folder / "unet"))
+    alone = shutil.copytree(folder / "unet", tmp_path / "alone")
+    with pytest.raises(SourceError, match=r"alone: has no vae, text_encoder, tokenizer, scheduler.*--base"):
+        open_source(str(alone))
     merged = open_source(str(folder / "unet"), base="arch:tiny-sd+taesd")
     assert merged.components["unet"].digest == arch("tiny-sd").components["unet"].digest
     assert merged.components["vae_decoder"].class_name == "AutoencoderTiny"
@@ -331,7 +335,7 @@ def test_hub_cache_of_links_is_read_offline_and_its_commit_recorded(
     pipeline = open_source("someone/tiny")
     assert pipeline.source == {"id": "someone/tiny", "revision": commit, "kind": "hub"}
     assert digests(pipeline) == digests(arch("tiny-sd"))
-    offline = r"no path here, and not in the local hub cache; HF_HUB_OFFLINE .* a bundle too"
+    offline = r"no path in .*, and not in the local hub cache; HF_HUB_OFFLINE .* a bundle too"
     with pytest.raises(SourceError, match=offline):
         open_source("someone/absent")
     with pytest.raises(SourceError, match="at v2"):
@@ -432,7 +436,7 @@ def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> Non
     code = "from diffship.models.hub import hub_folder; hub_folder('nobody/nothing')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert "SourceError: 'nobody/nothing' is no path here" in done.stderr.splitlines()[-1]
+    assert f"SourceError: 'nobody/nothing' is no path in {Path.cwd()}" in done.stderr.splitlines()[-1]
 
 
 def test_the_small_sibling_shares_all_but_the_unet_with_its_teacher() -> None:
