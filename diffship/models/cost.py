@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta
-from diffship.models.blocks import program_of
 from diffship.models.component import Component
 from diffship.models.program import Layer, Tree
 
@@ -61,7 +60,7 @@ def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) ->
     whole = component.meta.get_submodule("inner")
     tree, found = Tree(whole), {}
     values = {spec.name: _blank(spec, known) for spec in component.inputs}
-    for layer in program_of(component, whole).layers:
+    for layer in component.program(whole).layers:
         counter = _Counter()
         with torch.no_grad(), torch.device("meta"), counter:
             written = layer.apply(tree, *(values[name] for name in layer.reads))

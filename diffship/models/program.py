@@ -22,13 +22,18 @@ Apply: TypeAlias = "Callable[..., Tensors]"  # (modules by path relative to `inn
 
 @dataclass(frozen=True)
 class Layer:
-    """The smallest thing that can be cut off. `modules` are the paths whose weights it owns."""
+    """The smallest thing that can be cut off.
+
+    `modules` are the paths whose weights it owns. An `embedding` makes what layers everywhere are conditioned on (of
+    the timestep, say) from inputs of the part alone, so each stage may compute its own.
+    """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     modules: tuple[str, ...]
     apply: Apply = field(repr=False, compare=False)
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,16 @@ class Builder:
         return name
 
     def add(
-        self, name: str, reads: Sequence[str], writes: str | Sequence[str], modules: Iterable[str], apply: Apply
+        self,
+        name: str,
+        reads: Sequence[str],
+        writes: str | Sequence[str],
+        modules: Iterable[str],
+        apply: Apply,
+        embedding: bool = False,
     ) -> None:
         written = (writes,) if isinstance(writes, str) else tuple(writes)
-        self.layers.append(Layer(name, tuple(reads), written, tuple(modules), apply))
+        self.layers.append(Layer(name, tuple(reads), written, tuple(modules), apply, embedding))
 
     def program(self) -> Program:
         names = tuple(spec.name for spec in self.inputs), tuple(spec.name for spec in self.outputs)
