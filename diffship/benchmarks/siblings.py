@@ -223,11 +223,10 @@ def _pixels(drawn: Drawn) -> Uint8:
 
 
 def _parameters(folder: Path) -> int:
-    from diffship.compression.narrow import count_parameters
     from diffship.models.sources import open_source
 
     pipeline: Pipeline = open_source(str(folder))
-    return count_parameters(pipeline.components["unet"].weights)
+    return pipeline.components["unet"].parameters
 
 
 def _digest(value: object) -> str:

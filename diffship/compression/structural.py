@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from diffship import __version__
-from diffship.compression.narrow import Indices, Kept, Scores, count_parameters, narrow_unet
+from diffship.compression.narrow import Indices, Kept, Scores, narrow_unet
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.ranking import Layer, kept_budget, kept_share
 from diffship.compression.stored import settings_key
@@ -150,7 +150,7 @@ class PrunePass:
         layers = [Layer(one.kind, one.name, scores[one.name], one.cost) for one in interiors]
         if self.keep is not None:
             return kept_share(layers, self.ranking, self.keep)
-        count = count_parameters(pipeline.components["unet"].weights)
+        count = pipeline.components["unet"].parameters
         target = int(count * (self.parameters or 0))
         try:
             return kept_budget(layers, self.ranking, count - target)

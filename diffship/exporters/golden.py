@@ -75,8 +75,7 @@ def _require_independent_samples(component: Component, feeds: Arrays, outputs: A
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     """fp32 outputs of torch, stage by stage where the weights take more than `max_bytes` in fp32."""
-    count = sum(component.weights.meta(name).count for name in component.weights.names())
-    if 4 * count <= max_bytes:
+    if 4 * component.parameters <= max_bytes:
         return _run(component, feeds)
     from diffship.models.stages import stages_forward
 

@@ -11,7 +11,7 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.core.weights import TensorMeta, Weights, source_digest
+from diffship.core.weights import TensorMeta, Weights, count_parameters, source_digest
 from diffship.models.examples import draw
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Component:
     @property
     def parameters(self) -> int:
         """How many numbers its weights hold."""
-        return sum(self.weights.meta(name).count for name in self.weights.names())
+        return count_parameters(self.weights)
 
     @property
     def digest(self) -> str:

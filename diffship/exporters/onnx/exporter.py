@@ -95,8 +95,7 @@ class Onnx:
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
         width = TensorMeta(PRECISIONS[self.of(component).precision], ()).nbytes
-        count = sum(component.weights.meta(name).count for name in component.weights.names())
-        return count * width + (4 << 20)
+        return component.parameters * width + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that `export` takes beside the process as it is: the graph, or the largest tensor three times."""
@@ -132,7 +131,7 @@ class Onnx:
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
-        count = sum(component.weights.meta(name).count for name in component.weights.names())
+        count = component.parameters
         extra = {
             "opset": self.opset,
             "nodes": len(model.graph.node),
