@@ -21,7 +21,7 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem, met
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline, converted, with_unet
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
 from diffship.training.distillation_pairs import feature_pairs
 from diffship.training.distillation_report import read_curve

@@ -13,11 +13,11 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, choices
 from diffship.core.weights import Weights, count_parameters, renamed
-from diffship.models.component import Component
-from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.unet import unet
-from diffship.models.widths import Widths, widths_now, widths_of, with_widths
+from diffship.models.reduced.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
+from diffship.models.reduced.widths import Widths, widths_now, widths_of, with_widths
 
 if TYPE_CHECKING:
     from torch import nn

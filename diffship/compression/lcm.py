@@ -34,7 +34,7 @@ from diffship.core.problem import Problem, met
 from diffship.core.spec import PRECISIONS
 from diffship.core.weights import SafetensorsWeights, cast
 from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
 from diffship.training.consistency import PREDICTIONS
 from diffship.training.distillation_report import read_curve

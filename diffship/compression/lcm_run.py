@@ -19,8 +19,8 @@ from diffship.core.lazy import lazy
 from diffship.core.spec import PRECISIONS
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
-from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.sources.arch_configs import lcm_scheduler
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
 from diffship.training.adapters import add_lora

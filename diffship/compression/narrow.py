@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.core.weights import Weights, count_parameters, taken, to_float32
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.widths import PARTS, Widths, widths_now, widths_of, with_widths
+from diffship.models.reduced.widths import PARTS, Widths, widths_now, widths_of, with_widths
 
 Indices = NDArray[np.intp]
 Scores = NDArray[np.float64]

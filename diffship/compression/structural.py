@@ -30,7 +30,7 @@ from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
-from diffship.models.component import fill
+from diffship.models.parts.component import fill
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import noise_schedule
 

@@ -24,7 +24,7 @@ from diffship.core.job import Job, digest_of
 from diffship.core.problem import Problem, met
 from diffship.core.strict import plain
 from diffship.core.weights import SafetensorsWeights, source_digest
-from diffship.models.autoencoder import KL, decoder_widths
+from diffship.models.parts.autoencoder import KL, decoder_widths
 from diffship.models.pipeline import Module, Pipeline, recorded, with_vae
 from diffship.training.checkpoint import reached
 from diffship.training.paired import PairedPictures

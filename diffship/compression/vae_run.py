@@ -12,7 +12,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds, choices
-from diffship.models.autoencoder import TINY
+from diffship.models.parts.autoencoder import TINY
 from diffship.models.pipeline import Module, Pipeline, with_vae
 from diffship.training.adversarial import Discriminator
 from diffship.training.distillation_data import Encoder, make_latents, signed

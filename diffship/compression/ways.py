@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from diffship.compression.budget import Option, Solution, draw, isotonic, solve
 from diffship.compression.interior import Layer, layers, unit_macs
-from diffship.models.cost import cost
 from diffship.models.pipeline import Pipeline
+from diffship.models.walks.cost import cost
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from diffship.core.runner import Handle, Runner
 from diffship.exporters import golden
-from diffship.models.component import Component
 from diffship.models.model import PipelineModel
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 

@@ -26,9 +26,9 @@ from diffship.core.sketch import sketch
 from diffship.core.spec import PRECISIONS
 from diffship.exporters.formats import constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
-from diffship.models.component import Component
-from diffship.models.points import OUT, layer_points, point_paths
-from diffship.models.program import Layer, Program, Tree
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program, Tree
+from diffship.models.walks.points import OUT, layer_points, point_paths
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class _Walk:
         self._between = layer_points(self.program, self.paths)
 
     def run(self, max_bytes: int) -> None:
-        from diffship.models.stages import memory_stages
+        from diffship.models.walks.stages import memory_stages
 
         for stage in memory_stages(self.component, max_bytes):
             module = stage.module()

@@ -22,9 +22,9 @@ from diffship.core.lazy import lazy, lazy_base
 from diffship.core.limits import LIMITS
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights, source_digest
-from diffship.models.component import read_tensor
 from diffship.models.judge import Judge, load_judge
-from diffship.models.sources import packaged
+from diffship.models.parts.component import read_tensor
+from diffship.models.sources.opening import packaged
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from diffship.core.document import read_json
 from diffship.core.errors import DiffshipError
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import describe, missing, near
-from diffship.models.diffusers_folder import folder_material
+from diffship.models.sources.diffusers_folder import folder_material
 from diffship.runtimes.model import open_model
 from diffship.sampling.picture import read_pixels
 

@@ -25,9 +25,9 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.models.component import INNER, SHOWN, Component, torch_dtype, unexpected
+from diffship.models.parts.component import INNER, SHOWN, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
-from diffship.models.points import point_paths
+from diffship.models.walks.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
@@ -208,8 +208,9 @@ def _check_weights(component: Component) -> list[Problem]:
 def _code_digest() -> str:
     """sha256 over the source of everything that makes a graph: this room and `models`."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.glob("*.py")]):
-        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    for root in (here, Path(models.__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

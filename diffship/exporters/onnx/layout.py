@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffship.models.component import Component
 from diffship.models.folder import folder_config, write_tokenizer
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 MODEL_FILE = "model.onnx"

@@ -11,7 +11,7 @@ from diffship.core.limits import LIMITS
 from diffship.core.plan import KINDS
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 
 Sizes = dict[str, int]
 Shape = tuple[int, ...]

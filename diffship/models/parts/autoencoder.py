@@ -12,9 +12,9 @@ from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounded, bounds, load
 from diffship.core.weights import Weights, renamed, subset
-from diffship.models.component import Component
-from diffship.models.program import Builder, Program, Sequence2d, Tensors, Tree
-from diffship.models.widths import KEY
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Builder, Program, Sequence2d, Tensors, Tree
+from diffship.models.reduced.widths import KEY
 
 if TYPE_CHECKING:
     import diffusers

@@ -20,9 +20,9 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.weights import subset
-from diffship.models.blocks import end_of
-from diffship.models.component import Component
-from diffship.models.program import Layer, Program, Tree
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program, Tree
+from diffship.models.walks.blocks import end_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class StageModule(Module):
 
 
 def cut(component: Component, at: Iterable[str], embed: str = "pass") -> list[Stage]:
-    """Stages of `component`, cut after each named block (a name of models.blocks, or one that encloses some).
+    """Stages of `component`, cut after each named block (a name of models.walks.blocks, or one that encloses some).
 
     `embed="recompute"` gives every stage its own copy of the embeddings that it reads (`Layer.embedding`: that of the
     timestep) and the inputs for them, so that stages may stand at different timesteps; with `"pass"` the stage that has

@@ -13,9 +13,9 @@ from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights
-from diffship.models.component import Component
-from diffship.models.program import Builder, Program, Sequence2d, Tensors, Tree
-from diffship.models.widths import KEY, narrow_module, widths_of
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Builder, Program, Sequence2d, Tensors, Tree
+from diffship.models.reduced.widths import KEY, narrow_module, widths_of
 
 if TYPE_CHECKING:
     import diffusers

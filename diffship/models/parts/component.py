@@ -12,7 +12,7 @@ from diffship.core.errors import ConfigError, DiffshipError, SourceError, Unsupp
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, count_parameters, source_digest
-from diffship.models.examples import draw
+from diffship.models.parts.examples import draw
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from diffship.models.program import Program
-    from diffship.models.runner import TorchRunner
+    from diffship.models.parts.program import Program
+    from diffship.models.parts.runner import TorchRunner
 else:
     np = lazy("numpy")
     torch, nn = lazy("torch"), lazy("torch.nn")
@@ -111,7 +111,7 @@ class Component:
 
     def load(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TorchRunner:
         """A runner on torch; float feeds are cast to `dtype`, `timestep` and `time_ids` stay float32."""
-        from diffship.models.runner import TorchRunner
+        from diffship.models.parts.runner import TorchRunner
 
         kind = torch_dtype(dtype)
         return TorchRunner(self.module(device, kind), self.inputs, self.outputs, device, kind)

@@ -10,9 +10,9 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed
-from diffship.models.clip_names import LEGACY_END, classic_map, end_id
-from diffship.models.component import Component
-from diffship.models.program import Builder, Program, Tensors, Tree
+from diffship.models.parts.clip_names import LEGACY_END, classic_map, end_id
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Builder, Program, Tensors, Tree
 
 if TYPE_CHECKING:
     import torch

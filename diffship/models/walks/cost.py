@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta
-from diffship.models.component import Component
-from diffship.models.program import Layer, Tree
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def cost(component: Component, sizes: Mapping[str, int] | None = None) -> Cost:
 
 
 def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) -> dict[str, Cost]:
-    """As `cost`, layer by layer (names of models.blocks.layers); weights that no layer owns are in none of them."""
+    """As `cost`, layer by layer (names of `blocks.layers`); weights that no layer owns are in none of them."""
     known = {**component.smallest_sizes(), **_translated(sizes or {})}
     whole = component.meta.get_submodule("inner")
     tree, found = Tree(whole), {}

@@ -9,9 +9,9 @@ from diffship.core.described import Described
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
-from diffship.models.component import Component
-from diffship.models.stages import Stage
-from diffship.models.unet import unet
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import unet
+from diffship.models.walks.stages import Stage
 
 if TYPE_CHECKING:
     import numpy as np

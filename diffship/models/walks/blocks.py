@@ -6,8 +6,8 @@ import re
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import unknown
-from diffship.models.component import Component
-from diffship.models.program import Layer
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer
 
 _INSIDE = re.compile(r"(.*\.attentions\.\d+)\.(proj_in|transformer_blocks\.\d+|proj_out)\Z")
 

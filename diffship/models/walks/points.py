@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffship.models.component import Component
-from diffship.models.program import Layer, Program
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program
 
 if TYPE_CHECKING:
     from torch import nn
