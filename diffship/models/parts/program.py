@@ -1,7 +1,8 @@
 """Program: a part as layers in execution order, each with the tensors it reads and writes.
 
 This is the one description of what is inside a part: block names, cuts, costs by layer and memory-bounded runs all
-come from it. A tensor between two layers is called `<module path>.out`.
+come from it. A tensor between two layers is called `<module path>.out`; of a module that gives several, the first is
+called so and the others `<module path>.out.1` and so on.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class AsyncDenoiser:
 
     `devices` names one for each stage, and one more at stride 2; a stage on another device than the pipeline's is
     copied there. Without them all stages run one after another where the pipeline is: the pictures are those of several
-    devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one for
-    this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
+    devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one
+    for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
 
     Raises:
         UnsupportedError: not such a U-Net, or something that stages would not heed (LoRA, FreeU, hooks, ControlNet).
