@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from diffship.core.errors import SourceError
 from diffship.core.weights import MemoryWeights
 from diffship.models.parts.autoencoder import KL, autoencoder
 from diffship.models.parts.clip import PROJECTED, text_encoder
@@ -172,3 +173,19 @@ def test_specs_between_layers_and_costs_of_layers_are_those_of_the_whole(name: s
     whole, parts = cost(one.part), layer_costs(one.part).values()
     assert whole.macs == sum(part.macs for part in parts) > 0
     assert one.part.parameters == sum(part.params for part in parts)
+
+
+@pytest.mark.parametrize("stored", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_t5_has_one_table_of_tokens_whichever_name_a_file_has(stored: str) -> None:
+    part = made("t5").part
+    named = {name: part.weights.read(name) for name in part.weights.names()}
+    named[stored] = named.pop("shared.weight")
+    again = t5_encoder("text_encoder_3", T5, MemoryWeights({**named, "decoder.final_layer_norm.weight": np.ones(32)}))
+    assert again.digest == part.digest
+    assert set(again.weights.names()) == {name.removeprefix("inner.") for name in again.meta.state_dict()}
+
+
+def test_a_config_that_is_none_of_an_mmdit_is_refused() -> None:
+    weights = made("sd3").part.weights
+    with pytest.raises(SourceError, match="no number for joint_attention_dim, pos_embed_max_size"):
+        sd3_transformer({"in_channels": 16, "pooled_projection_dim": 24, "pos_embed_max_size": None}, weights)
