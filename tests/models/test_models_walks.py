@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffship.core.errors import SourceError
+from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import MemoryWeights
 from diffship.models.parts.autoencoder import KL, autoencoder
 from diffship.models.parts.clip import PROJECTED, text_encoder
@@ -23,7 +23,7 @@ from diffship.models.parts.sd3 import sd3_transformer
 from diffship.models.parts.t5 import t5_encoder
 from diffship.models.walks.blocks import layers
 from diffship.models.walks.cost import cost, layer_costs
-from diffship.models.walks.stages import cut
+from diffship.models.walks.stages import cut, memory_stages
 
 Arrays = dict[str, np.ndarray]
 SD3 = {
@@ -172,7 +172,16 @@ def test_specs_between_layers_and_costs_of_layers_are_those_of_the_whole(name: s
     }
     whole, parts = cost(one.part), layer_costs(one.part).values()
     assert whole.macs == sum(part.macs for part in parts) > 0
-    assert one.part.parameters == sum(part.params for part in parts)
+    assert whole.params == sum(part.params for part in parts)
+    assert whole.bytes == sum(part.bytes for part in parts) == 4 * one.part.parameters
+
+
+def test_a_table_of_positions_counts_where_memory_is_bounded() -> None:
+    part = made("sd3").part
+    table = 4 * 12 * 12 * 32
+    assert cost(part).bytes - 4 * cost(part).params == table
+    with pytest.raises(ConfigError, match=r"pos_embed alone takes \d+ bytes"):
+        memory_stages(part, table)
 
 
 @pytest.mark.parametrize("stored", ["shared.weight", "encoder.embed_tokens.weight"])

@@ -65,8 +65,8 @@ def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) ->
         with torch.no_grad(), torch.device("meta"), counter:
             written = layer.apply(tree, *(values[name] for name in layer.reads))
         values.update(zip(layer.writes, written, strict=True))
-        metas = held_by(component, layer)
-        params, size = sum(meta.count for meta in metas), sum(meta.nbytes for meta in metas)
+        params = sum(value.numel() for path in layer.modules for value in whole.get_submodule(path).parameters())
+        size = sum(meta.nbytes for meta in held_by(component, layer))
         found[layer.name] = Cost(params, counter.conv_linear, counter.attention, size)
     return found
 

@@ -97,7 +97,8 @@ def memory_stages(component: Component, max_bytes: int = STAGE_BYTES) -> list[St
     plan = component.program(whole)
     bounds, held = [0], 0
     for i, step in enumerate(plan.layers):
-        size = 4 * sum(tensor.numel() for path in step.modules for tensor in whole.get_submodule(path).parameters())
+        stored = [value for path in step.modules for value in whole.get_submodule(path).state_dict().values()]
+        size = 4 * sum(value.numel() for value in stored)
         if size > max_bytes:
             raise ConfigError(
                 f"{component.name}: {step.name} alone takes {size} bytes in float32; {max_bytes} are allowed"
