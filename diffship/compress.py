@@ -108,7 +108,7 @@ def _keep_what_is_there(passes: Sequence[Any]) -> None:
 
 
 def _opened(source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None) -> Pipeline:
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     if not passes:
         raise ConfigError("no pass is given; name one with --pass NAME, or several in a recipe with --recipe FILE")

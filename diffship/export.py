@@ -26,7 +26,7 @@ from diffship.core.strict import unknown
 if TYPE_CHECKING:
     from diffship.exporters.golden_feeds import GoldenFeeds
     from diffship.exporters.protocol import BuiltFromGraph, Exporter
-    from diffship.models.component import Component
+    from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
 
 BATCH = 2  # samples of a golden call, at different timesteps: one value for all would not show one that is ignored
@@ -118,7 +118,7 @@ def export(
 def _restored(source: str | Path | Pipeline, to: str, out: Path, overwrite: bool, job: Job) -> Bundle:
     """The bundle that the package ships ready, weights added: what an export with torch would write."""
     from diffship.exporters.onnx.prepared import restore
-    from diffship.models.sources import packaged
+    from diffship.models.sources.opening import packaged
 
     home = packaged(str(source))
     if home is None or not (home / to).is_dir():
@@ -136,7 +136,7 @@ def _without_torch() -> NoReturn:
 def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None) -> Pipeline:
     if not isinstance(source, (str, Path)):
         return source
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     return open_source(str(source), base=base, revision=revision)
 

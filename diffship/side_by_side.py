@@ -224,7 +224,7 @@ def _step_figures(prompt: int, first: Sequence[Array], second: Sequence[Array]) 
 
 def _source_digests(text: str) -> dict[str, str]:
     from diffship.core.weights import source_digest
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     components = open_source(text).components
     return {name: source_digest(component.weights) for name, component in components.items()}

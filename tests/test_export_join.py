@@ -20,7 +20,7 @@ from diffship.core.errors import Cancelled, ConfigError, ParityError, Unsupporte
 from diffship.core.job import Job
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.proof.verify import verify
 
 Make = Callable[..., Bundle]

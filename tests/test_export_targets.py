@@ -25,9 +25,9 @@ from diffship.export import export
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.protocol import BuiltFromGraph, Exporter
 from diffship.exporters.tensorrt import TensorRt
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.onnxruntime import OnnxRuntimeRunner
 
 

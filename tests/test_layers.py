@@ -37,6 +37,9 @@ RUNTIMES = {
 # Who may import these from outside; benchmarks ask a server and read its forms.
 USERS = {"serve": {"cli", "benchmarks"}, "handoff": {"cli", "benchmarks"}, "partition": {"cli", "benchmarks"}}
 
+# Inside models: what each of its rooms may import beside itself; sources and the files above know all of them.
+MODELS_BELOW = {"reduced": set(), "parts": {"reduced"}, "walks": {"parts", "reduced"}}
+
 # Files of torch-free rooms that import torch or `models`, inside functions only.
 TORCH_SIDE = {"runtimes/engines/torch.py", "runtimes/engines/model.py", "runtimes/partition/async_denoiser.py"}
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"}
@@ -90,6 +93,18 @@ def test_arrows_only_go_down(file: Path) -> None:
     for other, top in own_imports(file):
         if other in BELOW and other not in legal:
             assert name in TORCH_SIDE and other == "models" and not top, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("inner", MODELS_BELOW)
+def test_a_part_knows_nothing_of_what_is_made_of_it(inner: str) -> None:
+    """A new part is one file: no table of walks, sources or kinds stands below it."""
+    files = sorted((PACKAGE / "models" / inner).glob("*.py"))
+    assert len(files) > 3
+    legal = tuple(f"diffship.models.{name}." for name in {inner, *MODELS_BELOW[inner]})
+    for file in files:
+        for name, top in imports(file):
+            if name.startswith("diffship.models") and top:
+                assert name.startswith(legal), f"{file.name} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -70,11 +70,11 @@ from diffship.core.errors import MissingExtra
 from diffship.core.registry import EXPORTERS, RUNNERS, load
 from diffship.core.weights import SafetensorsWeights
 from diffship.exporters.onnx.graph import Graph
-from diffship.models.cost import cost
-from diffship.models.hub import hub_folder
+from diffship.models.walks.cost import cost
+from diffship.models.sources.hub import hub_folder
 from diffship.training.judge_model import Judge, JudgeConfig, load_judge
-from diffship.models.sources import open_source
-from diffship.models.unet import unet as make_unet
+from diffship.models.sources.opening import open_source
+from diffship.models.parts.unet import unet as make_unet
 from diffship.runtimes.engines.engine import choose_engine
 from diffship.training import commands, loop
 from diffship.training.options import TrainOptions

@@ -21,7 +21,7 @@ from diffship.core.strict import plain_value
 
 if TYPE_CHECKING:
     from diffship.compression.estimate import Estimate, Step
-    from diffship.models.cost import Cost
+    from diffship.models.walks.cost import Cost
 
 EXAMPLES = """examples:
   diffship compress emoji --pass layout --set name=bk-tiny -o out/emoji-tiny
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> Result:
     from diffship.compress import compress
     from diffship.core.distributed import first_process
     from diffship.core.job import Job
-    from diffship.models.component import unused
+    from diffship.models.parts.component import unused
     from diffship.training.loop import leave
 
     source, base, passes = _asked(options)

@@ -91,7 +91,7 @@ def _warn_of_sampler(scheduler: Any) -> None:
 
 
 def _warn_of_unused(parts: Iterable[Any]) -> None:
-    from diffship.models.component import unused_text
+    from diffship.models.parts.component import unused_text
 
     for part in parts:
         unused = part.extra.get("unused_tensors")

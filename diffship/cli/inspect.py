@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> Result:
         if options.size or options.base or options.revision or options.placement:
             raise ConfigError("--size, --base, --revision and --placement are for sources; this is a bundle")
         return inspect_bundle(Path(options.what))
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     pipeline = open_source(options.what, base=options.base, revision=options.revision)
     return placement.inspect_placement(pipeline, options) if options.placement else inspect_source(pipeline, options)
@@ -85,7 +85,7 @@ def inspect_bundle(folder: Path) -> Result:
 
 def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
     """Tensors are listed, not read: works on a source that memory cannot hold."""
-    from diffship.models.cost import cost
+    from diffship.models.walks.cost import cost
 
     family = pipeline.family
     width, height = options.size or family.default_sides

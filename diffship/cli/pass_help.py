@@ -29,8 +29,13 @@ def options_text(name: str, cls: type[Any]) -> str:
 
 
 def option_texts(cls: type[Any]) -> tuple[Mapping[str, str], str]:
-    """({option: what it is}, what the class does), from a docstring of `name, name: text` behind one paragraph."""
-    summary, _, rest = (inspect.getdoc(cls) or "").partition("\n\n")
+    """({option: what it is}, what the class does), from docstrings of `name, name: text` behind one paragraph.
+
+    A class that inherits options takes what its parents say of them.
+    """
+    summary = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    parents = [inspect.getdoc(one) or "" for one in cls.__mro__ if dataclasses.is_dataclass(one)]
+    rest = "\n".join(text.partition("\n\n")[2] for text in parents)
     names = "|".join(field.name for field in dataclasses.fields(cls))
     marks = list(re.finditer(rf"(?<![\w`])((?:{names})(?:,\s+(?:{names}))*):\s", rest))
     ends = [mark.start() for mark in marks[1:]] + [len(rest)]

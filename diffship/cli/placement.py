@@ -13,9 +13,9 @@ from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
 from diffship.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffship.models.component import Component
-    from diffship.models.cost import Cost
-    from diffship.models.cuts import Cuts
+    from diffship.models.parts.component import Component
+    from diffship.models.walks.cost import Cost
+    from diffship.models.walks.cuts import Cuts
     from diffship.runtimes.partition.prospect import Prospect
     from diffship.runtimes.partition.timetable import Scheme
 
@@ -54,7 +54,7 @@ def check(options: argparse.Namespace) -> None:
 def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
     """Counted on the meta device at guidance's two rows; no weight is read."""
     from diffship.core.limits import LIMITS, check_range
-    from diffship.models.cuts import KINDS, find_cuts, table_of, usual_kind
+    from diffship.models.walks.cuts import KINDS, find_cuts, table_of, usual_kind
     from diffship.runtimes.partition import gantt
     from diffship.runtimes.partition.timetable import Scheme
 
@@ -94,7 +94,7 @@ class _Subject:
 
     @classmethod
     def of(cls, pipeline: Any, size: tuple[int, int] | None) -> _Subject:
-        from diffship.models.cost import layer_costs
+        from diffship.models.walks.cost import layer_costs
 
         unet, size = pipeline.components["unet"], size or pipeline.family.default_sides
         height, width = pipeline.family.latent_size(*size)
@@ -102,7 +102,7 @@ class _Subject:
         return cls(unet, size, sizes, layer_costs(unet, sizes))
 
     def prospect(self, cuts: Cuts, scheme: Scheme, steps: int) -> Prospect:
-        from diffship.models.cuts import ON_THE_WIRE, held_bytes, partition
+        from diffship.models.walks.cuts import ON_THE_WIRE, held_bytes, partition
         from diffship.runtimes.partition.placement import boundary_bytes, place
         from diffship.runtimes.partition.prospect import Prospect
         from diffship.runtimes.partition.timetable import timetable

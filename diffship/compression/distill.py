@@ -7,97 +7,34 @@ Losses, feature pairs and hyperparameters are those of BK-SDM (arXiv 2305.15798)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffship.compression.distill_run import STATE, train_student
+from diffship.compression.distill_run import MIN_SNR, DistillOptions, train_student
 from diffship.compression.outline import Calls, Outline
-from diffship.compression.trained import require_agreement, run_key, trained_schedule, trained_weights, untrainable
+from diffship.compression.runs import STATE
+from diffship.compression.trained import require_agreement, run_key, trained_weights, untrainable
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.problem import Problem, met
-from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline, converted, with_unet
-from diffship.models.sources import open_source
-from diffship.sampling.samplers import make_sampler
-from diffship.sampling.tokenizer import check_prompt
+from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
-from diffship.training.distillation_pairs import KINDS, feature_pairs
+from diffship.training.distillation_pairs import feature_pairs
 from diffship.training.distillation_report import read_curve
 from diffship.training.paired import PairedPictures
 
-MIN_SNR = "min-snr-5-capped"
 
-
-@dataclass(frozen=True)
-@bounded
-class DistillPass:
+class DistillPass(DistillOptions):
     """Train the U-Net on captioned pictures against a frozen teacher; text encoders and auto-encoder stay as they are.
 
-    data: folder of captioned pictures (`training.paired`). teacher: source of the teacher, by default the model as it
-    was before all passes. features: `blocks` (outputs of down and up blocks: BK-SDM, Hybrid SD), `self-attention`
-    (KOALA) or `none`. w_task, w_out, w_feat: weights of the error against the noise (or v) that was added, against the
-    teacher's output and of the features.
-    steps, batch, accumulate: each step's gradient is the mean over `accumulate` batches of `batch` samples, of all
-    processes together. rate, warmup, decay: learning rate of AdamW; it rises over `warmup` steps and falls to zero over
-    the last `decay`. weight_decay, clip: AdamW's decay, and the greatest norm of a gradient. ema: decay of the averaged
-    weights, which are the result; 0 takes the live ones. seed: of everything that is drawn.
-    size: pixels of a side, by default the model's own. flip: mirror every other picture. drop: share of captions that
-    are dropped, for guidance. weighting: `none`, or `min-snr-5-capped` as the emoji family was trained (noise
-    prediction only).
-    teacher_steps: of a step-distilled teacher the number of its steps; only their timesteps are trained (trailing
-    spacing), and w_task must be 0, as such a teacher does not predict the noise that was added. 0 for other teachers.
-    precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the teacher's weights. checkpointing: compute
-    activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder where they take
-    no more than this; else they are encoded at every step.
-    save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
-    drawn at every so many checkpoints.
+    Its options are those of DistillOptions.
     """
 
     kind: ClassVar[str] = "distill"
-
-    data: str
-    teacher: str | None = None
-    features: str = field(default="blocks", metadata=choices(*KINDS))
-    w_task: float = field(default=1.0, metadata=bounds(0, 1e6))
-    w_out: float = field(default=1.0, metadata=bounds(0, 1e6))
-    w_feat: float = field(default=1.0, metadata=bounds(0, 1e6))
-    steps: int = field(default=50_000, metadata=bounds(1, 100_000_000))
-    batch: int = field(default=16, metadata=bounds(1, 65_536))
-    accumulate: int = field(default=4, metadata=bounds(1, 65_536))
-    rate: float = field(default=5e-5, metadata=bounds(1e-12, 1))
-    warmup: int = field(default=0, metadata=bounds(0, 100_000_000))
-    decay: int = field(default=0, metadata=bounds(0, 100_000_000))
-    weight_decay: float = field(default=1e-2, metadata=bounds(0, 1))
-    clip: float = field(default=1.0, metadata=bounds(1e-6, 1e6))
-    ema: float = field(default=0.999, metadata=bounds(0, 0.999999))
-    seed: int = field(default=0, metadata=bounds(0, 2**63 - 1))
-    size: int | None = field(default=None, metadata=bounds(64, 1536))
-    flip: bool = False
-    drop: float = field(default=0.1, metadata=bounds(0, 1))
-    weighting: str = field(default="none", metadata=choices("none", MIN_SNR))
-    teacher_steps: int = field(default=0, metadata=bounds(0, 150))
-    precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
-    teacher_precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
-    checkpointing: bool = False
-    cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
-    save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
-    validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
-    prompts: tuple[str, ...] = field(default=(), metadata={"text": True})
-
-    def __post_init__(self) -> None:
-        for prompt in self.prompts:
-            check_prompt(prompt, "prompt of the validation")
-        if not (self.w_task or self.w_out or (self.w_feat and self.features != "none")):
-            raise ConfigError("all losses have weight 0; set one of w_task, w_out and w_feat (with features)")
-        if self.teacher_steps and self.w_task:
-            raise ConfigError(
-                f"teacher_steps={self.teacher_steps} with w_task={self.w_task:g}: a step-distilled teacher does not "
-                "predict the noise that was added; set w_task=0"
-            )
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: another family of teacher, features that do not pair, data that cannot be read."""
@@ -152,14 +89,6 @@ class DistillPass:
     def pictures(self, pipeline: Pipeline) -> PairedPictures:
         """Raises SourceError where the data cannot be used."""
         return PairedPictures.open(Path(self.data).expanduser(), self.pixels(pipeline))
-
-    def timesteps(self, teacher: Pipeline) -> list[int]:
-        """Those that are trained: all, or those of a step-distilled teacher's own schedule."""
-        if not self.teacher_steps:
-            return list(range(trained_schedule(teacher).num_train_timesteps))
-        trailing = make_sampler({**teacher.scheduler, "timestep_spacing": "trailing"})
-        # some samplers call the model twice at one timestep
-        return list(dict.fromkeys(round(time) for time in trailing.timesteps(self.teacher_steps).tolist()))
 
     def teacher_of(self, pipeline: Pipeline) -> Pipeline:
         """The teacher, no tensor read yet.

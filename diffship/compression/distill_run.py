@@ -1,44 +1,114 @@
-"""One run of the distill pass: parts loaded, pictures encoded, the loop started in the run's folder."""
+"""One run of the distill pass: what it is told, parts loaded, pictures encoded, the loop started in its folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
 from diffship.compression.trained import trained_schedule
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.spec import PRECISIONS
+from diffship.core.strict import bounded, bounds, choices
 from diffship.models.pipeline import Pipeline
+from diffship.sampling.samplers import make_sampler
+from diffship.sampling.tokenizer import check_prompt
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
 from diffship.training.distillation_data import Captions, make_latents
-from diffship.training.distillation_pairs import Pair, feature_pairs
+from diffship.training.distillation_pairs import KINDS, Pair, feature_pairs
 from diffship.training.distillation_report import InTraining, Look, Report
-from diffship.training.loop import Schedule, new_accelerator, train
+from diffship.training.loop import new_accelerator, train
 from diffship.training.paired import PairedPictures
 
 if TYPE_CHECKING:
-    import accelerate
     import torch
-
-    from diffship.compression.distill import DistillPass
-    from diffship.compression.lcm import LcmPass
-    from diffship.compression.vae import VaePass
 else:
     torch = lazy("torch")
 
-STATE = "state.safetensors"
-MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
-_PROMPTS = 8
+MIN_SNR = "min-snr-5-capped"
+
+
+@dataclass(frozen=True)
+@bounded
+class DistillOptions:
+    """What a distillation is told.
+
+    data: folder of captioned pictures (`training.paired`). teacher: source of the teacher, by default the model as it
+    was before all passes. features: `blocks` (outputs of down and up blocks: BK-SDM, Hybrid SD), `self-attention`
+    (KOALA) or `none`. w_task, w_out, w_feat: weights of the error against the noise (or v) that was added, against the
+    teacher's output and of the features.
+    steps, batch, accumulate: each step's gradient is the mean over `accumulate` batches of `batch` samples, of all
+    processes together. rate, warmup, decay: learning rate of AdamW; it rises over `warmup` steps and falls to zero over
+    the last `decay`. weight_decay, clip: AdamW's decay, and the greatest norm of a gradient. ema: decay of the averaged
+    weights, which are the result; 0 takes the live ones. seed: of everything that is drawn.
+    size: pixels of a side, by default the model's own. flip: mirror every other picture. drop: share of captions that
+    are dropped, for guidance. weighting: `none`, or `min-snr-5-capped` as the emoji family was trained (noise
+    prediction only).
+    teacher_steps: of a step-distilled teacher the number of its steps; only their timesteps are trained (trailing
+    spacing), and w_task must be 0, as such a teacher does not predict the noise that was added. 0 for other teachers.
+    precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the teacher's weights. checkpointing: compute
+    activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder where they take
+    no more than this; else they are encoded at every step.
+    save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
+    drawn at every so many checkpoints.
+    """
+
+    data: str
+    teacher: str | None = None
+    features: str = field(default="blocks", metadata=choices(*KINDS))
+    w_task: float = field(default=1.0, metadata=bounds(0, 1e6))
+    w_out: float = field(default=1.0, metadata=bounds(0, 1e6))
+    w_feat: float = field(default=1.0, metadata=bounds(0, 1e6))
+    steps: int = field(default=50_000, metadata=bounds(1, 100_000_000))
+    batch: int = field(default=16, metadata=bounds(1, 65_536))
+    accumulate: int = field(default=4, metadata=bounds(1, 65_536))
+    rate: float = field(default=5e-5, metadata=bounds(1e-12, 1))
+    warmup: int = field(default=0, metadata=bounds(0, 100_000_000))
+    decay: int = field(default=0, metadata=bounds(0, 100_000_000))
+    weight_decay: float = field(default=1e-2, metadata=bounds(0, 1))
+    clip: float = field(default=1.0, metadata=bounds(1e-6, 1e6))
+    ema: float = field(default=0.999, metadata=bounds(0, 0.999999))
+    seed: int = field(default=0, metadata=bounds(0, 2**63 - 1))
+    size: int | None = field(default=None, metadata=bounds(64, 1536))
+    flip: bool = False
+    drop: float = field(default=0.1, metadata=bounds(0, 1))
+    weighting: str = field(default="none", metadata=choices("none", MIN_SNR))
+    teacher_steps: int = field(default=0, metadata=bounds(0, 150))
+    precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
+    teacher_precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
+    checkpointing: bool = False
+    cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
+    save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
+    validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
+    prompts: tuple[str, ...] = field(default=(), metadata={"text": True})
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            check_prompt(prompt, "prompt of the validation")
+        if not (self.w_task or self.w_out or (self.w_feat and self.features != "none")):
+            raise ConfigError("all losses have weight 0; set one of w_task, w_out and w_feat (with features)")
+        if self.teacher_steps and self.w_task:
+            raise ConfigError(
+                f"teacher_steps={self.teacher_steps} with w_task={self.w_task:g}: a step-distilled teacher does not "
+                "predict the noise that was added; set w_task=0"
+            )
+
+    def timesteps(self, teacher: Pipeline) -> list[int]:
+        """Those that are trained: all, or those of a step-distilled teacher's own schedule."""
+        if not self.teacher_steps:
+            return list(range(trained_schedule(teacher).num_train_timesteps))
+        trailing = make_sampler({**teacher.scheduler, "timestep_spacing": "trailing"})
+        # some samplers call the model twice at one timestep
+        return list(dict.fromkeys(round(time) for time in trailing.timesteps(self.teacher_steps).tolist()))
 
 
 def train_student(
-    options: DistillPass, pipeline: Pipeline, teacher: Pipeline, pictures: PairedPictures, folder: Path, job: Job
+    options: DistillOptions, pipeline: Pipeline, teacher: Pipeline, pictures: PairedPictures, folder: Path, job: Job
 ) -> None:
     """Train until `options.steps`, from the checkpoint in `folder` if there is one.
 
@@ -49,7 +119,7 @@ def train_student(
     require_one_folder(folder, accelerator)
     pairs = feature_pairs(options.features, pipeline.components["unet"], teacher.components["unet"])
     # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * _count(pipeline), "the checkpoint of the distillation")
+    require_disk(folder, 8 * 4 * pipeline.components["unet"].parameters, "the checkpoint of the distillation")
     device, main = accelerator.device, accelerator.is_main_process
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +141,7 @@ def train_student(
 
 
 def make_task(
-    options: DistillPass,
+    options: DistillOptions,
     pipeline: Pipeline,
     teacher: Pipeline,
     pictures: PairedPictures,
@@ -96,44 +166,3 @@ def make_task(
         Forward(torch.tensor(trained_schedule(pipeline).alphas_cumprod()), pipeline.family.prediction_type),
         Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
     )
-
-
-def schedule(options: DistillPass | LcmPass | VaePass, rate: float) -> Schedule:
-    """AdamW as published: betas .9 and .999. `rate` is the learning rate, which a pass may choose by itself."""
-    return Schedule(
-        steps=options.steps,
-        batch=options.batch,
-        rate=rate,
-        warmup=options.warmup,
-        decay=options.decay,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        ema=options.ema,
-        seed=options.seed,
-        save_seconds=options.save_seconds,
-        validate_every=options.validate_every,
-        accumulate=options.accumulate,
-        betas=(0.9, 0.999),
-    )
-
-
-def spread_captions(pictures: PairedPictures, count: int = _PROMPTS) -> tuple[str, ...]:
-    """Plain captions of pictures that lie evenly over the data."""
-    count = min(count, len(pictures))
-    return tuple(pictures.captions(at * len(pictures) // count)[0] for at in range(count))
-
-
-def _count(pipeline: Pipeline) -> int:
-    weights = pipeline.components["unet"].weights
-    return sum(weights.meta(name).count for name in weights.names())
-
-
-def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> None:
-    """Raises ConfigError where the processes of a distributed run would train in different folders."""
-    if accelerator.num_processes == 1:
-        return
-    mark = int.from_bytes(hashlib.sha256(str(folder.resolve()).encode()).digest()[:7], "little")
-    span = torch.tensor([mark, -mark], device=accelerator.device)
-    torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)  # no timeout: torch's own, for every exchange
-    if int(span[0]) != -int(span[1]):
-        raise ConfigError("the processes have no folder in common; give the job one (compress --cache DIR)")

@@ -18,9 +18,9 @@ from diffship.core.brief import brief
 from diffship.core.job import available_memory
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
-from diffship.models.component import Component
-from diffship.models.cost import Cost, cost
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
+from diffship.models.walks.cost import Cost, cost
 
 if TYPE_CHECKING:
     import torch

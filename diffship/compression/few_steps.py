@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.families import OWN, own_facts
 from diffship.models.pipeline import Pipeline
+from diffship.models.sources.arch_configs import lcm_scheduler
 
 
 def as_lcm(pipeline: Pipeline, steps: int, guidance: float, original_steps: int = 50) -> Pipeline:

@@ -24,8 +24,8 @@ from diffship.compression.narrow import (
 )
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
-from diffship.models.component import INNER, Component
-from diffship.models.widths import PARTS, Widths, widths_now
+from diffship.models.parts.component import INNER, Component
+from diffship.models.reduced.widths import PARTS, Widths, widths_now
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def _step(kind: str, module: Any, size: int) -> int:
 
 
 def unit_macs(component: Component, listed: Sequence[Layer], sizes: Mapping[str, int]) -> dict[str, int]:
-    """{layer: MACs of one of its channels or heads}, in one call at `sizes` (as of `models.cost`), by shapes alone.
+    """{layer: MACs of one of its channels or heads}, in one call at `sizes` (as of `walks.cost`), by shapes alone.
 
     Of attention these are the four products with weights, QK^T and PV.
     """

@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffship.compression.narrow import Kept, by_norm, count_parameters, cut, first
+from diffship.compression.narrow import Kept, by_norm, cut, first
 from diffship.compression.outline import Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, choices
-from diffship.core.weights import Weights, renamed
-from diffship.models.component import Component
-from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
+from diffship.core.weights import Weights, count_parameters, renamed
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.unet import unet
-from diffship.models.widths import Widths, widths_now, widths_of, with_widths
+from diffship.models.reduced.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
+from diffship.models.reduced.widths import Widths, widths_now, widths_of, with_widths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ class LayoutPass:
             heads = widths_now(student).heads
             weights = cut(weights, choose(weights, widths, heads), heads)
         entry = {"pass": self.kind, **asdict(self)}
-        entry |= {"parameters_before": count_parameters(teacher.weights), "parameters": count_parameters(weights)}
+        entry |= {"parameters_before": teacher.parameters, "parameters": count_parameters(weights)}
         return with_unet(pipeline, with_widths(config, widths), weights, entry)
 
     def _copied(self, config: Mapping[str, Any], teacher: Component) -> tuple[Weights, nn.Module]:

@@ -7,19 +7,19 @@ changes that other models of the same base take, too. `training.consistency` has
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from diffship.compression.distill_run import STATE
 from diffship.compression.few_steps import as_lcm
-from diffship.compression.lcm_run import embedded, lora_of, train_consistency
+from diffship.compression.lcm_run import FULL, LcmOptions, embedded, lora_of, train_consistency
 from diffship.compression.lora_file import with_deltas
 from diffship.compression.lora_write import require_lora_place, write_lora
 from diffship.compression.outline import Calls, Outline
+from diffship.compression.runs import STATE
 from diffship.compression.trained import (
     require_agreement,
     run_key,
@@ -28,107 +28,28 @@ from diffship.compression.trained import (
     untrainable,
 )
 from diffship.core.distributed import first_process
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
 from diffship.core.problem import Problem, met
 from diffship.core.spec import PRECISIONS
-from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import SafetensorsWeights, cast
-from diffship.models.arch_configs import lcm_scheduler
 from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
-from diffship.models.sources import open_source
-from diffship.sampling.samplers import make_sampler
-from diffship.sampling.tokenizer import check_prompt
+from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
-from diffship.training.consistency import LOSSES, PREDICTIONS
+from diffship.training.consistency import PREDICTIONS
 from diffship.training.distillation_report import read_curve
 from diffship.training.paired import PairedPictures
 
-FULL, LORA = "full", "lora"
-_RATES = {FULL: 1e-6, LORA: 1e-4}  # those of diffusers' training scripts
 _STEPS_DEFAULT = 4
 
 
-@dataclass(frozen=True)
-@bounded
-class LcmPass:
+class LcmPass(LcmOptions):
     """Train the U-Net on captioned pictures to draw in 1 to 8 steps; text encoders and auto-encoder stay as they are.
 
-    data: folder of captioned pictures (`training.paired`). form: `full` trains the whole U-Net, which then takes
-    guidance as an input; `lora` trains low-rank changes and adds them to the U-Net, which then takes no guidance.
-    teacher: source of the model whose trajectories are learnt, by default the model itself; for a pruned model, name
-    the one that it was made of, if that draws better.
-    rank, alpha: of the LoRA; alpha is the rank if none is given. lora_out: folder for the LoRA in three forms:
-    diffusers', peft's and kohya's. lora_precision: of these files.
-    w_min, w_max: the range of guidance, less one, that the teacher is guided with (w = guidance scale - 1). By default
-    three quarters, and one and a half times, of the teacher's own guidance less one.
-    original_steps: the number of timesteps that are trained, evenly spaced; the LCM sampler chooses among them. skip:
-    how many timesteps one DDIM step of the teacher passes over, by default those from one of them to the next. More of
-    them (40, say) need less training, and follow the teacher less exactly. loss: `huber` (pseudo-Huber, c = 0.001) or
-    `l2`.
-    steps, batch, accumulate: each step's gradient is the mean over `accumulate` batches of `batch` samples, of all
-    processes together. rate, warmup, decay: learning rate of AdamW, by default 1e-6 (full) or 1e-4 (lora); it rises
-    over `warmup` steps and falls to zero over the last `decay`. weight_decay, clip: AdamW's decay, and the greatest
-    norm of a gradient. ema: decay of the averaged weights, which are the result, and the target of the full form; 0
-    takes the live ones. seed: of everything that is drawn.
-    size: pixels of a side, by default the model's own. flip: mirror every other picture. drop: share of captions that
-    are dropped, so that a LoRA also learns pictures without a caption.
-    precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the weights of a teacher of its own, which the
-    full form always has, and the lora form if `teacher` is given. checkpointing: compute activations twice instead of
-    keeping them. cache_gib: encoded pictures are kept in the job's folder if they take no more than this; else they
-    are encoded at every step.
-    save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
-    drawn with 1, 2, 4 and 8 steps, a row each, at every so many checkpoints.
+    Its options are those of LcmOptions.
     """
 
     kind: ClassVar[str] = "lcm"
-
-    data: str
-    form: str = field(default=LORA, metadata=choices(FULL, LORA))
-    teacher: str | None = None
-    rank: int = field(default=64, metadata=bounds(1, 1024))
-    alpha: float | None = field(default=None, metadata=bounds(1e-3, 1e6))
-    lora_out: str | None = field(default=None, metadata={"output": True})
-    lora_precision: str = field(default="fp32", metadata=choices("fp32", "fp16"))
-    w_min: float | None = field(default=None, metadata=bounds(0, 34))
-    w_max: float | None = field(default=None, metadata=bounds(0, 34))
-    original_steps: int = field(default=50, metadata=bounds(8, 1000))
-    skip: int | None = field(default=None, metadata=bounds(1, 250))
-    loss: str = field(default="huber", metadata=choices(*LOSSES))
-    steps: int = field(default=1000, metadata=bounds(1, 100_000_000))
-    batch: int = field(default=12, metadata=bounds(1, 65_536))
-    accumulate: int = field(default=1, metadata=bounds(1, 65_536))
-    rate: float | None = field(default=None, metadata=bounds(1e-12, 1))
-    warmup: int = field(default=0, metadata=bounds(0, 100_000_000))
-    decay: int = field(default=0, metadata=bounds(0, 100_000_000))
-    weight_decay: float = field(default=0.0, metadata=bounds(0, 1))
-    clip: float = field(default=1.0, metadata=bounds(1e-6, 1e6))
-    ema: float = field(default=0.95, metadata=bounds(0, 0.999999))
-    seed: int = field(default=0, metadata=bounds(0, 2**63 - 1))
-    size: int | None = field(default=None, metadata=bounds(64, 1536))
-    flip: bool = False
-    drop: float = field(default=0.0, metadata=bounds(0, 1))
-    precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
-    teacher_precision: str = field(default="fp32", metadata=choices("fp32", "fp16", "bf16"))
-    checkpointing: bool = False
-    cache_gib: float = field(default=4.0, metadata=bounds(0, 1024))
-    save_seconds: float = field(default=180.0, metadata=bounds(0, 1e6))
-    validate_every: int = field(default=10, metadata=bounds(1, 1_000_000))
-    prompts: tuple[str, ...] = field(default=(), metadata={"text": True})
-
-    def __post_init__(self) -> None:
-        for prompt in self.prompts:
-            check_prompt(prompt, "prompt of the validation")
-        if self.w_min is not None and self.w_max is not None and self.w_min > self.w_max:
-            raise ConfigError(f"w_min {self.w_min:g} is greater than w_max {self.w_max:g}")
-        if self.form == FULL:
-            given = [name for name in ("alpha", "lora_out") if getattr(self, name) is not None]
-            if given:
-                raise ConfigError(f"{given[0]} is of a LoRA, which the full form does not make; set form=lora")
-        elif self.teacher is None and self.teacher_precision != "fp32":
-            raise ConfigError(
-                "teacher_precision: the teacher is the U-Net that is trained; name one with teacher=SOURCE"
-            )
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a model or teacher that cannot become an LCM, data that cannot be read."""
@@ -167,11 +88,6 @@ class LcmPass:
         entry = {**self._entry(pipeline, folder), **digests, "pictures": len(pictures)}
         return self._finished(self._trained(student, SafetensorsWeights(folder / STATE), entry), pipeline)
 
-    @property
-    def learning_rate(self) -> float:
-        """`rate`, or the published one of the form."""
-        return _RATES[self.form] if self.rate is None else self.rate
-
     def pixels(self, pipeline: Pipeline) -> int:
         """Side of the pictures that are trained on."""
         return self.size or pipeline.family.default_size
@@ -183,32 +99,6 @@ class LcmPass:
     def teacher_of(self, pipeline: Pipeline) -> Pipeline:
         """The teacher, no tensor read yet: the model itself, unless one is named."""
         return pipeline if self.teacher is None else open_source(self.teacher)
-
-    def guidances(self, teacher: Pipeline) -> tuple[float, float]:
-        """(w_min, w_max), both guidance scales less one.
-
-        Raises:
-            ConfigError: one of them is not given, and what the teacher's own guidance puts in its place does not fit.
-        """
-        own = max(teacher.family.guidance_default - 1.0, 0.0)
-        low = 0.75 * own if self.w_min is None else self.w_min
-        high = 1.5 * own if self.w_max is None else self.w_max
-        if low > high:
-            raise ConfigError(f"w_min is {low:g} and w_max {high:g}; give both, the lesser one first")
-        return low, high
-
-    def times(self, pipeline: Pipeline) -> list[int]:
-        """The timesteps that are trained, from the noisiest: those of `original_steps` steps of DDIM.
-
-        Raises:
-            ConfigError: the model has fewer timesteps.
-        """
-        config = {**lcm_scheduler(pipeline.scheduler), "original_inference_steps": self.original_steps}
-        return [int(time) for time in make_sampler(config).timesteps(self.original_steps)]
-
-    def span(self, pipeline: Pipeline) -> int:
-        """How many timesteps one step of the teacher passes over."""
-        return self.skip or trained_schedule(pipeline).num_train_timesteps // self.original_steps
 
     def student(self, pipeline: Pipeline) -> Pipeline:
         """The pipeline with the U-Net that is trained: of the full form one that takes guidance, too."""

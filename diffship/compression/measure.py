@@ -29,11 +29,11 @@ from diffship.core.atomic import write_file
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.weights import renamed
-from diffship.models.component import INNER, Component, fill, torch_dtype
+from diffship.models.parts.component import INNER, Component, fill, torch_dtype
+from diffship.models.parts.runner import TorchRunner
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline
-from diffship.models.runner import TorchRunner
-from diffship.models.unet import unet
-from diffship.models.widths import widths_of, with_widths
+from diffship.models.reduced.widths import widths_of, with_widths
 from diffship.sampling.generate import checked, start
 from diffship.sampling.loop import denoise, plain
 from diffship.sampling.request import Request, Settled, settle

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
-from diffship.core.weights import Weights, taken, to_float32
-from diffship.models.component import Component
+from diffship.core.weights import Weights, count_parameters, taken, to_float32
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.widths import PARTS, Widths, widths_now, widths_of, with_widths
+from diffship.models.reduced.widths import PARTS, Widths, widths_now, widths_of, with_widths
 
 Indices = NDArray[np.intp]
 Scores = NDArray[np.float64]
@@ -52,13 +52,9 @@ def narrow_unet(pipeline: Pipeline, kept: Kept, entry: Mapping[str, Any]) -> Pip
     """
     old = pipeline.components["unet"]
     weights = cut(old.weights, kept, interiors(old).heads)
-    entry = {**entry, "parameters_before": count_parameters(old.weights), "parameters": count_parameters(weights)}
+    entry = {**entry, "parameters_before": old.parameters, "parameters": count_parameters(weights)}
     config = with_widths(old.config, kept.widths.over(widths_of(old.config)))
     return with_unet(pipeline, config, weights, entry)
-
-
-def count_parameters(weights: Weights) -> int:
-    return sum(weights.meta(name).count for name in weights.names())
 
 
 def by_norm(weights: Weights, widths: Widths, head_counts: Mapping[str, int]) -> Kept:

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffship.core.brief import brief
 from diffship.core.problem import refuse
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 

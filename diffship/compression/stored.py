@@ -22,7 +22,7 @@ from diffship.core.distributed import first_process
 from diffship.core.job import Job, digest_of, require_disk
 from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 _PATH_CHARS = 1024
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from diffship import __version__
-from diffship.compression.narrow import Indices, Kept, Scores, count_parameters, narrow_unet
+from diffship.compression.narrow import Indices, Kept, Scores, narrow_unet
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.ranking import Layer, kept_budget, kept_share
 from diffship.compression.stored import settings_key
@@ -30,7 +30,7 @@ from diffship.core.job import Job
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
-from diffship.models.component import fill
+from diffship.models.parts.component import fill
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import noise_schedule
 
@@ -150,7 +150,7 @@ class PrunePass:
         layers = [Layer(one.kind, one.name, scores[one.name], one.cost) for one in interiors]
         if self.keep is not None:
             return kept_share(layers, self.ranking, self.keep)
-        count = count_parameters(pipeline.components["unet"].weights)
+        count = pipeline.components["unet"].parameters
         target = int(count * (self.parameters or 0))
         try:
             return kept_budget(layers, self.ranking, count - target)

@@ -14,7 +14,7 @@ from diffship.core.strict import bounded, plain
 from diffship.models.digests import remembered_digest
 from diffship.models.families import OWN
 from diffship.models.pipeline import Module, Pipeline, recorded, with_vae
-from diffship.models.sources import find_material
+from diffship.models.sources.opening import find_material
 from diffship.training.vae_report import Sides, VaeReport, compare
 from diffship.training.vae_task import DECODER, ENCODER, halves_of
 

@@ -18,8 +18,8 @@ from diffship.compression.narrow import Indices, Kept, Scores
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
-from diffship.models.component import Component, read_tensor
-from diffship.models.widths import PARTS, widths_now
+from diffship.models.parts.component import Component, read_tensor
+from diffship.models.reduced.widths import PARTS, widths_now
 
 if TYPE_CHECKING:
     import torch

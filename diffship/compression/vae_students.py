@@ -9,12 +9,12 @@ from diffship.compression.swap_vae import latents_digest, vae_module
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.weights import SeededWeights, Weights, cast, joined, renamed, subset
-from diffship.models.arch_configs import tiny_vae
-from diffship.models.autoencoder import KL, TINY, Decoder, Encoder, autoencoder, check_narrow, narrower
-from diffship.models.component import weight_metas
 from diffship.models.families import OWN
+from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, autoencoder, check_narrow, narrower
+from diffship.models.parts.component import weight_metas
 from diffship.models.pipeline import Module, Pipeline
-from diffship.models.widths import KEY
+from diffship.models.reduced.widths import KEY
+from diffship.models.sources.arch_configs import tiny_vae
 from diffship.training.vae_task import DECODER, ENCODER
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from diffship.compression.budget import Option, Solution, draw, isotonic, solve
 from diffship.compression.interior import Layer, layers, unit_macs
-from diffship.compression.narrow import count_parameters
-from diffship.models.cost import cost
 from diffship.models.pipeline import Pipeline
+from diffship.models.walks.cost import cost
 
 
 @dataclass(frozen=True)
@@ -76,5 +75,5 @@ def ways(pipeline: Pipeline, keeps: Sequence[float], figure: str, share: float, 
     if figure == "MACs":
         units, total = unit_macs(component, found, sizes), cost(component, sizes).macs
     else:
-        units, total = {layer.name: layer.parameters for layer in found}, count_parameters(component.weights)
+        units, total = {layer.name: layer.parameters for layer in found}, component.parameters
     return Ways(found, widths, figure, units, total, int(total * share))

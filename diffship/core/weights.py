@@ -34,6 +34,7 @@ __all__ = [
     "TensorMeta",
     "Weights",
     "cast",
+    "count_parameters",
     "identity_of",
     "joined",
     "renamed",
@@ -286,6 +287,11 @@ def joined(*parts: Weights) -> Weights:
 def subset(weights: Weights, names: Iterable[str]) -> Weights:
     """Only `names`, in that order; raises SourceError where one does not exist."""
     return renamed(weights, {name: name for name in names})
+
+
+def count_parameters(weights: Weights) -> int:
+    """How many numbers all tensors hold together."""
+    return sum(weights.meta(name).count for name in weights.names())
 
 
 def cast(weights: Weights, dtype: str) -> Weights:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import PRECISIONS
-from diffship.models.component import Component
-from diffship.models.stages import memory_stages
+from diffship.models.parts.component import Component
+from diffship.models.walks.stages import memory_stages
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ import numpy as np
 
 from diffship.core.runner import Handle, Runner
 from diffship.exporters import golden
-from diffship.models.component import Component
 from diffship.models.model import PipelineModel
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 
@@ -31,8 +31,7 @@ class GatedModel(PipelineModel):
         component = self.pipeline.components[part]
         if part == "unet" and self._precision != "fp32":
             return _Staged(component, self._max_bytes, self._precision)
-        count = sum(component.weights.meta(name).count for name in component.weights.names())
-        return super().use(part) if 4 * count <= self._max_bytes else _Staged(component, self._max_bytes)
+        return super().use(part) if 4 * component.parameters <= self._max_bytes else _Staged(component, self._max_bytes)
 
 
 class _Staged:

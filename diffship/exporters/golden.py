@@ -15,7 +15,7 @@ from diffship.core.manifest import Golden
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.spec import CAST_WITHIN, PRECISIONS, first_sample
 from diffship.exporters.tolerances import exact, loosest, measured, method
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 
 SEED = 20
 Arrays = dict[str, NDArray[np.generic]]
@@ -75,10 +75,9 @@ def _require_independent_samples(component: Component, feeds: Arrays, outputs: A
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     """fp32 outputs of torch, stage by stage where the weights take more than `max_bytes` in fp32."""
-    count = sum(component.weights.meta(name).count for name in component.weights.names())
-    if 4 * count <= max_bytes:
+    if 4 * component.parameters <= max_bytes:
         return _run(component, feeds)
-    from diffship.models.stages import stages_forward
+    from diffship.models.walks.stages import stages_forward
 
     return stages_forward(component, feeds, max_bytes)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import TensorMeta, meta_of, to_float32
-from diffship.core.errors import ConfigError, UnsupportedError
+from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.manifest import GoldenBlocks
 from diffship.core.safetensors_file import write_safetensors
@@ -26,9 +26,9 @@ from diffship.core.sketch import sketch
 from diffship.core.spec import PRECISIONS
 from diffship.exporters.formats import constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
-from diffship.models.component import Component
-from diffship.models.points import OUT, layer_points, point_paths
-from diffship.models.program import Layer, Program, Tree
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program, Tree
+from diffship.models.walks.points import OUT, layer_points, point_paths
 
 if TYPE_CHECKING:
     import torch
@@ -75,14 +75,10 @@ def write_blocks(
     Raises:
         UnsupportedError: the part overflows in `precision`.
     """
-    from diffship.models.blocks import program_of
-
-    inner = component.meta.get_submodule("inner")
-    try:
-        program = program_of(component, inner)
-    except ConfigError:
+    if component.walk is None:
         return None
-    walk = _Walk(component, program, point_paths(component, inner), feeds, precision)
+    inner = component.meta.get_submodule("inner")
+    walk = _Walk(component, component.program(inner), point_paths(component, inner), feeds, precision)
     walk.run(max_bytes)
     limits = walk.graph_limits(), walk.engine_limits()
     file = f"golden/{component.name}.blocks.safetensors"
@@ -112,7 +108,7 @@ class _Walk:
         self._between = layer_points(self.program, self.paths)
 
     def run(self, max_bytes: int) -> None:
-        from diffship.models.stages import memory_stages
+        from diffship.models.walks.stages import memory_stages
 
         for stage in memory_stages(self.component, max_bytes):
             module = stage.module()

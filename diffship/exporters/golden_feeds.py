@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden import SEED
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import TEXT_PARTS, Pipeline
 from diffship.sampling.encode import encode
 from diffship.sampling.guidance import guidance_embedding

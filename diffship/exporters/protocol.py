@@ -9,7 +9,7 @@ from diffship.core.family import Family
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 

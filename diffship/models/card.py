@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.atomic import write_file
-from diffship.models.widths import KEY
+from diffship.models.reduced.widths import KEY
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline

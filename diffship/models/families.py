@@ -7,11 +7,11 @@ from typing import Any
 
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import PREDICTIONS, Family
-from diffship.models.autoencoder import KL, vae_factor
-from diffship.models.component import reading
 from diffship.models.facts import check_facts
+from diffship.models.parts.autoencoder import KL, vae_factor
+from diffship.models.parts.component import reading
+from diffship.models.parts.unet import check_config, text_time_widths, text_width
 from diffship.models.stock import CLASSES, default_steps, stock_class
-from diffship.models.unet import check_config, text_time_widths, text_width
 
 Config = Mapping[str, Any]
 OWN = "_diffship"

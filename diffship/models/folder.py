@@ -14,7 +14,7 @@ from diffship.core.weights import TensorMeta, Weights, cast
 from diffship.models.card import write_card
 
 if TYPE_CHECKING:
-    from diffship.models.component import Component
+    from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
 
 Progress = Callable[[str, int, int], None]

@@ -17,13 +17,13 @@ from diffship.core.family import Family
 from diffship.core.leftovers import claim_folder, refuse_fixed, remove_leftovers, usual_mode
 from diffship.core.weights import Weights, cast
 from diffship.models import stock
-from diffship.models.autoencoder import autoencoder, vae_factor
-from diffship.models.component import Component, reading
-from diffship.models.defaults import completed
 from diffship.models.families import OWN, family_of, own_facts
 from diffship.models.folder import write_folder
-from diffship.models.text import text_encoder
-from diffship.models.unet import check_config, unet
+from diffship.models.parts.autoencoder import autoencoder, vae_factor
+from diffship.models.parts.clip import text_encoder
+from diffship.models.parts.component import Component, reading
+from diffship.models.parts.unet import check_config, unet
+from diffship.models.sources.defaults import completed
 
 if TYPE_CHECKING:
     from diffship.models.model import PipelineModel

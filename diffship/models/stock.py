@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffship.core.errors import UnsupportedError
-from diffship.models.unet import text_time_widths
+from diffship.models.parts.unet import text_time_widths
 
 Config = Mapping[str, Any]
 INDEX = "model_index.json"

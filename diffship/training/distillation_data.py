@@ -13,7 +13,7 @@ from diffship.core.job import Job, digest_of
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
 from diffship.core.strict import plain
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import TEXT_PARTS, Pipeline
 from diffship.sampling.encode import time_ids
 from diffship.sampling.tokenizer import ClipTokenizer

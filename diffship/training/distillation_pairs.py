@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
-from diffship.models.component import Component
-from diffship.models.layouts import LAYOUTS, Layout, shape_of, student_config, teacher_name
+from diffship.models.parts.component import Component
+from diffship.models.reduced.layouts import LAYOUTS, Layout, shape_of, student_config, teacher_name
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ from diffship.core.atomic import write_file
 from diffship.core.errors import DiffshipError
 from diffship.core.runner import Runner
 from diffship.models.model import PipelineModel
+from diffship.models.parts.runner import TorchRunner
 from diffship.models.pipeline import Pipeline
-from diffship.models.runner import TorchRunner
 from diffship.sampling.generate import draw, start
 from diffship.sampling.request import Request
 from diffship.sampling.samplers import make_sampler

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.sampling.tokenizer import END, START
 from diffship.training.checkpoint import load_average
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
 from diffship.training.emoji_unpack import steps_before
 from diffship.training.judge_model import Judge, JudgeConfig, save_judge
 from diffship.training.preview import SCHEDULER
-from diffship.training.vocabulary import END, START
 
 if TYPE_CHECKING:
     import torch

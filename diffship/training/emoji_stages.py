@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.models.sources.tokenizer_files import CONTEXT
 from diffship.training.checkpoint import load_average
 from diffship.training.diffusion import (
     TEXT_CONFIG,
@@ -24,7 +25,7 @@ from diffship.training.pictures import Pictures
 from diffship.training.preview import draw, save_grid
 from diffship.training.saving import read_tensors, reading, replace_tensors
 from diffship.training.vae import VAE_CONFIG, VaeTask, psnr
-from diffship.training.vocabulary import CONTEXT, train_vocabulary
+from diffship.training.vocabulary import train_vocabulary
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from diffship.core.lazy import lazy, lazy_base
 from diffship.core.limits import LIMITS
 from diffship.core.strict import unknown
 from diffship.core.weights import SafetensorsWeights, source_digest
-from diffship.models.component import read_tensor
-from diffship.models.sources import packaged
+from diffship.models.parts.component import read_tensor
+from diffship.models.sources.opening import packaged
 from diffship.training.judge_model import Judge, load_judge
 
 if TYPE_CHECKING:

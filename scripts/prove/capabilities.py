@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.registry import EXPORTERS, PASSES
 from diffship.core.strict import unknown
-from diffship.models.released import KEYS
+from diffship.models.reduced.released import KEYS
 
 
 @dataclass(frozen=True)

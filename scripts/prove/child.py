@@ -61,8 +61,8 @@ def fetch(asked: Fetch) -> dict[str, Any]:
     Raises:
         SourceError: no such id, revision or network; or a part that was expected is not there.
     """
-    from diffship.models.hub import hub_folder
-    from diffship.models.licences import licence_of
+    from diffship.models.sources.hub import hub_folder
+    from diffship.models.sources.licences import licence_of
 
     listed, commit = listing(asked.repo, asked.revision)
     blocked = pickle_only(listed)
@@ -90,7 +90,7 @@ def listing(repo: str, revision: str | None) -> tuple[list[str], str]:
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        from diffship.models.hub import hub_folder
+        from diffship.models.sources.hub import hub_folder
 
         folder, commit = hub_folder(repo, revision)
         return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], commit

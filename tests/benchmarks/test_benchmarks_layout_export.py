@@ -10,8 +10,8 @@ from diffship.benchmarks.measure.process import Measured
 from diffship.benchmarks.studies.cost import layout_export
 from diffship.benchmarks.studies.cost.layout_export import SOURCES, chosen, rows_of
 from diffship.core.errors import ConfigError
-from diffship.models.arch import PREFIX, parse_arch
-from diffship.models.layouts import LAYOUTS
+from diffship.models.reduced.layouts import LAYOUTS
+from diffship.models.sources.arch import PREFIX, parse_arch
 
 
 def test_every_layout_is_among_them() -> None:

@@ -33,9 +33,9 @@ from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job
 from diffship.export import export
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 SD, XL = 5, 8  # random pipelines: two levels of one layer; three levels with two text encoders
 

@@ -119,7 +119,7 @@ def test_a_bundle_is_made_once_for_this_code_and_is_named_after_its_source(
 @pytest.mark.slow
 def test_the_untrained_model_has_the_shape_and_the_rest_of_the_trained_one(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     trained, drawn = open_source("emoji").components, open_source(str(untrained(tmp_path))).components
     assert drawn["vae_decoder"].digest == trained["vae_decoder"].digest

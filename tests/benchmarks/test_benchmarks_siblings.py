@@ -65,7 +65,7 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
 def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the results file would call itself fresh with models and pictures of another day."""
     teacher = SimpleNamespace(components={"unet": SimpleNamespace(digest="d")})
-    monkeypatch.setattr("diffship.models.sources.open_source", lambda source: teacher)
+    monkeypatch.setattr("diffship.models.sources.opening.open_source", lambda source: teacher)
     experiment = load(Experiment, BASE, "experiment")
     words = ("compression", tmp_path / "data", tmp_path / "judge", tmp_path / "work", "onnxruntime")
     key = Siblings(experiment, *words)._key([])
@@ -77,7 +77,7 @@ def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_models_are_made_judged_and_compared_and_found_again(data: Path, tmp_path: Path) -> None:
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
     from diffship.runtimes.engines.model import open_model
     from diffship.sampling.generate import Request, generate
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffship.cli.main import VERBS, main
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.sampling.picture import read_settings
 from diffship.sampling.wire import pack, unpack
 

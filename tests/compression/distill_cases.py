@@ -15,7 +15,7 @@ from diffship.compression.distill_run import make_task
 from diffship.compression.layout import LayoutPass
 from diffship.core.job import Job
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.distillation import DistillationTask
 from diffship.training.distillation_pairs import feature_pairs
 from diffship.training.paired import PairedPictures

@@ -11,9 +11,9 @@ from PIL import Image
 
 from diffship.compress import compress
 from diffship.compression.layout import LayoutPass
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 SIZES = {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 5}
 

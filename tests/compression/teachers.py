@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from diffship.core.weights import SeededWeights
-from diffship.models.arch import arch_material
-from diffship.models.component import weight_metas
+from diffship.models.parts.component import weight_metas
+from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Pipeline, assemble
-from diffship.models.unet import UNet
+from diffship.models.sources.arch import arch_material
 
 
 def teacher_with(source: str, **changes: Any) -> Pipeline:

@@ -20,7 +20,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.strict import load
 from diffship.models.pipeline import Pipeline, converted
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.sampling.encode import encode
 from diffship.training.diffusion import alphas_cumprod
 from diffship.training.distillation import DistillationTask, Draws, Forward

@@ -12,12 +12,12 @@ from torch import nn
 from diffship.compression.narrow import first, interiors, narrow_unet
 from diffship.core.errors import ConfigError
 from diffship.core.weights import MemoryWeights
-from diffship.models.component import Component
-from diffship.models.layouts import LAYOUTS
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import unet
-from diffship.models.widths import Widths
+from diffship.models.reduced.layouts import LAYOUTS
+from diffship.models.reduced.widths import Widths
+from diffship.models.sources.opening import open_source
 from diffship.training.distillation_pairs import (
     Taps,
     attention_names,

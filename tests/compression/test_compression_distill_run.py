@@ -26,9 +26,9 @@ from diffship.compression.distill import DistillPass
 from diffship.core.errors import Cancelled, ConfigError, SourceError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights, source_digest
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import unet
+from diffship.models.sources.opening import open_source
 from diffship.training import distillation_data, distillation_report
 from diffship.training.distillation_data import make_latents
 from diffship.training.distillation_report import read_curve, write_curve
@@ -42,7 +42,7 @@ from distill_cases import SMALL, student_of
 from diffship.compression.distill import DistillPass
 from diffship.core.job import Job
 from diffship.core.weights import source_digest
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.loop import leave
 
 data, folder, seeds = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(",")

@@ -10,11 +10,11 @@ import pytest
 
 from diffship.compression import interior
 from diffship.compression.interior import CROSS, FEEDFORWARD, RESIDUAL, SELF, Layer, layers, unit_macs, widths_for
-from diffship.models.cost import cost
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import unet
-from diffship.models.widths import widths_of, with_widths
+from diffship.models.reduced.widths import widths_of, with_widths
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cost import cost
 
 SIZES = {"height": 16, "width": 8}
 

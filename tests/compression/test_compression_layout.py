@@ -16,9 +16,9 @@ from diffship.compression.layout import LayoutPass
 from diffship.compression.narrow import Kept, by_norm, cut, head_norms, interiors, narrow_unet
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.weights import MemoryWeights, Weights
-from diffship.models.sources import open_source
-from diffship.models.unet import unet
-from diffship.models.widths import Widths, with_widths
+from diffship.models.parts.unet import unet
+from diffship.models.reduced.widths import Widths, with_widths
+from diffship.models.sources.opening import open_source
 
 RESNET, SELF = "down_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 SIZES = {"batch_size": 1, "height": 8, "width": 8, "sequence_length": 5}

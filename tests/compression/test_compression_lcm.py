@@ -18,7 +18,7 @@ from diffship.compression.lcm import LcmPass
 from diffship.core.errors import ConfigError
 from diffship.core.strict import load
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.adapters import switched_off
 from diffship.training.consistency_task import ConsistencyTask
 from diffship.training.loop import step_generator

@@ -27,7 +27,7 @@ from diffship.core.errors import Cancelled
 from diffship.core.job import Job
 from diffship.core.weights import source_digest
 from diffship.models.pipeline import Pipeline, converted
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.adapters import DOWN, UP
 from diffship.training.loop import step_generator
 
@@ -40,7 +40,7 @@ from lcm_cases import SMALL
 from diffship.compression.lcm import LcmPass
 from diffship.core.job import Job
 from diffship.core.weights import source_digest
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.loop import leave
 
 data, folder, out = sys.argv[1:]

@@ -17,10 +17,10 @@ from diffship.compress import compress
 from diffship.compression.lora import LoraPass
 from diffship.compression.lora_names import Names, Place, original_names
 from diffship.core.errors import ConfigError, SourceError
-from diffship.models import arch_configs as configs
+from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import UNet
+from diffship.models.sources import arch_configs as configs
+from diffship.models.sources.opening import open_source
 
 Tensors = dict[str, torch.Tensor]
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -24,7 +24,7 @@ from diffship.compression.stored import options_key
 from diffship.core.errors import SourceError
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 # alpha is not the rank, as by default in LCM-LoRA's training; one layer has its own alpha, another its own rank

@@ -20,9 +20,9 @@ from diffship.compression.lora import LoraPass
 from diffship.compression.lora_file import with_deltas
 from diffship.compression.lora_write import TrainedLora, write_lora
 from diffship.core.weights import MemoryWeights
+from diffship.models.parts.unet import condition_names
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import condition_names
+from diffship.models.sources.opening import open_source
 from diffship.training.adapters import UP, add_lora
 
 SOURCES = ("arch:tiny-sd", "arch:tiny-sdxl")

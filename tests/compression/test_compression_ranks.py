@@ -9,9 +9,9 @@ from diffship.compression.interior import CROSS, RESIDUAL, SELF, Layer, layers, 
 from diffship.compression.narrow import Kept, narrow_unet
 from diffship.compression.ranks import published, released
 from diffship.core.errors import ConfigError
-from diffship.models.layouts import find_layout, layout_widths
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.reduced.layouts import find_layout, layout_widths
+from diffship.models.sources.opening import open_source
 
 
 @pytest.fixture(scope="module")

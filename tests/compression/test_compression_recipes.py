@@ -29,9 +29,9 @@ from diffship.core.recipe import read_recipe
 from diffship.core.registry import PASSES
 from diffship.core.strict import plain
 from diffship.core.weights import MemoryWeights, SafetensorsWeights
-from diffship.models.licences import licence_of
 from diffship.models.pipeline import Pipeline, with_unet
-from diffship.models.sources import open_source
+from diffship.models.sources.licences import licence_of
+from diffship.models.sources.opening import open_source
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

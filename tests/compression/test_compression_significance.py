@@ -24,9 +24,9 @@ from diffship.compression.significance import SignificancePass
 from diffship.core.errors import Cancelled, ConfigError, SourceError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights
-from diffship.models.cost import cost
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cost import cost
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import denoise, plain
 

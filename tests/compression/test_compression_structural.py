@@ -24,7 +24,7 @@ from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 from diffship.core.weights import Weights
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 Command = Callable[..., dict[str, Any]]
 

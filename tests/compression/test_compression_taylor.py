@@ -24,7 +24,7 @@ from diffship.compression.traced import Interior
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.paired import PairedPictures
 
 

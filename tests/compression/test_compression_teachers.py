@@ -25,9 +25,9 @@ from diffship.compression.lora import LoraPass
 from diffship.compression.significance import SignificancePass
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.job import Job
-from diffship.models.arch_configs import lcm_scheduler
-from diffship.models.layouts import shape_of
-from diffship.models.sources import open_source
+from diffship.models.reduced.layouts import shape_of
+from diffship.models.sources.arch_configs import lcm_scheduler
+from diffship.models.sources.opening import open_source
 from diffship.sampling.samplers import make_sampler, noise_schedule
 from diffship.training.saving import save_tensors
 

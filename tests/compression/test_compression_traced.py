@@ -18,7 +18,7 @@ from diffship.compression.traced import KINDS, Interior, channel_scores, filled,
 from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
 from diffship.core.weights import Weights
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 

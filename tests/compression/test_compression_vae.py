@@ -24,12 +24,12 @@ from diffship.core.problem import refuse
 from diffship.core.recipe import read_recipe
 from diffship.core.strict import load
 from diffship.core.weights import MemoryWeights, SeededWeights, source_digest
-from diffship.models.arch_configs import VAES, tiny_vae
-from diffship.models.autoencoder import Decoder, Encoder
-from diffship.models.component import weight_metas
-from diffship.models.cost import cost
+from diffship.models.parts.autoencoder import Decoder, Encoder
+from diffship.models.parts.component import weight_metas
 from diffship.models.pipeline import Module, Pipeline, with_vae
-from diffship.models.sources import open_source
+from diffship.models.sources.arch_configs import VAES, tiny_vae
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cost import cost
 from diffship.sampling.decode import decode, to_pixels
 from diffship.training.adversarial import augmented, hinge
 from diffship.training.loop import step_generator

@@ -24,7 +24,7 @@ from diffship.compression.vae import VaePass
 from diffship.core.errors import Cancelled, SourceError
 from diffship.core.job import Job
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.loop import step_generator
 from diffship.training.vae_task import DECODER, ENCODER
 
@@ -35,7 +35,7 @@ from pathlib import Path
 from vae_cases import SMALL, TURNS
 from diffship.compression.vae import VaePass
 from diffship.core.job import Job
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.training.loop import leave
 
 data, folder = sys.argv[1:]

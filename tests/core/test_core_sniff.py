@@ -15,8 +15,8 @@ from diffship.core.document import read_json
 from diffship.core.errors import DiffshipError
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import describe, missing, near, part_of
-from diffship.models.diffusers_folder import folder_material
-from diffship.models.sources import open_source
+from diffship.models.sources.diffusers_folder import folder_material
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.model import open_model
 from diffship.sampling.picture import read_pixels
 

@@ -15,7 +15,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.job import Job
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 Export = Callable[..., Bundle]
 

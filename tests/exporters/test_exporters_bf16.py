@@ -23,9 +23,9 @@ from diffship.exporters.golden import simulated
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.tensorrt import TensorRt
 from diffship.exporters.tolerances import measured
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.proof.onnx_split import split
 
 PARTS = [

@@ -28,11 +28,11 @@ from diffship.exporters.formats import rounding, simulated_forward
 from diffship.exporters.golden_feeds import GoldenFeeds
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.tolerances import measured
-from diffship.models.component import Component
+from diffship.models.parts.clip import TextEncoder
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.text import TextEncoder
-from diffship.models.unet import UNet
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.proof.verify import verify
 
 PRECISIONS = ["fp32", "fp16", "bf16"]

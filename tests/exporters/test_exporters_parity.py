@@ -17,10 +17,10 @@ from diffship.core.compare import Tolerance, compare
 from diffship.core.job import Job
 from diffship.core.weights import SeededWeights
 from diffship.exporters.onnx import Onnx
-from diffship.models.component import Component, weight_metas
+from diffship.models.parts.component import Component, weight_metas
+from diffship.models.parts.unet import UNet, unet
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
-from diffship.models.unet import UNet, unet
+from diffship.models.sources.opening import open_source
 
 FP32 = Tolerance(atol=1e-4, rtol=1e-3, psnr_db=60.0)
 FP16 = Tolerance(psnr_db=65.0)

@@ -13,7 +13,7 @@ import pytest
 from diffship.core.errors import BundleError, MissingExtra, SourceError
 from diffship.exporters.onnx.exporter import Onnx
 from diffship.exporters.onnx.prepared import restore, strip
-from diffship.models.sources import open_source, packaged
+from diffship.models.sources.opening import open_source, packaged
 
 HOME = packaged("emoji")
 assert HOME is not None

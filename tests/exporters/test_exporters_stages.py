@@ -11,7 +11,7 @@ import pytest
 from diffship.core.job import Job
 from diffship.exporters.onnx import Onnx
 from diffship.models.pipeline import Pipeline
-from diffship.models.stages import Stage, cut
+from diffship.models.walks.stages import Stage, cut
 
 ATTENTION = "down_blocks.1.attentions.0"
 SIZES = {"batch_size": 2, "height": 16, "width": 24, "sequence_length": 9}

@@ -22,7 +22,7 @@ from diffship.core.strict import load
 from diffship.exporters.tensorrt import TensorRt, build, exporter, process
 from diffship.exporters.tensorrt.shapes import Range, check_names, parse_shapes, profile
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.targets.tensorrt.gpus import GPUS, LEGEND, RTX_SM, check_sm, markdown
 from diffship.targets.tensorrt.plan import PlanFacts
 

@@ -25,7 +25,7 @@ from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden_trajectory import why_not, write_trajectory
 from diffship.exporters.tensorrt import TensorRt
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.engine import make_engine
 from diffship.runtimes.proof.verify import verify
 from diffship.runtimes.proof.verify_trajectory import check_trajectory, read_trajectory

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffship.models.component import Component
-from diffship.models.cost import cost
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cost import cost
 
 
 @cache

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.weights import SeededWeights
-from diffship.models.arch_configs import UNETS
-from diffship.models.balance import SLACK, Crossing, balanced
-from diffship.models.blocks import blocks
-from diffship.models.component import Component, weight_metas
-from diffship.models.cost import cost, layer_costs
-from diffship.models.cuts import (
+from diffship.models.parts.component import Component, weight_metas
+from diffship.models.parts.unet import unet
+from diffship.models.reduced.layouts import find_layout, student_config
+from diffship.models.sources.arch_configs import UNETS
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.balance import SLACK, Crossing, balanced
+from diffship.models.walks.blocks import blocks
+from diffship.models.walks.cost import cost, layer_costs
+from diffship.models.walks.cuts import (
     KINDS,
     PUBLISHED,
     Cuts,
@@ -27,9 +30,6 @@ from diffship.models.cuts import (
     table_of,
     usual_kind,
 )
-from diffship.models.layouts import find_layout, student_config
-from diffship.models.sources import open_source
-from diffship.models.unet import unet
 from diffship.runtimes.partition.placement import boundary_bytes, place
 
 # AsyncDiff's tables as its authors wrote them: every device's modules; r, a: resnets and attentions of a block, out:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig
 
-from diffship.models.defaults import completed
-from diffship.models.sources import open_source
+from diffship.models.sources.defaults import completed
+from diffship.models.sources.opening import open_source
 from diffship.models.stock import CLASSES, repaired_unet
 from diffship.sampling.samplers import WITH_BETAS
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffship.core.errors import SourceError, UnsupportedError
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.model import open_model
 
 FILES = {

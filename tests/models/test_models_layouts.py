@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from diffship.core.errors import ConfigError, SourceError
-from diffship.models import arch_configs as configs
-from diffship.models.cost import cost
-from diffship.models.layouts import LAYOUTS, find_layout, layout_widths, shape_of, student_config, weight_map
-from diffship.models.sources import open_source
-from diffship.models.unet import UNet
-from diffship.models.widths import InnerNorm, Widths, widths_of, with_widths
+from diffship.models.parts.unet import UNet
+from diffship.models.reduced.layouts import LAYOUTS, find_layout, layout_widths, shape_of, student_config, weight_map
+from diffship.models.reduced.widths import InnerNorm, Widths, widths_of, with_widths
+from diffship.models.sources import arch_configs as configs
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cost import cost
 
 # guide 0.1: parameters, conv + linear GMAC and attention GMAC of one call with 77 tokens
 PUBLISHED = [

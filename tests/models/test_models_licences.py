@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffship.models.licences import licence_of
+from diffship.models.sources.licences import licence_of
 
 RAIL = "creativeml-openrail-m"
 CARDS = {

@@ -12,7 +12,7 @@ import pytest
 from diffship.core.errors import ConfigError
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 from diffship.sampling.generate import generate
 from diffship.sampling.model import Model
 from diffship.sampling.request import Request

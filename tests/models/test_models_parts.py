@@ -15,14 +15,14 @@ from diffship.core.errors import RunnerError, SourceError, UnsupportedError
 from diffship.core.runner import Runner
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import MemoryWeights, SeededWeights, renamed, subset
-from diffship.models.autoencoder import KL, autoencoder
-from diffship.models.clip_names import end_id
-from diffship.models.component import Component, read_tensor, unexpected, unused, weight_metas
+from diffship.models.parts.autoencoder import KL, autoencoder
+from diffship.models.parts.clip import clip_text_config, text_encoder
+from diffship.models.parts.clip_names import end_id
+from diffship.models.parts.component import Component, read_tensor, unexpected, unused, weight_metas
+from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline, assemble
-from diffship.models.sources import find_material, open_source, with_base
-from diffship.models.stages import cut
-from diffship.models.text import clip_text_config, text_encoder
-from diffship.models.unet import unet
+from diffship.models.sources.opening import find_material, open_source, with_base
+from diffship.models.walks.stages import cut
 from diffship.runtimes.engines.model import open_model
 
 

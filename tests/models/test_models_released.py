@@ -14,13 +14,13 @@ import torch
 from diffship.compress import compress
 from diffship.compression.layout import LayoutPass
 from diffship.core.errors import SourceError, UnsupportedError
-from diffship.models import arch_configs as configs
-from diffship.models.layouts import LAYOUTS, layout_widths, student_config
+from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Pipeline
-from diffship.models.released import LIBRARY, translated
-from diffship.models.sources import open_source
-from diffship.models.unet import UNet
-from diffship.models.widths import widths_now, with_widths
+from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
+from diffship.models.reduced.released import LIBRARY, translated
+from diffship.models.reduced.widths import widths_now, with_widths
+from diffship.models.sources import arch_configs as configs
+from diffship.models.sources.opening import open_source
 
 # unet/config.json of the public 224M model, as far as it differs from Stable Diffusion 1.4
 PUBLIC = {

@@ -21,10 +21,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
 from diffship.core.weights import MemoryWeights
-from diffship.models import arch_configs
-from diffship.models.hub import is_hub_id, select_files
 from diffship.models.pipeline import Pipeline, require_place
-from diffship.models.sources import open_source
+from diffship.models.sources import arch_configs
+from diffship.models.sources.hub import is_hub_id, select_files
+from diffship.models.sources.opening import open_source
 
 
 @cache
@@ -356,7 +356,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch: pytest.Monk
 
 
 def test_what_can_be_no_source_is_refused_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffship.models.sources.hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("diffship.models.sources.opening.hub_folder", lambda *_: pytest.fail("the hub was asked"))
     for text in ("a/b/c", "./nowhere", str(tmp_path / "nowhere")):
         with pytest.raises(SourceError, match=r"does not exist; legal: .*; where a model is run, a bundle too"):
             open_source(text)
@@ -366,7 +366,7 @@ def test_what_can_be_no_source_is_refused_without_the_hub(tmp_path: Path, monkey
 
 
 def test_what_is_near_is_told_before_the_hub_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffship.models.sources.hub_folder", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("diffship.models.sources.opening.hub_folder", lambda *_: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "sd15").mkdir(parents=True)
     for text, meant in (("emojj", "emoji"), ("models/sd51", "models/sd15"), ("model/sd15", "models/sd15")):
@@ -433,7 +433,7 @@ def test_hub_ids() -> None:
 
 def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> None:
     """The hub's client loads its modules lazily: nothing else may have imported them before."""
-    code = "from diffship.models.hub import hub_folder; hub_folder('nobody/nothing')"
+    code = "from diffship.models.sources.hub import hub_folder; hub_folder('nobody/nothing')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert f"SourceError: 'nobody/nothing' is no path in {Path.cwd()}" in done.stderr.splitlines()[-1]

@@ -7,11 +7,11 @@ import pytest
 
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.weights import SeededWeights
-from diffship.models.blocks import block_of, blocks, layers
-from diffship.models.component import Component, weight_metas
-from diffship.models.sources import open_source
-from diffship.models.stages import Arrays, Stage, cut, memory_stages, stages_forward
-from diffship.models.unet import unet
+from diffship.models.parts.component import Component, weight_metas
+from diffship.models.parts.unet import unet
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.blocks import block_of, blocks, layers
+from diffship.models.walks.stages import Arrays, Stage, cut, memory_stages, stages_forward
 
 NAMES = ("tiny-sd", "tiny-sdxl", "tiny-lcm", "tiny-sdxl no mid")
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from diffship.core.errors import SourceError
-from diffship.models.tokenizer_files import NAMES, clip_files, clip_merges, completed
+from diffship.models.sources.tokenizer_files import NAMES, clip_files, clip_merges, completed
 from diffship.sampling.tokenizer import END, ClipTokenizer
 
 SENTENCES = [

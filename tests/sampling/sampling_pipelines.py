@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffship.core.family import Family
 from diffship.core.runner import Handle
 from diffship.core.spec import TensorSpec
-from diffship.models.tokenizer_files import clip_files
+from diffship.models.sources.tokenizer_files import clip_files
 from diffship.sampling.tokenizer import ClipTokenizer
 
 SD = {

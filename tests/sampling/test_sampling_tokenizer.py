@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffship.core.errors import ConfigError, SourceError
-from diffship.models.tokenizer_files import clip_files
+from diffship.models.sources.tokenizer_files import clip_files
 from diffship.sampling.tokenizer import ClipTokenizer
 
 PROMPTS = [

@@ -34,7 +34,7 @@ LORA = "pytorch_lora_weights.safetensors"
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     folder = open_source("arch:tiny-sd").save(tmp_path_factory.mktemp("saved") / "tiny-sd")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`stand-in/tiny-sd` whole, `/vae` a tiny VAE alone, `/pickles` with a pickled U-Net, `/damaged` a short one."""
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     folder = tmp_path_factory.mktemp("hub")
     put(folder, "stand-in/tiny-sd", saved)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffship.models.arch_configs import LCM_SCHEDULER
+from diffship.models.sources.arch_configs import LCM_SCHEDULER
 from diffship.sampling.samplers import noise_schedule
 from diffship.training.consistency import HUBER_C, Consistency, Diffusion, boundary, distance
 from diffship.training.loop import step_generator

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffship.core.errors import ConfigError, SourceError
+from diffship.sampling.tokenizer import END, START
 from diffship.training import emoji_stages
 from diffship.training import judge as judging
 from diffship.training.commands import run, train_decoder
@@ -21,7 +22,7 @@ from diffship.training.emoji import prepare
 from diffship.training.options import TrainOptions
 from diffship.training.pictures import Pictures
 from diffship.training.vae import augment, gradient_l1, multiscale_l1, psnr
-from diffship.training.vocabulary import END, START, train_vocabulary
+from diffship.training.vocabulary import train_vocabulary
 
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 

@@ -42,7 +42,7 @@ def loaded(case: Case, order: Mapping[str, Any]) -> Callable[[], object]:
 def _model(case: Case, order: Mapping[str, Any]) -> Any:
     engine, chosen = engine_of(case.runner)
     if engine == "torch":
-        from diffship.models.sources import open_source
+        from diffship.models.sources.opening import open_source
 
         return open_source(order["folder"]).model(case.device, PRECISIONS[case.precision])
     from diffship.core.bundle import Bundle

@@ -60,7 +60,7 @@ def rows_of(subject: str, measured: Measured, size: int, model: str, precision: 
 def save_source(source: str, folder: Path) -> None:
     """Write the weights that every subject exports, as a diffusers folder."""
     if not folder.exists():
-        from diffship.models.sources import open_source
+        from diffship.models.sources.opening import open_source
 
         open_source(source).save(folder)
 

@@ -86,7 +86,7 @@ def prepare(order: Order) -> Materials:
 
 
 def _of_source(order: Order) -> Materials:
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     pipeline = open_source(order.target)
     job = Job(Path(order.work) / slug(order.target))
@@ -174,7 +174,7 @@ def _rows_per_image(time_cond_dim: int | None, guidance: float) -> int:
 
 
 def _facts(pipeline: Pipeline, name: str, size: int) -> dict[str, Any]:
-    from diffship.models.cost import cost
+    from diffship.models.walks.cost import cost
 
     found = cost(pipeline.components[name], _sizes(pipeline.family.vae_factor, size, 1))
     macs = {"conv_linear_macs": found.conv_linear_macs, "attention_macs": found.attention_macs}

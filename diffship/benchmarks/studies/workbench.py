@@ -43,7 +43,7 @@ def bundle(source: str, work: Path) -> Path:
 def untrained(work: Path) -> Path:
     """`emoji` with a U-Net whose weights are drawn from a seed, as a diffusers folder."""
     from diffship.core.seeded import SeededWeights
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     pipeline = open_source("emoji")
     unet = pipeline.components["unet"]

@@ -25,9 +25,9 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.models.component import INNER, SHOWN, Component, torch_dtype, unexpected
+from diffship.models.parts.component import INNER, SHOWN, Component, torch_dtype, unexpected
 from diffship.models.pipeline import Pipeline
-from diffship.models.points import point_paths
+from diffship.models.walks.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
@@ -95,8 +95,7 @@ class Onnx:
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
         width = TensorMeta(PRECISIONS[self.of(component).precision], ()).nbytes
-        count = sum(component.weights.meta(name).count for name in component.weights.names())
-        return count * width + (4 << 20)
+        return component.parameters * width + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that `export` takes beside the process as it is: the graph, or the largest tensor three times."""
@@ -132,7 +131,7 @@ class Onnx:
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
-        count = sum(component.weights.meta(name).count for name in component.weights.names())
+        count = component.parameters
         extra = {
             "opset": self.opset,
             "nodes": len(model.graph.node),
@@ -209,8 +208,9 @@ def _check_weights(component: Component) -> list[Problem]:
 def _code_digest() -> str:
     """sha256 over the source of everything that makes a graph: this room and `models`."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.rglob("*.py")]):
-        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    for root in (here, Path(models.__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from diffship.models.component import Component
-from diffship.models.folder import folder_config, write_tokenizer
+from diffship.models.folder import folder_config, write_json, write_tokenizer
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 
 MODEL_FILE = "model.onnx"
@@ -25,17 +23,13 @@ def write_part_config(component: Component, folder: Path) -> None:
         config.setdefault("time_cond_proj_dim", None)
     if component.name.startswith("vae"):
         config.setdefault("scaling_factor", 0.18215 if component.class_name == "AutoencoderKL" else 1.0)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def write_pipeline_files(pipeline: Pipeline, out: Path) -> None:
     """model_index.json with the original class names, the scheduler's config, and each tokenizer in all its forms."""
-    _write_json(out / "model_index.json", dict(pipeline.model_index))
+    write_json(out / "model_index.json", pipeline.model_index)
     (out / "scheduler").mkdir()
-    _write_json(out / "scheduler" / "scheduler_config.json", dict(pipeline.scheduler))
+    write_json(out / "scheduler" / "scheduler_config.json", pipeline.scheduler)
     for name, files in pipeline.tokenizers.items():
         write_tokenizer(files, out / name)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

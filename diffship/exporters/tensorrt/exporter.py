@@ -26,7 +26,7 @@ from diffship.exporters.onnx.layout import write_part_config, write_pipeline_fil
 from diffship.exporters.tensorrt.build import Order
 from diffship.exporters.tensorrt.process import run_build
 from diffship.exporters.tensorrt.shapes import Range, Shape, axis_ranges, check_names, parse_shapes, profile
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.targets.tensorrt.gpus import check_sm
 from diffship.targets.tensorrt.libraries import FLAVOURS, RTX, has_driver, journal, library

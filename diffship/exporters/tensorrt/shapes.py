@@ -10,7 +10,7 @@ from diffship.core.family import Family
 from diffship.core.limits import LIMITS
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import unknown
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 from diffship.targets.tensorrt.plan import KINDS
 
 Sizes = dict[str, int]

@@ -37,8 +37,8 @@ class TorchRunner:
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
-        from diffship.models.component import unused
-        from diffship.models.sources import open_source, require_source
+        from diffship.models.parts.component import unused
+        from diffship.models.sources.opening import open_source, require_source
 
         require_source(source)
         for package in ("torch", "diffusers", "transformers"):

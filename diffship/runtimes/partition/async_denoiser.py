@@ -39,8 +39,8 @@ class AsyncDenoiser:
 
     `devices` names one for each stage, and one more at stride 2; a stage on another device than the pipeline's is
     copied there. Without them all stages run one after another where the pipeline is: the pictures are those of several
-    devices, the time is that of one. `cut` is that of models.cuts; by default the published one where there is one for
-    this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
+    devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one
+    for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
 
     Raises:
         UnsupportedError: not such a U-Net, or something that stages would not heed (LoRA, FreeU, hooks, ControlNet).
@@ -59,8 +59,8 @@ class AsyncDenoiser:
         devices: Sequence[str] | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        from diffship.models.cuts import find_cuts, partition
-        from diffship.models.live import live_unet
+        from diffship.models.walks.cuts import find_cuts, partition
+        from diffship.models.walks.live import live_unet
 
         self.scheme = Scheme(stride, warm_up, time_shift)
         self.pipeline = pipeline
@@ -83,7 +83,7 @@ class AsyncDenoiser:
         return brief_text(self, cuts=self.cuts, scheme=self.scheme, devices=self.devices)
 
     def __enter__(self) -> AsyncDenoiser:
-        from diffship.models.live import live_unet
+        from diffship.models.walks.live import live_unet
 
         if self.pipeline.unet is not self._unet:
             raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
@@ -103,8 +103,8 @@ class AsyncDenoiser:
         """A runner for every seat; stages on the pipeline's own device share its weights."""
         import torch
 
-        from diffship.models.live import share
-        from diffship.models.runner import TorchRunner
+        from diffship.models.parts.runner import TorchRunner
+        from diffship.models.walks.live import share
 
         home, dtype = self._unet.device, self._unet.dtype
         found: dict[Seat, Runner] = {}

@@ -12,7 +12,7 @@ from diffship.core.spec import TensorSpec
 
 
 class Cut(Protocol):
-    """What a placement takes of a stage: models.stages.Stage has it, and so has a stage of any engine."""
+    """What a placement takes of a stage: models.walks.stages.Stage has it, and so has a stage of any engine."""
 
     @property
     def name(self) -> str: ...

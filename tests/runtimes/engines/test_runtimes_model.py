@@ -36,7 +36,7 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def torch_model() -> object:
-    sources = pytest.importorskip("diffship.models.sources")
+    sources = pytest.importorskip("diffship.models.sources.opening")
     return sources.open_source("arch:tiny-sd").model()
 
 

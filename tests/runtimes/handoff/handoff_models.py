@@ -9,7 +9,7 @@ from typing import Any
 from diffship.compress import compress
 from diffship.compression.layout import LayoutPass
 from diffship.models.model import PipelineModel
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 SIZE = (64, 64)
 

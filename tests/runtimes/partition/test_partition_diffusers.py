@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import diffship  # noqa: E402
 from diffship.core.errors import ConfigError, RunnerError, UnsupportedError  # noqa: E402
-from diffship.models.arch_configs import SCHEDULERS, UNETS  # noqa: E402
+from diffship.models.sources.arch_configs import SCHEDULERS, UNETS  # noqa: E402
 
 # published modules by device; the lists for the other numbers are in tests/models/test_models_cuts.py
 ROWS = {

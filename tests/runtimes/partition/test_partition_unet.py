@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffship.models.component import Component
-from diffship.models.cuts import find_cuts, partition
-from diffship.models.sources import open_source
+from diffship.models.parts.component import Component
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cuts import find_cuts, partition
 from diffship.runtimes.partition.denoiser import simulate, threads
 from diffship.runtimes.partition.placement import Placement, place
 from diffship.runtimes.partition.timetable import Scheme

@@ -18,7 +18,7 @@ from diffship.benchmarks.studies.mutation.mutant import MODULE, Mutant
 from diffship.benchmarks.studies.mutation.values import EDITS, exchangeable, fits
 from diffship.core.dtype import to_float32
 from diffship.core.weights import Derived, TensorMeta, Weights
-from diffship.models.component import Component
+from diffship.models.parts.component import Component
 
 if TYPE_CHECKING:
     from torch import nn

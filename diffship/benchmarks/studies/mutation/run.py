@@ -25,7 +25,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.export import export
 from diffship.models.pipeline import Pipeline
-from diffship.models.sources import open_source
+from diffship.models.sources.opening import open_source
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Siblings:
     """Works through an experiment in one folder."""
 
     def __init__(self, experiment: Experiment, name: str, data: Path, judge: Path, work: Path, engine: str) -> None:
-        from diffship.models.sources import open_source
+        from diffship.models.sources.opening import open_source
 
         self.experiment, self.name, self.data, self.engine = experiment, name, data, engine
         self.job = Job(work, lambda label, done, total: print(f"{label} {done}/{total}", file=sys.stderr))
@@ -223,11 +223,10 @@ def _pixels(drawn: Drawn) -> Uint8:
 
 
 def _parameters(folder: Path) -> int:
-    from diffship.compression.narrow import count_parameters
-    from diffship.models.sources import open_source
+    from diffship.models.sources.opening import open_source
 
     pipeline: Pipeline = open_source(str(folder))
-    return count_parameters(pipeline.components["unet"].weights)
+    return pipeline.components["unet"].parameters
 
 
 def _digest(value: object) -> str:

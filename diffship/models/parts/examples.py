@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.models.clip_names import LEGACY_END, end_id
+from diffship.models.parts.clip_names import LEGACY_END, end_id
 
 if TYPE_CHECKING:
     import numpy as np

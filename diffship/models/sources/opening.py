@@ -11,18 +11,18 @@ from pathlib import Path
 from diffship.core.errors import SourceError
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.sniff import classify, describe, missing, near, part_of, refuse_unsafe
-from diffship.models.arch import PREFIX, arch_material
-from diffship.models.arch_configs import lcm_scheduler
-from diffship.models.diffusers_folder import folder_material
-from diffship.models.hub import LEGAL, hub_folder, is_hub_id
-from diffship.models.licences import joined
+from diffship.models.parts.unet import text_width
 from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
-from diffship.models.unet import text_width
+from diffship.models.sources.arch import PREFIX, arch_material
+from diffship.models.sources.arch_configs import lcm_scheduler
+from diffship.models.sources.diffusers_folder import folder_material
+from diffship.models.sources.hub import LEGAL, hub_folder, is_hub_id
+from diffship.models.sources.licences import joined
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)\Z")
 _EMOJI = "emoji"
-_HERE = Path(__file__).parent
+_MODELS = Path(__file__).parents[1]
 
 
 def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
@@ -85,7 +85,7 @@ def require_source(text: str, revision: str | None = None) -> None:
         return
     gone = "" if revision and is_hub_id(text) else missing(text)
     if not gone and not (is_hub_id(text) and "/" in text):  # no model of ours is on the hub without an owner
-        close = difflib.get_close_matches(text, [folder.name for folder in _HERE.glob(f"{_EMOJI}*")], 1)
+        close = difflib.get_close_matches(text, [folder.name for folder in _MODELS.glob(f"{_EMOJI}*")], 1)
         raise SourceError(f"{text[:200]!r} does not exist; {LEGAL}{_meant(close) or near(text)}")
     if gone:
         raise SourceError(f"{gone}; {LEGAL}{near(text)}")
@@ -97,7 +97,7 @@ def _meant(names: Sequence[str]) -> str:
 
 def packaged(text: str) -> Path | None:
     """The folder of a model that this package ships under the name `text`, or None."""
-    home = _HERE / text
+    home = _MODELS / text
     return home if _PACKAGED.match(text) and (home / "model_index.json").is_file() else None
 
 

@@ -38,10 +38,10 @@ def clip_merges() -> tuple[tuple[str, str], ...]:
 
 
 def vocabulary_of(merges: Merges) -> dict[str, int]:
-    """Token -> id in CLIP's order."""
-    letters = _byte_letters()
+    """Token -> id in CLIP's order: bytes, bytes with `</w>`, merges, the two specials."""
+    letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
-    return {token: i for i, token in enumerate(tokens)}
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
 def tokenizer_files(
@@ -85,6 +85,15 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def classic_files(vocabulary: Mapping[str, int], merges: Merges) -> dict[str, bytes]:
+    """vocab.json and merges.txt."""
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    return {
+        "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
+        "merges.txt": ("\n".join(lines) + "\n").encode(),
+    }
+
+
 def fast_tokenizer(vocabulary: Mapping[str, int], merges: Merges, added: Sequence[Added] = ()) -> Tokenizer:
     """The `tokenizers` object that gives the ids of transformers' CLIPTokenizer."""
     tokenizer = byte_pairs(vocabulary, merges)
@@ -104,12 +113,8 @@ def _clip_vocabulary(size: int) -> dict[str, bytes]:
 
 
 def _vocabulary_files(vocabulary: Mapping[str, int], merges: Merges, added: Sequence[Added] = ()) -> dict[str, bytes]:
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    made = {
-        "vocab.json": json.dumps(dict(vocabulary), ensure_ascii=False).encode(),
-        "merges.txt": ("\n".join(lines) + "\n").encode(),
-        "tokenizer.json": fast_tokenizer(vocabulary, merges, added).to_str(pretty=False).encode(),
-    }
+    fast = fast_tokenizer(vocabulary, merges, added).to_str(pretty=False).encode()
+    made = {**classic_files(vocabulary, merges), "tokenizer.json": fast}
     return {**made, "added_tokens.json": _dump({token.content: token.id for token in added})} if added else made
 
 
@@ -130,7 +135,8 @@ def _read(found: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, s
     return vocabulary, [(a, b) for a, b in pairs]
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
+    """The 256 printable stand-ins for bytes, in CLIP's (GPT-2's) order: printable bytes first, then the others."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

@@ -1,7 +1,8 @@
 """Program: a part as layers in execution order, each with the tensors it reads and writes.
 
 This is the one description of what is inside a part: block names, cuts, costs by layer and memory-bounded runs all
-come from it. A tensor between two layers is called `<module path>.out`.
+come from it. A tensor between two layers is called `<module path>.out`; of a module that gives several, the first is
+called so and the others `<module path>.out.1` and so on.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ Apply: TypeAlias = "Callable[..., Tensors]"  # (modules by path relative to `inn
 
 @dataclass(frozen=True)
 class Layer:
-    """The smallest thing that can be cut off. `modules` are the paths whose weights it owns."""
+    """The smallest thing that can be cut off.
+
+    `modules` are the paths whose weights it owns. An `embedding` makes what layers everywhere are conditioned on (of
+    the timestep, say) from inputs of the part alone, so each stage may compute its own.
+    """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     modules: tuple[str, ...]
     apply: Apply = field(repr=False, compare=False)
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,16 @@ class Builder:
         return name
 
     def add(
-        self, name: str, reads: Sequence[str], writes: str | Sequence[str], modules: Iterable[str], apply: Apply
+        self,
+        name: str,
+        reads: Sequence[str],
+        writes: str | Sequence[str],
+        modules: Iterable[str],
+        apply: Apply,
+        embedding: bool = False,
     ) -> None:
         written = (writes,) if isinstance(writes, str) else tuple(writes)
-        self.layers.append(Layer(name, tuple(reads), written, tuple(modules), apply))
+        self.layers.append(Layer(name, tuple(reads), written, tuple(modules), apply, embedding))
 
     def program(self) -> Program:
         names = tuple(spec.name for spec in self.inputs), tuple(spec.name for spec in self.outputs)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import unknown
-from diffship.models.widths import Widths
+from diffship.models.reduced.widths import Widths
 
 Config = Mapping[str, Any]
 Depths = tuple[tuple[int, ...], ...]

@@ -11,13 +11,11 @@ from typing import Any
 
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.strict import unknown
-from diffship.models.balance import Crossing, balanced
-from diffship.models.blocks import program
-from diffship.models.component import Component
-from diffship.models.cost import held_by, layer_costs
-from diffship.models.program import Program
-from diffship.models.stages import Stage, cut
-from diffship.models.unet_program import EMBEDDING
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Program
+from diffship.models.walks.balance import Crossing, balanced
+from diffship.models.walks.cost import held_by, layer_costs
+from diffship.models.walks.stages import Stage, cut
 
 KINDS = ("published", "speed", "memory")
 ON_THE_WIRE = 2  # bytes of a value: float16, as all published figures count
@@ -146,8 +144,8 @@ def _balanced(
     times: Mapping[str, float] | None,
     speeds: Sequence[float] | None,
 ) -> Cuts:
-    plan = program(component)
-    names = [layer.name for layer in plan.layers if layer.name != EMBEDDING]
+    plan = component.program()
+    names = [layer.name for layer in plan.layers if not layer.embedding]
     weights = _weights(component, plan, kind, sizes, times)
     missing = [name for name in names if name not in weights]
     if missing:

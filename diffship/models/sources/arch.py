@@ -13,16 +13,16 @@ from diffship.core.errors import SourceError
 from diffship.core.lazy import lazy
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
-from diffship.models import arch_configs as configs
-from diffship.models.autoencoder import KL, TINY, Decoder, Encoder, narrower
-from diffship.models.component import weight_metas
-from diffship.models.layouts import LAYOUTS, layout_widths, student_config
+from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, narrower
+from diffship.models.parts.clip import PROJECTED, TextEncoder
+from diffship.models.parts.component import weight_metas
+from diffship.models.parts.unet import CLASS as UNET
+from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Material, Module
-from diffship.models.text import PROJECTED, TextEncoder
-from diffship.models.tokenizer_files import clip_files
-from diffship.models.unet import CLASS as UNET
-from diffship.models.unet import UNet
-from diffship.models.widths import KEY, with_widths
+from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
+from diffship.models.reduced.widths import KEY, with_widths
+from diffship.models.sources import arch_configs as configs
+from diffship.models.sources.tokenizer_files import clip_files
 from diffship.sampling.tokenizer import END
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.brief import brief
-from diffship.core.errors import DiffshipError, SourceError, UnsupportedError
+from diffship.core.errors import ConfigError, DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
-from diffship.core.weights import TensorMeta, Weights, source_digest
-from diffship.models.examples import draw
+from diffship.core.weights import TensorMeta, Weights, count_parameters, source_digest
+from diffship.models.parts.examples import draw
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from diffship.models.runner import TorchRunner
+    from diffship.models.parts.program import Program
+    from diffship.models.parts.runner import TorchRunner
 else:
     np = lazy("numpy")
     torch, nn = lazy("torch"), lazy("torch.nn")
@@ -37,6 +38,9 @@ class Component:
     `build()` makes the part on the current default device (meta, fake or real); its forward takes the inputs as
     positional tensors in the order of `inputs` and returns a tuple in the order of `outputs`. Its parameters are called
     `inner.` + the name in `weights`. `smallest` holds the least legal size of every named axis.
+
+    `walk(component, inner)` gives the layers of `inner` (the network below `inner.`, on any device) in the order in
+    which they run; a part without one is never cut. Run one after the other, they compute what the part computes.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     smallest: Mapping[str, int] = field(default_factory=dict)
     template: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+    walk: Callable[[Component, nn.Module], Program] | None = field(default=None, repr=False, compare=False)
 
     @property
     def meta(self) -> nn.Module:
@@ -58,6 +63,11 @@ class Component:
             return self.build().eval()
 
     @property
+    def parameters(self) -> int:
+        """How many numbers its weights hold."""
+        return count_parameters(self.weights)
+
+    @property
     def digest(self) -> str:
         """sha256 over the source tensors (core.weights.source_digest); reads every one of them."""
         return source_digest(self.weights)
@@ -66,6 +76,18 @@ class Component:
     def overflows_half(self) -> bool:
         """Whether its config says that float16 is too narrow for what it computes, as SDXL's VAE has it."""
         return bool(self.config.get("force_upcast"))
+
+    def program(self, inner: nn.Module | None = None) -> Program:
+        """The layers of the part with their tensors, over `inner`, or over one built on the meta device.
+
+        Raises:
+            ConfigError: it is a stage already, or of a kind whose layers are not known.
+        """
+        if self.walk is None:
+            raise ConfigError(
+                f"{self.name} ({self.class_name}) cannot be cut: a stage of it, or its layers are unknown"
+            )
+        return self.walk(self, self.meta.get_submodule("inner") if inner is None else inner)
 
     def smallest_sizes(self) -> dict[str, int]:
         """Axis name -> smallest legal size."""
@@ -89,7 +111,7 @@ class Component:
 
     def load(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TorchRunner:
         """A runner on torch; float feeds are cast to `dtype`, `timestep` and `time_ids` stay float32."""
-        from diffship.models.runner import TorchRunner
+        from diffship.models.parts.runner import TorchRunner
 
         kind = torch_dtype(dtype)
         return TorchRunner(self.module(device, kind), self.inputs, self.outputs, device, kind)

@@ -10,8 +10,9 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed
-from diffship.models.clip_names import LEGACY_END, classic_map, end_id
-from diffship.models.component import Component
+from diffship.models.parts.clip_names import LEGACY_END, classic_map, end_id
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Builder, Program, Tensors, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ else:
     Module = lazy_base("torch.nn", "Module")
 
 PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+_EMBEDDINGS, _FINAL = "text_model.embeddings", "text_model.final_layer_norm"
 
 
 class TextEncoder(Module):
@@ -95,7 +97,7 @@ def text_encoder(
     outputs = _outputs(config, projected, hidden_states)
     sizes = {"batch_size": 1, "sequence_length": 77}
     weights = renamed(weights, classic_map(weights.names()))
-    return Component(name, class_name, dict(config), build, weights, inputs, outputs, sizes)
+    return Component(name, class_name, dict(config), build, weights, inputs, outputs, sizes, walk=clip_layers)
 
 
 def clip_text_config(config: Mapping[str, Any]) -> transformers.CLIPTextConfig:
@@ -120,3 +122,38 @@ def _outputs(config: Mapping[str, Any], projected: bool, hidden_states: bool) ->
         count = int(config.get("num_hidden_layers", defaults.num_hidden_layers)) + 1
         specs += [TensorSpec(f"hidden_states.{i}", "float32", state) for i in range(count)]
     return tuple(specs)
+
+
+def clip_layers(component: Component, inner: Any) -> Program:
+    """The layers of a CLIP text encoder: embeddings, encoder layers, then final norm, pooling and projection as one."""
+    builder = Builder(component.inputs, component.outputs)
+    outputs = [spec.name for spec in component.outputs]
+    state = next(spec.shape for spec in component.outputs if spec.name == "last_hidden_state")
+    paths = [_EMBEDDINGS, *(f"text_model.encoder.layers.{i}" for i in range(len(inner.text_model.encoder.layers)))]
+    hidden = "input_ids"
+    for i, path in enumerate(paths):
+        written = [builder.tensor(f"{path}.out", *state)]
+        if f"hidden_states.{i}" in outputs:
+            written.append(f"hidden_states.{i}")
+        call = partial(_embed if i == 0 else _layer, path, len(written))
+        builder.add(path, (hidden,), written, (path,), call)
+        hidden = written[0]
+    projected = hasattr(inner, "text_projection")
+    modules = (_FINAL, "text_projection") if projected else (_FINAL,)
+    last = partial(_finish, projected, end_id(component.config))
+    builder.add(_FINAL, (hidden, "input_ids"), outputs[:2], modules, last)
+    return builder.program()
+
+
+def _embed(path: str, copies: int, tree: Tree, input_ids: torch.Tensor) -> Tensors:
+    return (embed(tree[path], input_ids),) * copies
+
+
+def _layer(path: str, copies: int, tree: Tree, states: torch.Tensor) -> Tensors:
+    return (run_layer(tree[path], states),) * copies
+
+
+def _finish(projected: bool, end: int, tree: Tree, states: torch.Tensor, input_ids: torch.Tensor) -> Tensors:
+    last = tree[_FINAL](states)
+    pooled = pool(last, input_ids, end)
+    return (tree["text_projection"](pooled), last) if projected else (last, pooled)

@@ -13,14 +13,14 @@ from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import PICKLE_SUFFIXES, also, describe, foreign, refuse_unsafe
 from diffship.core.weights import SafetensorsWeights, Weights
-from diffship.models.autoencoder import KL, TINY
-from diffship.models.licences import licence_of
+from diffship.models.parts.autoencoder import KL, TINY
+from diffship.models.parts.clip import PLAIN, PROJECTED
+from diffship.models.parts.unet import CLASS as UNET
 from diffship.models.pipeline import Material, Module
-from diffship.models.released import LIBRARY, translated
-from diffship.models.text import PLAIN, PROJECTED
-from diffship.models.tokenizer_files import NAMES as TOKENIZER_FILES
-from diffship.models.tokenizer_files import completed
-from diffship.models.unet import CLASS as UNET
+from diffship.models.reduced.released import LIBRARY, translated
+from diffship.models.sources.licences import licence_of
+from diffship.models.sources.tokenizer_files import NAMES as TOKENIZER_FILES
+from diffship.models.sources.tokenizer_files import completed
 
 INDEX = "model_index.json"
 PARTS = {

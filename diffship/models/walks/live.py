@@ -9,10 +9,9 @@ from diffship.core.described import Described
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
-from diffship.models.component import Component
-from diffship.models.stages import Stage
-from diffship.models.unet import unet
-from diffship.models.unet_program import unet_program
+from diffship.models.parts.component import Component
+from diffship.models.parts.unet import unet
+from diffship.models.walks.stages import Stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +69,7 @@ def _changes(component: Component, inner: nn.Module) -> Iterator[str]:
         yield "it has LoRA adapters; call pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
     if getattr(inner, "encoder_hid_proj", None) is not None:
         yield "it has an IP-Adapter; call pipeline.unload_ip_adapter() first"
-    plan = unet_program(component, inner)
+    plan = component.program(inner)
     owned = {path for layer in plan.layers for path in layer.modules}
     for name, module in inner.named_modules():
         if any(name == path or name.startswith(f"{path}.") for path in owned):

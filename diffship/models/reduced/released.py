@@ -14,8 +14,8 @@ from typing import Any
 
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.strict import bounded, bounds, load
-from diffship.models.layouts import outer_sizes, shape_of
-from diffship.models.widths import KEY, Widths, with_widths
+from diffship.models.reduced.layouts import outer_sizes, shape_of
+from diffship.models.reduced.widths import KEY, Widths, with_widths
 
 # how a pipeline that was saved with their class names it in model_index.json
 LIBRARY = "compression.prune_sd.models.unet_2d_condition"

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta
-from diffship.models.blocks import program_of
-from diffship.models.component import Component
-from diffship.models.program import Layer, Tree
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -56,18 +55,18 @@ def cost(component: Component, sizes: Mapping[str, int] | None = None) -> Cost:
 
 
 def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) -> dict[str, Cost]:
-    """As `cost`, layer by layer (names of models.blocks.layers); weights that no layer owns are in none of them."""
+    """As `cost`, layer by layer (names of `blocks.layers`); weights that no layer owns are in none of them."""
     known = {**component.smallest_sizes(), **_translated(sizes or {})}
     whole = component.meta.get_submodule("inner")
     tree, found = Tree(whole), {}
     values = {spec.name: _blank(spec, known) for spec in component.inputs}
-    for layer in program_of(component, whole).layers:
+    for layer in component.program(whole).layers:
         counter = _Counter()
         with torch.no_grad(), torch.device("meta"), counter:
             written = layer.apply(tree, *(values[name] for name in layer.reads))
         values.update(zip(layer.writes, written, strict=True))
-        metas = held_by(component, layer)
-        params, size = sum(meta.count for meta in metas), sum(meta.nbytes for meta in metas)
+        params = sum(value.numel() for path in layer.modules for value in whole.get_submodule(path).parameters())
+        size = sum(meta.nbytes for meta in held_by(component, layer))
         found[layer.name] = Cost(params, counter.conv_linear, counter.attention, size)
     return found
 

@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.strict import unknown
-from diffship.models.component import Component
-from diffship.models.program import Layer, Program
-from diffship.models.text_program import text_program
-from diffship.models.unet_program import unet_program
-from diffship.models.vae_program import vae_program
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer
 
 _INSIDE = re.compile(r"(.*\.attentions\.\d+)\.(proj_in|transformer_blocks\.\d+|proj_out)\Z")
-
-_WALKS: dict[str, Callable[[Component, Any], Program]] = {
-    "text_encoder": text_program,
-    "text_encoder_2": text_program,
-    "unet": unet_program,
-    "vae_encoder": vae_program,
-    "vae_decoder": vae_program,
-}
 
 
 def blocks(component: Component) -> tuple[str, ...]:
     """`time_embedding`, `conv_in`, `down_blocks.0.resnets.0`, `down_blocks.0.attentions.0`, ... `conv_out`."""
-    return tuple(dict.fromkeys(block_of(layer.name) for layer in program(component).layers))
+    return tuple(dict.fromkeys(block_of(layer.name) for layer in component.program().layers))
 
 
 def layers(component: Component) -> tuple[str, ...]:
     """As `blocks`, with each transformer as `proj_in`, `transformer_blocks.K` and `proj_out`: the finest cuts."""
-    return tuple(layer.name for layer in program(component).layers)
+    return tuple(layer.name for layer in component.program().layers)
 
 
 def block_of(layer: str) -> str:
     """The block that a layer belongs to: its attention module, or itself."""
     match = _INSIDE.match(layer)
     return match[1] if match else layer
-
-
-def program(component: Component) -> Program:
-    """The layers of a component with their tensors; takes one build on the meta device."""
-    return program_of(component, component.meta.get_submodule("inner"))
-
-
-def program_of(component: Component, inner: object) -> Program:
-    """As `program`, over an `inner` that exists already.
-
-    Raises:
-        ConfigError: the component is a stage already, or of a kind without layers.
-    """
-    walk = _WALKS.get(component.name)
-    if walk is None:
-        raise ConfigError(f"{component.name} cannot be cut; legal: {', '.join(_WALKS)}")
-    return walk(component, inner)
 
 
 def end_of(name: str, steps: tuple[Layer, ...]) -> int:

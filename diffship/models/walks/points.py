@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffship.core.errors import ConfigError
-from diffship.models.blocks import program_of
-from diffship.models.component import Component
-from diffship.models.program import Layer, Program
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,10 +25,9 @@ def point_paths(component: Component, inner: nn.Module) -> frozenset[str]:
     Whether a module is called at all shows only when the part runs.
     """
     containers = {path for path, module in inner.named_modules() if path and any(True for _ in module.children())}
-    try:
-        layers = program_of(component, inner).layers
-    except ConfigError:  # a stage: its layers belong to the whole
+    if component.walk is None:  # a stage: its layers belong to the whole
         return frozenset(containers)
+    layers = component.program(inner).layers
     return frozenset(containers | {layer.name for layer in layers if layer.modules == (layer.name,)})
 
 

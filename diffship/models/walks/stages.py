@@ -20,10 +20,9 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, RunnerError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.weights import subset
-from diffship.models.blocks import end_of, program_of
-from diffship.models.component import Component
-from diffship.models.program import Layer, Program, Tree
-from diffship.models.unet_program import EMBEDDING
+from diffship.models.parts.component import Component
+from diffship.models.parts.program import Layer, Program, Tree
+from diffship.models.walks.blocks import end_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +67,11 @@ class StageModule(Module):
 
 
 def cut(component: Component, at: Iterable[str], embed: str = "pass") -> list[Stage]:
-    """Stages of `component`, cut after each named block (a name of models.blocks, or one that encloses some).
+    """Stages of `component`, cut after each named block (a name of models.walks.blocks, or one that encloses some).
 
-    `embed="recompute"` gives every stage of a U-Net that needs it its own time embedding and the inputs for it, so
-    that stages may stand at different timesteps; with `"pass"` the first stage hands it on as `time_embedding.out`.
+    `embed="recompute"` gives every stage its own copy of the embeddings that it reads (`Layer.embedding`: that of the
+    timestep) and the inputs for them, so that stages may stand at different timesteps; with `"pass"` the stage that has
+    them hands them on as tensors (`time_embedding.out`).
 
     Raises:
         ConfigError: an unknown name or `embed`, or two cuts at one place.
@@ -79,7 +79,7 @@ def cut(component: Component, at: Iterable[str], embed: str = "pass") -> list[St
     if embed not in ("pass", "recompute"):
         raise ConfigError(f"embed is {embed!r}; legal: pass, recompute")
     whole = component.meta.get_submodule("inner")
-    plan = program_of(component, whole)
+    plan = component.program(whole)
     ends = sorted(end_of(name, plan.layers) for name in at)
     ends = [end for end in ends if end < len(plan.layers)]
     if len(set(ends)) != len(ends):
@@ -94,10 +94,11 @@ def memory_stages(component: Component, max_bytes: int = STAGE_BYTES) -> list[St
         ConfigError: a single layer is larger.
     """
     whole = component.meta.get_submodule("inner")
-    plan = program_of(component, whole)
+    plan = component.program(whole)
     bounds, held = [0], 0
     for i, step in enumerate(plan.layers):
-        size = 4 * sum(tensor.numel() for path in step.modules for tensor in whole.get_submodule(path).parameters())
+        stored = [value for path in step.modules for value in whole.get_submodule(path).state_dict().values()]
+        size = 4 * sum(value.numel() for value in stored)
         if size > max_bytes:
             raise ConfigError(
                 f"{component.name}: {step.name} alone takes {size} bytes in float32; {max_bytes} are allowed"
@@ -144,13 +145,14 @@ def pick(root: nn.Module, paths: Iterable[str]) -> nn.Module:
 def _stages(
     component: Component, whole: nn.Module, plan: Program, bounds: Sequence[int], recompute: bool
 ) -> list[Stage]:
+    again = [step for step in plan.layers if recompute and step.embedding]
     stages = []
     for i, (first, last) in enumerate(itertools.pairwise(bounds)):
         steps = plan.layers[first:last]
-        after = [step for step in plan.layers[last:] if not (recompute and step.name == EMBEDDING)]
-        if recompute and first > 0 and any(f"{EMBEDDING}.out" in step.reads for step in steps):
-            steps = (plan.layers[0], *steps)
-        stages.append(_stage(component, whole, plan, steps, after, i, recompute))
+        needed = {name for step in steps for name in step.reads}
+        steps = (*(step for step in again if step not in steps and needed.intersection(step.writes)), *steps)
+        after = [step for step in plan.layers[last:] if step not in again]
+        stages.append(_stage(component, whole, plan, steps, after, i, again))
     return stages
 
 
@@ -161,14 +163,13 @@ def _stage(
     steps: tuple[Layer, ...],
     after: Sequence[Layer],
     index: int,
-    recompute: bool,
+    again: Sequence[Layer],
 ) -> Stage:
     written = [name for step in steps for name in step.writes]
     reads = list(dict.fromkeys(name for step in steps for name in step.reads if name not in written))
     reads.sort(key=lambda name: plan.inputs.index(name) if name in plan.inputs else -1)
-    needed = {name for step in after for name in step.reads} | set(plan.outputs)
-    if recompute:
-        needed.discard(f"{EMBEDDING}.out")
+    needed = {name for step in after for name in step.reads} - {name for step in again for name in step.writes}
+    needed |= set(plan.outputs)
     writes = [name for name in written if name in needed]
     paths = [path for step in steps for path in step.modules]
     prefixes = tuple(f"{path}." for path in paths)

@@ -1,0 +1,1 @@
+"""Parts of a pipeline: how each is built, and its layers in the order in which they run."""

@@ -1,0 +1,1 @@
+"""Where pipelines come from: folders, the hub, the packaged models, architectures; and what came with them."""
