@@ -68,9 +68,9 @@ def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
     try:
         vocabulary, merges = _read(found)
         derived = tokenizer_files(vocabulary, merges, pad_token(found), added=added_tokens(found))
-    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+    except Exception as fault:  # tokenizers raises bare Exception, and json RecursionError
         raise SourceError(
-            f"{where}: not a CLIP tokenizer ({str(fault)[:80]}); vocab.json + merges.txt or tokenizer.json are read"
+            f"{where}: not a CLIP tokenizer ({str(fault)[:200]}); vocab.json + merges.txt or tokenizer.json are read"
         ) from None
     return {**derived, **found}
 

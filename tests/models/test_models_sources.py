@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from diffship.core import document
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
 from diffship.core.weights import MemoryWeights
@@ -175,6 +176,45 @@ def test_only_tokenizer_json_or_only_merges(folder: Path) -> None:
     assert found["merges.txt"] == full["merges.txt"]
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(SourceError, match="not a CLIP tokenizer"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("merges.txt", "not pairs"),
+        ("merges.txt", "a b c"),
+        ("special_tokens_map.json", "[" * 100_000),
+        ("tokenizer.json", '{"a":' * 100_000),
+        ("vocab.json", "[" * 100_000),
+        ("added_tokens.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder: Path, name: str, text: str) -> None:
+    (folder / "tokenizer" / name).write_text(text)
+    with pytest.raises(SourceError, match=r"tokenizer: not a CLIP tokenizer"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "vae/config.json"])
+def test_no_file_of_a_folder_is_read_without_end_or_waited_for(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "PIPE_SECONDS", 0.05)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: nothing came through this pipe"):
+        open_source(str(folder))
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: it is neither a file nor a pipe"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("value", [True, 1.5, {"a": 1}, [3], "CLIPText"])
+def test_a_class_that_is_none_is_refused(folder: Path, value: Any) -> None:
+    edit(folder / "text_encoder" / "config.json", architectures=value)
+    with pytest.raises(UnsupportedError, match=r"text_encoder: class .* is not supported"):
         open_source(str(folder))
 
 
