@@ -47,9 +47,7 @@ def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json", 100) == {"a": 1} == read_toml(tmp_path / "a.toml", 100)
 
 
-def test_a_pipe_is_read_to_its_end_and_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_is_read_to_its_end_and_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, text = tmp_path / "x", b'{"a": "' + b"b" * 200_000 + b'"}'
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(text,))

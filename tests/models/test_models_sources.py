@@ -187,7 +187,7 @@ def test_only_tokenizer_json_or_only_merges(folder: Path) -> None:
         ("special_tokens_map.json", "[" * 100_000),
         ("tokenizer.json", '{"a":' * 100_000),
         ("vocab.json", "[" * 100_000),
-        ("added_tokens.json", "[]"),
+        ("added_tokens.json", '{"<a>": "x"}'),
     ],
 )
 def test_a_damaged_tokenizer_is_named(folder: Path, name: str, text: str) -> None:
@@ -288,6 +288,17 @@ def test_code_that_comes_with_a_model_is_refused(folder: Path, file: str, change
     with pytest.raises(SourceError, match=r"never run|must be \[library, class\]"):
         open_source(str(folder))
     assert not (folder / "canary").exists()
+
+
+def test_a_module_of_a_library_is_the_librarys_own_code(folder: Path) -> None:
+    checker = ["diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"]
+    extractor = ["transformers.models.clip.image_processing_clip", "CLIPImageProcessor"]
+    edit(folder / "model_index.json", safety_checker=checker, feature_extractor=extractor)
+    assert any("left out: safety_checker" in note for note in open_source(str(folder)).source["notes"])
+    for name in ("diffusers_modules.local.checker", "my.diffusers"):
+        edit(folder / "model_index.json", safety_checker=[name, "Checker"])
+        with pytest.raises(SourceError, match="is never run"):
+            open_source(str(folder))
 
 
 def test_other_families_and_classes_are_refused(folder: Path) -> None:
