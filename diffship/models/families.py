@@ -133,8 +133,8 @@ def _check_channels(unet: Config, vae: Config) -> None:
     latents, channels = int(vae.get("latent_channels", 4)), int(unet.get("in_channels", 4))
     if channels not in (latents, 2 * latents + 1):
         raise UnsupportedError(
-            f"unet/config.json: in_channels is {channels}, the VAE's latents have {latents}; legal is {latents} (text to "
-            f"image) or {2 * latents + 1} (inpainting)"
+            f"unet/config.json: in_channels is {channels}, the VAE's latents have {latents}; legal is {latents} "
+            f"(text to image) or {2 * latents + 1} (inpainting)"
         )
     if latents != int(unet.get("out_channels", 4)):
         raise SourceError(
