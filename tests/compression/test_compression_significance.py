@@ -116,6 +116,12 @@ def test_an_interrupted_measurement_goes_on(
     assert seen[0] == (calls // 4, calls) and seen[-1] == (calls, calls)
     monkeypatch.setattr(measuring, "denoise", None)
     assert measure(base, pair, counts, DRAWING, Job(tmp_path)) == table
+    for kept in sorted(tmp_path.iterdir()):
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SourceError, match=rf"{kept.name}.*Remove it, and the same command makes it anew"):
+            measure(base, pair, counts, DRAWING, Job(tmp_path))
+        kept.write_bytes(whole)
     other = replace(DRAWING, seed=6)
     with pytest.raises(TypeError):
         measure(base, pair, counts, other, Job(tmp_path))
