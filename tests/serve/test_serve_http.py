@@ -392,7 +392,14 @@ def test_case_36_ipv6_loopback() -> None:
         assert [door.family for door in listener] == [socket.AF_INET6]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", ""])
+@pytest.mark.parametrize("host", ["", "unix:./x.sock", "./x.sock", "localhost:80", "http://127.0.0.1", "[::1]", " ::1"])
+def test_what_is_no_address_is_told_as_such(host: str) -> None:
+    for token in (None, TOKEN):
+        with pytest.raises(ConfigError, match="is no address; legal is an IP address or a name"):
+            check_exposure(host, token)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", "my_host.local.", "0"])
 def test_case_36_what_others_can_reach_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="DIFFSHIP_TOKEN"):
         check_exposure(host, None)
