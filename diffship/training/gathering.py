@@ -18,6 +18,7 @@ from typing import Any
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
+from diffship.core.lines import lines_of
 from diffship.core.sniff import ARCHIVE_SUFFIXES
 from diffship.training.diffusion import caption_variants
 
@@ -254,7 +255,7 @@ def _text_beside(text: Path) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     """The captions of a text, one a line, as sd-scripts has them."""
-    return [line for line in map(_cut, text.splitlines()) if line] or [""]
+    return [line for line in map(_cut, lines_of(text)) if line] or [""]
 
 
 def _is_notice(name: str) -> bool:

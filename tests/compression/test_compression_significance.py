@@ -347,8 +347,8 @@ def test_scores_of_another_shape_are_told_as_such_and_not_by_a_width_that_they_l
 
 def test_prompts_come_one_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("# what to draw\n\nred apple\n  black cat \n", encoding="utf-8")
-    assert read_captions(file) == ("red apple", "black cat")
+    file.write_text("# what to draw\n\nred apple\n  black cat \n#1 fan\n##\n#\n", encoding="utf-8")
+    assert read_captions(file) == ("red apple", "black cat", "#1 fan")
     assert len(set(CAPTIONS)) == len(CAPTIONS) == 50
     for content, text in ((b"\xff\xfe", "not UTF-8"), (b"# none\n", "has none"), (b"x" * 3000, "line 1")):
         file.write_bytes(content)

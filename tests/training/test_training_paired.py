@@ -234,6 +234,16 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None
     assert np.array_equal(eight, sixteen) and eight.std() > 50
 
 
+def test_a_caption_ends_where_its_line_does(tmp_path: Path) -> None:
+    """As Python's own files have lines; U+2028 and the like come with text from web pages."""
+    text = "a red\u2028apple\x0con a table\x85here\r\nan apple\rfruit\n"
+    write(tmp_path, {"a.png": RED, "a.txt": text})
+    with open(tmp_path / "a.txt", encoding="utf-8") as file:
+        theirs = [" ".join(line.split()) for line in file]
+    assert PairedPictures.open(tmp_path, 8).captions(0) == theirs
+    assert len(theirs) == 3
+
+
 def test_marks_before_captions_are_no_part_of_them(tmp_path: Path) -> None:
     write(tmp_path / "folder", {"a.png": RED, "a.txt": b"\xef\xbb\xbfred square"})
     assert PairedPictures.open(tmp_path / "folder", 8).captions(0) == ["red square"]
