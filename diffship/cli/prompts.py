@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -11,11 +10,11 @@ from typing import BinaryIO
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.lines import prompt_lines
 
 MAX_PROMPTS = 256
 STDIN = Path("-")
 _BYTES = 4 * MAX_PROMPTS * LIMITS.prompt_chars
-_COMMENT = re.compile(r"\s*#(\s|#|\Z)")  # "# words" and "##"; "#1 fan" is a prompt
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -39,16 +38,14 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def _prompts_of(file: Path, quiet: bool) -> list[str]:
     try:
-        lines = _bytes_of(file).decode("utf-8-sig").splitlines()  # some editors put a mark before the text
+        text = _bytes_of(file).decode("utf-8-sig")  # some editors put a mark before the text
     except UnicodeDecodeError as fault:
         raise ConfigError(f"--prompts-file {str(file)!r} is not UTF-8: {fault.reason} at byte {fault.start}") from None
-    written = [line.strip() for line in lines if line.strip()]
-    prompts = [line for line in written if not _COMMENT.match(line)]
-    if len(prompts) < len(written):
-        found, comments = len(prompts), len(written) - len(prompts)
+    prompts, comments = prompt_lines(text)
+    if comments:
         told = "1 line is a comment" if comments == 1 else f"{comments} lines are comments"
-        note(f"{file}: {'1 prompt' if found == 1 else f'{found} prompts'}; {told}", quiet)
-    return prompts
+        note(f"{file}: {'1 prompt' if len(prompts) == 1 else f'{len(prompts)} prompts'}; {told}", quiet)
+    return [prompt for _, prompt in prompts]
 
 
 def _bytes_of(file: Path) -> bytes:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
+from diffship.core.lines import prompt_lines
 from diffship.sampling.tokenizer import check_prompt
 
 # Fifty short captions: things that `emoji` was trained on and that every text-to-image model knows.
@@ -20,7 +21,7 @@ CAPTIONS = (
 
 
 def read_captions(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a UTF-8 text file, one a line; empty lines and lines that start with `#` are passed over.
+    """The prompts of a UTF-8 text file, one a line; empty lines and comments (`# ...`) are passed over.
 
     Raises:
         ConfigError: no such file, too large, not UTF-8, no prompt, or a prompt that is too long (its line is named).
@@ -35,8 +36,7 @@ def read_captions(path: str | Path) -> tuple[str, ...]:
         raise ConfigError(f"prompts: {path} is not UTF-8 text") from None
     if len(raw) > LIMITS.manifest_bytes:
         raise ConfigError(f"prompts: {path} is larger than {LIMITS.manifest_bytes} bytes")
-    found = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    found = [(number, line) for number, line in found if line and not line.startswith("#")]
+    found, _ = prompt_lines(text)
     for number, line in found:
         check_prompt(line, f"prompts: {path}, line {number}")
     if not found:

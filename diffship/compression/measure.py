@@ -26,7 +26,7 @@ from diffship.compression.narrow import cut
 from diffship.compression.scores import LayerScores, ScoreTable, Settings, Shift
 from diffship.compression.stored import settings_key
 from diffship.core.atomic import write_file
-from diffship.core.job import Job
+from diffship.core.job import REMEDY, Job, kept_json
 from diffship.core.lazy import lazy
 from diffship.core.weights import renamed
 from diffship.models.parts.component import INNER, Component, fill, torch_dtype
@@ -38,7 +38,7 @@ from diffship.sampling.generate import checked, start
 from diffship.sampling.loop import denoise, plain
 from diffship.sampling.request import Request, Settled, settle
 from diffship.sampling.trajectory import Trajectory
-from diffship.training.saving import save_tensors
+from diffship.training.saving import read_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +128,8 @@ class _Bench:
     def moments(self, name: str, seed: int) -> Moments:
         """Of the whole U-Net's latents, from the noise of `seed`."""
         place = self._once({"run": name}, lambda path: _write_moments(path, self._draw(self._starts(seed))))
-        kept = tensor_file.load_file(place)
-        return kept["mean"], kept["std"]
+        kept = read_tensors(place, ("mean", "std"), REMEDY)
+        return kept["mean"].numpy(), kept["std"].numpy()
 
     def shift(self, whole: Moments, layer: Layer, kept: int) -> Shift:
         """The score of `layer` narrowed to `kept`."""
@@ -139,8 +139,8 @@ class _Bench:
                 found = _distance(whole, self._draw(self._first))
             write_file(path, json.dumps(found))
 
-        mean, std, score = json.loads(self._once({"layer": layer.name, "kept": kept}, make).read_text())
-        return Shift(kept, mean, std, score)
+        place = self._once({"layer": layer.name, "kept": kept}, make)
+        return kept_json(place, lambda found: Shift(kept, *map(float, found)))
 
     def _once(self, run: Mapping[str, object], make: Any) -> Path:
         before = self._done

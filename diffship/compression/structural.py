@@ -26,7 +26,7 @@ from diffship.compression.stored import settings_key
 from diffship.compression.taylor import Loss, drawn, examples, until_small
 from diffship.compression.traced import KINDS, Interior, channel_scores, filled, kept_of, traced
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.job import Job
+from diffship.core.job import Job, kept_json
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
@@ -194,9 +194,7 @@ class PrunePass:
             place.write_text(json.dumps({"scores": table, "losses": losses}), encoding="utf-8")
 
         place = job.once(f"prune-{hashlib.sha256(text.encode()).hexdigest()}", make)
-        found = json.loads(place.read_text(encoding="utf-8"))
-        scores = {name: np.array(values, np.float64) for name, values in found["scores"].items()}
-        losses = found["losses"]
+        scores, losses = kept_json(place, _table)
         steps = {"timesteps": len(losses), "last_timestep": losses[-1][0], "losses": [losses[0][1], losses[-1][1]]}
         return scores, {"data_digest": pictures.digest, **steps}
 
@@ -246,6 +244,12 @@ class PrunePass:
         except DiffshipError as fault:
             problems.append(Problem.of("data", fault))
         return problems
+
+
+def _table(kept: Any) -> tuple[Table, list[Any]]:
+    """Scores and losses of the JSON that they were kept as."""
+    scores = {name: np.array(values, np.float64) for name, values in kept["scores"].items()}
+    return scores, [(int(timestep), float(loss)) for timestep, loss in kept["losses"]]
 
 
 def _finite(interior: Interior, channels: Scores) -> Scores:

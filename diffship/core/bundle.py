@@ -27,7 +27,7 @@ from diffship.core.manifest import (
     listed_files,
 )
 from diffship.core.sniff import describe, foreign, missing, near, part_of
-from diffship.core.travel import only_read_by_people, rewrapped
+from diffship.core.travel import only_read_by_people, repository, rewrapped
 
 __all__ = ["Binding", "Bundle", "Draft", "FileRecord", "Golden", "Manifest", "Part", "write_bundle"]
 
@@ -208,6 +208,8 @@ def _refuse_target(path: Path, overwrite: bool) -> None:
         check.check_unlisted(path, listed_files(data), check.scan(path))
     except BundleError as fault:
         raise ConfigError(f"{path} is not a clean bundle, so it is never replaced: {fault}") from None
+    if clone := repository(path):
+        raise ConfigError(f"{path} is a clone with its {clone}, so it is never replaced; choose another folder")
 
 
 def _is_free(path: Path) -> bool:

@@ -15,13 +15,13 @@ from diffship.core.onnx_wire import ExternalData, external_data
 from diffship.core.registry import MODEL_FILES
 from diffship.core.safetensors_file import read_header
 from diffship.core.sniff import PICKLE_SUFFIXES, classify_head, describe
-from diffship.core.travel import beside, left_by_systems, only_read_by_people, rewrapped
+from diffship.core.travel import beside, left_by_systems, only_read_by_people, repository, rewrapped
 
 _COPY = "Copy it with: cp -rL"
 
 
 def scan(root: Path, hard_links: bool = False) -> dict[str, os.stat_result]:
-    """Every file below `root` by relative path, `/` between folders, the manifest left out.
+    """Every file below `root` by relative path, `/` between folders; the manifest and a clone's `.git` left out.
 
     Raises:
         BundleError: a link, hard link, FIFO, socket or device anywhere, or more entries than the limits allow.
@@ -105,7 +105,8 @@ def check_unlisted(root: Path, listed: Collection[str], found: Mapping[str, os.s
     note, fault = beside(passed, {name: found[name].st_size for name in passed})
     if fault:
         raise BundleError(f"{root}: {fault}")
-    return note
+    clone = repository(root)
+    return "; ".join([*([note] if note else []), *([f"passed over: {clone}, as it is a clone"] if clone else [])])
 
 
 def digest_file(path: Path) -> str:
@@ -158,7 +159,10 @@ def _walk(root: Path, inside: str = "", depth: int = 0) -> Iterator[tuple[str, o
             listed = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
     except OSError as fault:
         raise BundleError(f"{root / inside}: cannot be listed: {fault.strerror}") from None
+    clone = "" if inside else repository(root)
     for own_name, status in listed:
+        if own_name == clone:
+            continue
         name = f"{inside}{own_name}"
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(root, f"{name}/", depth + 1)

@@ -10,13 +10,16 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from diffship.core.atomic import sync_folder, sync_tree
-from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
+from diffship.core.errors import Cancelled, ConfigError, SourceError, UnsupportedError
 from diffship.core.leftovers import claim_folder, remove_leftovers, temporary_name
 from diffship.core.limits import GIB, MIB
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+REMEDY = "Remove it, and the same command makes it anew"
 _DIGEST = re.compile(r"[0-9a-z][0-9a-z._-]{7,127}\Z")
 
 
@@ -119,6 +122,18 @@ class Job:
             if not place.exists():  # else another writer of the same content was first
                 raise
         sync_folder(place.parent)
+
+
+def kept_json(path: Path, load: Callable[[Any], T]) -> T:
+    """What `load` makes of the JSON in a file that `Job.once` kept.
+
+    Raises:
+        SourceError: the file is damaged, as by a full disk or a copy that was stopped.
+    """
+    try:
+        return load(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as fault:
+        raise SourceError(f"{path}: is damaged ({str(fault)[:80]}). {REMEDY}") from None
 
 
 def require_disk(path: str | Path, needed: int, what: str = "this") -> None:

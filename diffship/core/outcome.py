@@ -22,10 +22,10 @@ def outcome(fault: BaseException) -> tuple[str, str, int]:
 def _system_message(fault: OSError | MemoryError) -> str:
     if isinstance(fault, MemoryError):
         return "out of memory; a smaller --size, fewer --images or --memory low needs less"
-    name = f": {fault.filename}" if fault.filename else ""
+    name = f": {_one_line(fault.filename)}" if fault.filename else ""
     return f"{fault.strerror or _one_line(fault)}{name}"
 
 
-def _one_line(fault: BaseException) -> str:
-    text = " ".join(str(fault).split())
+def _one_line(told: object) -> str:
+    text = " ".join(str(told).split())
     return text if len(text) <= 300 else text[:297] + "..."

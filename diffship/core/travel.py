@@ -12,8 +12,17 @@ from typing import Protocol
 
 from diffship.core.limits import LIMITS
 
-_FILES = (".ds_store", "thumbs.db", "desktop.ini", ".gitattributes", ".gitignore", ".localized")
-_FOLDERS = (".cache/huggingface/", "__macosx/", ".ipynb_checkpoints/")
+_FILES = {
+    *(".ds_store", "thumbs.db", "desktop.ini", "icon\r", ".directory", ".localized"),
+    *(".git", ".gitattributes", ".gitignore", ".gitkeep"),
+}
+_BEGINNINGS = ("._", ".nfs", ".fuse_hidden")  # of files that are removed while another program holds them, the last two
+_FOLDERS = {
+    *("__macosx", ".spotlight-v100", ".fseventsd", ".trashes", ".temporaryitems", "$recycle.bin", "lost+found"),
+    *("system volume information", "@eadir", ".ipynb_checkpoints"),
+}
+_DOWNLOADS = (".cache/huggingface/", ".huggingface/")
+_REPOSITORIES = (".git", ".hg", ".svn")
 _PROSE = (".md", ".txt")
 _TEXT = (*_PROSE, ".json")
 _TEXT_BYTES = 64 << 20
@@ -29,9 +38,18 @@ class _Recorded(Protocol):
 
 def left_by_systems(name: str) -> bool:
     """Whether a file (relative, `/` between folders) is one that a file manager, an archiver or a download leaves."""
-    low = name.lower()
-    own = low.rpartition("/")[2]
-    return own in _FILES or own.startswith("._") or low.startswith(_FOLDERS)
+    *folders, own = name.lower().split("/")
+    return (
+        own in _FILES
+        or own.startswith(_BEGINNINGS)
+        or not _FOLDERS.isdisjoint(folders)
+        or name.lower().startswith(_DOWNLOADS)
+    )
+
+
+def repository(root: Path) -> str:
+    """The folder at the top of a bundle that makes it a clone (`.git`), or `""`."""
+    return next((name for name in _REPOSITORIES if (root / name).is_dir()), "")
 
 
 def beside(names: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, str]:

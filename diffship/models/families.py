@@ -15,6 +15,7 @@ from diffship.models.stock import CLASSES, default_steps, stock_class
 
 Config = Mapping[str, Any]
 OWN = "_diffship"
+_RGB = 3
 
 
 def family_of(
@@ -125,12 +126,23 @@ def _check_fit(unet: Config, vae: Config, text: Mapping[str, Config], pooled: in
             )
     if text.get("text_encoder", {}).get("use_attention_mask") and pooled is None:
         raise UnsupportedError("text_encoder/config.json: use_attention_mask is on, and padding is not masked here")
+    _check_channels(unet, vae)
+
+
+def _check_channels(unet: Config, vae: Config) -> None:
     latents, channels = int(vae.get("latent_channels", 4)), int(unet.get("in_channels", 4))
     if channels not in (latents, 2 * latents + 1):
         raise UnsupportedError(
-            f"the U-Net takes {channels} channels; text to image ({latents}) and inpainting ({2 * latents + 1}) are run"
+            f"unet/config.json: in_channels is {channels}, the VAE's latents have {latents}; legal is {latents} "
+            f"(text to image) or {2 * latents + 1} (inpainting)"
         )
-    if int(vae.get("latent_channels", 4)) != int(unet.get("out_channels", 4)):
+    if latents != int(unet.get("out_channels", 4)):
         raise SourceError(
-            f"the VAE has {vae.get('latent_channels')} latent channels, the U-Net {unet.get('out_channels')}"
+            f"unet/config.json: out_channels is {unet.get('out_channels')}; legal is {latents}, the latent_channels of "
+            "vae/config.json"
         )
+    for key in ("in_channels", "out_channels"):
+        if vae.get(key, _RGB) != _RGB:
+            raise UnsupportedError(
+                f"vae/config.json: {key} is {str(vae[key])[:60]}; pictures of {_RGB} channels are run"
+            )

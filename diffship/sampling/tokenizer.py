@@ -83,6 +83,7 @@ class ClipTokenizer:
                 backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             else:
                 raise SourceError(f"{where}: has neither tokenizer.json nor vocab.json with merges.txt")
+            require_marks(files, where)
             added = added_tokens(files)
             add_tokens(backend, added)
             return cls(backend, pad_token(files), _length(files), [token.content for token in added])
@@ -230,18 +231,30 @@ def add_tokens(backend: tokenizers.Tokenizer, added: Sequence[Added]) -> None:
 
 
 def pad_token(files: Mapping[str, bytes]) -> str:
-    """As transformers reads it: special_tokens_map.json wins, but where tokenizer_config.json lists its added tokens.
+    """What prompts are filled up with. The files of Stable Diffusion 2 differ: special_tokens_map.json says "!", as the
+    model was trained, and tokenizer_config.json says END."""
+    return _special(files, "pad_token", END)[0]
 
-    The files of Stable Diffusion 2 differ: the first says "!", as the model was trained, and the second says END.
-    """
-    config = _json(files, "tokenizer_config.json")
-    special = {} if "added_tokens_decoder" in config else _json(files, "special_tokens_map.json")
-    for table in (special, config):
-        pad = table.get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        if isinstance(pad, str):
-            return pad
-    return END
+
+def require_marks(files: Mapping[str, bytes], where: str) -> None:
+    """Raises SourceError where prompts begin or end with other tokens than CLIP's."""
+    for key, legal in (("bos_token", START), ("eos_token", END)):
+        token, file = _special(files, key, legal)
+        if token != legal:
+            raise SourceError(f"{where}: {key} of {file} is {token[:80]!r}; prompts are run with {legal!r}")
+
+
+def _special(files: Mapping[str, bytes], key: str, default: str) -> tuple[str, str]:
+    """(token, file that says so), as transformers reads it: special_tokens_map.json wins, but where
+    tokenizer_config.json lists its added tokens."""
+    config, table = "tokenizer_config.json", "special_tokens_map.json"
+    names = (config,) if "added_tokens_decoder" in _json(files, config) else (table, config)
+    for name in names:
+        token = _json(files, name).get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token, name
+    return default, config
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,8 @@ from typing import Any
 
 from diffship.core.errors import SourceError
 from diffship.core.limits import LIMITS
+from diffship.core.lines import lines_of
+from diffship.core.sniff import ARCHIVE_SUFFIXES
 from diffship.training.diffusion import caption_variants
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp")
@@ -26,6 +30,8 @@ LEGAL = (
 MOST_LEFT = 0.1  # the share of pictures that may be left before the whole is refused; one of them always may
 _UNREAD = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".ico", ".ppm", ".psd", ".svg", ".tga")
 _TABLES = ("metadata.jsonl", "metadata.csv")
+_SHARD = ".tar"
+_BLOCK = 512  # bytes of a header in a tar archive, and of the zeros that end it
 _SYSTEM = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 _NO_CAPTIONS = ("readme", "license", "licence", "notice", "copying")  # .txt files that belong to no picture
 _CAPTION_BYTES = 64 << 10
@@ -72,17 +78,21 @@ def gathered(folder: Path) -> tuple[list[Sample], Left]:
             cannot be read.
     """
     left = Left()
-    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not _hidden(path.name))
+    files = list(_visible(folder, left))
+    shards = [path for path in files if path.suffix.lower() == _SHARD]
+    archives = [path for path in files if path not in shards and path.suffix.lower() in ARCHIVE_SUFFIXES]
     tables = [folder / name for name in _TABLES if (folder / name).is_file()]
     if tables:
-        found = list(_listed(folder, tables[0], left))
+        found = list(_listed(folder, tables[0], files, left))
         left.chosen.update({f"files beside {tables[0].name}, which alone is read": len(tables) - 1 + len(shards)})
     elif shards:
+        _refuse_packed(archives)
         found = [sample for shard in shards for sample in _sharded(shard, left)]
-        beside = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+        beside = sum(path.suffix.lower() in SUFFIXES for path in files)
         left.lost.update({"pictures beside shards, which alone are read": beside})
     else:
-        found = list(_beside(folder, left))
+        found = list(_beside(files, left))
+    left.chosen["archives, which are not read"] += len(archives)
     for counts in (left.lost, left.chosen):
         for reason in [reason for reason, count in counts.items() if not count]:
             del counts[reason]
@@ -105,7 +115,14 @@ def _require(folder: Path, found: Sequence[Sample], left: Left) -> None:
         )
 
 
-def _listed(folder: Path, table: Path, left: Left) -> Iterator[Sample]:
+def _refuse_packed(archives: Sequence[Path]) -> None:
+    """Beside shards a packed archive is one more of them, of who knows how many pictures."""
+    for path in archives:
+        if _SHARD in (suffix.lower() for suffix in path.suffixes[-2:]) or path.suffix.lower() == ".tgz":
+            raise SourceError(f"{path}: is packed; shards are read where they lie. Unpack it to {_SHARD}, or remove it")
+
+
+def _listed(folder: Path, table: Path, files: Iterable[Path], left: Left) -> Iterator[Sample]:
     """Pictures that metadata.jsonl or metadata.csv names; of `emoji`'s data those that its U-Net is trained on."""
     named = set()
     for number, record in _records(table):
@@ -120,7 +137,7 @@ def _listed(folder: Path, table: Path, left: Left) -> Iterator[Sample]:
             yield _of_file(folder / name, caption_variants(text, [str(tag) for tag in record["tags"]]))
         else:
             left.chosen["of another style, split or domain"] += 1
-    others = (path for path in _visible(folder, left) if path.suffix.lower() in SUFFIXES)
+    others = (path for path in files if path.suffix.lower() in SUFFIXES)
     left.chosen[f"that {table.name} does not name"] += sum(path.absolute() not in named for path in others)
 
 
@@ -144,6 +161,7 @@ def _rows(table: Path, file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, 
     how = 'a caption with commas or quotes is written "in quotes, and ""its own"" are doubled"'
     try:
         head = next((row for row in reader if row), [])
+        _require_columns(table, head)
         for row in reader:
             if row and len(row) != len(head):
                 raise SourceError(
@@ -154,6 +172,17 @@ def _rows(table: Path, file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, 
                 yield reader.line_num, dict(zip(head, row, strict=True))
     except csv.Error as fault:
         raise SourceError(f"{table}: line {reader.line_num}: {str(fault)[:120]}; {how}") from None
+
+
+def _require_columns(table: Path, head: Sequence[str]) -> None:
+    """Raises SourceError unless the first row has the names that are read, each once."""
+    if head and ("file_name" not in head or not set(_KEYS) & set(head)):
+        raise SourceError(
+            f"{table}: its columns are {', '.join(map(repr, head))[:200]}; legal are file_name and text, with commas "
+            "between them, as they are written here"
+        )
+    if len(set(head)) != len(head):
+        raise SourceError(f"{table}: two of its columns have one name: {', '.join(head)[:200]}")
 
 
 def _json(text: str | bytes, where: str) -> Mapping[str, Any]:
@@ -201,9 +230,8 @@ def _of_file(path: Path, captions: Iterable[str]) -> Sample:
     return Sample(str(path), tuple(captions), path, 0, path.stat().st_size)
 
 
-def _beside(folder: Path, left: Left) -> Iterator[Sample]:
-    """Pictures anywhere below `folder`, with captions in the text file of the same name, one a line."""
-    files = list(_visible(folder, left))
+def _beside(files: Sequence[Path], left: Left) -> Iterator[Sample]:
+    """The pictures among `files`, with captions in the text file of the same name, one a line."""
     described = {path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES}
     for path in files:
         suffix = path.suffix.lower()
@@ -227,7 +255,7 @@ def _text_beside(text: Path) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     """The captions of a text, one a line, as sd-scripts has them."""
-    return [line for line in map(_cut, text.splitlines()) if line] or [""]
+    return [line for line in map(_cut, lines_of(text)) if line] or [""]
 
 
 def _is_notice(name: str) -> bool:
@@ -235,13 +263,40 @@ def _is_notice(name: str) -> bool:
 
 
 def _visible(folder: Path, left: Left) -> Iterator[Path]:
-    """Files below `folder`; what systems and editors leave there is counted and passed over."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            if any(map(_hidden, path.relative_to(folder).parts)):
-                left.chosen["hidden or system files"] += 1
-            else:
-                yield path
+    """Files below `folder`, links followed; what systems and editors leave there, and what is no file though it is
+    called like a picture, is counted and passed over."""
+    for path in sorted(_below(folder, left)):
+        if any(map(_hidden, path.relative_to(folder).parts)):
+            left.chosen["hidden or system files"] += 1
+        elif _is_file(path):
+            yield path
+        elif path.suffix.lower() in (*SUFFIXES, *_UNREAD, _SHARD):
+            left.lost["links that lead nowhere, or no plain files"] += 1
+
+
+def _below(folder: Path, left: Left) -> Iterator[Path]:
+    """All that is in a folder and the folders in it, each folder once, by however many links it is reached."""
+    seen = set()
+    for above, folders, names in os.walk(folder, followlinks=True, onerror=_unread):
+        status = os.stat(above)
+        if (status.st_dev, status.st_ino) in seen:
+            left.chosen["folders that are read under another name"] += 1
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (Path(above, name) for name in names)
+
+
+def _unread(fault: OSError) -> None:
+    raise SourceError(f"{fault.filename}: cannot be read: {fault.strerror}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # it leads nowhere, or in a circle
+        return False
 
 
 def _hidden(name: str) -> bool:
@@ -303,8 +358,24 @@ def _members(shard: Path, left: Left) -> Iterator[tuple[str, str, tarfile.TarInf
                     )
                 if member.isreg():
                     yield str(path.with_suffix("")), path.suffix.lower(), member
+            _require_end(shard, tar.offset)
     except tarfile.TarError as fault:
         raise SourceError(f"{shard}: is no uncompressed tar archive: {str(fault)[:120]}") from None
+
+
+def _require_end(shard: Path, at: int) -> None:
+    """Raises SourceError unless the archive ends at byte `at` as one does, with zeros alone: tarfile stops without a
+    word at a header that is damaged or cut, and at the end of the first of several archives in one file."""
+    with open(shard, "rb") as file:
+        file.seek(at)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise SourceError(f"{shard}: is damaged or cut short at byte {at}; make it or get it again")
+        while rest := file.read(_LINE_BYTES):
+            if rest.strip(b"\0"):
+                raise SourceError(
+                    f"{shard}: something follows its end at byte {at}, as where archives are joined by cat; keep them "
+                    "apart, or join them by tar --concatenate"
+                )
 
 
 def _member_text(shard: Path, member: tarfile.TarInfo, key: str) -> bytes:

@@ -116,6 +116,12 @@ def test_an_interrupted_measurement_goes_on(
     assert seen[0] == (calls // 4, calls) and seen[-1] == (calls, calls)
     monkeypatch.setattr(measuring, "denoise", None)
     assert measure(base, pair, counts, DRAWING, Job(tmp_path)) == table
+    for kept in sorted(tmp_path.iterdir()):
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SourceError, match=rf"{kept.name}.*Remove it, and the same command makes it anew"):
+            measure(base, pair, counts, DRAWING, Job(tmp_path))
+        kept.write_bytes(whole)
     other = replace(DRAWING, seed=6)
     with pytest.raises(TypeError):
         measure(base, pair, counts, other, Job(tmp_path))
@@ -341,8 +347,8 @@ def test_scores_of_another_shape_are_told_as_such_and_not_by_a_width_that_they_l
 
 def test_prompts_come_one_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("# what to draw\n\nred apple\n  black cat \n", encoding="utf-8")
-    assert read_captions(file) == ("red apple", "black cat")
+    file.write_text("# what to draw\n\nred apple\n  black cat \n#1 fan\n##\n#\n", encoding="utf-8")
+    assert read_captions(file) == ("red apple", "black cat", "#1 fan")
     assert len(set(CAPTIONS)) == len(CAPTIONS) == 50
     for content, text in ((b"\xff\xfe", "not UTF-8"), (b"# none\n", "has none"), (b"x" * 3000, "line 1")):
         file.write_bytes(content)

@@ -130,7 +130,10 @@ def test_unlisted_file_is_named_by_verify(bundle: Bundle) -> None:
         Bundle.open(bundle.path).verify()
 
 
-LEFT = [".DS_Store", "unet/._config.json", "Thumbs.db", "unet/desktop.ini", "__MACOSX/unet/._x", ".gitattributes"]
+LEFT = [
+    *(".DS_Store", "unet/._config.json", "Thumbs.db", "unet/desktop.ini", "__MACOSX/unet/._x", ".gitattributes"),
+    *("unet/@eaDir/config.json@SynoEAStream", "$RECYCLE.BIN/x", "unet/.nfs0000000012", ".git", ".huggingface/x"),
+]
 
 
 @pytest.mark.parametrize("name", [*LEFT, ".cache/huggingface/download/unet/config.json.metadata"])
@@ -145,6 +148,23 @@ def test_what_systems_and_downloads_leave_is_passed_over_and_told(name: str, bun
         assert ".DS_Store" not in draft.finish(bundle.manifest).manifest.files
     assert name == ".DS_Store" or not (bundle.path / name).exists()
     assert Bundle.open(bundle.path).verify() == ("passed over: 1 file of systems and downloads ('.DS_Store')",)
+
+
+def test_a_clone_is_verified_and_never_replaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `.git` holds the weights once more, as hard links at times, and commits that are nowhere else."""
+    monkeypatch.setattr("diffship.core.travel.LIMITS", replace(LIMITS, beside_bytes=99))
+    objects = bundle.path / ".git" / "lfs" / "objects"
+    objects.mkdir(parents=True)
+    (objects / "ab").write_bytes(bytes(1000))
+    os.link(objects / "ab", objects / "cd")
+    assert Bundle.open(bundle.path).verify() == ("passed over: .git, as it is a clone",)
+    with pytest.raises(ConfigError, match=r"is a clone with its \.git, so it is never replaced"):
+        require_place(bundle.path, overwrite=True)
+    assert (objects / "ab").is_file()
+    (bundle.path / "unet" / ".git").mkdir()
+    (bundle.path / "unet" / ".git" / "config").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"does not list: 'unet/\.git/config'"):
+        Bundle.open(bundle.path).verify()
 
 
 def test_what_is_passed_over_has_bounds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

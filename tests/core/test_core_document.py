@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from diffship.core import document
 from diffship.core.document import read_json, read_toml
 from diffship.core.errors import ConfigError, SourceError
 
@@ -36,3 +39,27 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"a = ")
     with pytest.raises(ConfigError, match="is not TOML"):
         read_toml(tmp_path / "x", 1 << 20)
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfa = 1\r\n")
+    assert read_json(tmp_path / "a.json", 100) == {"a": 1} == read_toml(tmp_path / "a.toml", 100)
+
+
+def test_a_pipe_is_read_to_its_end_and_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, text = tmp_path / "x", b'{"a": "' + b"b" * 200_000 + b'"}'
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    assert read_json(pipe, 1 << 20)["a"] == "b" * 200_000
+    writer.join(10)
+    monkeypatch.setattr(document, "PIPE_SECONDS", 0.05)
+    with pytest.raises(ConfigError, match="cannot be read: nothing came through this pipe"):
+        read_json(pipe, 1 << 20)
+
+
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="cannot be read: it is neither a file nor a pipe"):
+        read_json(tmp_path / "x", 100)

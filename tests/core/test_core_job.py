@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from diffship.core import job as job_module
-from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
-from diffship.core.job import Job, available_memory, digest_of, require_disk, require_memory
+from diffship.core.errors import Cancelled, ConfigError, SourceError, UnsupportedError
+from diffship.core.job import Job, available_memory, digest_of, kept_json, require_disk, require_memory
 from diffship.core.leftovers import claim_folder, temporary_folder
 
 DIGEST = "0123456789abcdef"
@@ -183,3 +183,13 @@ def test_a_signal_right_after_a_folder_is_made_leaves_nothing(tmp_path: Path, mo
         monkeypatch.setattr(os, "mkdir", made)
         gc.collect()
         assert not list(tmp_path.iterdir()), make.__name__
+
+
+@pytest.mark.parametrize("text", ["", '[[1, 2], [3, "a"', "[" * 100_000, "[[1]]", "{}", "[1]", "\xff"])
+def test_what_is_kept_and_damaged_is_named_with_the_remedy(text: str, tmp_path: Path) -> None:
+    place = tmp_path / "scores-1"
+    place.write_text(text, encoding="latin-1")
+    with pytest.raises(SourceError, match=r"scores-1: is damaged .*Remove it, and the same command makes it anew"):
+        kept_json(place, lambda found: [(row[0], row[1]) for row in found] or found["none"])
+    place.write_text("[[1, 2]]")
+    assert kept_json(place, lambda found: [tuple(row) for row in found]) == [(1, 2)]

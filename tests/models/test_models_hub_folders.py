@@ -66,8 +66,14 @@ def test_an_inpainting_folder_opens_in_diffusers(saved: dict[str, Path]) -> None
             {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
             r"vae/config.json: latents_mean is .*scaled by one number",
         ),
-        ("unet", {"in_channels": 8}, r"takes 8 channels; text to image \(4\) and inpainting \(9\)"),
-        ("unet", {"in_channels": 5}, "takes 5 channels"),
+        (
+            "unet",
+            {"in_channels": 8},
+            r"unet/config.json: in_channels is 8, .*legal is 4 \(text to image\) or 9 \(inpainting\)",
+        ),
+        ("unet", {"in_channels": 5}, "in_channels is 5"),
+        ("vae", {"out_channels": 4}, "vae/config.json: out_channels is 4; pictures of 3 channels"),  # with transparency
+        ("vae", {"in_channels": 6}, "vae/config.json: in_channels is 6"),  # with depth, as LDM3D
     ],
 )
 def test_models_of_other_kinds_are_refused(

@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from diffship.core import document
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
 from diffship.core.weights import MemoryWeights
@@ -179,6 +180,45 @@ def test_only_tokenizer_json_or_only_merges(folder: Path) -> None:
         open_source(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("merges.txt", "not pairs"),
+        ("merges.txt", "a b c"),
+        ("special_tokens_map.json", "[" * 100_000),
+        ("tokenizer.json", '{"a":' * 100_000),
+        ("vocab.json", "[" * 100_000),
+        ("added_tokens.json", '{"<a>": "x"}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder: Path, name: str, text: str) -> None:
+    (folder / "tokenizer" / name).write_text(text)
+    with pytest.raises(SourceError, match=r"tokenizer: not a CLIP tokenizer"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "vae/config.json"])
+def test_no_file_of_a_folder_is_read_without_end_or_waited_for(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "PIPE_SECONDS", 0.05)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: nothing came through this pipe"):
+        open_source(str(folder))
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match=rf"{name} cannot be read: it is neither a file nor a pipe"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("value", [True, 1.5, {"a": 1}, [3], "CLIPText"])
+def test_a_class_that_is_none_is_refused(folder: Path, value: Any) -> None:
+    edit(folder / "text_encoder" / "config.json", architectures=value)
+    with pytest.raises(UnsupportedError, match=r"text_encoder: class .* is not supported"):
+        open_source(str(folder))
+
+
 def test_base_supplies_missing_parts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=rf"part of the model {re.escape(str(folder))}; pass that, or .* --base"):
         open_source(str(folder / "unet"))
@@ -252,6 +292,17 @@ def test_code_that_comes_with_a_model_is_refused(folder: Path, file: str, change
     with pytest.raises(SourceError, match=r"never run|must be \[library, class\]"):
         open_source(str(folder))
     assert not (folder / "canary").exists()
+
+
+def test_a_module_of_a_library_is_the_librarys_own_code(folder: Path) -> None:
+    checker = ["diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"]
+    extractor = ["transformers.models.clip.image_processing_clip", "CLIPImageProcessor"]
+    edit(folder / "model_index.json", safety_checker=checker, feature_extractor=extractor)
+    assert any("left out: safety_checker" in note for note in open_source(str(folder)).source["notes"])
+    for name in ("diffusers_modules.local.checker", "my.diffusers"):
+        edit(folder / "model_index.json", safety_checker=[name, "Checker"])
+        with pytest.raises(SourceError, match="is never run"):
+            open_source(str(folder))
 
 
 def test_other_families_and_classes_are_refused(folder: Path) -> None:

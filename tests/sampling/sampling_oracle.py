@@ -166,6 +166,7 @@ def walk(
         scaled = getattr(reference, "scale_model_input", lambda sample, _: sample)(torch.tensor(x), t)
         np.testing.assert_allclose(made.input_scale * x, scaled.numpy(), rtol=2e-6, atol=1e-9)
         following = stepped(reference, sampler, torch.tensor(output), t, torch.tensor(x), noise, made, history)
+        assert np.isfinite(following).all(), f"stock is not finite at step {step}, and this is drawn"
         columns = [x, output, noise, *history]
         rows = [sum(w * column for w, column in zip(row, columns, strict=True)) for row in made.matrix]
         peak = max(float(np.abs(array).max()) for array in (x, following, *history))

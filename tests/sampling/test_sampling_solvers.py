@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sampling_oracle import CHOICES, HALF_WAY, MODULES, SDE, SIGMAS, allowed, drawn, scheduler_class, walk
 from sampling_toy import OTHERS, toy_for
 
@@ -57,6 +58,30 @@ def test_every_call_equals_diffusers(name: str) -> None:
         assert worst <= allowed(config), (worst, config, steps)
         assert late <= 2e-4, (late, config, steps)
     assert taken >= 5
+
+
+def test_unipc_is_refused_where_stock_gets_nan_and_nowhere_else() -> None:
+    refused = 0
+    keys = {"predict_x0": (True, False), "lower_order_final": (True, False), "final_sigmas_type": ("zero", "sigma_min")}
+    for order, kind, *values in itertools.product((1, 2, 3), ("bh1", "bh2"), *keys.values()):
+        config = {"_class_name": "UniPCMultistepScheduler", "solver_order": order, "solver_type": kind}
+        config |= dict(zip(keys, values, strict=True))
+        reference, x = scheduler_class("UniPCMultistepScheduler").from_config(config), torch.ones(1, 4)
+        reference.set_timesteps(4)
+        try:
+            for t in reference.timesteps:
+                x = reference.step(0.1 * x, t, x).prev_sample
+        except torch.linalg.LinAlgError:  # of order 3, in place of NaN
+            x = x * torch.nan
+        try:
+            sampler = make_sampler(config)
+            [sampler.coefficients(step, 4, sampler.memory(step, 4)) for step in range(4)]
+        except ConfigError:
+            refused += 1
+            assert not torch.isfinite(x).all(), config
+        else:
+            assert torch.isfinite(x).all(), config
+    assert 0 < refused < 48
 
 
 # What is not to be carried in a config: it has no say without a key that is refused, or none in the steps.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffship.core.errors import ConfigError, SourceError
-from diffship.models.sources.tokenizer_files import clip_files
+from diffship.models.sources.tokenizer_files import clip_files, completed
 from diffship.sampling.tokenizer import ClipTokenizer
 
 PROMPTS = [
@@ -154,6 +154,24 @@ def with_words(folder: Path, words: list[str]) -> tuple[ClipTokenizer, object]:
     theirs.add_tokens(words)
     theirs.save_pretrained(folder / "with words")
     return ClipTokenizer.from_folder(folder / "with words"), theirs
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_other_marks_around_a_prompt_are_refused(key: str, name: str, tmp_path: Path) -> None:
+    """transformers sets them, and the picture of stock is another one."""
+    from transformers import CLIPTokenizer
+
+    files = clip_files(2000)
+    if name.startswith("tokenizer"):  # special_tokens_map.json would win
+        del files["special_tokens_map.json"]
+    files[name] = json.dumps({**json.loads(files[name]), key: "!"}).encode()
+    ids = CLIPTokenizer.from_pretrained(write(files, tmp_path))("a red apple").input_ids
+    assert ids[0 if key == "bos_token" else -1] == 0
+    with pytest.raises(SourceError, match=rf"{key} of {name} is '!'; prompts are run with '<"):
+        ClipTokenizer.from_folder(tmp_path)
+    with pytest.raises(SourceError, match=f"{key} of {name}"):
+        completed(files, "tokenizer")
 
 
 def test_words_of_several_vectors_are_expanded_as_diffusers_does(tmp_path: Path) -> None:

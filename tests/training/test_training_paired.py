@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -233,6 +234,16 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None
     assert np.array_equal(eight, sixteen) and eight.std() > 50
 
 
+def test_a_caption_ends_where_its_line_does(tmp_path: Path) -> None:
+    """As Python's own files have lines; U+2028 and the like come with text from web pages."""
+    text = "a red\u2028apple\x0con a table\x85here\r\nan apple\rfruit\n"
+    write(tmp_path, {"a.png": RED, "a.txt": text})
+    with open(tmp_path / "a.txt", encoding="utf-8") as file:
+        theirs = [" ".join(line.split()) for line in file]
+    assert PairedPictures.open(tmp_path, 8).captions(0) == theirs
+    assert len(theirs) == 3
+
+
 def test_marks_before_captions_are_no_part_of_them(tmp_path: Path) -> None:
     write(tmp_path / "folder", {"a.png": RED, "a.txt": b"\xef\xbb\xbfred square"})
     assert PairedPictures.open(tmp_path / "folder", 8).captions(0) == ["red square"]
@@ -332,6 +343,67 @@ def test_what_systems_and_editors_leave_is_passed_over_and_counted(tmp_path: Pat
     members = {"a.png": RED, "a.txt": b"red", "__MACOSX/._a.png": b"\0", "._a.txt": b"\0\xff"}
     packed = PairedPictures.open(shard(tmp_path / "shards" / "0.tar", members), 8)
     assert len(packed) == 1 and packed.told.endswith("left: 2 hidden or system files")
+
+
+def test_linked_folders_are_read_and_links_to_nothing_counted(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", captioned({"b.png": GREEN}))
+    folder = write(tmp_path / "data", captioned({"a.png": RED}))
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "more" / "round").symlink_to(folder)
+    (folder / "c.png").symlink_to("nowhere")
+    found = PairedPictures.open(folder, 8)
+    assert [found.captions(row) for row in range(len(found))] == [["picture a.png"], ["picture b.png"]]
+    assert "1 links that lead nowhere" in found.told and "1 folders that are read under another name" in found.told
+    os.mkfifo(folder / "d.png")
+    with pytest.raises(SourceError, match="left: 2 links that lead nowhere, or no plain files"):
+        PairedPictures.open(folder, 8)
+
+
+def test_shards_and_what_lies_beside_them_are_counted_wherever_they_lie(tmp_path: Path) -> None:
+    one, two = {"a.png": RED, "a.txt": b"red"}, {"b.png": GREEN, "b.txt": b"green"}
+    shard(tmp_path / "deep" / "0.tar", one)
+    shard(tmp_path / "deep" / "sub" / "1.TAR", two)
+    assert len(PairedPictures.open(tmp_path / "deep", 8)) == 2
+    write(tmp_path / "deep" / "sub", captioned({"x.png": RED, "y.png": RED}))
+    with pytest.raises(SourceError, match="2 pictures are used; left: 2 pictures beside shards"):
+        PairedPictures.open(tmp_path / "deep", 8)
+    for name in ("1.tar.gz", "1.TGZ"):
+        shard(tmp_path / name / "0.tar", one)
+        shard(tmp_path / name / name, two, "w:gz")
+        with pytest.raises(SourceError, match=rf"{name}: is packed; shards are read where they lie"):
+            PairedPictures.open(tmp_path / name, 8)
+    found = PairedPictures.open(write(tmp_path / "plain", {**captioned({"a.png": RED}), "all.zip": b"PK"}), 8)
+    assert found.told.endswith("1 pictures are used; left: 1 archives, which are not read")
+
+
+def test_a_shard_that_is_damaged_cut_or_joined_is_refused(tmp_path: Path) -> None:
+    """What tarfile itself passes over: each of these had the pictures before the fault, and not a word."""
+    shard(tmp_path / "whole", {f"{n}.{end}": data for n in range(3) for end, data in (("png", RED), ("txt", b"red"))})
+    whole = (tmp_path / "whole").read_bytes()
+    third = 4 * 512  # header and body of the first picture and of its caption
+    assert whole[third : third + 6] == b"1.png\0"
+    for name, data, told in (
+        ("header", whole[:third] + b"\1" * 512 + whole[third + 512 :], f"is damaged or cut short at byte {third}"),
+        ("member", whole[:third], f"is damaged or cut short at byte {third}"),
+        ("middle", whole[: third + 100], f"is damaged or cut short at byte {third}"),
+        ("joined", whole * 2, "something follows its end at byte 6144"),
+    ):
+        with pytest.raises(SourceError, match=told):
+            PairedPictures.open(write(tmp_path / name, {"0.tar": data}), 8)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("file_name;text", "its columns are 'file_name;text'; legal are file_name and text, with commas"),
+        ("file_name, text", "its columns are 'file_name', ' text'"),
+        ("File_Name,Text", "its columns are 'File_Name', 'Text'"),
+        ("file_name,text,text", "two of its columns have one name"),
+    ],
+)
+def test_columns_that_are_not_read_are_named(head: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=message):
+        PairedPictures.open(write(tmp_path, {"a.png": RED, "metadata.csv": f"{head}\na.png,red\n"}), 8)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffship.core.document import read_json
+from diffship.core.document import read_bytes, read_json
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import PICKLE_SUFFIXES, also, describe, foreign, refuse_unsafe
@@ -31,7 +31,7 @@ PARTS = {
 }
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _STEMS = ("diffusion_pytorch_model", "model")
-_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "")
 _SMALL = 32 << 20
 
 
@@ -165,7 +165,8 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
             continue
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
             raise SourceError(f"{path}: {name} is {str(entry)[:80]}; it must be [library, class]")
-        if entry[0] not in _LIBRARIES and entry != [LIBRARY, UNET]:
+        # a module of a library, as in diffusers.pipelines.stable_diffusion.safety_checker, is the library's own code
+        if (entry[0] or "").partition(".")[0] not in _LIBRARIES and entry != [LIBRARY, UNET]:
             raise SourceError(
                 f"{path}: {name} is of {entry[0][:80]!r}, code that comes with the model; it is never run"
             )
@@ -201,24 +202,26 @@ def _bytes(path: Path) -> bytes:
     told = describe(path, text=True)
     if told and (not path.exists() or path.stat().st_size):  # an empty file may be one of a tokenizer
         raise SourceError(f"{path}: {told}")
-    if path.stat().st_size > _SMALL:
-        raise SourceError(f"{path}: has {path.stat().st_size} bytes; at most {_SMALL} are read")
-    if path.suffix == ".json":
-        read_json_config = path.name == "tokenizer_config.json"
-        if read_json_config:
-            read_config(path)
-    return path.read_bytes()
+    if path.name == "tokenizer_config.json":
+        read_config(path)
+    return read_bytes(path, _SMALL, SourceError)
 
 
 def _class_of(config: Mapping[str, Any], classes: tuple[str, ...]) -> str:
-    named = config.get("_class_name") or (config.get("architectures") or [classes[0]])[0]
+    named = _class_named(config) or classes[0]
     # text encoders are saved by training scripts under their base class
     return PROJECTED if classes == (PROJECTED,) and named == PLAIN else str(named)
 
 
+def _class_named(config: Mapping[str, Any]) -> object:
+    """The class in a config of diffusers or, in a list, of transformers; None where it names none."""
+    listed = config.get("architectures")
+    return config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else listed)
+
+
 def _part_of(folder: Path) -> str:
     config = read_config(folder / "config.json")
-    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    named = _class_named(config)
     for part, classes in PARTS.items():
         if named in classes:
             return part

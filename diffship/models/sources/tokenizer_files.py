@@ -17,7 +17,17 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 from diffship.core.errors import SourceError
-from diffship.sampling.tokenizer import END, FILES, START, Added, add_tokens, added_tokens, byte_pairs, pad_token
+from diffship.sampling.tokenizer import (
+    END,
+    FILES,
+    START,
+    Added,
+    add_tokens,
+    added_tokens,
+    byte_pairs,
+    pad_token,
+    require_marks,
+)
 
 CONTEXT = 77
 NAMES = FILES
@@ -66,11 +76,14 @@ def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
         has = ", ".join(found) or "none of these"
         raise SourceError(f"{where}: has no tokenizer.json, nor vocab.json with merges.txt; it has {has}")
     try:
+        require_marks(found, where)
         vocabulary, merges = _read(found)
         derived = tokenizer_files(vocabulary, merges, pad_token(found), added=added_tokens(found))
-    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+    except SourceError:
+        raise
+    except Exception as fault:  # tokenizers raises bare Exception, and json RecursionError
         raise SourceError(
-            f"{where}: not a CLIP tokenizer ({str(fault)[:80]}); vocab.json + merges.txt or tokenizer.json are read"
+            f"{where}: not a CLIP tokenizer ({str(fault)[:200]}); vocab.json + merges.txt or tokenizer.json are read"
         ) from None
     return {**derived, **found}
 

@@ -227,6 +227,16 @@ def protocol(options: ServeOptions, connections: int) -> Any:
                 self._hang_up()
             super().on_response_complete()
 
+        def send_400_response(self, msg: str) -> None:
+            """Refuse what is no HTTP. Where that is the body of a request that is answered already, its answer has no
+            place any more: uvicorn would log the attempt to send it with a traceback."""
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            self._hang_up()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._late.cancel()
             self._look.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,6 +28,7 @@ else:
     uvicorn = lazy("uvicorn")
 
 TOKEN_CHARS = (16, 512)
+_HOST = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,252}[a-z0-9.])?\Z", re.IGNORECASE)
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
@@ -35,15 +37,21 @@ def check_exposure(host: str, token: str | None) -> None:
     """Loopback may be open to its own machine; anything else needs a token.
 
     Raises:
-        ConfigError: another address without one, or a token that is too short or not plain ASCII.
+        ConfigError: no address at all, another one without a token, or a token that is too short or not plain ASCII.
     """
+    if not (_HOST.match(host) or _is_address(host)):
+        raise ConfigError(
+            f"--host {host[:80]!r} is no address; legal is an IP address or a name, and --port has the port"
+        )
     if token is None:
         if not _loopback(host):
             raise ConfigError(f"--host {host} is open to others and needs a token: --token, or DIFFSHIP_TOKEN")
         return
     low, high = TOKEN_CHARS
     if not (low <= len(token) <= high and token.isascii() and token.isprintable() and " " not in token):
-        raise ConfigError(f"the token has {len(token)} characters; legal is {low} to {high} of plain ASCII, no spaces")
+        raise ConfigError(
+            f"the token has {len(token)} characters; legal is {low} to {high} of plain ASCII, no spaces or line ends"
+        )
 
 
 class HttpServer:
@@ -146,7 +154,12 @@ def _broken(service: Service) -> DiffshipError:
 
 
 def _loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
+        return True
     except ValueError:
         return False

@@ -78,10 +78,10 @@ class UniPc(LogSampler):
         if self.predict_x0:
             kept, scale = there.sigma / here.sigma, there.alpha
         h = -log_step(*levels[step : step + 2]) if self.predict_x0 else log_step(*levels[step : step + 2])
-        if math.isinf(h) and (len(known) > 1 or not self.predict_x0):
+        if math.isinf(h) and (len(known) > 1 or not self.predict_x0 or self.solver_type == "bh1"):
             raise ConfigError(
                 "unipc cannot end at noise level 0 here: set final_sigmas_type to sigma_min, or lower_order_final and "
-                "predict_x0 to true"
+                "predict_x0 to true and solver_type to bh2"
             )
         row: F64 = kept * x - scale * math.expm1(h) * known[0]
         changes = self._changes(levels, step, known) + ([] if new is None else [(1.0, new - known[0])])

@@ -233,6 +233,17 @@ class Loud:
         raise faults[Path(files[0]).name]
 
 
+def test_a_process_whose_asker_is_gone_ends_in_silence() -> None:
+    command = [sys.executable, "-m", "diffship.runtimes.engines.isolated.child", "onnxruntime", "{}"]
+    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        child.stdout.close()  # nobody reads what it answers
+        frames.send(child.stdin, {"do": "open", "files": ["/nowhere.onnx"], "session": 1}, ())
+        assert b"BrokenPipeError" not in child.stderr.read()
+        assert child.wait(60) == 0
+
+
 def test_errors_become_replies() -> None:
     sessions = Sessions(Loud())  # type: ignore[arg-type]
     answers = [sessions.answer({"do": "open", "files": [name], "session": 1}, ())[0] for name in ("memory", "refused")]

@@ -153,6 +153,20 @@ def test_case_29_broken_requests_are_refused_and_hung_up_on(sent: bytes, status:
         assert httpx.get(f"{url}/live").status_code == 200
 
 
+@pytest.mark.parametrize("body", [b"zz\r\n", b"5\r\nabcdeX\r\n", b"f" * 100 + b"\r\n"])
+def test_a_body_that_breaks_while_its_request_is_answered_fills_no_log(
+    body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + body
+    with toy_server() as (url, _):
+        for _ in range(3):
+            with connect(url) as client:
+                client.sendall(sent)
+                assert answer_of(client)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 411")
+        assert httpx.get(f"{url}/live").status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.slow
 def test_case_29_other_clients_go_on_beside_slow_ones() -> None:
     with toy_server(header_seconds=5) as (url, _), httpx.Client(base_url=url) as client:
@@ -378,7 +392,14 @@ def test_case_36_ipv6_loopback() -> None:
         assert [door.family for door in listener] == [socket.AF_INET6]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", ""])
+@pytest.mark.parametrize("host", ["", "unix:./x.sock", "./x.sock", "localhost:80", "http://127.0.0.1", "[::1]", " ::1"])
+def test_what_is_no_address_is_told_as_such(host: str) -> None:
+    for token in (None, TOKEN):
+        with pytest.raises(ConfigError, match="is no address; legal is an IP address or a name"):
+            check_exposure(host, token)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org", "my_host.local.", "0"])
 def test_case_36_what_others_can_reach_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="DIFFSHIP_TOKEN"):
         check_exposure(host, None)

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def main(words: Sequence[str]) -> None:
     # Ctrl-C and a service manager's SIGTERM reach every process of a group; the one that asks decides when to end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with os.fdopen(os.dup(1), "wb") as answers:
+    # closing tries once more to send what was left of an answer that nobody takes
+    with suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
         sessions = Sessions(make_engine(words[0], json.loads(words[1])))
         while True:
