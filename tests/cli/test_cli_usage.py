@@ -112,6 +112,18 @@ def test_verify_in_an_engine_that_is_not_installed_says_nothing_of_the_bundle(ca
     assert capsys.readouterr().err.endswith("openvino is not installed. Run: pip install 'diffship[openvino]'\n")
 
 
+@pytest.mark.parametrize(
+    ("source", "way"), [("emoji", "Run: diffship export emoji -o DIR"), ("emoji-small", "Export it where torch is")]
+)
+def test_without_torch_a_source_is_told_how_it_becomes_a_bundle(
+    source: str, way: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffship.cli.drawing.installed", lambda name: name != "torch")
+    assert main(["run", source, "red apple"]) == 3
+    assert f"{way}, or run: pip install 'diffship[torch]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [cls for cls in leaves(errors.DiffshipError) if cls is not errors.MissingExtra])
 def test_every_error_of_the_tree_has_its_exit_code(
     kind: type[errors.DiffshipError], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
