@@ -169,9 +169,11 @@ def require_something(text: str) -> None:
     if gone := missing(text):
         raise SourceError(f"{gone}; DIR is a bundle, a folder with diffship.json in it{near(text)}")
     if not installed("torch"):
+        # the one source whose graphs come with the package
+        way = "Run: diffship export emoji -o DIR" if text == "emoji" else "Export it where torch is"
         raise UnsupportedError(
             f"there is no folder {text!r}, and without torch only bundles are run. "
-            "Export it where torch is, or run: pip install 'diffship[torch]'"
+            f"{way}, or run: pip install 'diffship[torch]'"
         )
 
 

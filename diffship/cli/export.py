@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import add_fields, given_fields, names
+from diffship.cli.flags import add_fields, flag_of, given_fields, names
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
@@ -43,6 +44,19 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     target = _target(words)
     if target in EXPORTERS:
         add_fields(parser, load(EXPORTERS, target, "target"), f"target {target}")
+        _refuse_others(parser, words, target)
+
+
+def _refuse_others(parser: argparse.ArgumentParser, words: Sequence[str], target: str) -> None:
+    """Raises ConfigError for a flag that only another target has: a near name of this one would mislead."""
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for name in EXPORTERS:
+        flags = {flag_of(field) for field in dataclasses.fields(load(EXPORTERS, name, "target"))}
+        for flag in given:
+            if flag in flags and flag not in parser._option_string_actions:
+                raise ConfigError(
+                    f"{flag} is of --to {name}, and the target is {target}; see diffship export --to {name} --help"
+                )
 
 
 def _target(words: Sequence[str]) -> str:

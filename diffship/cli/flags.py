@@ -114,8 +114,12 @@ def add_fields(parser: argparse.ArgumentParser, cls: type[Any], title: str, skip
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.init and field.name not in skip:
-            flag = f"--{field.name.replace('_', '-')}"
-            group.add_argument(flag, dest=field.name, default=None, **_keywords(hints[field.name], field))
+            group.add_argument(flag_of(field), dest=field.name, default=None, **_keywords(hints[field.name], field))
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """`--min-shapes` of the field `min_shapes`."""
+    return f"--{field.name.replace('_', '-')}"
 
 
 def given_fields(options: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from diffship.cli.flags import add_engine, engine_options, names
 from diffship.cli.output import Result, size_text
 from diffship.cli.progress import Stages
-from diffship.core.errors import ConfigError
+from diffship.core.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from diffship.core.bundle import Bundle
@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> Result:
         return _polygraphy(options)
     from diffship.runtimes.proof.verify import verify
 
+    if options.engine:
+        _require_engine(options.engine)
     with Stages(options.quiet) as stages:
         report = verify(
             options.bundle,
@@ -59,6 +61,16 @@ def run(options: argparse.Namespace) -> Result:
             **engine_options(options),
         )
     return Result(report.to_json(), report.text(), 0 if report.passed else 1)
+
+
+def _require_engine(name: str) -> None:
+    """Raises MissingExtra if an engine that was asked for is not installed: that says nothing about the bundle."""
+    from diffship.runtimes.engines.engine import engine_class
+
+    engine = engine_class(name)
+    probe = engine.probe()
+    if not probe.available and not probe.version:
+        raise MissingExtra(name, engine.extra)
 
 
 def _look(options: argparse.Namespace) -> Look | None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from diffship.core.errors import ConfigError, DiffshipError
 
 T = TypeVar("T")
+_FEW = 4  # names that are listed beside the nearest one
 _RULES = {"low", "high", "choices"}  # keys of a field's metadata that bound its value
 
 
@@ -111,11 +112,13 @@ def load(cls: type[T], data: object, where: str, error: type[DiffshipError] = Co
 
 
 def unknown(what: str, name: object, legal: typing.Iterable[str]) -> str:
-    """`unknown key 'stepz'; did you mean 'steps'?`, or the legal names where none is near."""
+    """`unknown key 'stepz'; did you mean 'steps'?`, and the legal names if none is near or they are few."""
     names = [str(entry) for entry in legal]
     near = difflib.get_close_matches(str(name)[:100], names, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(names[:40]) or 'none'}"
-    return f"unknown {what} {_short(name)}; {hint}"
+    hints = [f"did you mean {near[0]!r}?"] if near else []
+    if not near or len(names) <= _FEW:  # 'gpu' is near 'cpu', and means 'cuda'
+        hints.append(f"legal: {', '.join(names[:40]) or 'none'}")
+    return f"unknown {what} {_short(name)}; {' '.join(hints)}"
 
 
 def plain(value: object) -> Any:

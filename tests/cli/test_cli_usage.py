@@ -10,7 +10,8 @@ import pytest
 from diffship.cli import main as entry
 from diffship.cli.main import VERBS, main
 from diffship.core import errors
-from diffship.core.registry import STAGES
+from diffship.core.registry import RUNNERS, STAGES, load
+from diffship.runtimes.engines.engine import Probe
 from diffship.runtimes.proof.verify import Refused
 
 
@@ -59,6 +60,7 @@ BAD = {
     "hashes and engine": (["verify", "D", "--hashes-only", "--engine", "torch"], 2, "opens no engine"),
     "export nowhere": (["export", "emoji"], 2, "required: -o"),
     "export target": (["export", "emoji", "--to", "tflite", "-o", "x"], 2, "invalid choice: 'tflite'"),
+    "export a flag of another target": (["export", "emoji", "-o", "x", "--sm=89"], 2, "--sm is of --to tensorrt"),
     "export no parts": (["export", "emoji", "--parts", ",", "-o", "x"], 2, "--parts names no part"),
     "export missing folder": (["export", "./nowhere", "-o", "x"], 2, "nowhere"),
     "export arch": (["export", "arch:sd99", "-o", "x"], 2, "sd99"),
@@ -100,6 +102,25 @@ def test_bad_usage_with_json_is_one_document(name: str, command: Any, tmp_path: 
     assert document["ok"] is False and document["schema"] == 1
     assert document["error"]["exit_code"] == document["exit_code"] == code
     assert message in document["error"]["message"]
+
+
+def test_verify_in_an_engine_that_is_not_installed_says_nothing_of_the_bundle(capsys: Any, monkeypatch: Any) -> None:
+    absent = classmethod(lambda cls: Probe("openvino", False, reason="openvino is not installed"))
+    monkeypatch.setattr(load(RUNNERS, "openvino"), "probe", absent)
+    assert main(["verify", "D", "--engine", "openvino"]) == 3
+    assert capsys.readouterr().err.endswith("openvino is not installed. Run: pip install 'diffship[openvino]'\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "way"), [("emoji", "Run: diffship export emoji -o DIR"), ("emoji-small", "Export it where torch is")]
+)
+def test_without_torch_a_source_is_told_how_it_becomes_a_bundle(
+    source: str, way: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffship.cli.drawing.installed", lambda name: name != "torch")
+    assert main(["run", source, "red apple"]) == 3
+    assert f"{way}, or run: pip install 'diffship[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [cls for cls in leaves(errors.DiffshipError) if cls is not errors.MissingExtra])

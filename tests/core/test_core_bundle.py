@@ -73,7 +73,7 @@ def test_a_folder_or_file_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no diffship\.json"):
         Bundle.open(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
-    with pytest.raises(ConfigError, match="not a folder; unpack"):
+    with pytest.raises(ConfigError, match="not a folder; it is a zip archive; unpack"):
         Bundle.open(tmp_path / "x.zip")
 
 

@@ -16,6 +16,7 @@ from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError
 from diffship.core.limits import LIMITS
 from diffship.core.manifest import Manifest, check_path, parse_manifest
+from diffship.core.strict import unknown
 
 SAMPLE = Path(__file__).parent / "data/bundle-schema-1"
 SAMPLE_BYTES = (SAMPLE / "diffship.json").read_bytes()
@@ -54,6 +55,11 @@ def test_a_manifest_from_the_future_is_told_so() -> None:
     assert "schema 99, of a newer diffship; this one reads up to 2" in refusal({**sample(), "schema": 99, "new": []})
     for schema in (0, -1, True, "1", 1.0, None, [1]):
         assert "is not a version number" in refusal({**sample(), "schema": schema})
+
+
+def test_few_legal_names_are_listed_beside_the_nearest() -> None:
+    assert unknown("value", "gpu", ("cpu", "cuda")) == "unknown value 'gpu'; did you mean 'cpu'? legal: cpu, cuda"
+    assert unknown("value", "tpu", map(str, range(5))) == "unknown value 'tpu'; legal: 0, 1, 2, 3, 4"
 
 
 def test_unknown_keys_name_the_nearest_legal_one() -> None:

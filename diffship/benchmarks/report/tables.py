@@ -180,7 +180,7 @@ def _has_interval(row: Row) -> bool:
 def origin(results: Results) -> tuple[str, ...]:
     """On what a file was measured, with which versions, when, and how to do it again."""
     env = results.environment
-    when = f"commit {env.get('commit')}, {env.get('date') or 'date not recorded'}"
+    when = f"commit {env.get('commit') or 'not known'}, {env.get('date') or 'date not recorded'}"
     return f"Measured on {results.hardware}; {versions(results)}; {when}.", f"Command: `{results.command}`"
 
 

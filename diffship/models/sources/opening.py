@@ -38,8 +38,10 @@ def open_source(text: str, *, base: str | None = None, revision: str | None = No
         SourceError: nothing readable is there, parts are missing or do not fit, or only pickles or code are on offer.
         UnsupportedError: a class or family that is not known here.
     """
-    if base is None and (told := part_of(Path(text).expanduser())):
-        raise SourceError(f"{text}: {told}, or complete this part: export, compress and inspect take --base SOURCE")
+    path = Path(text).expanduser()
+    if base is None and (told := part_of(path)):
+        completed = ", or complete this part: export, compress and inspect take --base SOURCE"
+        raise SourceError(f"{text}: {told}{'' if (path.parent / MANIFEST_NAME).exists() else completed}")
     material = find_material(text, revision)
     if base is not None:
         material = with_base(material, find_material(base, None))
