@@ -15,7 +15,7 @@ from diffship.compression.trained import averaged_weights, trained_schedule
 from diffship.core.dtype import TensorMeta
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import precision_of
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
 from diffship.models.pipeline import Pipeline, with_unet
 from diffship.training.adapters import add_lora
@@ -112,7 +112,7 @@ def _trainable(options: LcmPass, student: Pipeline, device: torch.device) -> nn.
 def _frozen(options: LcmPass, teacher: Pipeline, device: torch.device) -> nn.Module | None:
     if options.form == "lora" and options.teacher is None:
         return None
-    return teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision])
+    return teacher.components["unet"].module(str(device), precision_of(options.teacher_precision).activations)
 
 
 def lora_of(options: LcmPass, state: SafetensorsWeights) -> TrainedLora:

@@ -88,7 +88,7 @@ class Component:
         return module.eval()
 
     def load(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TorchRunner:
-        """A runner on torch; float feeds are cast to `dtype`, `timestep` and `time_ids` stay float32."""
+        """A runner on torch; float feeds are cast to `dtype`, exact ones stay float32."""
         from diffship.models.runner import TorchRunner
 
         kind = torch_dtype(dtype)

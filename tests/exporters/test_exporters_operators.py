@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.precision import FP32
 from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx import operators as operators
 from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
@@ -320,7 +321,7 @@ PROGRAMS: dict[str, Any] = {}
 
 def programs_of(group: str) -> Any:
     if group not in PROGRAMS:
-        PROGRAMS[group] = capture(Many(CASES[group]), INPUTS, SIZES, torch.float32)
+        PROGRAMS[group] = capture(Many(CASES[group]), INPUTS, SIZES, FP32)
     return PROGRAMS[group]
 
 
@@ -411,7 +412,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
 def test_what_has_no_form_is_refused(name: str) -> None:
     case, said = REFUSED[name]
     with pytest.raises(UnsupportedError, match=said):
-        exported(decomposed(capture(Many([case]), INPUTS, SIZES, torch.float32), OPERATORS), 1, 18)
+        exported(decomposed(capture(Many([case]), INPUTS, SIZES, FP32), OPERATORS), 1, 18)
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:
@@ -439,7 +440,7 @@ def _branching(x: torch.Tensor) -> torch.Tensor:
 def test_numbers_that_only_seem_to_follow_an_axis_are_refused(case: Case, sizes: tuple[int, ...], said: str) -> None:
     traced = [{"b": size, "s": size + 40, "r": size + 50} for size in sizes]
     with pytest.raises(UnsupportedError, match=said):
-        exported(capture(Many([case]), INPUTS, traced, torch.float32), 1, 23)
+        exported(capture(Many([case]), INPUTS, traced, FP32), 1, 23)
 
 
 def _monomials(sizes: Sequence[int]) -> Iterator[int]:

@@ -19,6 +19,7 @@ from diffship.core.dtype import meta_of
 from diffship.core.errors import BundleError, ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import parse_manifest
+from diffship.core.precision import FP16
 from diffship.core.safetensors_file import write_safetensors
 from diffship.export import export
 from diffship.exporters.gated import GatedModel
@@ -164,7 +165,7 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     made = TensorRt(max_shapes=("unet.sample:1x4x16x16",), opt_shapes=("unet.sample:1x4x16x16",))
     sizes = made.golden_sizes(emoji.components["unet"], emoji.family, 2)
     assert sizes["batch_size"] == 1
-    golden = write_trajectory(emoji, sizes, tmp_path, 1, "fp16", ROOM)
+    golden = write_trajectory(emoji, sizes, tmp_path, 1, FP16, ROOM)
     trajectory = unpack((tmp_path / golden.start).read_bytes())
     assert trajectory.guidance == 1.0 and trajectory.negative is None and 40 < (golden.tolerance.psnr_db or 0) < 100
     eight = TensorRt(**{f"{kind}_shapes": ("unet.sample:8x4x16x16",) for kind in ("min", "opt", "max")})

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
-from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+from diffship.exporters.onnx.layout import DATA_FILE
+from diffship.exporters.onnx.stored import PLAIN, Form, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,10 +104,9 @@ class Graph:
     def ints(self, values: Sequence[int]) -> str:
         return self.constant(np.array(values, np.int64)).name
 
-    def weight(self, weight: Weight, transposed: bool = False) -> Value:
-        """The initialiser of a parameter; stored transposed where asked, as engines would fold that at every load."""
-        name = weight.source + (TRANSPOSED if transposed else "")
-        shape = weight.shape[::-1] if transposed else weight.shape
+    def weight(self, weight: Weight, form: Form = PLAIN) -> Value:
+        """The initialiser of a parameter, stored in `form`."""
+        name, shape = Stored(weight.source, form).name, form.shape(weight.shape)
         self.weights[name] = Weight(weight.source, weight.dtype, shape)
         return Value(name, weight.dtype, shape)
 

@@ -173,12 +173,12 @@ class Translation:
 
     def _input(self, node: torch.fx.Node, spec: TensorSpec, ports: list[onnx.ValueInfoProto]) -> Value:
         made = Value(spec.name, dtype_name(node.meta["val"].dtype), self._shapes(node)[0])
-        if spec.name != "timestep":
+        if not spec.per_sample:
             ports.append(port(spec.name, made.dtype, spec.shape))
             self._measure(made)
             return made
         # one value for all samples or one per sample: an axis of its own here, and an `Expand` in the model
-        ports.append(port(spec.name, made.dtype, ("timesteps",)))
+        ports.append(port(spec.name, made.dtype, (f"{spec.name}s",)))
         return self.graph.emit("Reshape", [spec.name, self.graph.ints([-1])], made.dtype, made.shape)
 
     def _stored(self, entry: Any, node: torch.fx.Node) -> Any:

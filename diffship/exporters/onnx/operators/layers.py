@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.exporters.onnx.graph import FREE, Dim, Size, Value, Weight
+from diffship.exporters.onnx.stored import TRANSPOSED
 from diffship.exporters.onnx.translate import Translation, implements
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ else:
 @implements("aten.linear.default")
 def linear(t: Translation, x: Any, weight: Any, bias: Any = None) -> Value:
     """MatMul with the weight stored transposed: engines pack it once, and fuse the bias."""
-    kernel = t.graph.weight(weight, transposed=True) if isinstance(weight, Weight) else _transposed(t, weight)
+    kernel = t.graph.weight(weight, TRANSPOSED) if isinstance(weight, Weight) else _transposed(t, weight)
     product = t.emit("MatMul", x, kernel)
     return product if bias is None else t.emit("Add", product, bias)
 
