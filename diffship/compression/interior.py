@@ -24,7 +24,8 @@ from diffship.compression.narrow import (
 )
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
-from diffship.models.component import INNER, Component
+from diffship.models.component import Component
+from diffship.models.filling import INNER
 from diffship.models.widths import PARTS, Widths, widths_now
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from diffship.core.atomic import write_file
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.weights import renamed
-from diffship.models.component import INNER, Component, fill, torch_dtype
+from diffship.models.component import Component, fill, torch_dtype
+from diffship.models.filling import INNER
 from diffship.models.pipeline import Pipeline
 from diffship.models.runner import TorchRunner
 from diffship.models.unet import unet

@@ -34,10 +34,13 @@ _EXACT = ("Timesteps",)  # class names of modules that compute in float32 in eve
 
 
 def round_weights(module: nn.Module, precision: Precision) -> None:
-    """Give every float parameter and buffer of `module` the nearest value that `precision` stores, in place."""
+    """Give every float tensor of the state of `module` the nearest value that `precision` stores, in place.
+
+    Buffers that are computed when it is made are no weights: they stay as they are.
+    """
     kind = getattr(torch, precision.weights)
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in module.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(kind).to(tensor.dtype))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.benchmarks.mutation.faults import FORMS
 from diffship.core.lazy import lazy
-from diffship.models.component import INNER
+from diffship.models.filling import INNER
 
 if TYPE_CHECKING:
     from torch import nn

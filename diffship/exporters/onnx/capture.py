@@ -19,6 +19,8 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.precision import Precision
 from diffship.core.spec import TensorSpec
+from diffship.models.component import assign
+from diffship.models.filling import computed_names, tied
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +33,10 @@ else:
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
 NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard")  # nodes that no graph needs
 LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a constant becomes a tensor of the program
-# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. Small: a
-# VAE's tensors must stay below 2**31 elements, from where on diffusers takes another way
-_RATIOS = ((3, 17, 2), (5, 11, 31), (7, 13, 37), (23, 29, 41), (19, 43, 47))
+# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio, and each
+# has odd and even ones, which tells `h // 2` from `(h + 1) // 2`. Small: a VAE's tensors must stay below 2**31 elements,
+# from where on diffusers takes another way
+_RATIOS = ((3, 17, 2), (5, 12, 31), (7, 16, 37), (23, 30, 41), (19, 44, 47))
 
 
 def capture(
@@ -46,9 +49,10 @@ def capture(
     Raises:
         UnsupportedError: torch.export cannot follow the module's Python code.
     """
+    inner, outer = (getattr(torch, name) for name in (precision.activations, precision.ports))
+    own = copy.deepcopy(module).eval().requires_grad_(False)
     with _quiet(), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        inner, outer = (getattr(torch, name) for name in (precision.activations, precision.ports))
-        part = _as_fake(module, inner)
+        part = _as_fake(own, inner)
         casts = [spec.is_float and not spec.exact for spec in inputs]
         fake = _Positional(part) if inner == outer else _Between(part, casts, inner, outer)
         ports = [precision.port(spec) for spec in inputs]
@@ -129,16 +133,18 @@ class _Between(_Positional):
 
 
 def _as_fake(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of `module` with fake CPU tensors; called inside a FakeTensorMode."""
-    fake = copy.deepcopy(module).eval().requires_grad_(False)
-    for owner in fake.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = torch.nn.Parameter(_blank(parameter, dtype), requires_grad=False)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = _blank(buffer, dtype)
-    return fake
+    """`module` with fake CPU tensors in place of its own; called inside a FakeTensorMode.
+
+    Its weights have `dtype`, tied ones stay tied, and computed buffers keep their own dtype.
+    """
+    state = module.state_dict()
+    for group in tied(module):
+        tensor = _blank(state[group[0]], dtype)
+        for name in group:
+            tensor = assign(module, name, tensor)
+    for name in computed_names(module):
+        assign(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+    return module
 
 
 def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

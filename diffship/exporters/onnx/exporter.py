@@ -24,7 +24,8 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.models.component import INNER, SHOWN, Component, unexpected
+from diffship.models.component import SHOWN, Component, unexpected
+from diffship.models.filling import INNER, sources
 from diffship.models.pipeline import Pipeline
 from diffship.models.points import point_paths
 
@@ -132,7 +133,7 @@ class Onnx:
             done += count
             job.progress(f"weights {component.name}", done, total)
 
-        digest = pour(model, component.weights, folder, component.name, on_bytes)
+        digest = pour(model, component.weights, folder, component.name, on_bytes, _held(component))
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
@@ -164,7 +165,10 @@ class Onnx:
         module = component.meta
         programs = capture(module, specs, trace_sizes(component.smallest_sizes()), self.format)
         need("onnx")  # teaches numpy bfloat16
-        translation = Translation(decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER))
+        constants = component.computed()
+        translation = Translation(
+            decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER), constants
+        )
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -188,11 +192,17 @@ def _left_out(component: Component) -> dict[str, object]:
     return {"unused_tensors": {"count": len(names), "first": names[:SHOWN]}} if names else {}
 
 
+def _held(component: Component) -> dict[str, str]:
+    """{name in a graph: name in the weights} of tied tensors whose names differ there."""
+    found = sources(component.meta, set(component.weights.names()))
+    return {name.removeprefix(INNER): source for name, source in found.items() if name.removeprefix(INNER) != source}
+
+
 def _check_weights(component: Component) -> list[Problem]:
-    known = set(component.weights.names())
-    problems = []
-    for name, tensor in component.meta.state_dict().items():
-        source = name.removeprefix(INNER)
+    known, module = set(component.weights.names()), component.meta
+    problems, source_of = [], sources(module, known)
+    for name, tensor in module.state_dict().items():
+        source = source_of[name]
         if source not in known:
             problems.append(Problem(component.name, f"its weights have no tensor {source!r}"))
         elif component.weights.meta(source).shape != tuple(tensor.shape):

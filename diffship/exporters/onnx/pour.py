@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
 
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, to_float32
@@ -26,16 +27,24 @@ else:
 OnTensor = Callable[[int], None]
 
 
-def pour(model: onnx.ModelProto, weights: Weights, folder: Path, part: str, on_bytes: OnTensor | None = None) -> str:
+def pour(
+    model: onnx.ModelProto,
+    weights: Weights,
+    folder: Path,
+    part: str,
+    on_bytes: OnTensor | None = None,
+    held: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Write DATA_FILE into `folder` at the offsets that `model` states; the source digest of all `weights`.
 
-    `on_bytes(n)` follows each tensor of n bytes.
+    `on_bytes(n)` follows each tensor of n bytes. `held` is the name in `weights` of a tensor that has another one in
+    the graph.
 
     Raises:
         SourceError: a tensor is missing, of another shape, or holds NaN or infinity.
         ConfigError: a value does not fit the model's type.
     """
-    places = _places(model)
+    places = {held.get(source, source): found for source, found in _places(model).items()}
     known = set(weights.names())
     for source in places:
         if source not in known:

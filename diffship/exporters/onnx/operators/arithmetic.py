@@ -172,6 +172,29 @@ def clamp(t: Translation, x: Any, low: float | None = None, high: float | None =
     return t.emit("Clip", t.cast(x, t.dtype), *bounds)
 
 
+@implements("aten.minimum.default")
+def minimum(t: Translation, a: Any, b: Any) -> Value:
+    return _binary(t, "Min", a, b)
+
+
+@implements("aten.clamp.Tensor")
+def clamp_between(t: Translation, x: Any, low: Any = None, high: Any = None) -> Value:
+    """Where `low` is above `high`, the result is `high`."""
+    raised = t.cast(x, t.dtype) if low is None else _binary(t, "Max", x, low)
+    return raised if high is None else _binary(t, "Min", raised, high)
+
+
+@implements("aten.isinf.default")
+def isinf(t: Translation, x: Any) -> Value:
+    return t.emit("IsInf", t.cast(x, "float32"))  # below opset 20, of float32 alone
+
+
+@implements("aten.any.default", "aten.any.dim", "aten.any.dims")
+def any_(t: Translation, x: Any, axes: int | list[int] | None = None, keepdim: bool = False) -> Value:
+    listed = [axes] if isinstance(axes, int) else axes
+    return t.cast(_reduce(t, "ReduceMax", t.cast(t.cast(x, "bool"), "int32"), listed, keepdim, "int32"), "bool")
+
+
 @implements("aten.silu.default")
 def silu(t: Translation, x: Any) -> Value:
     return t.emit("Mul", x, t.emit("Sigmoid", x))
@@ -215,7 +238,8 @@ def sum_(t: Translation, x: Any, axes: list[int] | None, keepdim: bool = False) 
     return _reduce(t, "ReduceSum", x, axes, keepdim)
 
 
-def _reduce(t: Translation, op: str, x: Any, axes: list[int] | None, keepdim: bool) -> Value:
-    """No axes are all axes, in torch as in ONNX."""
+def _reduce(t: Translation, op: str, x: Any, axes: list[int] | None, keepdim: bool, dtype: str = "") -> Value:
+    """In `dtype`, by default the result's. No axes are all axes, in torch as in ONNX."""
     over = [t.graph.ints(axes)] if axes else []
-    return t.emit(op, t.cast(x, t.dtype), *over, keepdims=int(keepdim))
+    kind = dtype or t.dtype
+    return t.emit(op, t.cast(x, kind), *over, dtype=kind, keepdims=int(keepdim))

@@ -190,6 +190,12 @@ def _full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
     return t.emit("Expand", t.value(value), t.sizes(sizes))
 
 
+@implements("aten.full_like.default")
+def full_like(t: Translation, x: Any, value: Any) -> Value:
+    """`x` gives the shape, and the type where none is named."""
+    return t.emit("Expand", t.value(value), t.emit("Shape", x, dtype="int64", shape=(len(t.shape),)))
+
+
 @implements("aten.zeros.default", "aten.ones.default")
 def filled(t: Translation, sizes: Sequence[Any]) -> Value:
     return _full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
