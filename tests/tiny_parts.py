@@ -1,4 +1,4 @@
-"""Parts of other families, tiny and random: the libraries' own modules, as components over weights as files hold them."""
+"""Parts of other families, tiny and random: the libraries' own modules as components, with the weights of a file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ _SD3_INPUTS = (
     TensorSpec("pooled_projections", "float32", ("batch_size", 12)),
 )
 _FORMS: dict[str, tuple[Callable[[], Any], tuple[TensorSpec, ...], TensorSpec, dict[str, int], dict[str, Any]]] = {
-    "t5": (T5Part, (_TOKENS,), TensorSpec("last_hidden_state", "float32", _STATES), {"sequence_length": 8}, T5.to_dict()),
+    "t5": (
+        T5Part, (_TOKENS,), TensorSpec("last_hidden_state", "float32", _STATES),
+        {"sequence_length": 8}, T5.to_dict(),
+    ),
     "sd3": (
         Sd3Part, _SD3_INPUTS, TensorSpec("out_sample", "float32", _PLANE),
         {"height": 2, "width": 2, "sequence_length": 8}, SD3,
@@ -117,4 +120,5 @@ def foreign(name: str) -> Foreign:
     tied = set(getattr(original.inner, "_tied_weights_keys", None) or ())
     state = {key: tensor.numpy() for key, tensor in original.inner.state_dict().items() if key not in tied}
     sizes = {"batch_size": 1, **sizes}
-    return Foreign(Component(name, type(original).__name__, config, build, MemoryWeights(state), inputs, (output,), sizes), original)
+    label, weights = type(original).__name__, MemoryWeights(state)
+    return Foreign(Component(name, label, config, build, weights, inputs, (output,), sizes), original)

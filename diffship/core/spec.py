@@ -129,6 +129,11 @@ class TensorSpec:
         return cls(name, dtype, tuple(shape))
 
 
+def is_product(axis: Axis) -> bool:
+    """Whether an axis is a product of several named ones, as that of a picture's tokens is."""
+    return isinstance(axis, str) and " * " in _parse(axis)[0]
+
+
 def first_sample(
     specs: Iterable[TensorSpec], feeds: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, NDArray[np.generic]] | None:

@@ -51,7 +51,7 @@ def test_either_name_of_a_tied_tensor_may_be_in_the_file_and_two_values_may_not(
     both["encoder.embed_tokens.weight"] = table + 1
     with pytest.raises(SourceError, match="are one tensor by its config, and differ"):
         replace(component, weights=MemoryWeights(both)).module()
-    with pytest.raises(SourceError, match="1 tensors are missing|2 tensors are missing"):
+    with pytest.raises(SourceError, match="2 tensors are missing"):
         replace(component, weights=MemoryWeights(state)).module()
 
 

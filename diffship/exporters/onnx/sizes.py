@@ -1,8 +1,8 @@
 """Sizes that are computed from others: `h // 2`, `(64 - h) // 2`, `h * w`, told by what they were in each trace.
 
 A program is traced at three sets of sizes, so a number is known as three values. A rule is taken only if it gives all
-of them from sizes that the graph has, and if no other rule of its form does so that differs at a legal size. Legal sizes
-of an axis are multiples of its smallest one, which is the greatest common divisor of those that are traced.
+of them from sizes that the graph has, and if no other rule of its form does so that differs at a legal size. Legal
+sizes of an axis are multiples of its smallest one, which is the greatest common divisor of those that are traced.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Translation:
         if isinstance(value, Weight):
             return self.graph.weight(value)
         if isinstance(value, torch.Tensor):
-            return self.graph.constant(_real(value).numpy())
+            return self.graph.constant(_array(_real(value)))
         if isinstance(value, Size):
             return self.emit("Squeeze", self.sizes([value]), self.graph.ints([0]), dtype="int64", shape=())
         return self.graph.constant(np.array(value, dtype or self.dtype))
@@ -344,6 +344,13 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     if found is None:
         raise UnsupportedError(f"a constant of shape {tuple(tensor.shape)} has no values while a part is traced")
     return found.detach()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    # torch hands no bfloat16 to numpy, which has it from the onnx package
+    return tensor.contiguous().view(torch.int16).numpy().view("bfloat16")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -104,11 +104,6 @@ def rsqrt(t: Translation, x: Any) -> Value:
     return t.emit("Reciprocal", t.emit("Sqrt", t.cast(x, t.dtype)))
 
 
-@implements("aten.bitwise_not.default")
-def bitwise_not(t: Translation, x: Any) -> Value:
-    return t.emit("Not" if t.dtype == "bool" else "BitwiseNot", x)
-
-
 def _comparison(aten: str, op: str) -> None:
     @implements(f"aten.{aten}.Tensor", f"aten.{aten}.Scalar")
     def emit(t: Translation, a: Any, b: Any) -> Value:
@@ -139,21 +134,6 @@ _comparison("ne", "Equal")
 @implements("aten.logical_and.default")
 def logical_and(t: Translation, a: Any, b: Any) -> Value:
     return t.emit("And", t.cast(a, "bool"), t.cast(b, "bool"))
-
-
-@implements("aten.logical_or.default")
-def logical_or(t: Translation, a: Any, b: Any) -> Value:
-    return t.emit("Or", t.cast(a, "bool"), t.cast(b, "bool"))
-
-
-@implements("aten.bitwise_and.Tensor", "aten.bitwise_and.Scalar")
-def bitwise_and(t: Translation, a: Any, b: Any) -> Value:
-    return _binary(t, "And" if t.dtype == "bool" else "BitwiseAnd", a, b)
-
-
-@implements("aten.bitwise_or.Tensor", "aten.bitwise_or.Scalar")
-def bitwise_or(t: Translation, a: Any, b: Any) -> Value:
-    return _binary(t, "Or" if t.dtype == "bool" else "BitwiseOr", a, b)
 
 
 @implements("aten.where.self")
@@ -189,10 +169,10 @@ def isinf(t: Translation, x: Any) -> Value:
     return t.emit("IsInf", t.cast(x, "float32"))  # below opset 20, of float32 alone
 
 
-@implements("aten.any.default", "aten.any.dim", "aten.any.dims")
-def any_(t: Translation, x: Any, axes: int | list[int] | None = None, keepdim: bool = False) -> Value:
-    listed = [axes] if isinstance(axes, int) else axes
-    return t.cast(_reduce(t, "ReduceMax", t.cast(t.cast(x, "bool"), "int32"), listed, keepdim, "int32"), "bool")
+@implements("aten.any.default")
+def any_(t: Translation, x: Any) -> Value:
+    """ONNX has no reduction of truths."""
+    return t.cast(_reduce(t, "ReduceMax", t.cast(x, "bool"), None, False, "int32"), "bool")
 
 
 @implements("aten.silu.default")
