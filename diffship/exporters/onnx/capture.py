@@ -33,10 +33,10 @@ else:
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
 NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard")  # nodes that no graph needs
 LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a constant becomes a tensor of the program
-# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio, and each
-# has odd and even ones, which tells `h // 2` from `(h + 1) // 2`. Small: a VAE's tensors must stay below 2**31
-# elements, from where on diffusers takes another way
-_RATIOS = ((3, 17, 2), (5, 12, 31), (7, 16, 37), (23, 30, 41), (19, 44, 47))
+# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. All but
+# the first have a multiple of 8 and one less than that, which tells `h // 4` from `(h + 1) // 4`. Small: a VAE's
+# tensors must stay below 2**31 elements, from where on diffusers takes another way
+_RATIOS = ((3, 17, 2), (7, 16, 31), (15, 8, 37), (23, 48, 71), (39, 32, 47))
 
 
 def capture(
