@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from diffship.core.errors import ConfigError, RunnerError
 
@@ -129,7 +129,7 @@ class TensorSpec:
         return cls(name, dtype, tuple(shape))
 
 
-def is_product(axis: Axis) -> bool:
+def is_product(axis: Axis) -> TypeGuard[str]:
     """Whether an axis is a product of several named ones, as that of a picture's tokens is."""
     return isinstance(axis, str) and " * " in _parse(axis)[0]
 

@@ -33,7 +33,7 @@ def sources(module: nn.Module, known: Collection[str]) -> dict[str, str]:
 
     Files hold one of several tied names. A tensor that has none of its names there keeps its own.
     """
-    found = {}
+    found: dict[str, str] = {}
     for group in tied(module):
         plain = [name.removeprefix(INNER) for name in group]
         held = next((name for name in plain if name in known), None)

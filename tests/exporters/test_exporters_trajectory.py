@@ -108,6 +108,15 @@ def test_an_engine_that_fails_and_too_little_memory(bundle: Bundle) -> None:
     assert check.status == "skipped" and "does not fit memory whole" in check.text()
 
 
+def test_a_unet_that_no_engine_here_computes_is_not_drawn(bundle: Bundle) -> None:
+    """An export in bf16 with a trajectory used to end in "does not draw the same"."""
+    golden, part = bundle.manifest.trajectory, bundle.part("unet")
+    assert golden is not None
+    narrow = replace(bundle.manifest, parts=(replace(part, precision="bf16", golden=None),))
+    check = check_trajectory(Bundle(bundle.path, narrow), golden, make_engine("onnxruntime"), ROOM)
+    assert check.status == "skipped" and "no engine here computes bf16" in check.text()
+
+
 def test_what_is_no_golden_trajectory_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     golden = bundle.manifest.trajectory
     assert golden is not None
