@@ -311,13 +311,12 @@ def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -
 
 def _golden(work: _Work, part: Part) -> Golden:
     """References of the whole part and of its blocks."""
-    from diffship.exporters.golden import rounded_feeds
     from diffship.exporters.golden_blocks import block_sizes, write_blocks
 
     truth = work.against[part.name]
     sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
-    feeds = rounded_feeds(work.feeds.inside(truth, sizes), part.precision)
-    blocks = write_blocks(truth, feeds, work.folder, part.precision, work.gate_bytes // 2)
+    feeds = part.format.feeds(truth.inputs, work.feeds.inside(truth, sizes))
+    blocks = write_blocks(truth, feeds, work.folder, part.format, work.gate_bytes // 2)
     return replace(_whole(work, part), blocks=blocks)
 
 
@@ -327,7 +326,7 @@ def _whole(work: _Work, part: Part) -> Golden:
 
     truth, sizes = work.against[part.name], work.sizes[part.name]
     calls = work.feeds.calls(truth, sizes)
-    return write_golden(truth, calls, sizes, work.folder, part.precision, work.gate_bytes // 2)
+    return write_golden(truth, calls, sizes, work.folder, part.format, work.gate_bytes // 2)
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
@@ -349,7 +348,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
 
     unet = next(part for part in made if part.name == "unet")
     work.job.progress("draw trajectory", 0, 1)
-    golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.precision, work.gate_bytes // 2)
+    golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.format, work.gate_bytes // 2)
     if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))
         found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)

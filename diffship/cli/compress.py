@@ -14,8 +14,8 @@ from diffship.cli.flags import existing_file, names, worded
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
+from diffship.core.precision import PRECISIONS, precision_of
 from diffship.core.registry import PASSES, load
-from diffship.core.spec import PRECISIONS
 from diffship.core.strict import load as load_options
 from diffship.core.strict import plain_value
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> Result:
             options.output,
             base=base,
             revision=options.revision,
-            precision=PRECISIONS.get(options.precision),
+            precision=_stored(options),
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
     leave()
@@ -105,6 +105,11 @@ def run(options: argparse.Namespace) -> Result:
     for text in unused(pipeline.components.values()):
         note(f"warning: {text}")
     return _described(pipeline, options.output)
+
+
+def _stored(options: argparse.Namespace) -> str | None:
+    """Dtype of the weights that are written; None for as they are."""
+    return precision_of(options.precision).weights if options.precision else None
 
 
 def work_folder(out: Path) -> Path:
@@ -116,7 +121,7 @@ def _foreseen(options: argparse.Namespace) -> Result:
     from diffship.compress import foresee
 
     source, base, passes = _asked(options)
-    precision, timing = PRECISIONS.get(options.precision), not options.no_timing
+    precision, timing = _stored(options), not options.no_timing
     found = foresee(source, passes, base=base, revision=options.revision, precision=precision, timing=timing)
     last = found.steps[-1]
     result = _described(found.pipeline, None, last.after if last.part == "unet" else None)

@@ -69,7 +69,7 @@ def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[s
     found: dict[str, list[str]] = {}
     for model in models:
         bundle = getattr(model, "bundle", None)
-        if bundle is not None and any(part.precision == "fp16" for part in bundle.manifest.parts):
+        if bundle is not None and any(part.format.activations == "float16" for part in bundle.manifest.parts):
             found.setdefault(model.engine, []).append(bundle.path.name)  # type: ignore[attr-defined]
     if engine_options(options).get("device", "cpu") != "cpu":
         found = {}

@@ -13,7 +13,7 @@ from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import make_sampler
@@ -158,7 +158,7 @@ def make_task(
     shape = (pipeline.family.latent_channels, side, side)
     return DistillationTask(
         student,
-        teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision]),
+        teacher.components["unet"].module(str(device), precision_of(options.teacher_precision).activations),
         pairs,
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),

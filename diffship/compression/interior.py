@@ -24,7 +24,8 @@ from diffship.compression.narrow import (
 )
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights
-from diffship.models.parts.component import INNER, Component
+from diffship.models.parts.component import Component
+from diffship.models.parts.filling import INNER
 from diffship.models.reduced.widths import PARTS, Widths, widths_now
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from diffship.compression.trained import (
 from diffship.core.distributed import first_process
 from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
+from diffship.core.precision import precision_of
 from diffship.core.problem import Problem, met
-from diffship.core.spec import PRECISIONS
 from diffship.core.weights import SafetensorsWeights, cast
 from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
 from diffship.models.sources.opening import open_source
@@ -117,7 +117,7 @@ class LcmPass(LcmOptions):
             return with_unet(student, unet.config, trained_weights(state, unet.weights.names()), entry)
         lora = lora_of(self, state)
         if self.lora_out is not None and first_process():
-            dtype = PRECISIONS[self.lora_precision]
+            dtype = precision_of(self.lora_precision).weights
             write_lora(lora, Path(self.lora_out).expanduser(), dtype, str(student.source.get("id")))
         changed = replace(unet, weights=cast(with_deltas(unet.weights, lora.deltas()), "float32"))
         made = replace(student, components={**student.components, "unet": changed})

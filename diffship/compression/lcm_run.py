@@ -16,7 +16,7 @@ from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
 from diffship.models.pipeline import Pipeline, with_unet
@@ -228,7 +228,7 @@ def _trainable(options: LcmOptions, student: Pipeline, device: torch.device) -> 
 def _frozen(options: LcmOptions, teacher: Pipeline, device: torch.device) -> nn.Module | None:
     if options.form == LORA and options.teacher is None:
         return None
-    return teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision])
+    return teacher.components["unet"].module(str(device), precision_of(options.teacher_precision).activations)
 
 
 def lora_of(options: LcmOptions, state: SafetensorsWeights) -> TrainedLora:

@@ -29,7 +29,8 @@ from diffship.core.atomic import write_file
 from diffship.core.job import REMEDY, Job, kept_json
 from diffship.core.lazy import lazy
 from diffship.core.weights import renamed
-from diffship.models.parts.component import INNER, Component, fill, torch_dtype
+from diffship.models.parts.component import Component, fill, torch_dtype
+from diffship.models.parts.filling import INNER
 from diffship.models.parts.runner import TorchRunner
 from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline

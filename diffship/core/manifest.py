@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from diffship.core.brief import brief
 from diffship.core.compare import Tolerance
-from diffship.core.errors import BundleError
+from diffship.core.errors import BundleError, ConfigError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS
+from diffship.core.precision import Precision, precision_of
 from diffship.core.spec import TensorSpec
 from diffship.core.strict import bounded, bounds, load, plain
 
@@ -124,10 +125,18 @@ class Part:
         if not _HEX.match(self.source_digest):
             raise BundleError(f"part {self.name}: source_digest {self.source_digest[:80]!a} is not 64 hex digits")
         blocks = None if self.golden is None else self.golden.blocks
-        if blocks is not None and self.precision != "fp32" and not blocks.engine:
+        if blocks is not None and not self.format.lossless and not blocks.engine:
             raise BundleError(f"part {self.name}: {blocks.file} has no tolerances for an engine in {self.precision}")
         if self.proof.get("status") not in ("proved", "unproven"):
             raise BundleError(f"part {self.name}: proof status {str(self.proof.get('status'))[:40]!a} is unknown")
+
+    @property
+    def format(self) -> Precision:
+        """What `precision` means; raises BundleError where this version does not know it."""
+        try:
+            return precision_of(self.precision)
+        except ConfigError as fault:
+            raise BundleError(f"part {self.name}: {fault}. A newer diffship may know it") from None
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,11 @@ class Manifest:
         if self.trajectory is None:
             data.pop("trajectory")
         for part in data["parts"]:
+            for spec in (*part["inputs"], *part["outputs"]):
+                # a compiled part has types that hold its values, so there is nothing to say
+                for key in ("exact", "whole"):
+                    if not spec[key]:
+                        del spec[key]
             golden = part["golden"] or {}
             for key in ("calls", "outputs", "method", "blocks"):  # not in schema 1
                 if golden.get(key) in (1, {}, None):

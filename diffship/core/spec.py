@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from diffship.core.errors import ConfigError, RunnerError
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Axis = int | str
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and manifests spell them
-CAST_WITHIN = ("timestep", "time_ids")  # inputs in float32 at any precision: eleven bits are too few for them
 BATCH = "batch_size"
 _NAME = r"[a-z][a-z0-9_]*"
 _AXIS = re.compile(rf"({_NAME}(?: \* {_NAME})*)(?: ([*/]) ([1-9][0-9]{{0,3}}))?\Z")
@@ -30,20 +28,43 @@ _AXIS = re.compile(rf"({_NAME}(?: \* {_NAME})*)(?: ([*/]) ([1-9][0-9]{{0,3}}))?\
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """`TensorSpec("sample", "float32", ("batch_size", 4, "height", "width"))`."""
+    """`TensorSpec("sample", "float32", ("batch_size", 4, "height", "width"))`.
+
+    exact: a float tensor that the network uses in float32 whatever its precision, so it is never rounded (timesteps,
+    and the sizes of SDXL: diffusers widens both to float32 for their sinusoids). A part that is compiled states a dtype
+    that holds the values instead.
+    whole: an exact tensor of whole numbers up to 2048, which float16 holds, too. diffusers hands SDXL's `time_ids` to a
+    U-Net in its own type, and an fp16 graph takes them so.
+    """
 
     name: str
     dtype: str
     shape: tuple[Axis, ...]
+    exact: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"tensor {self.name}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.exact and self.dtype != "float32":
+            raise ConfigError(f"tensor {self.name}: an exact tensor is float32, not {self.dtype}")
+        if self.whole and not self.exact:
+            raise ConfigError(f"tensor {self.name}: only an exact tensor is whole")
         for axis in self.shape:
             if isinstance(axis, str):
                 _parse(axis)
             elif isinstance(axis, bool) or axis < 1:
                 raise ConfigError(f"tensor {self.name}: axis {axis!r} is not positive")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are floating-point numbers."""
+        return self.dtype in ("float32", "float16", "bfloat16")
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether it has one value for each sample; a single value for all samples may stand for it."""
+        return self.shape == (BATCH,)
 
     def bind(self, shape: Iterable[int], known: Mapping[str, int] | None = None) -> dict[str, int]:
         """Sizes of the named axes that make this spec equal `shape`.
@@ -106,6 +127,11 @@ class TensorSpec:
         if not all(isinstance(axis, (int, str)) for axis in shape):
             raise ConfigError(f"tensor {name}: an axis is an int or an expression, got {shape}")
         return cls(name, dtype, tuple(shape))
+
+
+def is_product(axis: Axis) -> TypeGuard[str]:
+    """Whether an axis is a product of several named ones, as that of a picture's tokens is."""
+    return isinstance(axis, str) and " * " in _parse(axis)[0]
 
 
 def first_sample(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy, lazy_base
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import Precision
 from diffship.models.parts.component import Component
 from diffship.models.walks.stages import memory_stages
 
@@ -33,17 +33,20 @@ _ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
 _EXACT = ("Timesteps",)  # class names of modules that compute in float32 in every deployment
 
 
-def round_weights(module: nn.Module, precision: str) -> None:
-    """Give every float parameter and buffer of `module` the nearest value that `precision` has, in place."""
-    kind = _kind(precision)
+def round_weights(module: nn.Module, precision: Precision) -> None:
+    """Give every float tensor of the state of `module` the nearest value that `precision` stores, in place.
+
+    Buffers that are computed when it is made are no weights: they stay as they are.
+    """
+    kind = getattr(torch, precision.weights)
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in module.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(kind).to(tensor.dtype))
 
 
 @contextmanager
-def rounding(module: nn.Module, precision: str) -> Iterator[None]:
+def rounding(module: nn.Module, precision: Precision) -> Iterator[None]:
     """Within it, every float result of every operator is rounded to `precision`, but inside exact modules of `module`.
 
     What an exact module gives is rounded once, where a deployment casts it. Constants are rounded as in `constants`.
@@ -53,7 +56,7 @@ def rounding(module: nn.Module, precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def constants(module: nn.Module, precision: str) -> Iterator[None]:
+def constants(module: nn.Module, precision: Precision) -> Iterator[None]:
     """Within it, numbers that code adds or multiplies with are rounded to `precision`, as constants of a graph are."""
     with _outside_exact(module, _Format(_kind(precision), results=False)):
         yield
@@ -114,13 +117,13 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output.to(self._kind).to(output.dtype) if self._results and not self._paused else output
 
 
-def _kind(precision: str) -> torch.dtype:
-    kind: torch.dtype = getattr(torch, PRECISIONS[precision])
+def _kind(precision: Precision) -> torch.dtype:
+    kind: torch.dtype = getattr(torch, precision.activations)
     return kind
 
 
 def simulated_forward(
-    component: Component, feeds: Mapping[str, NDArray[np.generic]], max_bytes: int, precision: str
+    component: Component, feeds: Mapping[str, NDArray[np.generic]], max_bytes: int, precision: Precision
 ) -> dict[str, NDArray[np.generic]]:
     """Outputs of a part in `precision`, float32 arrays, with at most `max_bytes` of its weights loaded at once."""
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from diffship.core.precision import FP32, Precision
 from diffship.core.runner import Handle, Runner
 from diffship.exporters import golden
 from diffship.models.model import PipelineModel
@@ -17,10 +18,10 @@ from diffship.models.pipeline import Pipeline
 class GatedModel(PipelineModel):
     """A Model in float32 whose parts are run stage by stage where they have more than `max_bytes` of weights.
 
-    precision: of which format the error is simulated in `unet` (`golden.simulated`); fp32 for none.
+    precision: of which format the error is simulated in `unet` (`golden.simulated`); none if it is lossless.
     """
 
-    def __init__(self, pipeline: Pipeline, max_bytes: int, precision: str = "fp32") -> None:
+    def __init__(self, pipeline: Pipeline, max_bytes: int, precision: Precision = FP32) -> None:
         super().__init__(pipeline)
         self.digests = {}  # nobody asks here, and reading every weight takes long
         self.digest = ""
@@ -29,7 +30,7 @@ class GatedModel(PipelineModel):
 
     def use(self, part: str) -> Runner:
         component = self.pipeline.components[part]
-        if part == "unet" and self._precision != "fp32":
+        if part == "unet" and not self._precision.lossless:
             return _Staged(component, self._max_bytes, self._precision)
         return super().use(part) if 4 * component.parameters <= self._max_bytes else _Staged(component, self._max_bytes)
 
@@ -37,7 +38,7 @@ class GatedModel(PipelineModel):
 class _Staged:
     """A part run stage by stage: each call reads its weights again."""
 
-    def __init__(self, component: Component, max_bytes: int, precision: str = "fp32") -> None:
+    def __init__(self, component: Component, max_bytes: int, precision: Precision = FP32) -> None:
         self.inputs = component.inputs
         self.outputs = component.outputs
         self._component = component
@@ -46,7 +47,7 @@ class _Staged:
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {name: np.asarray(feed.value if isinstance(feed, Handle) else feed) for name, feed in feeds.items()}
-        if self._precision == "fp32":
+        if self._precision.lossless:
             return dict(golden.reference(self._component, arrays, self._max_bytes))
         return dict(golden.simulated(self._component, arrays, self._max_bytes, self._precision))
 

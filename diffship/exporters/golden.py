@@ -12,9 +12,10 @@ from diffship.core.compare import compare
 from diffship.core.dtype import meta_of
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.manifest import Golden
+from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
-from diffship.core.spec import CAST_WITHIN, PRECISIONS, first_sample
-from diffship.exporters.tolerances import exact, loosest, measured, method
+from diffship.core.spec import first_sample
+from diffship.exporters.tolerances import exact, limit, loosest, method
 from diffship.models.parts.component import Component
 
 SEED = 20
@@ -22,7 +23,12 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def write_golden(
-    component: Component, calls: Sequence[Arrays], sizes: Mapping[str, int], out: Path, precision: str, max_bytes: int
+    component: Component,
+    calls: Sequence[Arrays],
+    sizes: Mapping[str, int],
+    out: Path,
+    precision: Precision,
+    max_bytes: int,
 ) -> Golden:
     """`golden/<part>.safetensors` below `out`: feeds and fp32 outputs of each of `calls`.
 
@@ -34,14 +40,14 @@ def write_golden(
         SourceError: torch itself gives NaN or infinity.
         UnsupportedError: it does so in `precision` only, or what it gives one sample depends on how many there are.
     """
-    calls = [rounded_feeds(feeds, precision) for feeds in calls]
+    calls = [precision.feeds(component.inputs, feeds) for feeds in calls]
     joined = {name: np.concatenate([feeds[name] for feeds in calls]) for name in calls[0]}
     outputs = reference(component, joined, max_bytes)
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise SourceError(f"{component.name}: torch itself gives NaN or infinity in {name}; the source is damaged")
     _require_independent_samples(component, calls[0], outputs, max_bytes)
-    formatted = outputs if precision == "fp32" else simulated(component, joined, max_bytes, precision)
+    formatted = outputs if precision.lossless else simulated(component, joined, max_bytes, precision)
     parts = {name: np.split(array, len(calls)) for name, array in outputs.items()}
     tensors = {f"{k}.in.{name}": array for k, feeds in enumerate(calls) for name, array in feeds.items()}
     tensors |= {f"{k}.out.{name}": pieces[k] for name, pieces in parts.items() for k in range(len(calls))}
@@ -50,8 +56,7 @@ def write_golden(
     write_safetensors(out / file, {name: meta_of(array) for name, array in tensors.items()}, tensors.__getitem__)
     limits = {
         name: loosest(
-            exact(a) if precision == "fp32" else measured(a, b)
-            for a, b in zip(parts[name], np.split(formatted[name], len(calls)), strict=True)
+            limit(precision, a, b) for a, b in zip(parts[name], np.split(formatted[name], len(calls)), strict=True)
         )
         for name in outputs
     }
@@ -82,7 +87,7 @@ def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     return stages_forward(component, feeds, max_bytes)
 
 
-def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: str) -> Arrays:
+def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: Precision) -> Arrays:
     """What the part gives in `precision`, simulated in torch (`exporters.formats`), in float32 arrays.
 
     Raises:
@@ -94,19 +99,9 @@ def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: st
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise UnsupportedError(
-                f"{component.name} overflows {PRECISIONS[precision]} in {name}: export it with --precision fp32"
+                f"{component.name} overflows {precision.activations} in {name}: export it with --precision fp32"
             )
     return outputs
-
-
-def rounded_feeds(feeds: Arrays, precision: str) -> Arrays:
-    """Float feeds with the values that inputs of `precision` can hold, in float32; times and sizes stay exact."""
-    if precision != "fp16":
-        return dict(feeds)
-    return {
-        name: array if name in CAST_WITHIN or array.dtype.kind != "f" else array.astype("f2").astype(array.dtype)
-        for name, array in feeds.items()
-    }
 
 
 def _run(component: Component, feeds: Arrays) -> Arrays:

@@ -21,9 +21,9 @@ from diffship.core.dtype import TensorMeta, meta_of, to_float32
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.manifest import GoldenBlocks
+from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.sketch import sketch
-from diffship.core.spec import PRECISIONS
 from diffship.exporters.formats import constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
 from diffship.models.parts.component import Component
@@ -64,12 +64,12 @@ def block_sizes(sizes: Mapping[str, int], factor: int) -> dict[str, int]:
 
 
 def write_blocks(
-    component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: str, max_bytes: int
+    component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: Precision, max_bytes: int
 ) -> GoldenBlocks | None:
     """`golden/<part>.blocks.safetensors` below `out`; None for a part whose layers are not known (a stage).
 
     The file holds `in.NAME` (what is fed: feeds of the part as they are, others as float8), `graph.NAME` (sketches of
-    torch in float32 on weights rounded to `precision`) and, unless that is fp32, `out.NAME` (sketches on the true
+    torch in float32 on weights rounded to `precision`) and, unless that is lossless, `out.NAME` (sketches on the true
     weights).
 
     Raises:
@@ -97,13 +97,13 @@ class _Walk:
         program: Program,
         paths: frozenset[str],
         feeds: Mapping[str, NDArray[np.generic]],
-        precision: str,
+        precision: Precision,
     ) -> None:
         self.component, self.program, self.paths, self.precision = component, program, paths, precision
         self.feeds = dict(feeds)
         self.cut: dict[str, NDArray[np.generic]] = {}  # float8 bits
         self.scales: dict[str, int] = {}  # by power of two
-        self.ways = {"true": _Found()} if precision == "fp32" else {k: _Found() for k in ("true", "rounded", "format")}
+        self.ways = {"true": _Found()} if precision.lossless else {k: _Found() for k in ("true", "rounded", "format")}
         self._forced: dict[str, torch.Tensor] = {name: torch.from_numpy(np.array(a)) for name, a in feeds.items()}
         self._between = layer_points(self.program, self.paths)
 
@@ -121,7 +121,7 @@ class _Walk:
         inner = module.get_submodule("inner")
         for layer in layers:
             self._layer(inner, layer, "true")
-        if self.precision == "fp32":
+        if self.precision.lossless:
             return
         round_weights(module, self.precision)
         for layer in layers:
@@ -185,7 +185,7 @@ class _Walk:
         metas = {name: meta_of(array) for name, array in arrays.items()}
         for name, bits in self.cut.items():
             arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta(FED, bits.shape)
-        sides = {"graph": "true"} if self.precision == "fp32" else {"graph": "rounded", "out": "true"}
+        sides = {"graph": "true"} if self.precision.lossless else {"graph": "rounded", "out": "true"}
         for side, way in sides.items():
             for name, array in self.ways[way].sketches.items():
                 arrays[f"{side}.{name}"], metas[f"{side}.{name}"] = array, meta_of(array)
@@ -193,22 +193,22 @@ class _Walk:
 
     def graph_limits(self) -> dict[str, Tolerance]:
         """For the graph in float32 arithmetic, by point."""
-        side = self.ways["true" if self.precision == "fp32" else "rounded"].sketches
+        side = self.ways["true" if self.precision.lossless else "rounded"].sketches
         return {name: exact(array) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """For an engine in the format, by point; none for fp32, where they are the graph's.
+        """For an engine in the format, by point; none if it is lossless, where they are the graph's.
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.
         """
-        if self.precision == "fp32":
+        if self.precision.lossless:
             return {}
         true, formatted = (self.ways[way].sketches for way in ("true", "format"))
         for name, array in formatted.items():
             if not np.isfinite(array).all():
                 raise UnsupportedError(
-                    f"{self.component.name} overflows {PRECISIONS[self.precision]} at {name.removesuffix(OUT)}: "
+                    f"{self.component.name} overflows {self.precision.activations} at {name.removesuffix(OUT)}: "
                     "export it with --precision fp32"
                 )
         return {name: measured(array, formatted[name]) for name, array in true.items()}

@@ -42,12 +42,17 @@ class GoldenFeeds:
         self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
 
     def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
-        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a U-Net, one of others."""
+        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a U-Net, one of others.
+
+        A part of another kind (a stage) gets the example feeds that it states itself.
+        """
         if component.name in TEXT_PARTS:
             return [self._tokens(component, sizes)]
-        if component.name != "unet":
+        if component.name == "unet":
+            return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
+        if component.name in ("vae_encoder", "vae_decoder"):
             return [self._pictures(component, sizes)]
-        return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
+        return [component.example(SEED, sizes)]
 
     def inside(self, component: Component, sizes: Mapping[str, int]) -> Arrays:
         """What the blocks of `component` are proved on: its first call, and tokens of the whole vocabulary beside it.

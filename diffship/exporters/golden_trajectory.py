@@ -13,10 +13,11 @@ from diffship.core.dtype import meta_of
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.manifest import GoldenTrajectory
+from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
 from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden import SEED
-from diffship.exporters.tolerances import exact, loosest, measured
+from diffship.exporters.tolerances import limit, loosest
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import Request, start
@@ -29,7 +30,7 @@ START, LATENTS = "golden/trajectory.safetensors", "golden/latents.safetensors"
 
 
 def write_trajectory(
-    pipeline: Pipeline, sizes: Mapping[str, int], out: Path, steps: int, precision: str, max_bytes: int
+    pipeline: Pipeline, sizes: Mapping[str, int], out: Path, steps: int, precision: Precision, max_bytes: int
 ) -> GoldenTrajectory:
     """`steps` steps of `pipeline` below `out`: where they start, and the latents after each.
 
@@ -52,7 +53,8 @@ def write_trajectory(
         for part in (*text_parts(model), "vae_encoder"):
             model.release(part)
         found = latents_by_step(trajectory, plain(model.use("unet")))
-        if precision != "fp32":
+        formatted = found
+        if not precision.lossless:
             formatted = latents_by_step(trajectory, plain(GatedModel(pipeline, max_bytes, precision).use("unet")))
     finally:
         model.close()
@@ -62,7 +64,7 @@ def write_trajectory(
     (out / "golden").mkdir(exist_ok=True)
     (out / START).write_bytes(pack(trajectory))
     write_safetensors(out / LATENTS, {name: meta_of(array) for name, array in found.items()}, found.__getitem__)
-    limits = [exact(a) if precision == "fp32" else measured(a, formatted[name]) for name, a in found.items()]
+    limits = [limit(precision, array, formatted[name]) for name, array in found.items()]
     # the sampler adds up what the model gets wrong; elements near zero say nothing, so the whole decides
     return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=loosest(limits).psnr_db))
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.compare import Tolerance, compare
+from diffship.core.precision import Precision
 
 MARGIN_DB = 6.0  # an engine may err twice as much (root mean square) as the format does in torch
 ELEMENT_MARGIN = 4.0  # and four times as much in one element, since a maximum varies more than a mean
@@ -36,6 +37,11 @@ def measured(reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> 
     return _tolerance(min(least.psnr_db, found.psnr_db - MARGIN_DB), max(least.atol, ELEMENT_MARGIN * found.max_abs))
 
 
+def limit(precision: Precision, reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> Tolerance:
+    """For an engine in `precision`, of which `formatted` is the simulation in torch (unused if it is lossless)."""
+    return exact(reference) if precision.lossless else measured(reference, formatted)
+
+
 def loosest(tolerances: Iterable[Tolerance]) -> Tolerance:
     """One that passes whatever any of them passes."""
     listed = list(tolerances)
@@ -45,12 +51,12 @@ def loosest(tolerances: Iterable[Tolerance]) -> Tolerance:
     )
 
 
-def method(precision: str) -> Mapping[str, Any]:
+def method(precision: Precision) -> Mapping[str, Any]:
     """How the tolerances of a part were found, for the manifest."""
-    if precision == "fp32":
-        return {"format": precision, "psnr_db": EXACT_DB, "element_of_peak": EXACT_ELEMENT}
+    if precision.lossless:
+        return {"format": precision.name, "psnr_db": EXACT_DB, "element_of_peak": EXACT_ELEMENT}
     return {
-        "format": precision,
+        "format": precision.name,
         "measured": "torch in float32 on rounded weights, the result of every operator rounded",
         "margin_db": MARGIN_DB,
         "element_margin": ELEMENT_MARGIN,

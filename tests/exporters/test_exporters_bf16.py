@@ -18,6 +18,7 @@ from diffship.core.compare import Tolerance, compare
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
+from diffship.core.precision import BF16
 from diffship.exporters.formats import constants
 from diffship.exporters.golden import simulated
 from diffship.exporters.onnx import Onnx
@@ -80,7 +81,7 @@ def test_the_twin_computes_what_torch_does_with_rounded_weights(made: Made, tiny
     feeds = component.example(4, {"batch_size": 2})
     names = [spec.name for spec in component.outputs]
     module = rounded(component)
-    with torch.no_grad(), constants(module, "bf16"):  # 1.702 of quick GELU is a number of the graph, so rounded too
+    with torch.no_grad(), constants(module, BF16):  # 1.702 of quick GELU is a number of the graph, so rounded too
         results = module(*(torch.from_numpy(feeds[spec.name]) for spec in component.inputs))
     expected = {key: tensor.numpy() for key, tensor in zip(names, results, strict=True)}
     compare(expected, dict(zip(names, session.run(names, feeds), strict=True)), Tolerance(psnr_db=100.0)).require(name)
@@ -99,7 +100,7 @@ def test_times_stay_float32_until_the_part_casts_them(made: Made) -> None:
 def test_torch_in_bfloat16_is_within_the_tolerance_that_its_simulation_gives(name: str) -> None:
     component = open_source("emoji").components[name]
     feeds: Any = component.example(5, component.smallest_sizes())
-    expected, format_alone = component.load().run(feeds), simulated(component, feeds, 1 << 30, "bf16")
+    expected, format_alone = component.load().run(feeds), simulated(component, feeds, 1 << 30, BF16)
     limits = {key: measured(array, format_alone[key]) for key, array in expected.items()}
     compare(expected, component.load(dtype="bfloat16").run(feeds), limits).require(name)
     assert all((limit.psnr_db or 0) > 40 for limit in limits.values())

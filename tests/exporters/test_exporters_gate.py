@@ -22,6 +22,7 @@ from diffship.core.bundle_check import digest_file
 from diffship.core.compare import compare
 from diffship.core.errors import ParityError, UnsupportedError
 from diffship.core.job import Job
+from diffship.core.precision import FP16, precision_of
 from diffship.core.weights import Weights
 from diffship.export import export
 from diffship.exporters.formats import rounding, simulated_forward
@@ -104,9 +105,8 @@ def test_the_simulation_costs_what_torch_costs_in_the_format(tiny_sd: Pipeline, 
     component = tiny_sd.components[part]
     feeds = component.example(3, {"batch_size": 2})
     true = component.load().run(feeds)
-    kind = {"fp16": "float16", "bf16": "bfloat16"}[precision]
-    actual = component.load(dtype=kind).run(feeds)
-    simulated = simulated_forward(component, feeds, 1 << 30, precision)
+    actual = component.load(dtype=precision_of(precision).activations).run(feeds)
+    simulated = simulated_forward(component, feeds, 1 << 30, precision_of(precision))
     for name, array in true.items():
         limit = measured(array, simulated[name])
         found, wanted = (compare({"": array}, {"": x[name]}, limit).outputs[0] for x in (actual, simulated))
@@ -115,7 +115,7 @@ def test_the_simulation_costs_what_torch_costs_in_the_format(tiny_sd: Pipeline, 
 
 def test_rounding_follows_writes_in_place_and_leaves_views_alone() -> None:
     module = torch.nn.Identity()
-    with rounding(module, "fp16"):
+    with rounding(module, FP16):
         values = torch.full((2, 2), 1 / 3) + 0
         row = values[0]
         row.mul_(1 / 3)

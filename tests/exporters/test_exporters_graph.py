@@ -16,6 +16,7 @@ import pytest
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.job import Job
+from diffship.core.precision import FP32
 from diffship.core.weights import source_digest
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.exporter import _code_digest
@@ -192,7 +193,7 @@ def test_a_module_that_branches_on_its_size_is_refused() -> None:
             return (x.relu() if x.shape[0] > 5 else x.tanh(),)
 
     spec = TensorSpec("x", "float32", ("batch_size", 4))
-    programs = capture(Branching(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), torch.float32)
+    programs = capture(Branching(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32)
     with pytest.raises(UnsupportedError, match="other operations at other sizes"):
         Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
 
@@ -209,7 +210,7 @@ def test_an_operation_without_a_form_is_named() -> None:
             return (torch.special.i0(x),)
 
     spec = TensorSpec("x", "float32", ("batch_size", 4))
-    programs = capture(Odd(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), torch.float32)
+    programs = capture(Odd(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32)
     with pytest.raises(UnsupportedError, match=r"no ONNX form for aten\.\S*i0"):
         Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
 

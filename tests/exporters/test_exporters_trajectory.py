@@ -19,6 +19,7 @@ from diffship.core.dtype import meta_of
 from diffship.core.errors import BundleError, ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import parse_manifest
+from diffship.core.precision import FP16
 from diffship.core.safetensors_file import write_safetensors
 from diffship.export import export
 from diffship.exporters.gated import GatedModel
@@ -107,6 +108,15 @@ def test_an_engine_that_fails_and_too_little_memory(bundle: Bundle) -> None:
     assert check.status == "skipped" and "does not fit memory whole" in check.text()
 
 
+def test_a_unet_that_no_engine_here_computes_is_not_drawn(bundle: Bundle) -> None:
+    """An export in bf16 with a trajectory used to end in "does not draw the same"."""
+    golden, part = bundle.manifest.trajectory, bundle.part("unet")
+    assert golden is not None
+    narrow = replace(bundle.manifest, parts=(replace(part, precision="bf16", golden=None),))
+    check = check_trajectory(Bundle(bundle.path, narrow), golden, make_engine("onnxruntime"), ROOM)
+    assert check.status == "skipped" and "no engine here computes bf16" in check.text()
+
+
 def test_what_is_no_golden_trajectory_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     golden = bundle.manifest.trajectory
     assert golden is not None
@@ -164,7 +174,7 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     made = TensorRt(max_shapes=("unet.sample:1x4x16x16",), opt_shapes=("unet.sample:1x4x16x16",))
     sizes = made.golden_sizes(emoji.components["unet"], emoji.family, 2)
     assert sizes["batch_size"] == 1
-    golden = write_trajectory(emoji, sizes, tmp_path, 1, "fp16", ROOM)
+    golden = write_trajectory(emoji, sizes, tmp_path, 1, FP16, ROOM)
     trajectory = unpack((tmp_path / golden.start).read_bytes())
     assert trajectory.guidance == 1.0 and trajectory.negative is None and 40 < (golden.tolerance.psnr_db or 0) < 100
     eight = TensorRt(**{f"{kind}_shapes": ("unet.sample:8x4x16x16",) for kind in ("min", "opt", "max")})

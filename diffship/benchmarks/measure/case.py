@@ -10,7 +10,7 @@ from typing import Any
 from diffship.core.errors import ConfigError
 from diffship.core.job import digest_of
 from diffship.core.limits import LIMITS
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import PRECISIONS
 from diffship.core.strict import bounded, bounds, choices, key_value
 
 IMAGE = "image"

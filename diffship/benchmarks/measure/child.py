@@ -13,7 +13,7 @@ from typing import Any
 from diffship.benchmarks.measure.case import IMAGE, Case, engine_of
 from diffship.benchmarks.measure.ceiling import ceilings
 from diffship.benchmarks.measure.clock import device_peak, report, timed
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import precision_of
 from diffship.core.strict import load
 
 
@@ -44,7 +44,7 @@ def _model(case: Case, order: Mapping[str, Any]) -> Any:
     if engine == "torch":
         from diffship.models.sources.opening import open_source
 
-        return open_source(order["folder"]).model(case.device, PRECISIONS[case.precision])
+        return open_source(order["folder"]).model(case.device, precision_of(case.precision).activations)
     from diffship.core.bundle import Bundle
     from diffship.runtimes.engines.model import BundleModel
 

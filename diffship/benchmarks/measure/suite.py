@@ -15,7 +15,7 @@ from diffship.benchmarks.measure.case import Bench
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.spec import PRECISIONS
+from diffship.core.precision import PRECISIONS
 from diffship.core.strict import bounded, bounds, choices, load, unknown
 
 SCHEMA = 1

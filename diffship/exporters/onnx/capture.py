@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
-from diffship.core.spec import CAST_WITHIN, TensorSpec
+from diffship.core.precision import Precision
+from diffship.core.spec import TensorSpec
+from diffship.models.parts.component import assign
+from diffship.models.parts.filling import computed_names, tied
 
 if TYPE_CHECKING:
     import torch
@@ -30,27 +33,30 @@ else:
 Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
 NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard")  # nodes that no graph needs
 LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a constant becomes a tensor of the program
-# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. Small: a
-# VAE's tensors must stay below 2**31 elements, from where on diffusers takes another way
-_RATIOS = ((3, 17, 2), (5, 11, 31), (7, 13, 37), (23, 29, 41), (19, 43, 47))
+# multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. All but
+# the first have a multiple of 8 and one less than that, which tells `h // 4` from `(h + 1) // 4`. Small: a VAE's
+# tensors must stay below 2**31 elements, from where on diffusers takes another way
+_RATIOS = ((3, 17, 2), (7, 16, 31), (15, 8, 37), (23, 48, 71), (39, 32, 47))
 
 
 def capture(
-    module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Sequence[Mapping[str, int]], dtype: torch.dtype
+    module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Sequence[Mapping[str, int]], precision: Precision
 ) -> Programs:
     """The programs of `module` (on the meta device) at all `sizes`, equal but for numbers that depend on a size.
 
-    Parameters and float inputs take `dtype`; `timestep` stays float32. In bfloat16, inputs and outputs stay float32.
+    Parameters have the dtype of `precision.activations`, inputs and outputs those of its ports.
 
     Raises:
         UnsupportedError: torch.export cannot follow the module's Python code.
     """
+    inner, outer = (getattr(torch, name) for name in (precision.activations, precision.ports))
+    own = copy.deepcopy(module).eval().requires_grad_(False)
     with _quiet(), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        part = _as_fake(module, dtype)
-        narrow = dtype == torch.bfloat16
-        fake = _Float32Around(part, [spec.name for spec in inputs]) if narrow else _Positional(part)
-        outer = torch.float32 if narrow else dtype
-        return tuple(_export(fake, tuple(_feed(spec, known, outer) for spec in inputs)) for known in sizes)
+        part = _as_fake(own, inner)
+        casts = [spec.is_float and not spec.exact for spec in inputs]
+        fake = _Positional(part) if inner == outer else _Between(part, casts, inner, outer)
+        ports = [precision.port(spec) for spec in inputs]
+        return tuple(_export(fake, tuple(_feed(port, known) for port in ports)) for known in sizes)
 
 
 def decomposed(programs: Programs, known: Collection[str]) -> Programs:
@@ -113,41 +119,40 @@ class _Positional(Module):
         return self.part(*feeds)
 
 
-class _Float32Around(_Positional):
-    """bfloat16 inside. Times and sizes stay float32 on their way in, as eight bits are too few for them."""
+class _Between(_Positional):
+    """A part in dtype `inner` with inputs and outputs in `outer`; inputs that `casts` leaves out stay as they are."""
 
-    def __init__(self, part: torch.nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, part: torch.nn.Module, casts: Sequence[bool], inner: torch.dtype, outer: torch.dtype) -> None:
         super().__init__(part)
-        self._kept = [name in CAST_WITHIN for name in names]
+        self._casts, self._inner, self._outer = tuple(casts), inner, outer
 
     def forward(self, *feeds: torch.Tensor) -> Any:
-        pairs = zip(feeds, self._kept, strict=True)
-        found = self.part(*(x if kept or not x.is_floating_point() else x.to(torch.bfloat16) for x, kept in pairs))
-        return tuple(x.float() for x in found) if isinstance(found, tuple) else found.float()
+        pairs = zip(feeds, self._casts, strict=True)
+        found = self.part(*(x.to(self._inner) if cast else x for x, cast in pairs))
+        return tuple(x.to(self._outer) for x in found) if isinstance(found, tuple) else found.to(self._outer)
 
 
 def _as_fake(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of `module` with fake CPU tensors; called inside a FakeTensorMode."""
-    fake = copy.deepcopy(module).eval().requires_grad_(False)
-    for owner in fake.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = torch.nn.Parameter(_blank(parameter, dtype), requires_grad=False)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = _blank(buffer, dtype)
-    return fake
+    """`module` with fake CPU tensors in place of its own; called inside a FakeTensorMode.
+
+    Its weights have `dtype`, tied ones stay tied, and computed buffers keep their own dtype.
+    """
+    state = module.state_dict()
+    for group in tied(module):
+        tensor = _blank(state[group[0]], dtype)
+        for name in group:
+            tensor = assign(module, name, tensor)
+    for name in computed_names(module):
+        assign(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+    return module
 
 
 def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def _feed(spec: TensorSpec, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
-    own = torch.float32 if spec.name == "timestep" else dtype
-    if not spec.dtype.startswith(("float", "bfloat")):
-        own = getattr(torch, spec.dtype)
-    return torch.zeros(spec.resolve(sizes), dtype=own)
+def _feed(port: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
+    return torch.zeros(port.resolve(sizes), dtype=getattr(torch, port.dtype))
 
 
 @contextmanager

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from diffship import models
-from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
+from diffship.core.precision import PRECISIONS, Precision, precision_of
 from diffship.core.problem import Problem
-from diffship.core.spec import PRECISIONS, TensorSpec
-from diffship.core.strict import bounded, bounds, choices
+from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
-from diffship.models.parts.component import INNER, SHOWN, Component, torch_dtype, unexpected
+from diffship.models.parts.component import SHOWN, Component, unexpected
+from diffship.models.parts.filling import INNER, sources
 from diffship.models.pipeline import Pipeline
 from diffship.models.walks.points import point_paths
 
@@ -68,12 +68,18 @@ class Onnx:
     )
 
     def __post_init__(self) -> None:
-        if self.precision == "bf16" and self.opset < _BF16_OPSET:
+        if self.format.activations == "bfloat16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
+
+    @property
+    def format(self) -> Precision:
+        """What `precision` means."""
+        return precision_of(self.precision)
 
     def of(self, component: Component) -> Onnx:
         """The exporter of this part: itself, or one of fp32 where fp16 would overflow; bf16 has float32's range."""
-        return replace(self, precision="fp32") if self.precision == "fp16" and component.overflows_half else self
+        fitting = self.format.for_range(component.overflows_half)
+        return self if fitting is self.format else replace(self, precision=fitting.name)
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """Everything that would stop an export of these components, found without reading a weight.
@@ -94,8 +100,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        width = TensorMeta(PRECISIONS[self.of(component).precision], ()).nbytes
-        return component.parameters * width + (4 << 20)
+        return component.parameters * self.of(component).format.weight_bytes + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that `export` takes beside the process as it is: the graph, or the largest tensor three times."""
@@ -127,7 +132,7 @@ class Onnx:
             done += count
             job.progress(f"weights {component.name}", done, total)
 
-        digest = pour(model, component.weights, folder, component.name, on_bytes)
+        digest = pour(model, component.weights, folder, component.name, on_bytes, _held(component))
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
@@ -142,8 +147,8 @@ class Onnx:
         return Part(
             name=component.name,
             files=files,
-            inputs=tuple(self._spec(spec) for spec in component.inputs),
-            outputs=tuple(self._spec(spec) for spec in component.outputs),
+            inputs=tuple(map(self.format.port, component.inputs)),
+            outputs=tuple(map(self.format.port, component.outputs)),
             precision=self.precision,
             source_digest=digest,
             extra=extra,
@@ -156,11 +161,13 @@ class Onnx:
     def graph(self, component: Component) -> bytes:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
-        dtype = torch_dtype(PRECISIONS[self.precision])
         module = component.meta
-        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), dtype)
+        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), self.format)
         need("onnx")  # teaches numpy bfloat16
-        translation = Translation(decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER))
+        constants = component.computed()
+        translation = Translation(
+            decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER), constants
+        )
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -172,15 +179,10 @@ class Onnx:
             "options": asdict(self),
             "part": [component.name, component.class_name],
             "config": component.config,
-            "specs": [spec.to_json() for spec in (*component.inputs, *component.outputs)],
+            "specs": [plain(spec) for spec in (*component.inputs, *component.outputs)],
             "versions": _versions(),
         }
         return digest_of(facts)
-
-    def _spec(self, spec: TensorSpec) -> TensorSpec:
-        if not spec.dtype.startswith("float") or spec.name == "timestep" or self.precision == "bf16":
-            return spec
-        return TensorSpec(spec.name, PRECISIONS[self.precision], spec.shape)
 
 
 def _left_out(component: Component) -> dict[str, object]:
@@ -189,11 +191,17 @@ def _left_out(component: Component) -> dict[str, object]:
     return {"unused_tensors": {"count": len(names), "first": names[:SHOWN]}} if names else {}
 
 
+def _held(component: Component) -> dict[str, str]:
+    """{name in a graph: name in the weights} of tied tensors whose names differ there."""
+    found = sources(component.meta, set(component.weights.names()))
+    return {name.removeprefix(INNER): source for name, source in found.items() if name.removeprefix(INNER) != source}
+
+
 def _check_weights(component: Component) -> list[Problem]:
-    known = set(component.weights.names())
-    problems = []
-    for name, tensor in component.meta.state_dict().items():
-        source = name.removeprefix(INNER)
+    known, module = set(component.weights.names()), component.meta
+    problems, source_of = [], sources(module, known)
+    for name, tensor in module.state_dict().items():
+        source = source_of[name]
         if source not in known:
             problems.append(Problem(component.name, f"its weights have no tensor {source!r}"))
         elif component.weights.meta(source).shape != tuple(tensor.shape):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
-from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+from diffship.core.spec import is_product
+from diffship.exporters.onnx.layout import DATA_FILE
+from diffship.exporters.onnx.stored import PLAIN, Form, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,10 +105,9 @@ class Graph:
     def ints(self, values: Sequence[int]) -> str:
         return self.constant(np.array(values, np.int64)).name
 
-    def weight(self, weight: Weight, transposed: bool = False) -> Value:
-        """The initialiser of a parameter; stored transposed where asked, as engines would fold that at every load."""
-        name = weight.source + (TRANSPOSED if transposed else "")
-        shape = weight.shape[::-1] if transposed else weight.shape
+    def weight(self, weight: Weight, form: Form = PLAIN) -> Value:
+        """The initialiser of a parameter, stored in `form`."""
+        name, shape = Stored(weight.source, form).name, form.shape(weight.shape)
         self.weights[name] = Weight(weight.source, weight.dtype, shape)
         return Value(name, weight.dtype, shape)
 
@@ -158,7 +159,15 @@ class Graph:
 
 def port(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     """A graph input or output."""
-    return helper.make_tensor_value_info(name, TYPES[dtype], shape)
+    return helper.make_tensor_value_info(name, TYPES[dtype], [_axis_name(axis) for axis in shape])
+
+
+def _axis_name(axis: int | str) -> int | str:
+    """A product of axes as one identifier, `height_times_width_over_4`; the manifest has the expression.
+
+    What optimum's runtime evaluates (`latent_height * 8`) stays as it is.
+    """
+    return axis.replace(" * ", "_times_").replace(" / ", "_over_") if is_product(axis) else axis
 
 
 def _value_info(value: Value) -> onnx.ValueInfoProto:

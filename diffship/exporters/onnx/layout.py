@@ -10,7 +10,6 @@ from diffship.models.pipeline import Pipeline
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
-TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
 
 
 def write_part_config(component: Component, folder: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
 
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, to_float32
@@ -12,7 +13,8 @@ from diffship.core.errors import ConfigError, SourceError
 from diffship.core.lazy import lazy
 from diffship.core.weights import Weights, source_digest
 from diffship.exporters.onnx.graph import NAMES
-from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+from diffship.exporters.onnx.layout import DATA_FILE
+from diffship.exporters.onnx.stored import Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,16 +27,24 @@ else:
 OnTensor = Callable[[int], None]
 
 
-def pour(model: onnx.ModelProto, weights: Weights, folder: Path, part: str, on_bytes: OnTensor | None = None) -> str:
+def pour(
+    model: onnx.ModelProto,
+    weights: Weights,
+    folder: Path,
+    part: str,
+    on_bytes: OnTensor | None = None,
+    held: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Write DATA_FILE into `folder` at the offsets that `model` states; the source digest of all `weights`.
 
-    `on_bytes(n)` follows each tensor of n bytes.
+    `on_bytes(n)` follows each tensor of n bytes. `held` is the name in `weights` of a tensor that has another one in
+    the graph.
 
     Raises:
         SourceError: a tensor is missing, of another shape, or holds NaN or infinity.
         ConfigError: a value does not fit the model's type.
     """
-    places = _places(model)
+    places = {held.get(source, source): found for source, found in _places(model).items()}
     known = set(weights.names())
     for source in places:
         if source not in known:
@@ -54,8 +64,7 @@ class _Place:
 
     def __init__(self, tensor: onnx.TensorProto) -> None:
         claims = {entry.key: entry.value for entry in tensor.external_data}
-        self.transposed = tensor.name.endswith(TRANSPOSED)
-        self.source = tensor.name.removesuffix(TRANSPOSED)
+        self.stored = Stored.of(tensor.name)
         self.meta = TensorMeta(NAMES[tensor.data_type], tuple(tensor.dims))
         self.offset = int(claims["offset"])
         self.end = self.offset + int(claims["length"])
@@ -66,7 +75,7 @@ def _places(model: onnx.ModelProto) -> dict[str, list[_Place]]:
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = _Place(tensor)
-            places[place.source].append(place)
+            places[place.stored.source].append(place)
     return places
 
 
@@ -105,14 +114,10 @@ class _Poured:
 def _converted(array: NDArray[np.generic], meta: TensorMeta, place: _Place, label: str) -> NDArray[np.generic]:
     if meta.dtype in FLOATS:
         array = _as_float(array, meta.dtype, place.meta.dtype, label)
-    turned = array.T if place.transposed else array
-    if tuple(turned.shape) != place.meta.shape:
-        raise SourceError(f"{label} has shape {meta.shape}; its config asks for {_asked(place)}")
-    return np.ascontiguousarray(turned, place.meta.storage)
-
-
-def _asked(place: _Place) -> tuple[int, ...]:
-    return place.meta.shape[::-1] if place.transposed else place.meta.shape
+    form = place.stored.form
+    if form.shape(tuple(array.shape)) != place.meta.shape:
+        raise SourceError(f"{label} has shape {meta.shape}; its config asks for {form.shape(place.meta.shape)}")
+    return np.ascontiguousarray(form.values(array), place.meta.storage)
 
 
 def _as_float(array: NDArray[np.generic], dtype: str, wanted: str, label: str) -> NDArray[np.generic]:

@@ -20,7 +20,8 @@ from diffship.core.limits import LIMITS
 from diffship.core.manifest import MANIFEST_NAME, Manifest, Part, parse_manifest
 from diffship.core.onnx_wire import external_data
 from diffship.core.weights import SafetensorsWeights, Weights
-from diffship.exporters.onnx.layout import DATA_FILE, TRANSPOSED
+from diffship.exporters.onnx.layout import DATA_FILE
+from diffship.exporters.onnx.stored import Stored
 
 _WEIGHTS = {"text_encoder": "text_encoder", "unet": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}
 
@@ -32,7 +33,7 @@ def strip(bundle: Bundle, out: Path) -> None:
         BundleError: a part is not proved, or not fp32: neither could be restored.
     """
     for part in bundle.manifest.parts:
-        if part.proof["status"] != "proved" or part.precision != "fp32":
+        if part.proof["status"] != "proved" or not part.format.lossless:
             raise BundleError(f"{bundle.path}: part {part.name} is {part.proof['status']}, {part.precision}")
     shutil.copytree(bundle.path, out, ignore=shutil.ignore_patterns(DATA_FILE))
 
@@ -71,13 +72,12 @@ def _pour(part: Part, weights: Weights, folder: Path) -> None:
     known = set(weights.names())
     with open(data, "wb") as file:
         for claim in external_data(model):
-            source = claim.tensor.removesuffix(TRANSPOSED)
-            if source not in known:
-                raise SourceError(f"{part.name}: its weights have no tensor {source!r}")
-            array = to_float32(weights.read(source), weights.meta(source).dtype)
-            turned = array.T if claim.tensor != source else array
+            stored = Stored.of(claim.tensor)
+            if stored.source not in known:
+                raise SourceError(f"{part.name}: its weights have no tensor {stored.source!r}")
+            array = to_float32(weights.read(stored.source), weights.meta(stored.source).dtype)
             file.seek(claim.offset)
-            file.write(np.ascontiguousarray(turned, "<f4").data)
+            file.write(np.ascontiguousarray(stored.form.values(array), "<f4").data)
         file.truncate(int(part.extra["data_bytes"]))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
@@ -18,6 +19,7 @@ from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
 from diffship.exporters.onnx.points import module_outputs
+from diffship.exporters.onnx.sizes import Rule, rule_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,12 +50,20 @@ def implements(*names: str) -> Callable[[Operator], Operator]:
 class Translation:
     """The state of one walk: what each node of the program has become, and the node in hand."""
 
-    def __init__(self, programs: Programs, opset: int, weight_name: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        opset: int,
+        weight_name: Callable[[str], str],
+        constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """`constants` are the values of buffers, by their names in the module, that become part of the graph itself."""
         self.graph = Graph(opset)
         self.opset = opset
         self._program = programs[0]
         self._twins = _matched(programs)
         self._weight_name = weight_name
+        self._constants = constants
         self._known: dict[torch.fx.Node, Any] = {}
         self._lengths: dict[tuple[int, ...], str] = {}
         self._points: dict[str, str] = {}
@@ -96,7 +106,7 @@ class Translation:
         if isinstance(value, Weight):
             return self.graph.weight(value)
         if isinstance(value, torch.Tensor):
-            return self.graph.constant(_real(value).numpy())
+            return self.graph.constant(_array(_real(value)))
         if isinstance(value, Size):
             return self.emit("Squeeze", self.sizes([value]), self.graph.ints([0]), dtype="int64", shape=())
         return self.graph.constant(np.array(value, dtype or self.dtype))
@@ -173,20 +183,21 @@ class Translation:
 
     def _input(self, node: torch.fx.Node, spec: TensorSpec, ports: list[onnx.ValueInfoProto]) -> Value:
         made = Value(spec.name, dtype_name(node.meta["val"].dtype), self._shapes(node)[0])
-        if spec.name != "timestep":
+        if not spec.per_sample:
             ports.append(port(spec.name, made.dtype, spec.shape))
             self._measure(made)
             return made
         # one value for all samples or one per sample: an axis of its own here, and an `Expand` in the model
-        ports.append(port(spec.name, made.dtype, ("timesteps",)))
+        ports.append(port(spec.name, made.dtype, (f"{spec.name}s",)))
         return self.graph.emit("Reshape", [spec.name, self.graph.ints([-1])], made.dtype, made.shape)
 
     def _stored(self, entry: Any, node: torch.fx.Node) -> Any:
         if entry.kind == graph_signature.InputKind.CONSTANT_TENSOR:
             return self._program.constants[entry.target]
-        value = node.meta["val"]
-        source = self._weight_name(entry.target.removeprefix(_PREFIX))
-        return Weight(source, dtype_name(value.dtype), tuple(value.shape))
+        value, name = node.meta["val"], entry.target.removeprefix(_PREFIX)
+        if name in self._constants:
+            return self._constants[name]
+        return Weight(self._weight_name(name), dtype_name(value.dtype), tuple(value.shape))
 
     def _call(self, node: torch.fx.Node) -> Any:
         target = str(node.target)
@@ -232,12 +243,28 @@ class Translation:
                         self._lengths[dim] = self.graph.emit("Shape", [tensor.name], "int64", (1,), **cut).name
 
     def _length(self, size: Size) -> str:
+        """The name of an int64 vector that holds the size: what a tensor before is long, or computed from that."""
         if size.values not in self._lengths:
-            told = ", then ".join(map(str, size.values))
-            raise UnsupportedError(
-                f"{self.node.target} needs the number {told} at growing sizes, which no tensor before it is long"
-            )
+            rule = rule_for(size.values, self._lengths)
+            if rule is None:
+                told = ", then ".join(map(str, size.values))
+                raise UnsupportedError(
+                    f"{self.node.target} needs the number {told} at growing sizes, which no tensor before it is long, "
+                    "and which follows from none of them"
+                )
+            self._lengths[size.values] = self._computed(rule)
         return self._lengths[size.values]
+
+    def _computed(self, rule: Rule) -> str:
+        name, *others = (self._lengths[values] for values in rule.of)
+        factor = [] if rule.factor == 1 else [self.graph.ints([rule.factor])]
+        for other in (*others, *factor):
+            name = self.graph.emit("Mul", [name, other], "int64", (1,)).name
+        if rule.offset:
+            name = self.graph.emit("Add", [name, self.graph.ints([rule.offset])], "int64", (1,)).name
+        if rule.divisor != 1:
+            name = self.graph.emit("Div", [name, self.graph.ints([rule.divisor])], "int64", (1,)).name
+        return name
 
     def _shapes(self, node: torch.fx.Node) -> list[tuple[Dim, ...]]:
         traces = zip(*(_results(twin) for twin in self._twins[node]), strict=True)
@@ -317,6 +344,13 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     if found is None:
         raise UnsupportedError(f"a constant of shape {tuple(tensor.shape)} has no values while a part is traced")
     return found.detach()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    # torch hands no bfloat16 to numpy, which has it from the onnx package
+    return tensor.contiguous().view(torch.int16).numpy().view("bfloat16")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -77,7 +77,7 @@ class TensorRt:
         capabilities = self._capabilities
         self._graphs()  # it refuses an opset, and `_asked` a shape, that cannot be
         self._asked()
-        if self.precision == "bf16" and any(sm < _BF16_SM for sm in capabilities):
+        if self._graphs().format.activations == "bfloat16" and any(sm < _BF16_SM for sm in capabilities):
             raise ConfigError(
                 f"GPUs below SM {_BF16_SM} have no bfloat16: take --precision fp16, or leave them out of --sm"
             )
@@ -106,7 +106,7 @@ class TensorRt:
     def disk_bytes(self, component: Component) -> int:
         """What the plan takes at the most, and the graph that it is built from while it is."""
         weights = self.through(component).disk_bytes(component)
-        twin = 2 * weights if self.precision == "bf16" else 0  # in float32, which can be proved here
+        twin = 0 if self._graphs().format.on_cpu else 2 * weights  # in float32, which can be proved here
         return (1 + max(1, len(self._capabilities))) * weights + twin
 
     def memory_bytes(self, component: Component) -> int:

@@ -13,6 +13,7 @@ from diffship.core.lazy import lazy
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, count_parameters, source_digest
 from diffship.models.parts.examples import draw
+from diffship.models.parts.filling import INNER, computed, computed_names, sources, tied
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +28,6 @@ else:
     torch, nn = lazy("torch"), lazy("torch.nn")
 
 SHOWN = 8  # unused tensors that are named
-INNER = "inner."  # every part wraps its network in an attribute of this name
 
 
 @brief
@@ -93,6 +93,11 @@ class Component:
         """Axis name -> smallest legal size."""
         return dict(self.smallest)
 
+    def computed(self) -> dict[str, torch.Tensor]:
+        """Buffers that no weight file holds (position tables), by name, with their values; usually there are none."""
+        with reading(self.name, self.class_name):
+            return computed(self.meta, self.build, self.name)
+
     def example(self, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.generic]]:
         """Plausible feeds, equal for equal seed and sizes; axes that `sizes` leaves out have their smallest size."""
         known = {**self.smallest, **(sizes or {})}
@@ -106,11 +111,14 @@ class Component:
             SourceError: a tensor is missing or has another shape than the config asks for.
         """
         module = self.meta
-        fill(module, self.weights, device, torch_dtype(dtype), f"{self.name} ({self.class_name})")
+        label = f"{self.name} ({self.class_name})"
+        for name, tensor in computed(module, self.build, label).items():
+            assign(module, name, tensor.to(device))
+        fill(module, self.weights, device, torch_dtype(dtype), label)
         return module.eval()
 
     def load(self, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TorchRunner:
-        """A runner on torch; float feeds are cast to `dtype`, `timestep` and `time_ids` stay float32."""
+        """A runner on torch; float feeds are cast to `dtype`, exact ones stay float32."""
         from diffship.models.parts.runner import TorchRunner
 
         kind = torch_dtype(dtype)
@@ -140,32 +148,36 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def weight_metas(module: nn.Module, dtype: str = "float32") -> dict[str, TensorMeta]:
-    """{name without `inner.`: TensorMeta} of everything that a part loads."""
-    return {
-        name.removeprefix(INNER): TensorMeta(dtype, tuple(tensor.shape)) for name, tensor in module.state_dict().items()
-    }
+    """{name without `inner.`: TensorMeta} of everything that a part loads; of tied tensors, the first name alone."""
+    state = module.state_dict()
+    return {name.removeprefix(INNER): TensorMeta(dtype, tuple(state[name].shape)) for name, *_ in tied(module)}
 
 
 def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, label: str) -> None:
     """Replace every meta tensor of `module` by its weight, one at a time, so that nothing is held twice.
 
+    Tied tensors stay tied. Buffers that no weight file holds must have their values already (`Component.computed`).
+
     Raises:
-        SourceError: a tensor is missing, has another shape, or is none of the module's.
-        UnsupportedError: the module has a buffer that no weight file holds.
+        SourceError: a tensor is missing or has another shape, or tied ones differ in the weights.
+        UnsupportedError: a buffer that no weight file holds has no values.
     """
     known = set(weights.names())
-    expected = module.state_dict()
-    missing = [name for name in expected if name.removeprefix(INNER) not in known]
+    expected, source = module.state_dict(), sources(module, known)
+    missing = [name for name in expected if source[name] not in known]
     if missing:
         raise SourceError(f"{label}: {len(missing)} tensors are missing from its weights, first {missing[0]!r}")
-    _refuse_computed(module, expected, label)
-    for name, empty in expected.items():
-        tensor = read_tensor(weights, name.removeprefix(INNER))
+    _refuse_computed(module, label)
+    for group in tied(module):
+        tensor, empty = read_tensor(weights, source[group[0]]), expected[group[0]]
         if tensor.shape != empty.shape:
             raise SourceError(
-                f"{label}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}"
+                f"{label}: {group[0]} has shape {tuple(tensor.shape)}, its config asks for {tuple(empty.shape)}"
             )
-        _assign(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+        _refuse_untied(weights, known, group, tensor, label)
+        filled = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name in group:
+            filled = assign(module, name, filled)
 
 
 def unexpected(module: nn.Module, weights: Weights) -> list[str]:
@@ -183,13 +195,19 @@ def unused_text(part: str, count: int, first: Sequence[str]) -> str:
     return f"{part} does not take {count} tensors of its weight files: {', '.join(first)}"
 
 
-def _refuse_computed(module: nn.Module, expected: Mapping[str, Any], label: str) -> None:
-    """Raises UnsupportedError for a buffer without a name in the state: built on the meta device, it has no values."""
-    for name, buffer in module.named_buffers():
-        if name not in expected and buffer.is_meta:
-            raise UnsupportedError(
-                f"{label}: the buffer {name} is computed when the part is made, which is not built yet"
-            )
+def _refuse_computed(module: nn.Module, label: str) -> None:
+    """Raises UnsupportedError for a buffer without a name in the state that is still on the meta device."""
+    for name in computed_names(module):
+        if module.get_buffer(name).is_meta:
+            raise UnsupportedError(f"{label}: the buffer {name} is computed when the part is made, and was not")
+
+
+def _refuse_untied(weights: Weights, known: set[str], group: Sequence[str], tensor: torch.Tensor, label: str) -> None:
+    """Raises SourceError where the weights hold tensors under several names of `group` that are not equal."""
+    held = [name.removeprefix(INNER) for name in group if name.removeprefix(INNER) in known]
+    for other in held[1:]:
+        if not torch.equal(read_tensor(weights, other), tensor):
+            raise SourceError(f"{label}: {held[0]} and {other} are one tensor by its config, and differ in its weights")
 
 
 def read_tensor(weights: Weights, name: str) -> torch.Tensor:
@@ -204,10 +222,13 @@ def read_tensor(weights: Weights, name: str) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Put `tensor` where `module` has the parameter or buffer `name`; what lies there then, to be shared by others."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
+    if leaf not in owner._parameters:
         owner._buffers[leaf] = tensor
+        return tensor
+    held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    owner._parameters[leaf] = held
+    return held

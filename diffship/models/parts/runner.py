@@ -10,7 +10,7 @@ import numpy as np
 from diffship.core.errors import RunnerError
 from diffship.core.lazy import lazy
 from diffship.core.runner import Array, Handle
-from diffship.core.spec import CAST_WITHIN, TensorSpec
+from diffship.core.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ else:
 class TorchRunner:
     """Feeds by canonical name, numpy or torch or dlpack; numpy comes back where no feed was a tensor of another kind.
 
-    `timestep` may have one value, with or without an axis, or one value per sample.
+    A feed of one value per sample (`timestep`) may have a single one, with or without an axis.
     """
 
     def __init__(
@@ -77,20 +77,18 @@ class TorchRunner:
 
     def _tensor(self, spec: TensorSpec, feed: Array | Handle) -> torch.Tensor:
         tensor = _as_torch(feed.value if isinstance(feed, Handle) else feed)
-        if not spec.dtype.startswith(("float", "bfloat")):
+        if not spec.is_float:
             if tensor.is_floating_point():
                 raise RunnerError(f"tensor {spec.name}: got {tensor.dtype}, expected {spec.dtype}")
             return tensor.to(self.device, getattr(torch, spec.dtype))
-        # times and sizes (999, 1024) are not exact in 16 bits; the parts cast after the sinusoids
-        kind = torch.float32 if spec.name in CAST_WITHIN else self.dtype
-        return tensor.to(self.device, kind)
+        return tensor.to(self.device, torch.float32 if spec.exact else self.dtype)
 
 
 def check_shapes(specs: tuple[TensorSpec, ...], shapes: list[tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of the named axes; raises RunnerError where a feed does not fit. A `timestep` of one value always fits."""
+    """Sizes of the named axes; raises RunnerError where a feed does not fit. One value for all samples always fits."""
     sizes: dict[str, int] = {}
     for spec, shape in zip(specs, shapes, strict=True):
-        if spec.name == "timestep" and shape in ((), (1,)):
+        if spec.per_sample and shape in ((), (1,)):
             continue
         sizes = spec.bind(shape, sizes)
     return sizes

@@ -152,14 +152,14 @@ def _specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[Ten
     width = text_width(config)
     inputs = [
         TensorSpec("sample", "float32", ("batch_size", int(config.get("in_channels", 4)), "height", "width")),
-        TensorSpec("timestep", "float32", ("batch_size",)),
+        TensorSpec("timestep", "float32", ("batch_size",), exact=True),
         TensorSpec("encoder_hidden_states", "float32", ("batch_size", "sequence_length", width)),
     ]
     conditions = condition_names(config)
     if "time_ids" in conditions:
         pooled, ids = text_time_widths(config)
         inputs.append(TensorSpec("text_embeds", "float32", ("batch_size", pooled)))
-        inputs.append(TensorSpec("time_ids", "float32", ("batch_size", ids)))
+        inputs.append(TensorSpec("time_ids", "float32", ("batch_size", ids), exact=True, whole=True))
     if "timestep_cond" in conditions:
         inputs.append(TensorSpec("timestep_cond", "float32", ("batch_size", int(config["time_cond_proj_dim"]))))
     out = TensorSpec("out_sample", "float32", ("batch_size", int(config.get("out_channels", 4)), "height", "width"))

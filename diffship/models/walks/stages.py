@@ -1,7 +1,8 @@
 """Stages: a part cut at layer boundaries into components with explicit boundary tensors.
 
-Run one after the other they compute what the whole computes. The memory-bounded gate runs them so; chunks and
-partitioned execution place them on different files and devices.
+Run one after the other they compute what the whole computes. References of a proof that is bounded in memory are
+computed so; chunks and partitioned execution place them on different files and devices. (A finished graph is cut by
+`runtimes.onnx_split`, for which blocks have no meaning.)
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
 
 
 def _refuse_bfloat16(manifest: Manifest) -> None:
-    narrow = [part.name for part in manifest.parts if part.precision == "bf16"]
+    narrow = [part.name for part in manifest.parts if not part.format.on_cpu]
     if narrow and manifest.target == "onnx":
         raise UnsupportedError(
             f"{', '.join(narrow)} of this bundle compute in bfloat16, which no engine does on a CPU. "

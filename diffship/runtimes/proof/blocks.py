@@ -94,7 +94,7 @@ def check_blocks(bundle: Bundle, part: Part, engine: Engine, budget: int) -> tup
         what = "does not feed" if odd[0] in model.inputs else "feeds, and the graph does not take,"
         raise BundleError(f"{blocks.file} {what} {odd[0][:80]!a}")
     checks = [_check(GRAPH, bundle, part, engine, budget, model, values, references[GRAPH], blocks.graph)]
-    if blocks.engine and part.precision == "fp16":  # no engine of this version computes ONNX in bfloat16
+    if blocks.engine and part.format.on_cpu:
         checks.append(_check(ENGINE, bundle, part, engine, budget, model, values, references[ENGINE], blocks.engine))
     return tuple(checks)
 
@@ -137,7 +137,7 @@ def _check(
     references: Arrays,
     limits: Mapping[str, Tolerance],
 ) -> BlockCheck:
-    widen = kind == GRAPH and part.precision != "fp32"
+    widen = kind == GRAPH and not part.format.lossless
     size = stage_bytes(engine, "fp32" if widen else part.precision, budget)
     with temporary_folder("blocks") as folder:
         path = bundle.file(part.files[0])

@@ -1,5 +1,10 @@
 """Cut an ONNX model into stretches that run one after the other, so that a model larger than memory can be checked.
 
+A stretch is cut out of a finished graph, at whatever nodes its weights fill the budget and few tensors cross. It is not
+a stage (`models.stages`), which is cut out of a torch module at named blocks, and is a part of its own. A proof needs
+stretches: it must run the very nodes of the file, on machines without torch, and a stage's export would be another
+file.
+
 Only the graph is read; a stretch's weights are copied out of the data file when its path is asked for, and removed
 when the next one is: engines refuse data outside the model's folder, and links that lead there.
 """

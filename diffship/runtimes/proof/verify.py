@@ -281,7 +281,7 @@ def _compute(
     bundle: Bundle, part: Part, engine: Engine, calls: Sequence[Arrays], budget: int
 ) -> tuple[int, list[Arrays]]:
     files = [bundle.file(name) for name in part.files]
-    widen = part.precision == "bf16" and files[0].suffix == ".onnx"  # no engine here computes ONNX in bfloat16
+    widen = files[0].suffix == ".onnx" and not part.format.on_cpu
     size = sum(file.stat().st_size for file in files)
     if widen or engine.gate_bytes(size, part.precision) > budget:
         return run_in_stages(part, files[0], engine, calls, budget, widen)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.benchmarks.studies.mutation.faults import FORMS
 from diffship.core.lazy import lazy
-from diffship.models.parts.component import INNER
+from diffship.models.parts.filling import INNER
 
 if TYPE_CHECKING:
     from torch import nn

@@ -104,11 +104,6 @@ def rsqrt(t: Translation, x: Any) -> Value:
     return t.emit("Reciprocal", t.emit("Sqrt", t.cast(x, t.dtype)))
 
 
-@implements("aten.bitwise_not.default")
-def bitwise_not(t: Translation, x: Any) -> Value:
-    return t.emit("Not" if t.dtype == "bool" else "BitwiseNot", x)
-
-
 def _comparison(aten: str, op: str) -> None:
     @implements(f"aten.{aten}.Tensor", f"aten.{aten}.Scalar")
     def emit(t: Translation, a: Any, b: Any) -> Value:
@@ -141,21 +136,6 @@ def logical_and(t: Translation, a: Any, b: Any) -> Value:
     return t.emit("And", t.cast(a, "bool"), t.cast(b, "bool"))
 
 
-@implements("aten.logical_or.default")
-def logical_or(t: Translation, a: Any, b: Any) -> Value:
-    return t.emit("Or", t.cast(a, "bool"), t.cast(b, "bool"))
-
-
-@implements("aten.bitwise_and.Tensor", "aten.bitwise_and.Scalar")
-def bitwise_and(t: Translation, a: Any, b: Any) -> Value:
-    return _binary(t, "And" if t.dtype == "bool" else "BitwiseAnd", a, b)
-
-
-@implements("aten.bitwise_or.Tensor", "aten.bitwise_or.Scalar")
-def bitwise_or(t: Translation, a: Any, b: Any) -> Value:
-    return _binary(t, "Or" if t.dtype == "bool" else "BitwiseOr", a, b)
-
-
 @implements("aten.where.self")
 def where(t: Translation, condition: Any, a: Any, b: Any) -> Value:
     return t.emit("Where", condition, t.cast(a, t.dtype), t.cast(b, t.dtype))
@@ -170,6 +150,29 @@ def masked_fill(t: Translation, x: Any, mask: Any, value: float) -> Value:
 def clamp(t: Translation, x: Any, low: float | None = None, high: float | None = None) -> Value:
     bounds = [None if bound is None else t.value(bound) for bound in (low, high)]
     return t.emit("Clip", t.cast(x, t.dtype), *bounds)
+
+
+@implements("aten.minimum.default")
+def minimum(t: Translation, a: Any, b: Any) -> Value:
+    return _binary(t, "Min", a, b)
+
+
+@implements("aten.clamp.Tensor")
+def clamp_between(t: Translation, x: Any, low: Any = None, high: Any = None) -> Value:
+    """Where `low` is above `high`, the result is `high`."""
+    raised = t.cast(x, t.dtype) if low is None else _binary(t, "Max", x, low)
+    return raised if high is None else _binary(t, "Min", raised, high)
+
+
+@implements("aten.isinf.default")
+def isinf(t: Translation, x: Any) -> Value:
+    return t.emit("IsInf", t.cast(x, "float32"))  # below opset 20, of float32 alone
+
+
+@implements("aten.any.default")
+def any_(t: Translation, x: Any) -> Value:
+    """ONNX has no reduction of truths."""
+    return t.cast(_reduce(t, "ReduceMax", t.cast(x, "bool"), None, False, "int32"), "bool")
 
 
 @implements("aten.silu.default")
@@ -215,7 +218,8 @@ def sum_(t: Translation, x: Any, axes: list[int] | None, keepdim: bool = False) 
     return _reduce(t, "ReduceSum", x, axes, keepdim)
 
 
-def _reduce(t: Translation, op: str, x: Any, axes: list[int] | None, keepdim: bool) -> Value:
-    """No axes are all axes, in torch as in ONNX."""
+def _reduce(t: Translation, op: str, x: Any, axes: list[int] | None, keepdim: bool, dtype: str = "") -> Value:
+    """In `dtype`, by default the result's. No axes are all axes, in torch as in ONNX."""
     over = [t.graph.ints(axes)] if axes else []
-    return t.emit(op, t.cast(x, t.dtype), *over, keepdims=int(keepdim))
+    kind = dtype or t.dtype
+    return t.emit(op, t.cast(x, kind), *over, dtype=kind, keepdims=int(keepdim))

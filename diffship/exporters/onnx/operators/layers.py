@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.exporters.onnx.graph import FREE, Dim, Size, Value, Weight
+from diffship.exporters.onnx.stored import TRANSPOSED
 from diffship.exporters.onnx.translate import Translation, implements
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ else:
 @implements("aten.linear.default")
 def linear(t: Translation, x: Any, weight: Any, bias: Any = None) -> Value:
     """MatMul with the weight stored transposed: engines pack it once, and fuse the bias."""
-    kernel = t.graph.weight(weight, transposed=True) if isinstance(weight, Weight) else _transposed(t, weight)
+    kernel = t.graph.weight(weight, TRANSPOSED) if isinstance(weight, Weight) else _transposed(t, weight)
     product = t.emit("MatMul", x, kernel)
     return product if bias is None else t.emit("Add", product, bias)
 
@@ -195,27 +196,3 @@ def upsample_nearest(t: Translation, x: Any, sizes: Sequence[Any] | None, scales
     found = t.value(x)
     head = [_dim(dim) for dim in found.shape[:2]]
     return t.emit("Resize", found, None, None, t.sizes([*head, *(sizes or ())]), **options)
-
-
-@implements("aten.avg_pool2d.default")
-def avg_pool(
-    t: Translation,
-    x: Any,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0, 0),
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Value:
-    if ceil_mode or divisor_override is not None:
-        raise UnsupportedError("average pooling with ceil_mode or divisor_override has no ONNX form here")
-    ends = _pair(padding)
-    return t.emit(
-        "AveragePool",
-        x,
-        kernel_shape=_pair(kernel),
-        strides=_pair(stride or kernel),
-        pads=[*ends, *ends],
-        count_include_pad=int(count_include_pad),
-    )

@@ -17,7 +17,6 @@ _WRAP_OPSET = 19  # the first whose Pad goes round
     "aten.contiguous.default",
     "aten.clone.default",
     "aten.detach.default",
-    "aten.detach_.default",
     "aten.alias.default",
 )
 def unchanged(t: Translation, x: Any) -> Value:
@@ -33,12 +32,6 @@ def dropout(t: Translation, x: Any, share: float, train: bool) -> Value:
 
 @implements("aten.to.dtype", "aten.to.device", "aten._to_copy.default")
 def convert(t: Translation, x: Any) -> Value:
-    return t.cast(x, t.dtype)
-
-
-@implements("aten.to.other", "aten.type_as.default")
-def convert_like(t: Translation, x: Any, other: Any) -> Value:
-    """`other` gives its type, which is the result's."""
     return t.cast(x, t.dtype)
 
 
@@ -190,6 +183,12 @@ def _full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
     return t.emit("Expand", t.value(value), t.sizes(sizes))
 
 
+@implements("aten.full_like.default")
+def full_like(t: Translation, x: Any, value: Any) -> Value:
+    """`x` gives the shape, and the type where none is named."""
+    return t.emit("Expand", t.value(value), t.emit("Shape", x, dtype="int64", shape=(len(t.shape),)))
+
+
 @implements("aten.zeros.default", "aten.ones.default")
 def filled(t: Translation, sizes: Sequence[Any]) -> Value:
     return _full(t, sizes, 1 if "ones" in str(t.node.target) else 0)
@@ -240,8 +239,3 @@ def _pad(t: Translation, x: Any, amounts: Sequence[Any], mode: str, *fill: Value
     for i in range(len(amounts) // 2):
         begins[rank - 1 - i], ends[rank - 1 - i] = amounts[2 * i], amounts[2 * i + 1]
     return t.emit("Pad", x, t.sizes([*begins, *ends]), *fill, mode=mode)
-
-
-@implements("aten.triu.default", "aten.tril.default")
-def triangle(t: Translation, x: Any, diagonal: Any = 0) -> Value:
-    return t.emit("Trilu", x, t.value(diagonal, "int64"), upper=int("triu" in str(t.node.target)))

@@ -1,0 +1,93 @@
+"""Precision: the number format of a part, as one object that knows how it is stored, fed and proved.
+
+A format is looked up once by its name (`precision_of`); whoever needs to know what it does asks the object. A new
+format is one more instance here. If it packs a weight as several tensors (a quantised one and its scales), the forms
+of these belong in the target's table of forms (`exporters.onnx.stored`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diffship.core.dtype import TensorMeta, from_float32, to_float32
+from diffship.core.errors import ConfigError
+from diffship.core.spec import TensorSpec
+from diffship.core.strict import unknown
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format of a part.
+
+    name: as commands and manifests spell it.
+    weights: dtype of a stored float weight.
+    activations: dtype of what operators give. Exact tensors (`TensorSpec.exact`) and what is computed from them alone,
+        such as sinusoids of timesteps, stay in float32.
+    ports: dtype of float inputs and outputs; float32 for bf16, which numpy does not have.
+    on_cpu: whether engines on a CPU compute it. If not, a part is proved in float32 arithmetic on its rounded weights.
+    """
+
+    name: str
+    weights: str
+    activations: str
+    ports: str
+    on_cpu: bool = True
+
+    @property
+    def lossless(self) -> bool:
+        """Whether an engine computes what torch does in float32, but for the order of sums.
+
+        Then the tolerance of a proof is that of two float32 engines. Otherwise it is measured: what the rounding of
+        weights and results costs in torch, and a margin.
+        """
+        return self.weights == self.activations == "float32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one stored weight."""
+        return TensorMeta(self.weights, ()).nbytes
+
+    def for_range(self, wide: bool) -> Precision:
+        """This precision, or fp32 if a part computes values beyond float16 (`wide`) and this one computes in it.
+
+        The largest float16 is 65504; bfloat16 has the range of float32.
+        """
+        return FP32 if wide and self.activations == "float16" else self
+
+    def port(self, spec: TensorSpec) -> TensorSpec:
+        """An input or output as the compiled part has it: in `ports`, unless that would round an exact tensor."""
+        kept = not spec.is_float or (spec.exact and not spec.whole)
+        return TensorSpec(spec.name, spec.dtype if kept else self.ports, spec.shape)
+
+    def feeds(
+        self, specs: Iterable[TensorSpec], feeds: Mapping[str, NDArray[np.generic]]
+    ) -> dict[str, NDArray[np.generic]]:
+        """`feeds` (by name, of `specs`) with float32 values that the compiled part's inputs hold exactly.
+
+        Raises:
+            ConfigError: a value is beyond the range of `ports`.
+        """
+        rounded = {spec.name for spec in specs if spec.is_float and not spec.exact}
+        return {name: self._rounded(array) if name in rounded else array for name, array in feeds.items()}
+
+    def _rounded(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        return to_float32(from_float32(to_float32(array), self.ports), self.ports)
+
+
+FP32 = Precision("fp32", "float32", "float32", "float32")
+FP16 = Precision("fp16", "float16", "float16", "float16")
+BF16 = Precision("bf16", "bfloat16", "bfloat16", "float32", on_cpu=False)
+PRECISIONS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
+
+
+def precision_of(name: str) -> Precision:
+    """The precision called `name`; raises ConfigError, with the nearest legal name, for any other name."""
+    if name not in PRECISIONS:
+        raise ConfigError(unknown("precision", name, PRECISIONS))
+    return PRECISIONS[name]
