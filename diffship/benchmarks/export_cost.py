@@ -19,6 +19,7 @@ from diffship.benchmarks.record import write_result
 from diffship.benchmarks.workbench import add_work, optimum_cli
 from diffship.core.quiet import timing
 from diffship.core.row import Row
+from diffship.models.saving import save
 
 OURS = "diffship"
 GRAPH_ONLY = "diffship --no-verify"
@@ -72,7 +73,7 @@ def save_source(source: str, folder: Path) -> None:
     if not folder.exists():
         from diffship.models.sources import open_source
 
-        open_source(source).save(folder)
+        save(open_source(source), folder)
 
 
 def export_rows(run: ExportRun, model: str, precision: str, timeout: float, keep: bool = False) -> list[Row]:

@@ -33,11 +33,13 @@ from diffship.benchmarks.judging import Judged, Judging, difference_row, figure_
 from diffship.benchmarks.record import write_result
 from diffship.benchmarks.turns import REST_SECONDS
 from diffship.benchmarks.workbench import JUDGE, add_work, emoji_data
+from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
 from diffship.core.row import Row
 from diffship.core.strict import plain, unknown
+from diffship.models.saving import save
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
@@ -104,7 +106,7 @@ class Siblings:
         return Drawn(folder, bundle, pictures)
 
     def _key(self, passes: Sequence[Any]) -> str:
-        digest = str(self.teacher.components["unet"].digest)
+        digest = str(self.teacher.denoiser.digest)
         return _digest([self._code, self.experiment.teacher, digest, [[step.kind, plain(step)] for step in passes]])
 
     @cached_property
@@ -122,7 +124,7 @@ class Siblings:
         if passes:
             compress(self.experiment.teacher, passes, out, job=self.job)
         else:
-            self.teacher.save(out)
+            save(self.teacher, out)
 
     def _draw(self, folder: Path, bundle: Path, out: Path) -> None:
         from safetensors.numpy import save_file
@@ -177,7 +179,8 @@ class Siblings:
             seconds = unet_seconds(bundles, ROUNDS)
         rows = []
         for name, values in seconds.items():
-            conditions = {"model": name, "runner": "onnxruntime", "part": "unet", "batch": 2}
+            part = Bundle.open(bundles[name]).manifest.family.kind.denoiser
+            conditions = {"model": name, "runner": "onnxruntime", "part": part, "batch": 2}
             value = statistics.median(values)
             rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread(values)))
         return rows
@@ -196,7 +199,7 @@ def unet_seconds(bundles: Mapping[str, Path], rounds: int) -> dict[str, list[flo
     found: dict[str, list[float]] = {name: [] for name in bundles}
     with ExitStack() as stack:
         models = {name: stack.enter_context(open_model(str(bundle))) for name, bundle in bundles.items()}
-        runners = {name: model.use("unet") for name, model in models.items()}
+        runners = {name: model.use(model.family.kind.denoiser) for name, model in models.items()}
         feeds = {name: _feeds(models[name], runner) for name, runner in runners.items()}
         for turn in range(rounds + 1):
             for name, runner in runners.items():
@@ -227,7 +230,7 @@ def _parameters(folder: Path) -> int:
     from diffship.models.sources import open_source
 
     pipeline: Pipeline = open_source(str(folder))
-    return count_parameters(pipeline.components["unet"].weights)
+    return count_parameters(pipeline.denoiser.weights)
 
 
 def _digest(value: object) -> str:

@@ -47,7 +47,7 @@ def train_student(
     """
     accelerator = new_accelerator(MIXED[options.precision])
     require_one_folder(folder, accelerator)
-    pairs = feature_pairs(options.features, pipeline.components["unet"], teacher.components["unet"])
+    pairs = feature_pairs(options.features, pipeline.denoiser, teacher.denoiser)
     # weights, their average and two moments, twice while a checkpoint takes the place of the last one
     require_disk(folder, 8 * 4 * _count(pipeline), "the checkpoint of the distillation")
     device, main = accelerator.device, accelerator.is_main_process
@@ -81,20 +81,21 @@ def make_task(
     main: bool,
 ) -> DistillationTask:
     """The task with everything that it needs on `device`; the student in float32."""
-    student = pipeline.components["unet"].module(str(device))
+    student = pipeline.denoiser.module(str(device))
     if options.checkpointing:
         student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
     side = pictures.size // pipeline.family.vae_factor
     shape = (pipeline.family.latent_channels, side, side)
     return DistillationTask(
         student,
-        teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision]),
+        teacher.denoiser.module(str(device), PRECISIONS[options.teacher_precision]),
         pairs,
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),
         Captions(pipeline, pictures.size, device),
         Forward(torch.tensor(trained_schedule(pipeline).alphas_cumprod()), pipeline.family.prediction_type),
         Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
+        pipeline.denoiser.name,
     )
 
 
@@ -124,7 +125,7 @@ def spread_captions(pictures: PairedPictures, count: int = _PROMPTS) -> tuple[st
 
 
 def _count(pipeline: Pipeline) -> int:
-    weights = pipeline.components["unet"].weights
+    weights = pipeline.denoiser.weights
     return sum(weights.meta(name).count for name in weights.names())
 
 

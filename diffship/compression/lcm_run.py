@@ -17,7 +17,8 @@ from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.spec import PRECISIONS
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
-from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.assemble import with_denoiser
+from diffship.models.pipeline import Pipeline
 from diffship.training.adapters import add_lora
 from diffship.training.consistency import Consistency, Diffusion
 from diffship.training.consistency_task import ConsistencyTask, GuidedDraws
@@ -94,11 +95,12 @@ def make_task(
         Captions(student, pictures.size, device),
         Consistency(path, options.span(student), options.loss),
         student.family.time_cond_dim,
+        student.denoiser.name,
     )
 
 
 def _trainable(options: LcmPass, student: Pipeline, device: torch.device) -> nn.Module:
-    module = student.components["unet"].module(str(device))
+    module = student.denoiser.module(str(device))
     inner = module.get_submodule("inner")
     if student.family.time_cond_dim is None:
         add_lora(inner, options.rank, options.rank if options.alpha is None else options.alpha, options.seed)
@@ -112,7 +114,7 @@ def _trainable(options: LcmPass, student: Pipeline, device: torch.device) -> nn.
 def _frozen(options: LcmPass, teacher: Pipeline, device: torch.device) -> nn.Module | None:
     if options.form == "lora" and options.teacher is None:
         return None
-    return teacher.components["unet"].module(str(device), PRECISIONS[options.teacher_precision])
+    return teacher.denoiser.module(str(device), PRECISIONS[options.teacher_precision])
 
 
 def lora_of(options: LcmPass, state: SafetensorsWeights) -> TrainedLora:
@@ -126,10 +128,10 @@ def embedded(pipeline: Pipeline) -> Pipeline:
 
     The new projection is zero, so that training begins with the teacher itself; diffusers' script draws it.
     """
-    unet = pipeline.components["unet"]
+    unet = pipeline.denoiser
     config = {**unet.config, "time_cond_proj_dim": WIDTH}
     channels = int(config["block_out_channels"][0])
-    made = with_unet(pipeline, config, _Projecting(unet.weights, channels), {})
+    made = with_denoiser(pipeline, config, _Projecting(unet.weights, channels), {})
     return replace(made, history=pipeline.history, model_index=pipeline.model_index)
 
 

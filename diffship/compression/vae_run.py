@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from diffship.compression.distill_run import MIXED, STATE, require_one_folder, schedule
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
-from diffship.models.pipeline import Module, Pipeline, with_vae
+from diffship.models.assemble import with_vae
+from diffship.models.pipeline import Module, Pipeline
 from diffship.training.adversarial import Discriminator
 from diffship.training.distillation_data import Encoder, make_latents, signed
 from diffship.training.loop import new_accelerator, train
 from diffship.training.paired import PairedPictures
 from diffship.training.perceptual import Perceptual
 from diffship.training.vae_report import Report, Sides
-from diffship.training.vae_task import DECODER, Draws, Half, Losses, Teacher, VaeTeaching, halves_of, spread_rows
+from diffship.training.vae_task import Draws, Half, Losses, Teacher, VaeTeaching, halves_of, spread_rows
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ def make_task(
 
 def _frozen_decoder(teacher: Pipeline, place: str) -> Half:
     family = teacher.family
-    module = teacher.components[DECODER].module(place).requires_grad_(False)
+    module = teacher.decoder.module(place).requires_grad_(False)
     return Half(module, family.latent_channels, family.scaling_factor, family.shift_factor)
 
 

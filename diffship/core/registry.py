@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import need
 from diffship.core.strict import unknown
 
+if TYPE_CHECKING:
+    from diffship.core.kind import Kind
+
 EXPORTERS: dict[str, str] = {
     "onnx": "diffship.exporters.onnx:Onnx",
     "tensorrt": "diffship.exporters.tensorrt:TensorRt",
+}
+# By the name of the family in manifests. A source is of the first kind that recognises it.
+KINDS: dict[str, str] = {
+    "sd": "diffship.kinds.sd:StableDiffusion",
+    "sdxl": "diffship.kinds.sdxl:StableDiffusionXl",
+    "sdxl-refiner": "diffship.kinds.sdxl:Refiner",
 }
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.onnxruntime:OnnxRuntimeRunner",
@@ -73,3 +83,20 @@ def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:
         raise ConfigError(unknown(what, name, table))
     module, _, attribute = table[name].partition(":")
     return getattr(need(module), attribute)
+
+
+def kind(name: str) -> Kind:
+    """The kind of model that manifests call `name`.
+
+    Raises:
+        ConfigError: this version knows no such kind.
+    """
+    return cast("Kind", _made(load(KINDS, name, "kind of model")))
+
+
+def kinds() -> dict[str, Kind]:
+    """All kinds by name, in the order in which a source is offered to them."""
+    return {name: kind(name) for name in KINDS}
+
+
+_made = cache(lambda made: made())

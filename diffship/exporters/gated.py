@@ -17,7 +17,7 @@ from diffship.models.pipeline import Pipeline
 class GatedModel(PipelineModel):
     """A Model in float32 whose parts are run stage by stage where they have more than `max_bytes` of weights.
 
-    precision: of which format the error is simulated in `unet` (`golden.simulated`); fp32 for none.
+    precision: of which format the error is simulated in the denoiser (`golden.simulated`); fp32 for none.
     """
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, precision: str = "fp32") -> None:
@@ -29,7 +29,7 @@ class GatedModel(PipelineModel):
 
     def use(self, part: str) -> Runner:
         component = self.pipeline.components[part]
-        if part == "unet" and self._precision != "fp32":
+        if part == self.family.kind.denoiser and self._precision != "fp32":
             return _Staged(component, self._max_bytes, self._precision)
         count = sum(component.weights.meta(name).count for name in component.weights.names())
         return super().use(part) if 4 * count <= self._max_bytes else _Staged(component, self._max_bytes)

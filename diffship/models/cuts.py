@@ -17,6 +17,7 @@ from diffship.models.component import Component
 from diffship.models.cost import held_by, layer_costs
 from diffship.models.program import Program
 from diffship.models.stages import Stage, cut
+from diffship.models.unet import CLASS as UNET
 from diffship.models.unet_program import EMBEDDING
 
 KINDS = ("published", "speed", "memory")
@@ -78,8 +79,8 @@ def find_cuts(
         ConfigError: an unknown kind, no published cut for this U-Net or number, or more stages than layers.
         UnsupportedError: not a U-Net.
     """
-    if component.name != "unet":
-        raise UnsupportedError(f"{component.name} is not partitioned; a unet is")
+    if component.class_name != UNET:
+        raise UnsupportedError(f"{component.name} is not partitioned; a {UNET} is")
     kind = kind or usual_kind(component.config, stages)
     if kind not in KINDS:
         raise ConfigError(unknown("cut", kind, KINDS))

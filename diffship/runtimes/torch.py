@@ -38,6 +38,7 @@ class TorchRunner:
             SourceError: the source cannot be read.
         """
         from diffship.models.component import unused
+        from diffship.models.model import PipelineModel
         from diffship.models.sources import open_source, require_source
 
         require_source(source)
@@ -50,7 +51,7 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = open_source(source).model(device=self.device)
+        model = PipelineModel(open_source(source), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 

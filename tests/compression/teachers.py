@@ -9,8 +9,9 @@ import torch
 
 from diffship.core.weights import SeededWeights
 from diffship.models.arch import arch_material
+from diffship.models.assemble import assemble
 from diffship.models.component import weight_metas
-from diffship.models.pipeline import Pipeline, assemble
+from diffship.models.pipeline import Pipeline
 from diffship.models.unet import UNet
 
 

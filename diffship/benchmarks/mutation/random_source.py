@@ -11,9 +11,10 @@ import numpy as np
 from diffship.core.lazy import lazy
 from diffship.core.seeded import SeededWeights
 from diffship.models import arch_configs as configs
+from diffship.models.assemble import assemble
 from diffship.models.autoencoder import KL, TINY, Decoder, Encoder
 from diffship.models.component import weight_metas
-from diffship.models.pipeline import Material, Module, Pipeline, assemble
+from diffship.models.pipeline import Material, Module, Pipeline
 from diffship.models.text import PLAIN, PROJECTED, TextEncoder
 from diffship.models.tokenizer_files import clip_files
 from diffship.models.unet import CLASS, UNet

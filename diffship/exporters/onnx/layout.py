@@ -7,25 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from diffship.models.component import Component
+from diffship.models.defaults import class_defaults
 from diffship.models.folder import folder_config, write_tokenizer
 from diffship.models.pipeline import Pipeline
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
+# keys that optimum reads (of a U-Net, of a VAE), and guesses if they are not there
+_STATED = ("time_cond_proj_dim", "scaling_factor")
 TRANSPOSED = ".transposed"  # suffix of an initialiser that holds the source tensor's transpose
 
 
 def write_part_config(component: Component, folder: Path) -> None:
-    """config.json of a part; both halves of a VAE get the whole VAE's.
-
-    optimum reads `time_cond_proj_dim` of a U-Net and `scaling_factor` of a VAE, and guesses where they are not stated.
-    """
+    """config.json of a part; both halves of a VAE get the whole VAE's."""
     config = folder_config(component)
-    if component.name == "unet":
-        config.setdefault("time_cond_proj_dim", None)
-    if component.name.startswith("vae"):
-        config.setdefault("scaling_factor", 0.18215 if component.class_name == "AutoencoderKL" else 1.0)
-    _write_json(folder / "config.json", config)
+    usual = class_defaults(component.class_name)
+    _write_json(folder / "config.json", {**{key: usual[key] for key in _STATED if key in usual}, **config})
 
 
 def write_pipeline_files(pipeline: Pipeline, out: Path) -> None:
