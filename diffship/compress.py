@@ -12,6 +12,7 @@ from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.problem import refuse
+from diffship.models.saving import save
 
 if TYPE_CHECKING:
     from diffship.compression.estimate import Estimate
@@ -42,7 +43,8 @@ def compress(
     """
     from diffship.compression.outline import outlines, settled
     from diffship.compression.stored import Results
-    from diffship.models.pipeline import converted, require_place
+    from diffship.models.pipeline import converted
+    from diffship.models.saving import require_place
 
     job, writes = job or Job(), out is not None and first_process()
     if first_process() and not job.started:  # what is gone on with writes its own files again
@@ -64,7 +66,7 @@ def compress(
             refuse(step.check(pipeline))
         pipeline = results.keep(index, step.run(pipeline, job))
     if writes:
-        pipeline.save(str(out), dtype=precision, progress=job.progress)
+        save(pipeline, str(out), dtype=precision, progress=job.progress)
     return converted(pipeline, precision)
 
 

@@ -100,7 +100,7 @@ def export(
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
-    steps = _steps(exporter, whole, sizes.get("unet"), verify, trajectory, job)
+    steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
         truth = against or whole
@@ -214,11 +214,11 @@ def _steps(
 ) -> int:
     """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
 
-    sizes: of the U-Net, where it is exported.
+    sizes: of the denoiser, where it is exported.
     """
     from diffship.exporters.golden_trajectory import why_not
 
-    reason = "the proof is skipped" if not verify else "the U-Net is not exported"
+    reason = "the proof is skipped" if not verify else f"{whole.family.kind.denoiser} is not exported"
     if verify and sizes is not None:
         reason = why_not(whole, sizes, exporter.trajectory_steps if asked is None else asked)
     if asked is None:
@@ -337,7 +337,7 @@ def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = N
 
 
 def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> GoldenTrajectory:
-    """The golden trajectory of torch; where the target runs here, its U-Net has met it.
+    """The golden trajectory of torch; where the target runs here, its denoiser has met it.
 
     Raises:
         ParityError: it has not; the message has the figures by step.
@@ -346,14 +346,16 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     from diffship.runtimes.engines.engine import choose_engine, make_engine
     from diffship.runtimes.proof.verify_trajectory import check_trajectory
 
-    unet = next(part for part in made if part.name == "unet")
+    denoiser = next(part for part in made if part.name == whole.family.kind.denoiser)
     work.job.progress("draw trajectory", 0, 1)
-    golden = write_trajectory(whole, work.sizes["unet"], work.folder, steps, unet.format, work.gate_bytes // 2)
+    golden = write_trajectory(
+        whole, work.sizes[denoiser.name], work.folder, steps, denoiser.format, work.gate_bytes // 2
+    )
     if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))
-        found = check_trajectory(_unfinished(work, unet, golden), golden, engine, work.gate_bytes)
+        found = check_trajectory(_unfinished(work, denoiser, golden), golden, engine, work.gate_bytes)
         if found.status == "failed":
-            raise ParityError(f"the exported U-Net does not draw the same: {found.text()}")
+            raise ParityError(f"the exported {denoiser.name} does not draw the same: {found.text()}")
     work.job.progress("draw trajectory", 1, 1)
     return golden
 

@@ -82,8 +82,7 @@ def common_parts(first: Side, second: Side, wanted: Sequence[str] | None = None)
     for name in wanted or ():
         if name not in both:
             raise ConfigError(f"part {name!r} is not in both; common parts: {', '.join(sorted(both)) or 'none'}")
-    order = ("text_encoder", "text_encoder_2", "vae_encoder", "unet", "vae_decoder")
-    found = [name for name in order if name in (wanted or both)]
+    found = [name for name in first.model.family.kind.parts if name in (wanted or both)]
     if not found:
         raise ConfigError(f"{first.name} and {second.name} have no part in common")
     return found
@@ -119,7 +118,8 @@ def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: 
 
 
 def _require_same_ids(first: Side, second: Side, part: str) -> None:
-    name = part.replace("text_encoder", "tokenizer")
+    kind = first.model.family.kind
+    name = kind.tokenizer_of(part) if part in kind.text_parts else part
     ids = [side.model.tokenizers[name]([_PROBE]).ids for side in (first, second) if name in side.model.tokenizers]
     if len(ids) == 2 and not np.array_equal(ids[0], ids[1]):
         raise ConfigError(
@@ -158,8 +158,7 @@ def _smallest(family: Family) -> dict[str, int]:
 
 def _feed(model: Model, part: str, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
     if spec.name == "input_ids":
-        name = "tokenizer_2" if part == "text_encoder_2" else "tokenizer"
-        return model.tokenizers[name]([_PROBE]).ids
+        return model.tokenizers[model.family.kind.tokenizer_of(part)]([_PROBE]).ids
     shape = spec.resolve(sizes)
     if spec.name == "timestep":
         return np.full(shape, 501.0, np.float32)
@@ -167,7 +166,7 @@ def _feed(model: Model, part: str, spec: TensorSpec, sizes: Mapping[str, int], r
         side = float(sizes["sample_height"])
         return np.asarray([[side, side, 0.0, 0.0, side, side][: shape[1]]], np.float32)
     values = rng.standard_normal(shape, dtype=np.float32)
-    return np.tanh(values) if part == "vae_encoder" else values
+    return np.tanh(values) if part == model.family.kind.encoder else values
 
 
 def compare_steps(

@@ -13,8 +13,7 @@ from clean_clone import outside
 
 from diffship import __version__
 from diffship.cli.main import make_parser, parse
-from diffship.core.registry import EXPORTERS, RUNNERS, load
-from diffship.models.stock import CLASSES
+from diffship.core.registry import EXPORTERS, RUNNERS, kinds, load
 from diffship.sampling.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +118,8 @@ def test_every_page_is_reached_from_the_readme_and_the_index() -> None:
 
 def test_the_table_of_support_names_what_the_code_has() -> None:
     text = (ROOT / "docs" / "supported.md").read_text(encoding="utf-8")
-    named = {*EXPORTERS, *RUNNERS, *SAMPLERS, *(name for name in CLASSES if "Img2Img" not in name)}
+    classes = {name for kind in kinds().values() for name in kind.classes if "Img2Img" not in name}
+    named = {*EXPORTERS, *RUNNERS, *SAMPLERS, *classes}
     assert {name for name in named if f"`{name}`" not in text} == set()
 
 

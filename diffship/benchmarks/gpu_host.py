@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from diffship.benchmarks.entry import enter
-from diffship.benchmarks.measure.case import label
+from diffship.benchmarks.measure.case import IMAGE, label
 from diffship.benchmarks.measure.materials import slug
 from diffship.benchmarks.measure.record import read_result, write_result
 from diffship.benchmarks.measure.row import Row
 from diffship.core import child
 from diffship.core.errors import DiffshipError
+from diffship.core.registry import kind
 
 SUITE = "gpu-host"
 SOURCES = ("emoji", "arch:sd15", "arch:sdxl", "arch:koala-700m")
@@ -78,7 +79,7 @@ def _target_rows(plan: Plan, source: str, target: str, say: Say) -> list[Row]:
     say(f"{subject}: export")
     words = ["export", source, "--to", target, "--precision", plan.precision, *flags, "-o", str(folder), "--overwrite"]
     words += ["--cache", str(plan.work / "cache")]
-    words += ["--trajectory", str(TRAJECTORY)] if "unet" in (plan.parts or ("unet",)) else []
+    words += ["--trajectory", str(TRAJECTORY)] if not plan.parts or kind("sd").denoiser in plan.parts else []
     words += ["--parts", ",".join(plan.parts)] if plan.parts else []
     made = _told(words, plan.timeout)
     if "parts" not in made:
@@ -135,7 +136,12 @@ def _bench_rows(plan: Plan, source: str, engines: Sequence[str], say: Say) -> li
     file.unlink(missing_ok=True)
     variants = [GRAPHS] if plan.device == "cuda" and "onnxruntime" in engines else []
     words = ["bench", source, "--engines", ",".join([*engines, *variants, "torch"]), "--precision", plan.precision]
-    words += ["--parts", ",".join(plan.parts or ("unet", "vae_decoder", "image")), "--device", plan.device]
+    words += [
+        "--parts",
+        ",".join(plan.parts or (kind("sd").denoiser, kind("sd").decoder, IMAGE)),
+        "--device",
+        plan.device,
+    ]
     words += ["--against", ",".join(plan.against)] if plan.against else []
     words += ["--rounds", str(plan.rounds), "--work", str(plan.work / "bench"), "-o", str(file), "--no-install"]
     made = _told(words, plan.timeout * 4)

@@ -124,7 +124,7 @@ def _foreseen(options: argparse.Namespace) -> Result:
     precision, timing = _stored(options), not options.no_timing
     found = foresee(source, passes, base=base, revision=options.revision, precision=precision, timing=timing)
     last = found.steps[-1]
-    result = _described(found.pipeline, None, last.after if last.part == "unet" else None)
+    result = _described(found.pipeline, None, last.after if last.part == found.pipeline.denoiser.name else None)
     plan = {"passes": [_step(step) for step in found.steps], "timed": found.timed}
     return Result({**result.document, "plan": plan}, f"{_plan_text(found)}\nnothing is written (--dry-run)")
 
@@ -184,10 +184,11 @@ def fitting(cls: type[Any], key: str, value: str) -> Any:
 def _described(pipeline: Any, out: Path | None, known: Cost | None = None) -> Result:
     from diffship.compression.estimate import sized_cost
 
-    found = known or sized_cost(pipeline, pipeline.components["unet"])
-    document = {"output": None if out is None else str(out), "unet": _figures(found), "history": list(pipeline.history)}
+    found = known or sized_cost(pipeline, pipeline.denoiser)
+    part = pipeline.denoiser.name
+    document = {"output": None if out is None else str(out), part: _figures(found), "history": list(pipeline.history)}
     head = ("part", "parameters", "conv+linear GMAC", "attention GMAC", "MB")
-    return Result(document, f"{table(head, [('unet', *_cells(found))])}\ndiffusers folder in {out}")
+    return Result(document, f"{table(head, [(part, *_cells(found))])}\ndiffusers folder in {out}")
 
 
 def _figures(found: Cost) -> dict[str, int]:
@@ -224,7 +225,7 @@ def _plan_text(found: Estimate) -> str:
     for step in found.steps:
         before = "-" if step.before is None else f"{step.before.params:,}"
         hours = "-" if step.seconds is None else f"{step.seconds / 3600:.2f}"
-        kind = step.kind if step.part == "unet" else f"{step.kind} ({step.part})"
+        kind = step.kind if step.part == found.pipeline.denoiser.name else f"{step.kind} ({step.part})"
         rows.append((kind, before, *_cells(step.after), hours))
     notes = [f"{step.kind}: a target: {step.note}" for step in found.steps if step.note]
     notes += [f"{step.kind}: no hours: {step.absent}" for step in found.steps if step.absent]

@@ -89,8 +89,8 @@ def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:
 
     family = pipeline.family
     width, height = options.size or family.default_sides
-    latent_height, latent_width = family.latent_size(width, height)
-    sizes = {"height": latent_height, "width": latent_width, "image_height": height, "image_width": width}
+    family.check_size(width, height)
+    sizes = {**family.kind.axis_sizes(family, width, height), "image_height": height, "image_width": width}
     parts = [_source_part(component, cost, sizes) for component in pipeline.components.values()]
     document = {
         "kind": "source",

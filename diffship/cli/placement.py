@@ -62,8 +62,8 @@ def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
     chosen = {name: _DEFAULTS[name] if value is None else value for name, value in given.items()}
     check_range("steps", chosen["steps"], *LIMITS.steps)
     scheme = Scheme(chosen["stride"], chosen["warm_up"], chosen["time_shift"])
-    if "unet" not in pipeline.components:
-        raise ConfigError(f"{options.what} has no unet; one is needed to be cut")
+    if pipeline.family.kind.denoiser not in pipeline.components:
+        raise ConfigError(f"{options.what} has no {pipeline.family.kind.denoiser}; one is needed to be cut")
     subject = _Subject.of(pipeline, options.size)
     config, stages = subject.unet.config, chosen["stages"]
     kind = options.cut or usual_kind(config, stages)
@@ -96,9 +96,9 @@ class _Subject:
     def of(cls, pipeline: Any, size: tuple[int, int] | None) -> _Subject:
         from diffship.models.walks.cost import layer_costs
 
-        unet, size = pipeline.components["unet"], size or pipeline.family.default_sides
-        height, width = pipeline.family.latent_size(*size)
-        sizes = {**unet.smallest_sizes(), "batch_size": 2, "height": height, "width": width}
+        unet, size = pipeline.denoiser, size or pipeline.family.default_sides
+        axes = pipeline.family.kind.axis_sizes(pipeline.family, *size)
+        sizes = {**unet.smallest_sizes(), "batch_size": 2, **axes}
         return cls(unet, size, sizes, layer_costs(unet, sizes))
 
     def prospect(self, cuts: Cuts, scheme: Scheme, steps: int) -> Prospect:

@@ -20,7 +20,8 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.problem import Problem, met
 from diffship.core.weights import SafetensorsWeights
-from diffship.models.pipeline import Pipeline, converted, with_unet
+from diffship.models.assemble import with_denoiser
+from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
 from diffship.training.distillation_pairs import feature_pairs
@@ -38,7 +39,7 @@ class DistillPass(DistillOptions):
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: another family of teacher, features that do not pair, data that cannot be read."""
-        looks = {"unet": self._check_teacher, "data": self.pictures}
+        looks = {pipeline.family.kind.denoiser: self._check_teacher, "data": self.pictures}
         return [*self._unfit(pipeline), *met((part, partial(look, pipeline)) for part, look in looks.items())]
 
     def outline(self, pipeline: Pipeline) -> Outline:
@@ -52,10 +53,10 @@ class DistillPass(DistillOptions):
         size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
         samples = self.steps * self.batch * self.accumulate * size
         passes = 4 if self.checkpointing else 3
-        calls = [Calls(pipeline.components["unet"], passes * samples)]
+        calls = [Calls(pipeline.denoiser, passes * samples)]
         if self.w_out or (self.w_feat and self.features != "none"):
-            calls.append(Calls(teacher.components["unet"], samples))
-        return Outline(converted(pipeline, "float32", ("unet",)), tuple(calls))
+            calls.append(Calls(teacher.denoiser, samples))
+        return Outline(converted(pipeline, "float32", (pipeline.family.kind.denoiser,)), tuple(calls))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the averaged weights of the trained U-Net, float32.
@@ -69,18 +70,18 @@ class DistillPass(DistillOptions):
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
         job.progress(pictures.told, 1, 1)
-        digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
+        digests = {"teacher_digest": teacher.denoiser.digest, "data_digest": pictures.digest}
         folder = job.folder / f"distill-{self._digest(pipeline, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
             train_student(self, pipeline, teacher, pictures, folder, job)
-        unet = pipeline.components["unet"]
+        unet = pipeline.denoiser
         weights = trained_weights(SafetensorsWeights(folder / STATE), unet.weights.names())
         curve = folder / "curve.jsonl"  # a crash of the machine may have emptied it; the weights are whole
         last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
         entry |= {"teacher": str(teacher.source.get("id")), "pictures": len(pictures), "prompts": list(self.prompts)}
         entry["losses"] = {name: value for name, value in last.items() if name not in ("step", "seconds")}
-        return with_unet(pipeline, unet.config, weights, entry)
+        return with_denoiser(pipeline, unet.config, weights, entry)
 
     def pixels(self, pipeline: Pipeline) -> int:
         """Side of the pictures that are trained on."""
@@ -109,18 +110,25 @@ class DistillPass(DistillOptions):
         return open_source(str(source["id"]), base=base.get("id"), revision=source.get("revision"))
 
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
+        part = pipeline.family.kind.denoiser
         family = pipeline.family
         if family.time_cond_dim:
-            yield Problem("unet", "takes guidance as an embedding (LCM); distill first, and make it an LCM afterwards")
+            yield Problem(
+                part,
+                "takes guidance as an embedding (LCM); distill first, and make it an LCM afterwards",
+            )
         if self.weighting != "none" and family.prediction_type != "epsilon":
-            yield Problem("unet", f"predicts {family.prediction_type}; {MIN_SNR} weighs the error of predicted noise")
+            yield Problem(
+                part,
+                f"predicts {family.prediction_type}; {MIN_SNR} weighs the error of predicted noise",
+            )
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
         teacher = self.teacher_of(pipeline)
         _require_kin(pipeline, teacher, self.teacher is None)
         require_agreement(pipeline, teacher)
-        feature_pairs(self.features, pipeline.components["unet"], teacher.components["unet"])
+        feature_pairs(self.features, pipeline.denoiser, teacher.denoiser)
         self.timesteps(teacher)
 
     def _digest(self, pipeline: Pipeline, teacher: Pipeline, digests: dict[str, str]) -> str:

@@ -117,9 +117,9 @@ def train_student(
     """
     accelerator = new_accelerator(MIXED[options.precision])
     require_one_folder(folder, accelerator)
-    pairs = feature_pairs(options.features, pipeline.components["unet"], teacher.components["unet"])
+    pairs = feature_pairs(options.features, pipeline.denoiser, teacher.denoiser)
     # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * pipeline.components["unet"].parameters, "the checkpoint of the distillation")
+    require_disk(folder, 8 * 4 * pipeline.denoiser.parameters, "the checkpoint of the distillation")
     device, main = accelerator.device, accelerator.is_main_process
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,18 +151,19 @@ def make_task(
     main: bool,
 ) -> DistillationTask:
     """The task with everything that it needs on `device`; the student in float32."""
-    student = pipeline.components["unet"].module(str(device))
+    student = pipeline.denoiser.module(str(device))
     if options.checkpointing:
         student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
     side = pictures.size // pipeline.family.vae_factor
     shape = (pipeline.family.latent_channels, side, side)
     return DistillationTask(
         student,
-        teacher.components["unet"].module(str(device), precision_of(options.teacher_precision).activations),
+        teacher.denoiser.module(str(device), precision_of(options.teacher_precision).activations),
         pairs,
         Draws(pictures, options.timesteps(teacher), shape, options.drop, options.flip),
         make_latents(pipeline, pictures, options.flip, options.cache_gib, job, device, main),
         Captions(pipeline, pictures.size, device),
         Forward(torch.tensor(trained_schedule(pipeline).alphas_cumprod()), pipeline.family.prediction_type),
         Losses(options.w_task, options.w_out, options.w_feat, options.weighting != "none"),
+        pipeline.denoiser.name,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.compression.outline import Outline
 from diffship.core.brief import brief
 from diffship.core.job import available_memory
+from diffship.core.kind import DENOISER
 from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
 from diffship.models.parts.component import Component
@@ -41,9 +42,9 @@ class Step:
     before: Cost | None
     after: Cost | None
     seconds: float | None
+    part: str
     note: str = ""
     absent: str = ""
-    part: str = "unet"
 
 
 @brief
@@ -65,22 +66,23 @@ def estimate(pipeline: Pipeline, passes: Sequence[Any], found: Sequence[Outline]
     per_mac, timed = _seconds_per_mac(pipeline, costs) if timing and calling else (None, _NOT_ASKED)
     steps, held = [], pipeline
     for step, outline in zip(passes, found, strict=False):
-        part = _part_of(step)
+        part = _part_of(step, held)
         before, after = (costs.of(one, one.components[part]) for one in (held, outline.pipeline))
         absent = absent_data(step)
         seconds = None if absent else _seconds(outline, per_mac, costs)
-        steps.append(Step(step.kind, before, after, seconds, outline.note, absent, part))
+        steps.append(Step(step.kind, before, after, seconds, part, outline.note, absent))
         held = outline.pipeline
     unknown = "known only when it runs"
     for place, step in enumerate(passes[len(found) :]):
-        first = None if place else costs.of(held, held.components[_part_of(step)])
-        steps.append(Step(step.kind, first, None, None, unknown, part=_part_of(step)))
+        part = _part_of(step, held)
+        first = None if place else costs.of(held, held.components[part])
+        steps.append(Step(step.kind, first, None, None, part, unknown))
     return Estimate(tuple(steps), found[-1].pipeline if found else pipeline, timed)
 
 
-def _part_of(step: Any) -> str:
+def _part_of(step: Any, pipeline: Pipeline) -> str:
     """The part that a pass changes, or the main one of them."""
-    return str(getattr(step, "part", "unet"))
+    return pipeline.family.kind.part_of(getattr(step, "role", DENOISER))
 
 
 def absent_data(step: Any) -> str:
@@ -128,7 +130,7 @@ def _seconds(outline: Outline, per_mac: float | None, costs: _Costs) -> float | 
 
 def _seconds_per_mac(pipeline: Pipeline, costs: _Costs) -> tuple[float | None, str]:
     """Seconds for one multiply-accumulate of the U-Net here, and what was timed; None where memory does not suffice."""
-    unet, free = pipeline.components["unet"], available_memory()
+    unet, free = pipeline.denoiser, available_memory()
     needed = 4 * costs.of(pipeline, unet).params
     if free is not None and 2 * needed > free:
         return None, f"nothing was timed: the U-Net takes {needed / GIB:.1f} GiB in float32"
@@ -144,7 +146,7 @@ def _seconds_per_mac(pipeline: Pipeline, costs: _Costs) -> tuple[float | None, s
 def _affordable(pipeline: Pipeline, costs: _Costs) -> int:
     """The default size, or the half, quarter, ... of it whose call is short enough to be timed."""
     family, px = pipeline.family, pipeline.family.default_size
-    while costs.of(pipeline, pipeline.components["unet"], px).macs > _MOST_MACS and px // 2 >= family.size_step:
+    while costs.of(pipeline, pipeline.denoiser, px).macs > _MOST_MACS and px // 2 >= family.size_step:
         px = px // 2 // family.size_step * family.size_step
     return px
 

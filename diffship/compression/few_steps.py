@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from diffship.models.families import OWN, own_facts
-from diffship.models.pipeline import Pipeline
+from diffship.models.pipeline import OWN, Pipeline, own_facts
 from diffship.models.sources.arch_configs import lcm_scheduler
 
 
@@ -16,8 +15,7 @@ def as_lcm(pipeline: Pipeline, steps: int, guidance: float, original_steps: int 
     """
     own = {**own_facts(pipeline.model_index), "steps_default": steps, "guidance_default": guidance}
     index = {**pipeline.model_index, OWN: own, "scheduler": ["diffusers", "LCMScheduler"]}
-    if pipeline.family.time_cond_dim and pipeline.family.name == "sd":
-        index["_class_name"] = "LatentConsistencyModelPipeline"
+    index |= pipeline.family.kind.few_steps_index(pipeline.family)
     scheduler = {**lcm_scheduler(pipeline.scheduler), "original_inference_steps": original_steps}
     family = replace(pipeline.family, steps_default=steps, guidance_default=guidance)
     return replace(pipeline, scheduler=scheduler, model_index=index, family=family)

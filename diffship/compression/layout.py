@@ -13,9 +13,10 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, choices
 from diffship.core.weights import Weights, count_parameters, renamed
+from diffship.models.assemble import with_denoiser
 from diffship.models.parts.component import Component
 from diffship.models.parts.unet import unet
-from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.pipeline import Pipeline
 from diffship.models.reduced.layouts import LAYOUTS, find_layout, layout_widths, student_config, weight_map
 from diffship.models.reduced.widths import Widths, widths_now, widths_of, with_widths
 
@@ -40,9 +41,9 @@ class LayoutPass:
         """Everything that would stop `run`, found from configs alone."""
         try:
             config, _ = self.student(pipeline)
-            self._copied(config, pipeline.components["unet"])
+            self._copied(config, pipeline.denoiser)
         except DiffshipError as fault:
-            return [Problem("unet", f"{self.name}: {fault}")]
+            return [Problem(pipeline.family.kind.denoiser, f"{self.name}: {fault}")]
         return []
 
     def student(self, pipeline: Pipeline) -> tuple[dict[str, Any], Widths]:
@@ -51,7 +52,7 @@ class LayoutPass:
         Raises:
             ConfigError: the layout does not fit the teacher.
         """
-        layout, teacher = find_layout(self.name), pipeline.components["unet"].config
+        layout, teacher = find_layout(self.name), pipeline.denoiser.config
         if widths_of(teacher):
             raise ConfigError("the teacher is narrowed already; layouts are made of a whole U-Net")
         config = student_config(layout, teacher)
@@ -70,14 +71,14 @@ class LayoutPass:
 
     def _made(self, pipeline: Pipeline, choose: Callable[[Weights, Widths, Mapping[str, int]], Kept]) -> Pipeline:
         config, widths = self.student(pipeline)
-        teacher = pipeline.components["unet"]
+        teacher = pipeline.denoiser
         weights, student = self._copied(config, teacher)
         if widths:
             heads = widths_now(student).heads
             weights = cut(weights, choose(weights, widths, heads), heads)
         entry = {"pass": self.kind, **asdict(self)}
         entry |= {"parameters_before": teacher.parameters, "parameters": count_parameters(weights)}
-        return with_unet(pipeline, with_widths(config, widths), weights, entry)
+        return with_denoiser(pipeline, with_widths(config, widths), weights, entry)
 
     def _copied(self, config: Mapping[str, Any], teacher: Component) -> tuple[Weights, nn.Module]:
         """The teacher's tensors under the student's names, and the student as diffusers builds it, without values."""

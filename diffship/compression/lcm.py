@@ -33,7 +33,8 @@ from diffship.core.job import Job
 from diffship.core.precision import precision_of
 from diffship.core.problem import Problem, met
 from diffship.core.weights import SafetensorsWeights, cast
-from diffship.models.pipeline import Pipeline, converted, recorded, with_unet
+from diffship.models.assemble import with_denoiser
+from diffship.models.pipeline import Pipeline, converted, recorded
 from diffship.models.sources.opening import open_source
 from diffship.training.checkpoint import reached
 from diffship.training.consistency import PREDICTIONS
@@ -53,7 +54,7 @@ class LcmPass(LcmOptions):
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a model or teacher that cannot become an LCM, data that cannot be read."""
-        looks = {"unet": self._check_teacher, "data": self.pictures, "": self._check_place}
+        looks = {pipeline.family.kind.denoiser: self._check_teacher, "data": self.pictures, "": self._check_place}
         return [*self._unfit(pipeline), *met((part, partial(look, pipeline)) for part, look in looks.items())]
 
     def outline(self, pipeline: Pipeline) -> Outline:
@@ -63,9 +64,9 @@ class LcmPass(LcmOptions):
         """
         size = (self.pixels(pipeline) / pipeline.family.default_size) ** 2
         samples = self.steps * self.batch * self.accumulate * size
-        made = self.student(converted(pipeline, "float32", ("unet",)))
+        made = self.student(converted(pipeline, "float32", (pipeline.family.kind.denoiser,)))
         own = (5 if self.checkpointing else 4) * samples
-        calls = (Calls(made.components["unet"], own), Calls(self.teacher_of(pipeline).components["unet"], 2 * samples))
+        calls = (Calls(made.denoiser, own), Calls(self.teacher_of(pipeline).denoiser, 2 * samples))
         return Outline(self._finished(made, pipeline), calls)
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
@@ -80,7 +81,7 @@ class LcmPass(LcmOptions):
         """
         teacher, pictures = self.teacher_of(pipeline), self.pictures(pipeline)
         job.progress(pictures.told, 1, 1)
-        digests = {"teacher_digest": teacher.components["unet"].digest, "data_digest": pictures.digest}
+        digests = {"teacher_digest": teacher.denoiser.digest, "data_digest": pictures.digest}
         student = self.student(pipeline)
         folder = job.folder / f"lcm-{self._key(student, teacher, digests)}"
         if reached(folder / STATE) < self.steps:
@@ -112,15 +113,15 @@ class LcmPass(LcmOptions):
         return as_lcm(made, _STEPS_DEFAULT, own if self.form == FULL else 1.0, self.original_steps)
 
     def _trained(self, student: Pipeline, state: SafetensorsWeights, entry: dict[str, Any]) -> Pipeline:
-        unet = student.components["unet"]
+        unet = student.denoiser
         if self.form == FULL:
-            return with_unet(student, unet.config, trained_weights(state, unet.weights.names()), entry)
+            return with_denoiser(student, unet.config, trained_weights(state, unet.weights.names()), entry)
         lora = lora_of(self, state)
         if self.lora_out is not None and first_process():
             dtype = precision_of(self.lora_precision).weights
             write_lora(lora, Path(self.lora_out).expanduser(), dtype, str(student.source.get("id")))
         changed = replace(unet, weights=cast(with_deltas(unet.weights, lora.deltas()), "float32"))
-        made = replace(student, components={**student.components, "unet": changed})
+        made = student.having(changed)
         return recorded(made, {**entry, "layers": len(lora.layers)})
 
     def _entry(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
@@ -137,9 +138,9 @@ class LcmPass(LcmOptions):
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
         family = pipeline.family
         if family.time_cond_dim:
-            yield Problem("unet", "takes guidance as an embedding: it is an LCM already")
+            yield Problem(pipeline.family.kind.denoiser, "takes guidance as an embedding: it is an LCM already")
         elif pipeline.scheduler.get("_class_name") == "LCMScheduler":
-            yield Problem("unet", "has the LCM sampler: it was made for a few steps already")
+            yield Problem(pipeline.family.kind.denoiser, "has the LCM sampler: it was made for a few steps already")
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:

@@ -19,7 +19,8 @@ from diffship.core.lazy import lazy
 from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
 from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
-from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.assemble import with_denoiser
+from diffship.models.pipeline import Pipeline
 from diffship.models.sources.arch_configs import lcm_scheduler
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
@@ -210,11 +211,12 @@ def make_task(
         Captions(student, pictures.size, device),
         Consistency(path, options.span(student), options.loss),
         student.family.time_cond_dim,
+        student.denoiser.name,
     )
 
 
 def _trainable(options: LcmOptions, student: Pipeline, device: torch.device) -> nn.Module:
-    module = student.components["unet"].module(str(device))
+    module = student.denoiser.module(str(device))
     inner = module.get_submodule("inner")
     if student.family.time_cond_dim is None:
         add_lora(inner, options.rank, options.rank if options.alpha is None else options.alpha, options.seed)
@@ -228,7 +230,7 @@ def _trainable(options: LcmOptions, student: Pipeline, device: torch.device) -> 
 def _frozen(options: LcmOptions, teacher: Pipeline, device: torch.device) -> nn.Module | None:
     if options.form == LORA and options.teacher is None:
         return None
-    return teacher.components["unet"].module(str(device), precision_of(options.teacher_precision).activations)
+    return teacher.denoiser.module(str(device), precision_of(options.teacher_precision).activations)
 
 
 def lora_of(options: LcmOptions, state: SafetensorsWeights) -> TrainedLora:
@@ -242,10 +244,10 @@ def embedded(pipeline: Pipeline) -> Pipeline:
 
     The new projection is zero, so that training begins with the teacher itself; diffusers' script draws it.
     """
-    unet = pipeline.components["unet"]
+    unet = pipeline.denoiser
     config = {**unet.config, "time_cond_proj_dim": WIDTH}
     channels = int(config["block_out_channels"][0])
-    made = with_unet(pipeline, config, _Projecting(unet.weights, channels), {})
+    made = with_denoiser(pipeline, config, _Projecting(unet.weights, channels), {})
     return replace(made, history=pipeline.history, model_index=pipeline.model_index)
 
 

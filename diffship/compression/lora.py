@@ -81,8 +81,10 @@ class LoraPass:
 
     def _deltas(self, pipeline: Pipeline) -> tuple[dict[str, dict[str, list[Delta]]], list[str]]:
         """{part: {tensor: changes}} of all files together, and of each file where its scale is from."""
-        weights = {name: part.weights for name, part in pipeline.components.items() if not name.startswith("vae")}
-        names = Names({name: held.names() for name, held in weights.items()}, pipeline.components["unet"].config)
+        kind = pipeline.family.kind
+        learnt = [name for name in (kind.denoiser, *kind.text_parts) if name in pipeline.components]
+        weights = {name: pipeline.components[name].weights for name in learnt}
+        names = Names({name: held.names() for name, held in weights.items()}, pipeline.denoiser.config)
         found: dict[str, dict[str, list[Delta]]] = {}
         files = [LoraFile(path, names, weights) for path in self._paths]
         for file, scale in zip(files, self.weights or (1.0,) * len(files), strict=True):

@@ -29,6 +29,7 @@ from diffship.core.atomic import write_file
 from diffship.core.job import REMEDY, Job, kept_json
 from diffship.core.lazy import lazy
 from diffship.core.weights import renamed
+from diffship.models.model import PipelineModel
 from diffship.models.parts.component import Component, fill, torch_dtype
 from diffship.models.parts.filling import INNER
 from diffship.models.parts.runner import TorchRunner
@@ -110,7 +111,7 @@ def measure(
     for layer in layers:
         shifts = [bench.shift(whole, layer, kept) for kept in sorted(counts[layer.name], reverse=True)]
         scored.append(LayerScores(layer.name, layer.kind, layer.size, tuple(shifts)))
-    digest = pipeline.components["unet"].digest
+    digest = pipeline.denoiser.digest
     return ScoreTable(digest, drawing.settings(pipeline), _distance(whole, other)[2], tuple(scored))
 
 
@@ -119,10 +120,10 @@ class _Bench:
 
     def __init__(self, pipeline: Pipeline, drawing: Drawing, counts: Mapping[str, Sequence[int]], job: Job) -> None:
         self._pipeline, self._drawing, self._job = pipeline, drawing, job
-        self._component = pipeline.components["unet"]
+        self._component = pipeline.denoiser
         self._settled = drawing.settled(pipeline)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = pipeline.model(self._device, drawing.precision)
+        self._model = PipelineModel(pipeline, self._device, drawing.precision)
         self._run = _calls(drawing, self._settled)
         self._done, self._total = 0, model_calls(pipeline, drawing, counts)[0]
 
@@ -175,7 +176,7 @@ class _Bench:
         drawing, component = self._drawing, self._component
         kind = torch_dtype(drawing.precision)
         runner = TorchRunner(self._module, component.inputs, component.outputs, self._device, kind)
-        denoiser, latents = checked(plain(runner)), []
+        denoiser, latents = checked(plain(runner, self._model.family.kind), component.name), []
         for first in range(0, len(starts), drawing.batch):
             done = denoise(starts[first : first + drawing.batch], denoiser, on_step=self._step)
             latents += [np.asarray(trajectory.latents, np.float64) for trajectory in done]

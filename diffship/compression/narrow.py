@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.core.weights import Weights, count_parameters, taken, to_float32
+from diffship.models.assemble import with_denoiser
 from diffship.models.parts.component import Component
-from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.pipeline import Pipeline
 from diffship.models.reduced.widths import PARTS, Widths, widths_now, widths_of, with_widths
 
 Indices = NDArray[np.intp]
@@ -50,11 +51,11 @@ def narrow_unet(pipeline: Pipeline, kept: Kept, entry: Mapping[str, Any]) -> Pip
     Raises:
         ConfigError: a layer does not exist, or would keep none or more than it has.
     """
-    old = pipeline.components["unet"]
+    old = pipeline.denoiser
     weights = cut(old.weights, kept, interiors(old).heads)
     entry = {**entry, "parameters_before": old.parameters, "parameters": count_parameters(weights)}
     config = with_widths(old.config, kept.widths.over(widths_of(old.config)))
-    return with_unet(pipeline, config, weights, entry)
+    return with_denoiser(pipeline, config, weights, entry)
 
 
 def by_norm(weights: Weights, widths: Widths, head_counts: Mapping[str, int]) -> Kept:

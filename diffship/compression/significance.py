@@ -96,7 +96,7 @@ class SignificancePass:
             if self.allocation in _SCORED:
                 self._check_scoring(pipeline, found)
         except DiffshipError as fault:
-            return [Problem.of("unet", fault, f"{self.kind}: ")]
+            return [Problem.of(pipeline.family.kind.denoiser, fault, f"{self.kind}: ")]
         return []
 
     def ways(self, pipeline: Pipeline) -> Ways:
@@ -155,7 +155,7 @@ class SignificancePass:
         return table
 
     def _check_owner(self, table: ScoreTable, pipeline: Pipeline) -> None:
-        if table.unet != pipeline.components["unet"].digest:
+        if table.unet != pipeline.denoiser.digest:
             raise ConfigError(
                 f"scores: {self.scores} is of another U-Net: its tensors are not those of this one. Measure this one, "
                 "with scores_out=FILE in place of scores"
@@ -195,7 +195,7 @@ class SignificancePass:
             return ()
         rows = model_calls(pipeline, self.drawing(), self.scored(found))[1]
         side = self.drawing().settled(pipeline).size[0] / pipeline.family.default_size
-        return (Calls(pipeline.components["unet"], rows * side**2),)
+        return (Calls(pipeline.denoiser, rows * side**2),)
 
     def table(self, pipeline: Pipeline, job: Job) -> ScoreTable:
         """The scores: read from `scores`, or measured, then written to `scores_out`; the chart where one is asked for.
@@ -220,7 +220,7 @@ class SignificancePass:
         found = self.ways(pipeline)
         table = self.table(pipeline, job) if self.allocation in _SCORED else None
         counts = self._unscored(pipeline, found) if table is None else self._scored(found, table)
-        kept = largest_kept(pipeline.components["unet"].weights, found.layers, counts)
+        kept = largest_kept(pipeline.denoiser.weights, found.layers, counts)
         if self.released_quirks:
             kept = Kept(kept.inner, first(kept.widths).heads)
         narrowed = sum(counts[layer.name] < layer.size for layer in found.layers)
@@ -249,6 +249,6 @@ class SignificancePass:
         """{layer: channels or heads that stay} by chance or by weights."""
         if self.allocation == "random":
             return found.drawn(self.seed)
-        weights = pipeline.components["unet"].weights
+        weights = pipeline.denoiser.weights
         sizes = {layer.name: norms(weights, layer) for layer in found.layers}
         return found.within(lambda layer, width: lost_norm(sizes[layer.name], width))

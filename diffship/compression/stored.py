@@ -22,6 +22,7 @@ from diffship.core.distributed import first_process
 from diffship.core.job import Job, digest_of, require_disk
 from diffship.core.strict import plain
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 
 _PATH_CHARS = 1024
@@ -72,7 +73,7 @@ class Results:
             return made
         nbytes = sum(part.weights.nbytes for part in made.components.values())
         require_disk(self._job.folder, nbytes, f"the result of {self._passes[index].kind}")
-        return self._opened(self._job.once(self.names[index], partial(made.save, progress=self._job.progress)))
+        return self._opened(self._job.once(self.names[index], partial(save, made, progress=self._job.progress)))
 
     def _opened(self, place: Path) -> Pipeline:
         # the folder speaks of itself; a teacher and a model card want to know where the model came from

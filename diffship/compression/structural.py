@@ -30,6 +30,7 @@ from diffship.core.job import Job, kept_json
 from diffship.core.lazy import lazy, need
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
+from diffship.models.model import PipelineModel
 from diffship.models.parts.component import fill
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import noise_schedule
@@ -100,7 +101,7 @@ class PrunePass:
         try:
             self._unscored(pipeline)
         except DiffshipError as fault:
-            problems.append(Problem("unet", str(fault)))
+            problems.append(Problem(pipeline.family.kind.denoiser, str(fault)))
         return [*problems, *self._data_problems(pipeline)]
 
     def outline(self, pipeline: Pipeline) -> Outline:
@@ -110,7 +111,7 @@ class PrunePass:
         if self.criterion not in GRADIENTS:
             return Outline(made, note=note)
         steps = math.ceil(noise_schedule(pipeline.scheduler).num_train_timesteps / self.stride)
-        return Outline(made, (Calls(pipeline.components["unet"], 3.0 * self.batch * steps),), note)
+        return Outline(made, (Calls(pipeline.denoiser, 3.0 * self.batch * steps),), note)
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the narrowed U-Net; its tensors are cut when they are read.
@@ -120,7 +121,7 @@ class PrunePass:
             ConfigError: scores or losses are not finite, or the data does not fit.
         """
         need("torch_pruning")
-        module, interiors = traced(pipeline.components["unet"], self.layers)
+        module, interiors = traced(pipeline.denoiser, self.layers)
         facts: dict[str, Any] = {}
         if self.criterion in GRADIENTS:
             scores, facts = self._by_gradients(pipeline, module, interiors, job)
@@ -141,7 +142,7 @@ class PrunePass:
 
     def _unscored(self, pipeline: Pipeline) -> Kept:
         """What stays if all scores are equal: as much as with any others, but for a global ranking."""
-        _, interiors = traced(pipeline.components["unet"], self.layers)
+        _, interiors = traced(pipeline.denoiser, self.layers)
         return kept_of(
             interiors, self._kept(pipeline, interiors, {one.name: np.zeros(len(one.units)) for one in interiors})
         )
@@ -150,7 +151,7 @@ class PrunePass:
         layers = [Layer(one.kind, one.name, scores[one.name], one.cost) for one in interiors]
         if self.keep is not None:
             return kept_share(layers, self.ranking, self.keep)
-        count = pipeline.components["unet"].parameters
+        count = pipeline.denoiser.parameters
         target = int(count * (self.parameters or 0))
         try:
             return kept_budget(layers, self.ranking, count - target)
@@ -166,7 +167,7 @@ class PrunePass:
         magnitude = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
         by_chance = self.criterion == "random"
         importance = tp.importance.RandomImportance() if by_chance else magnitude
-        weights, scores = pipeline.components["unet"].weights, {}
+        weights, scores = pipeline.denoiser.weights, {}
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(self.seed)  # the CPU's, which alone is forked
             for done, one in enumerate(interiors, 1):
@@ -179,7 +180,7 @@ class PrunePass:
         self, pipeline: Pipeline, module: nn.Module, interiors: Sequence[Interior], job: Job
     ) -> tuple[Table, dict[str, Any]]:
         """Scores, and what the history says of the timesteps; kept by the job under all that they depend on."""
-        pictures, model = self._pictures(pipeline), pipeline.model().digest
+        pictures, model = self._pictures(pipeline), PipelineModel(pipeline).digest
         job.progress(pictures.told, 1, 1)
         told = {
             key: value for key, value in self._entry().items() if key not in ("keep", "parameters_share", "ranking")
@@ -208,7 +209,7 @@ class PrunePass:
     ) -> tuple[Table, list[Loss]]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         batch = examples(pipeline, pictures, drawn(pictures, self.batch, self.seed), self.seed, device)
-        fill(module, pipeline.components["unet"].weights, device, torch.float32, "unet")
+        fill(module, pipeline.denoiser.weights, device, torch.float32, pipeline.family.kind.denoiser)
         for one in interiors:
             for layer in one.layers.values():
                 layer.requires_grad_(True)
@@ -232,10 +233,11 @@ class PrunePass:
     def _data_problems(self, pipeline: Pipeline) -> list[Problem]:
         if self.criterion not in GRADIENTS:
             return []
-        family, missing = pipeline.family, {"vae_encoder"} - set(pipeline.components)
+        family, missing = pipeline.family, {pipeline.family.kind.encoder} - set(pipeline.components)
         problems = [Problem(part, "gradients need it, and the source has none: --base SOURCE") for part in missing]
         if family.unet_channels != family.latent_channels:
-            problems.append(Problem("unet", "gradients of a model that fills masks are not built; use magnitude"))
+            why = "gradients of a model that fills masks are not built; use magnitude"
+            problems.append(Problem(family.kind.denoiser, why))
         try:
             noise_schedule(pipeline.scheduler)
             pictures = self._pictures(pipeline)

@@ -11,12 +11,12 @@ from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, plain
+from diffship.models.assemble import with_vae
 from diffship.models.digests import remembered_digest
-from diffship.models.families import OWN
-from diffship.models.pipeline import Module, Pipeline, recorded, with_vae
+from diffship.models.pipeline import OWN, Module, Pipeline, recorded
 from diffship.models.sources.opening import find_material
 from diffship.training.vae_report import Sides, VaeReport, compare
-from diffship.training.vae_task import DECODER, ENCODER, halves_of
+from diffship.training.vae_task import halves_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class SwapVaePass:
 
     kind: ClassVar[str] = "swap-vae"
     kept: ClassVar[bool] = False  # made in seconds
-    part: ClassVar[str] = DECODER
+    role: ClassVar[str] = "decoder"  # whose cost a dry run tells
 
     vae: str
     force: bool = False
@@ -120,9 +120,9 @@ def drawn_pictures(count: int, side: int) -> Tensor:
 
 def latents_digest(pipeline: Pipeline) -> str:
     """Whose latents a pipeline has: what its auto-encoder says of itself, or else the digest of its encoder."""
-    own = pipeline.components[ENCODER].config.get(OWN)
+    own = pipeline.encoder.config.get(OWN)
     said = own.get("latents") if isinstance(own, dict) else None
-    return str(said) if said else remembered_digest(pipeline.components[ENCODER].weights)
+    return str(said) if said else remembered_digest(pipeline.encoder.weights)
 
 
 def vae_module(source: str) -> Module:

@@ -20,7 +20,6 @@ from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.decode import encode_image
 from diffship.sampling.encode import encode
-from diffship.sampling.guidance import guidance_embedding
 from diffship.sampling.process import cumulative
 from diffship.sampling.rng import Noise, TorchNoise
 from diffship.sampling.samplers import noise_schedule
@@ -95,7 +94,7 @@ def examples(
         SourceError: a picture is damaged.
         RunnerError: an encoder gives values that are not finite.
     """
-    with pipeline.model(device) as model:
+    with PipelineModel(pipeline, device) as model:
         source: Noise = TorchNoise.seeded(seed)
         latents = []
         for pixels in pictures.pixels(rows):
@@ -117,13 +116,7 @@ def examples(
 def _conditions(model: PipelineModel, captions: Sequence[str], size: int) -> tuple[Tensor, ...]:
     """What the U-Net takes after the timestep, in its order, one row per caption."""
     encoded = [encode(model, caption, None, (size, size), 1.0).positive for caption in captions]
-    rows: dict[str, list[Any]] = {
-        "encoder_hidden_states": [condition.embeddings for condition in encoded],
-        "text_embeds": [condition.pooled for condition in encoded],
-        "time_ids": [condition.time_ids for condition in encoded],
-    }
-    family = model.family
-    if family.time_cond_dim:
-        rows["timestep_cond"] = [guidance_embedding(family.guidance_default - 1, family.time_cond_dim)] * len(encoded)
-    names = [spec.name for spec in model.pipeline.components["unet"].inputs[2:]]
-    return tuple(torch.from_numpy(np.stack(rows[name])) for name in names)
+    family, inputs = model.family, model.pipeline.denoiser.inputs
+    rows: dict[str, Any] = {name: np.stack([condition[name] for condition in encoded]) for name in encoded[0]}
+    rows |= family.kind.guidance_inputs(inputs, [family.guidance_default] * len(encoded))
+    return tuple(torch.from_numpy(rows[spec.name]) for spec in inputs[2:])

@@ -17,7 +17,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
 from diffship.core.weights import SafetensorsWeights, Weights, renamed
-from diffship.models.pipeline import TEXT_PARTS, Pipeline
+from diffship.models.pipeline import Pipeline
 from diffship.sampling.samplers import noise_schedule
 from diffship.sampling.schedule import Schedule
 
@@ -45,7 +45,7 @@ _MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
     "latent channels": lambda pipeline: pipeline.family.latent_channels,
     "scaling factor of the latents": lambda pipeline: pipeline.family.scaling_factor,
     "text width": lambda pipeline: pipeline.family.text_width,
-    "conditions of the U-Net": lambda pipeline: [spec.name for spec in pipeline.components["unet"].inputs],
+    "conditions of the U-Net": lambda pipeline: [spec.name for spec in pipeline.denoiser.inputs],
     "betas": lambda pipeline: trained_schedule(pipeline).alphas_cumprod(),
 }
 
@@ -62,7 +62,8 @@ def require_agreement(student: Pipeline, teacher: Pipeline) -> None:
 def untrainable(pipeline: Pipeline, pixels: int, batch: int, precision: str) -> Iterator[Problem]:
     """Why no training of this U-Net can start, whatever it is to learn."""
     if pipeline.family.unet_channels != pipeline.family.latent_channels:
-        yield Problem("unet", "is an inpainting model; models that draw whole pictures are distilled")
+        why = "is an inpainting model; models that draw whole pictures are distilled"
+        yield Problem(pipeline.family.kind.denoiser, why)
     yield from unplaced(pipeline, pixels, batch, precision)
 
 
@@ -84,9 +85,10 @@ def run_key(
 ) -> str:
     """40 hex digits of all that the weights of a run hang on; options in `aside` and those of cadence do not count."""
     options = {name: value for name, value in asdict(step).items() if name not in (*CADENCE, *aside)}
+    kind = pipeline.family.kind
     frozen = {
         name: pipeline.components[name].digest
-        for name in ("unet", *TEXT_PARTS, "vae_encoder")
+        for name in (kind.denoiser, *kind.text_parts, kind.encoder)
         if name in pipeline.components
     }
     settings = [settings_key(one) for one in (pipeline, teacher)]

@@ -24,8 +24,9 @@ from diffship.core.job import Job, digest_of
 from diffship.core.problem import Problem, met
 from diffship.core.strict import plain
 from diffship.core.weights import SafetensorsWeights, source_digest
+from diffship.models.assemble import with_vae
 from diffship.models.parts.autoencoder import KL, decoder_widths
-from diffship.models.pipeline import Module, Pipeline, recorded, with_vae
+from diffship.models.pipeline import Module, Pipeline, recorded
 from diffship.training.checkpoint import reached
 from diffship.training.paired import PairedPictures
 from diffship.training.perceptual import NONE, Perceptual
@@ -40,7 +41,7 @@ class VaePass(VaeOptions):
     """
 
     kind: ClassVar[str] = "vae"
-    part: ClassVar[str] = DECODER  # whose cost a dry run tells
+    role: ClassVar[str] = "decoder"  # whose cost a dry run tells
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a teacher or student that does not fit, data or features that cannot be read."""
@@ -74,7 +75,7 @@ class VaePass(VaeOptions):
             require_same_latents(pipeline, teacher)
         job.progress(f"{pictures.told}; captions are not looked at", 1, 1)
         student = self.student_of(teacher)
-        theirs = [teacher.components[part].digest for part in (ENCODER, DECODER)]
+        theirs = [half.digest for half in (teacher.encoder, teacher.decoder)]
         digests = {"teacher_digest": digest_of(theirs), "data_digest": pictures.digest}
         folder = job.folder / f"vae-{self._key(teacher, student, features, digests)}"
         if reached(folder / STATE) < self.steps:
@@ -83,8 +84,8 @@ class VaePass(VaeOptions):
         made = with_vae(pipeline, trained_vae(student, SafetensorsWeights(folder / STATE)))
         entry = {**self._entry(pipeline, features), **digests, "pictures": len(pictures), "report": report}
         if self.student == SMALL:
-            entry["decoder"] = list(decoder_widths(made.components[DECODER].config))
-        before, after = (one.components[DECODER].parameters for one in (teacher, made))
+            entry["decoder"] = list(decoder_widths(made.decoder.config))
+        before, after = (one.decoder.parameters for one in (teacher, made))
         counts = {"decoder_parameters_before": before, "decoder_parameters": after}
         return recorded(made, {**entry, **counts})
 
@@ -108,7 +109,7 @@ class VaePass(VaeOptions):
             ConfigError: its latents are of another shape.
         """
         found = pipeline if self.teacher is None else with_vae(pipeline, vae_module(self.teacher))
-        name = found.components[DECODER].class_name
+        name = found.decoder.class_name
         if name != KL:
             raise UnsupportedError(
                 f"the teacher is an {name}, which learnt from another one; name an {KL}: teacher=SOURCE"
@@ -153,7 +154,7 @@ class VaePass(VaeOptions):
     def _key(self, teacher: Pipeline, student: Module, features: Perceptual, digests: dict[str, str]) -> str:
         aside = (*CADENCE, "data", "teacher", "student", "perceptual")
         options = {name: value for name, value in plain(self).items() if name not in aside}
-        vae = [teacher.components[DECODER].config, student.class_name, student.config]
+        vae = [teacher.decoder.config, student.class_name, student.config]
         first = source_digest(student.weights)
         facts = [__version__, options, digests, features.network, features.digest, plain(vae), first]
         return digest_of([*facts, self.pixels(teacher)])[:40]

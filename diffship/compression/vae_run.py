@@ -12,15 +12,16 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds, choices
+from diffship.models.assemble import with_vae
 from diffship.models.parts.autoencoder import TINY
-from diffship.models.pipeline import Module, Pipeline, with_vae
+from diffship.models.pipeline import Module, Pipeline
 from diffship.training.adversarial import Discriminator
 from diffship.training.distillation_data import Encoder, make_latents, signed
 from diffship.training.loop import new_accelerator, train
 from diffship.training.paired import PairedPictures
 from diffship.training.perceptual import JUDGE, NONE, Perceptual
 from diffship.training.vae_report import Report, Sides
-from diffship.training.vae_task import DECODER, Draws, Half, Losses, Teacher, Turns, VaeTeaching, halves_of, spread_rows
+from diffship.training.vae_task import Draws, Half, Losses, Teacher, Turns, VaeTeaching, halves_of, spread_rows
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +190,7 @@ def make_task(
 
 def _frozen_decoder(teacher: Pipeline, place: str) -> Half:
     family = teacher.family
-    module = teacher.components[DECODER].module(place).requires_grad_(False)
+    module = teacher.decoder.module(place).requires_grad_(False)
     return Half(module, family.latent_channels, family.scaling_factor, family.shift_factor)
 
 

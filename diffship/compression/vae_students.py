@@ -9,13 +9,12 @@ from diffship.compression.swap_vae import latents_digest, vae_module
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.weights import SeededWeights, Weights, cast, joined, renamed, subset
-from diffship.models.families import OWN
 from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, autoencoder, check_narrow, narrower
 from diffship.models.parts.component import weight_metas
-from diffship.models.pipeline import Module, Pipeline
+from diffship.models.pipeline import OWN, Module, Pipeline
 from diffship.models.reduced.widths import KEY
 from diffship.models.sources.arch_configs import tiny_vae
-from diffship.training.vae_task import DECODER, ENCODER
+from diffship.training.vae_task import averages_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,6 @@ else:
     torch = lazy("torch")
 
 NEW, SMALL = "tiny", "small"
-_HALVES = {ENCODER: Encoder, DECODER: Decoder}
 
 
 def student_vae(kind: str, teacher: Pipeline, width: int, decoder: Sequence[int], seed: int) -> Module:
@@ -51,17 +49,17 @@ def _tiny_config(teacher: Pipeline, width: int) -> dict[str, Any]:
 
 
 def _small(teacher: Pipeline, decoder: tuple[int, ...], seed: int) -> Module:
-    own = teacher.components[DECODER].config
+    own = teacher.decoder.config
     config = {**own, KEY: {"decoder": list(decoder or narrower(own))}}
     check_narrow(KL, config)
-    return Module(KL, config, joined(_encoder_of(teacher), _drawn(KL, config, seed, (DECODER,))))
+    return Module(KL, config, joined(_encoder_of(teacher), _drawn(KL, config, seed, (Decoder,))))
 
 
 def _with_encoder_of(teacher: Pipeline, given: Module, name: str) -> Module:
     """`given` as it is, if it is a tiny one; the decoder of a KL one behind the teacher's encoder."""
     if given.class_name == TINY:
         return Module(TINY, given.config, cast(given.weights, "float32"))
-    own = teacher.components[ENCODER].config
+    own = teacher.encoder.config
     if _sizes(given.config) != _sizes(own):
         raise ConfigError(f"student {name} is an {KL} whose encoder is not like the teacher's, which it would keep")
     half = autoencoder(KL, given.config, given.weights)[1]
@@ -75,29 +73,24 @@ def _sizes(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _encoder_of(teacher: Pipeline) -> Weights:
-    return cast(teacher.components[ENCODER].weights, "float32")
+    return cast(teacher.encoder.weights, "float32")
 
 
 def _new(class_name: str, config: dict[str, Any], seed: int) -> Module:
-    return Module(class_name, config, _drawn(class_name, config, seed, (ENCODER, DECODER)))
+    return Module(class_name, config, _drawn(class_name, config, seed, (Encoder, Decoder)))
 
 
-def _drawn(class_name: str, config: Mapping[str, Any], seed: int, halves: Sequence[str]) -> Weights:
+def _drawn(class_name: str, config: Mapping[str, Any], seed: int, halves: Sequence[type]) -> Weights:
     metas = {}
     with torch.device("meta"):
         for half in halves:
-            metas.update(weight_metas(_HALVES[half](class_name, config)))
+            metas.update(weight_metas(half(class_name, config)))
     return SeededWeights(metas, seed)
 
 
 def trained_vae(student: Module, state: Weights) -> Module:
     """The student with the averaged weights of a checkpoint; what was not trained is its teacher's."""
-    averages = {
-        name.removeprefix(f"average/{half}/"): name
-        for half in _HALVES
-        for name in state.names()
-        if name.startswith(f"average/{half}/")
-    }
+    averages = averages_of(state)
     kept = [name for name in student.weights.names() if name not in averages]
     if student.class_name == TINY:
         return Module(TINY, student.config, renamed(state, averages))

@@ -65,7 +65,7 @@ def ways(pipeline: Pipeline, keeps: Sequence[float], figure: str, share: float, 
 
     MACs are those of one row at the model's default size, attention's two products included.
     """
-    component = pipeline.components["unet"]
+    component = pipeline.denoiser
     side = pipeline.family.default_size // pipeline.family.vae_factor
     sizes = {"height": side, "width": side}
     found = layers(component, feedforward)

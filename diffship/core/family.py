@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from diffship.core.errors import ConfigError
+from diffship.core.kind import Kind
 from diffship.core.limits import LIMITS
+from diffship.core.registry import kind
 from diffship.core.strict import bounded, bounds, choices, load
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
@@ -17,7 +19,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 class Family:
     """Shapes and conventions of one model kind; sizes in pixels, scaling as in diffusers' VAE config.
 
-    `size_step` is vae_factor * 2**(levels - 1) for a U-Net, vae_factor * patch for a transformer.
+    `name` is that of its kind in the registry. `size_step` is vae_factor * 2**(levels - 1) for a U-Net, vae_factor *
+    patch for a transformer. `unet_channels` is how many channels the denoiser reads, whatever it is called.
     `time_ids` is 6 for SDXL, 5 for its refiner; `time_cond_dim` is the width of LCM's guidance embedding.
     Pictures are `default_size` wide and `default_height` high (None: as high as wide) unless a request says otherwise.
     `strength_default` is how much of the noise an inpainting model begins with.
@@ -43,13 +46,23 @@ class Family:
     strength_default: float = field(default=1.0, metadata=bounds(*LIMITS.strength))
 
     @property
+    def kind(self) -> Kind:
+        """What a model of this family is made of and how it draws; ConfigError if this version knows no such kind."""
+        return kind(self.name)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the denoiser takes the guidance scale as an input; there is no second row of a batch then."""
+        return self.kind.takes_guidance(self)
+
+    @property
     def default_sides(self) -> tuple[int, int]:
         """(width, height) in pixels of a picture whose request names no size."""
         return self.default_size, self.default_height or self.default_size
 
     @property
     def fills_masks(self) -> bool:
-        """Whether the U-Net reads a mask and masked latents beside the latents, as inpainting models do."""
+        """Whether the denoiser reads a mask and masked latents beside the latents, as inpainting models do."""
         return self.unet_channels == 2 * self.latent_channels + 1
 
     def check_size(self, width: int, height: int) -> None:
@@ -59,10 +72,14 @@ class Family:
         if width * height > LIMITS.pixels:
             raise ConfigError(f"{width}x{height} is {width * height} pixels; at most {LIMITS.pixels} are allowed")
 
-    def latent_size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of the latents, in that order, for an image of `width` x `height` pixels."""
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Shape of the latents of one picture of `width` x `height` pixels: (channels, height, width) as a rule.
+
+        Raises:
+            ConfigError: the model cannot draw this size.
+        """
         self.check_size(width, height)
-        return height // self.vae_factor, width // self.vae_factor
+        return self.kind.latent_shape(self, width, height)
 
     def to_json(self) -> dict[str, object]:
         """All fields; the last ones, which came later, only where they say something: older readers refuse them."""

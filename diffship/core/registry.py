@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import need
 from diffship.core.strict import unknown
+
+if TYPE_CHECKING:
+    from diffship.core.kind import Kind
 
 EXPORTERS: dict[str, str] = {
     "onnx": "diffship.exporters.onnx:Onnx",
@@ -15,6 +19,12 @@ EXPORTERS: dict[str, str] = {
 }
 # How the file that an engine opens, the first of a part, is named in a bundle for that target.
 MODEL_FILES: dict[str, str] = {"onnx": ".onnx", "tensorrt": ".plan"}
+# By the name of the family in manifests. A source is of the first kind that recognises it.
+KINDS: dict[str, str] = {
+    "sd": "diffship.kinds.sd:StableDiffusion",
+    "sdxl": "diffship.kinds.sdxl:StableDiffusionXl",
+    "sdxl-refiner": "diffship.kinds.sdxl:Refiner",
+}
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.engines.openvino:OpenVinoRunner",
@@ -87,3 +97,20 @@ def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:
         raise ConfigError(unknown(what, name, table))
     module, _, attribute = table[name].partition(":")
     return getattr(need(module), attribute)
+
+
+def kind(name: str) -> Kind:
+    """The kind of model that manifests call `name`.
+
+    Raises:
+        ConfigError: this version knows no such kind.
+    """
+    return cast("Kind", _made(load(KINDS, name, "kind of model")))
+
+
+def kinds() -> dict[str, Kind]:
+    """All kinds by name, in the order in which a source is offered to them."""
+    return {name: kind(name) for name in KINDS}
+
+
+_made = cache(lambda made: made())

@@ -18,7 +18,7 @@ from diffship.models.pipeline import Pipeline
 class GatedModel(PipelineModel):
     """A Model in float32 whose parts are run stage by stage where they have more than `max_bytes` of weights.
 
-    precision: of which format the error is simulated in `unet` (`golden.simulated`); none if it is lossless.
+    precision: of which format the error is simulated in the denoiser (`golden.simulated`); none if it is lossless.
     """
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, precision: Precision = FP32) -> None:
@@ -30,7 +30,7 @@ class GatedModel(PipelineModel):
 
     def use(self, part: str) -> Runner:
         component = self.pipeline.components[part]
-        if part == "unet" and not self._precision.lossless:
+        if part == self.family.kind.denoiser and not self._precision.lossless:
             return _Staged(component, self._max_bytes, self._precision)
         return super().use(part) if 4 * component.parameters <= self._max_bytes else _Staged(component, self._max_bytes)
 

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden import SEED
 from diffship.models.parts.component import Component
-from diffship.models.pipeline import TEXT_PARTS, Pipeline
+from diffship.models.pipeline import Pipeline
 from diffship.sampling.encode import encode
-from diffship.sampling.guidance import guidance_embedding
 from diffship.sampling.trajectory import Conditioning
 
 PROMPTS = (
@@ -38,19 +37,21 @@ class GoldenFeeds:
 
     def __init__(self, pipeline: Pipeline, max_bytes: int) -> None:
         self._pipeline = pipeline
+        self._kind = pipeline.family.kind
         self._max_bytes = max_bytes
         self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
 
     def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
-        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a U-Net, one of others.
+        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a denoiser, one of others.
 
         A part of another kind (a stage) gets the example feeds that it states itself.
         """
-        if component.name in TEXT_PARTS:
+        kind = self._kind
+        if component.name in kind.text_parts:
             return [self._tokens(component, sizes)]
-        if component.name == "unet":
+        if component.name == kind.denoiser:
             return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
-        if component.name in ("vae_encoder", "vae_decoder"):
+        if component.name in (kind.encoder, kind.decoder):
             return [self._pictures(component, sizes)]
         return [component.example(SEED, sizes)]
 
@@ -61,13 +62,13 @@ class GoldenFeeds:
         that no text has let the error of a format grow from layer to layer as no prompt does.
         """
         first = self.calls(component, sizes)[0]
-        if component.name not in TEXT_PARTS:
+        if component.name not in self._kind.text_parts:
             return first
         spread = _spread(component, sizes)
         return {name: np.concatenate([array, spread[name]]) for name, array in first.items()}
 
     def _tokens(self, component: Component, sizes: Mapping[str, int]) -> Arrays:
-        name = component.name.replace("text_encoder", "tokenizer")
+        name = self._kind.tokenizer_of(component.name)
         known = {**component.smallest, **sizes}
         tokens = GatedModel(self._pipeline, self._max_bytes).tokenizers.get(name)
         if tokens is None or known["sequence_length"] != len(tokens([""]).ids[0]):
@@ -80,7 +81,7 @@ class GoldenFeeds:
         shape = spec.resolve({**component.smallest, **sizes})
         smooth = _smooth(shape, SEED)
         family = self._pipeline.family
-        if component.name == "vae_encoder":
+        if component.name == self._kind.encoder:
             return {spec.name: np.tanh(smooth)}
         return {spec.name: (smooth / family.scaling_factor + family.shift_factor).astype(np.float32)}
 
@@ -89,27 +90,19 @@ class GoldenFeeds:
         rows = known["batch_size"]
         feeds: Arrays = component.example(SEED + call, sizes)
         times = np.resize(np.array(TIMESTEPS[call], np.float32), rows)
-        feeds["timestep"] = times
-        feeds["sample"] = self._latents(feeds["sample"], times, SEED + call)
-        size = (known["width"] * self._pipeline.family.vae_factor, known["height"] * self._pipeline.family.vae_factor)
+        feeds[self._kind.time_input] = times
+        feeds[self._kind.sample_input] = self._latents(feeds[self._kind.sample_input], times, SEED + call)
+        size = self._kind.picture_size(self._pipeline.family, known)
         conditions = [self._conditions(size)[row % len(PROMPTS)] for row in range(rows)]
-        given = {"encoder_hidden_states": "embeddings", "text_embeds": "pooled", "time_ids": "time_ids"}
-        for name, attribute in given.items():
-            arrays = [getattr(condition, attribute) for condition in conditions]
-            if (
-                name in feeds
-                and all(array is not None for array in arrays)
-                and feeds[name].shape[1:] == arrays[0].shape
-            ):
+        for name in self._kind.condition_names:
+            arrays = [condition[name] for condition in conditions if name in condition]
+            if name in feeds and arrays and feeds[name].shape[1:] == arrays[0].shape:
                 feeds[name] = np.stack(arrays).astype(np.float32)
-        if "timestep_cond" in feeds:
-            width = feeds["timestep_cond"].shape[1]
-            feeds["timestep_cond"] = np.stack([guidance_embedding(_GUIDANCE - 1.0 - row, width) for row in range(rows)])
-        return feeds
+        return {**feeds, **self._kind.guidance_inputs(component.inputs, [_GUIDANCE - row for row in range(rows)])}
 
     def _latents(self, noise: NDArray[Any], times: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         """sqrt(a) z + sqrt(1 - a) noise, with sqrt(a) = cos(pi t / 2000); masks and masked latents are smooth too."""
-        level = np.cos(math.pi / 2 * times / 1000.0)[:, None, None, None]
+        level = np.cos(math.pi / 2 * times / 1000.0).reshape(-1, *[1] * (noise.ndim - 1))
         family, clean = self._pipeline.family, _smooth(noise.shape, seed)
         mixed = level * clean + np.sqrt(1 - level**2) * noise
         if family.fills_masks:
@@ -123,8 +116,8 @@ class GoldenFeeds:
         if size not in self._encoded:
             model = GatedModel(self._pipeline, self._max_bytes)
             try:
-                if not set(TEXT_PARTS) & model.parts:
-                    return [Conditioning(None) for _ in PROMPTS]
+                if not set(self._kind.text_parts) & model.parts:
+                    return [Conditioning({}) for _ in PROMPTS]
                 self._encoded[size] = [encode(model, prompt, None, size, 1.0).positive for prompt in PROMPTS]
             finally:
                 model.close()
@@ -141,12 +134,15 @@ def _spread(component: Component, sizes: Mapping[str, int]) -> Arrays:
 
 
 def _smooth(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-    """Seeded waves of unit variance, other ones in every channel, none alike along height and width."""
+    """Seeded waves of unit variance, other ones in every channel, none alike along two axes; shape: batch, channels,
+    then one axis or more of space."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    rows, columns = (np.arange(side) / side for side in shape[2:])
+    places = np.meshgrid(*(np.arange(side) / side for side in shape[2:]), indexing="ij")
     total = np.zeros(shape)
     for _ in range(6):
-        down, across, phase = (rng.uniform(low, 4, shape[:2])[..., None, None] for low in (0.5, -4, 0))
-        total += np.sin(2 * math.pi * (down * rows[:, None] + across * columns[None, :]) + phase * math.pi)
-    waves: NDArray[np.float32] = (total / np.sqrt(3)).astype(np.float32)
-    return waves
+        lows = (0.5, *[-4] * (len(places) - 1), 0)  # along each axis, and the phase
+        *waves, phase = (rng.uniform(low, 4, shape[:2]).reshape(*shape[:2], *[1] * len(places)) for low in lows)
+        turns = sum(wave * place for wave, place in zip(waves, places, strict=True))
+        total += np.sin(2 * math.pi * turns + phase * math.pi)
+    smooth: NDArray[np.float32] = (total / np.sqrt(3)).astype(np.float32)
+    return smooth

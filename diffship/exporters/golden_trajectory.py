@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import meta_of
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
-from diffship.core.family import Family
 from diffship.core.manifest import GoldenTrajectory
 from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
@@ -21,7 +20,7 @@ from diffship.exporters.tolerances import limit, loosest
 from diffship.models.pipeline import Pipeline
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import latents_by_step, plain
+from diffship.sampling.loop import denoiser_of, latents_by_step
 from diffship.sampling.request import settle
 from diffship.sampling.wire import pack
 
@@ -34,28 +33,28 @@ def write_trajectory(
 ) -> GoldenTrajectory:
     """`steps` steps of `pipeline` below `out`: where they start, and the latents after each.
 
-    sizes: of the U-Net by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
+    sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.
 
     Raises:
         ConfigError: a number of steps that the sampler does not take.
         SourceError: torch itself gives NaN or infinity.
     """
-    size = _pixels(pipeline.family, sizes)
+    size = pipeline.family.kind.picture_size(pipeline.family, sizes)
     model = GatedModel(pipeline, max_bytes)
     try:
-        guidance = None if sizes["batch_size"] > 1 or pipeline.family.time_cond_dim is not None else 1.0
+        guidance = None if sizes["batch_size"] > 1 or pipeline.family.takes_guidance else 1.0
         strength = 1.0 if pipeline.family.fills_masks else None  # every step counts
         request = Request(
             PROMPT, NEGATIVE, steps=steps, size=size, seed=SEED, rng="philox", guidance=guidance, strength=strength
         )
         (trajectory,) = start(model, request, *_picture(pipeline, size))
-        for part in (*text_parts(model), "vae_encoder"):
+        for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
-        found = latents_by_step(trajectory, plain(model.use("unet")))
+        found = latents_by_step(trajectory, denoiser_of(model))
         formatted = found
         if not precision.lossless:
-            formatted = latents_by_step(trajectory, plain(GatedModel(pipeline, max_bytes, precision).use("unet")))
+            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
     finally:
         model.close()
     for name, array in found.items():
@@ -71,11 +70,12 @@ def write_trajectory(
 
 def why_not(pipeline: Pipeline, sizes: Mapping[str, int], steps: int = 0) -> str:
     """Why the source, or an engine that takes `sizes`, has no trajectory of `steps` steps; empty if it has one."""
-    encoder = ("vae_encoder",) if pipeline.family.fills_masks else ()
-    missing = {"unet", "vae_decoder", *encoder} - set(pipeline.components)
-    if missing or not any(name.startswith("text_encoder") for name in pipeline.components):
+    kind = pipeline.family.kind
+    encoder = (kind.encoder,) if pipeline.family.fills_masks else ()
+    missing = {kind.denoiser, kind.decoder, *encoder} - set(pipeline.components)
+    if missing or not pipeline.texts:
         return f"the source has no {', '.join(sorted(missing)) or 'text encoder'}; --base can supply it"
-    size = _pixels(pipeline.family, sizes)
+    size = kind.picture_size(pipeline.family, sizes)
     try:
         pipeline.family.check_size(*size)
     except ConfigError as fault:
@@ -85,12 +85,7 @@ def why_not(pipeline: Pipeline, sizes: Mapping[str, int], steps: int = 0) -> str
             settle(Request(PROMPT, steps=steps, size=size), pipeline.family, pipeline.scheduler)
     except (ConfigError, UnsupportedError) as fault:
         return f"the model's own scheduler does not draw it: {fault}"
-    return "" if sizes["batch_size"] in (1, 2) else "the U-Net takes neither one row nor two"
-
-
-def _pixels(family: Family, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """(width, height) of a picture whose latents have these sizes."""
-    return sizes["width"] * family.vae_factor, sizes["height"] * family.vae_factor
+    return "" if sizes["batch_size"] in (1, 2) else f"{kind.denoiser} takes neither one row nor two"
 
 
 def _picture(pipeline: Pipeline, size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:

@@ -70,12 +70,13 @@ def card_text(pipeline: Pipeline) -> str:
     if history:
         head = ("pass", "options and findings", "U-Net parameters before", "after")
         lines += ["## What was done", "", _row(head), _row(["---"] * 4), *map(_entry_row, history), ""]
-    if KEY in pipeline.components["unet"].config:
+    if KEY in pipeline.denoiser.config:
         lines += [
-            f"Inner widths of the U-Net lie under `{KEY}` in `unet/config.json`: stock diffusers cannot load it.",
+            f"Inner widths of the U-Net lie under `{KEY}` in `{pipeline.denoiser.name}/config.json`: stock diffusers "
+            "cannot load it.",
             "",
         ]
-    if KEY in pipeline.components["vae_decoder"].config:
+    if KEY in pipeline.decoder.config:
         lines += [f"Widths of the decoder lie under `{KEY}` in `vae/config.json`: stock diffusers cannot load it.", ""]
     commands = ["diffship export . --to onnx -o onnx", 'diffship run onnx "..." -o pictures/']
     return "\n".join([*lines, "```", *commands, "```", ""])

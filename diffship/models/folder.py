@@ -29,16 +29,16 @@ def write_folder(pipeline: Pipeline, folder: Path, dtype: str | None, progress: 
     for name, files in pipeline.tokenizers.items():
         write_tokenizer(files, folder / name)
     write_card(pipeline, folder)
-    for name, parts in _folders(pipeline.components):
+    for name, parts in _folders(pipeline):
         target = folder / name
         target.mkdir()
         config = folder_config(parts[0])
-        if parts[0].class_name.startswith("CLIP"):
+        if parts[0].text_type is not None:
             # transformers 5 would load this part alone in the type of its tensors, and the pipeline would not run
             config.pop("torch_dtype", None)
             config["dtype"] = "float32"
         write_json(target / "config.json", config)
-        file = DIFFUSERS_FILE if parts[0].class_name[:4] != "CLIP" else TRANSFORMERS_FILE
+        file = DIFFUSERS_FILE if parts[0].text_type is None else TRANSFORMERS_FILE
         _write_weights([part.weights for part in parts], target / file, dtype, name, progress)
 
 
@@ -52,10 +52,10 @@ def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> None:
 def folder_config(component: Component) -> dict[str, Any]:
     """config.json of a part, with the class that diffusers and transformers look up."""
     config = dict(component.config)
-    if component.class_name.startswith("CLIP"):
-        config.update(architectures=[component.class_name], model_type="clip_text_model")
-    else:
+    if component.text_type is None:
         config["_class_name"] = component.class_name
+    else:
+        config.update(architectures=[component.class_name], model_type=component.text_type)
     return config
 
 
@@ -64,13 +64,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(dict(data), indent=2, sort_keys=True) + "\n")
 
 
-def _folders(components: Mapping[str, Component]) -> Iterator[tuple[str, list[Component]]]:
-    halves = [component for name, component in components.items() if name.startswith("vae_")]
-    for name, component in components.items():
-        if not name.startswith("vae_"):
-            yield name, [component]
-    if halves:
-        yield "vae", halves
+def _folders(pipeline: Pipeline) -> Iterator[tuple[str, list[Component]]]:
+    """Each folder with the parts whose weights lie in it together."""
+    for slot in pipeline.family.kind.slots:
+        parts = [pipeline.components[name] for name in slot.components if name in pipeline.components]
+        if parts:
+            yield slot.folder, parts
 
 
 def _write_weights(

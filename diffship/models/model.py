@@ -15,7 +15,7 @@ from diffship.core.family import Family
 from diffship.core.runner import Runner
 from diffship.models.digests import remembered_digest
 from diffship.models.pipeline import Pipeline
-from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
+from diffship.sampling.tokenizer import Tokenizer
 
 
 class PipelineModel:
@@ -31,7 +31,7 @@ class PipelineModel:
         self.scheduler: Mapping[str, Any] = dict(pipeline.scheduler)
         self.parts: frozenset[str] = frozenset(pipeline.components)
         self.tokenizers: Mapping[str, Tokenizer] = {
-            name: ClipTokenizer.from_files(files, name) for name, files in pipeline.tokenizers.items()
+            name: pipeline.family.kind.tokenizer(name, files) for name, files in pipeline.tokenizers.items()
         }
         self._runners: dict[str, Runner] = {}
         self._locks = {part: threading.Lock() for part in self.parts}

@@ -20,24 +20,28 @@ TILE, OVERLAP = 32, 8  # latent pixels; a 512 px image takes nine tiles
 
 
 def decode(model: Model, latents: Any, tiled: bool = False) -> NDArray[np.uint8]:
-    """Pixels (height, width, 3) of one image's latents.
+    """Pixels (height, width, 3) of one image's latents; `tiled` for latents of two spatial axes.
 
     Raises:
         RunnerError: the decoder's output is not finite, or the picture is black all over.
     """
     family = model.family
     scaled = (as_numpy(latents)[None] / np.float32(family.scaling_factor)) + np.float32(family.shift_factor)
-    runner = model.use("vae_decoder")
+    part = family.kind.decoder
+    runner, tiled = model.use(part), tiled and takes_tiles(latents)
     picture = decode_tiled(_call(runner), scaled, family.vae_factor) if tiled else _call(runner)(scaled)
-    pixels = to_pixels(finite("vae_decoder", picture[0]))
+    pixels = to_pixels(finite(part, picture[0]))
     if not pixels.any():
-        raise RunnerError("vae_decoder: the picture is black all over. Run diffship verify, or use precision fp32")
+        raise RunnerError(f"{part}: the picture is black all over. Run diffship verify, or use precision fp32")
     return pixels
 
 
 def takes_tiles(latents: Any) -> bool:
-    """Whether these latents (channels, height, width) are more than one tile, so that tiles change the picture."""
-    return bool(max(latents.shape[-2:]) > TILE)
+    """Whether these latents (channels, height, width) are more than one tile, so that tiles change the picture.
+
+    Latents of another rank have no tiles.
+    """
+    return len(latents.shape) == 3 and bool(max(latents.shape[-2:]) > TILE)
 
 
 def to_pixels(sample: Floats) -> NDArray[np.uint8]:
@@ -82,10 +86,11 @@ def encode_image(
     """
     signed = (image.astype(np.float32) / np.float32(127.5) - np.float32(1)) * keep[..., None]
     feeds = {"sample": np.ascontiguousarray(signed.transpose(2, 0, 1)[None])}
-    parameters = finite("vae_encoder", as_numpy(model.use("vae_encoder").run(feeds)["latent_parameters"])[0])
+    part = model.family.kind.encoder
+    parameters = finite(part, as_numpy(model.use(part).run(feeds)["latent_parameters"])[0])
     channels = model.family.latent_channels
     if len(parameters) not in (channels, 2 * channels):
-        raise ConfigError(f"vae_encoder gives {len(parameters)} channels; {channels} or {2 * channels} are known")
+        raise ConfigError(f"{part} gives {len(parameters)} channels; {channels} or {2 * channels} are known")
     latents = parameters[:channels]
     if len(parameters) == 2 * channels:
         deviation = np.exp(np.float32(0.5) * np.clip(parameters[channels:], -30, 20))

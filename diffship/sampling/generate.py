@@ -14,14 +14,14 @@ from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_
 from diffship.sampling.encode import encode, text_parts
 from diffship.sampling.guidance import unheeded
 from diffship.sampling.kernel import Array
-from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
+from diffship.sampling.loop import Denoiser, OnStep, denoise, denoiser_of
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request as Request
 from diffship.sampling.request import Settled, settle
 from diffship.sampling.rng import INITIAL, WHOLE_STEP, Noise, make_noise
 from diffship.sampling.tokenizer import check_prompt
-from diffship.sampling.trajectory import SHARED_PARTS, Origin, Trajectory, as_numpy, warnings_in
+from diffship.sampling.trajectory import Origin, Trajectory, as_numpy, warnings_in
 
 Cancel = Callable[[], bool]
 
@@ -44,7 +44,7 @@ def generate(
         RunnerError: a part's output is not finite, or a picture is black; the part is named.
         Cancelled: `cancel()` was true between two calls.
     """
-    require_parts(model, "vae_decoder")
+    require_parts(model, model.family.kind.decoder)
     return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
 
 
@@ -57,7 +57,7 @@ def generate_many(
 
     Raises as `generate`.
     """
-    require_parts(model, "vae_decoder")
+    require_parts(model, model.family.kind.decoder)
     groups: dict[tuple[bool, int | None], list[tuple[int, Request]]] = {}
     for place, request in enumerate(requests):
         groups.setdefault((request.memory == "low", request.batch), []).append((place, request))
@@ -81,22 +81,22 @@ def draw(
 
     With `low` memory one at a time, in tiles, and a part is released when its work is done. Raises as `generate`.
     """
-    require_parts(model, "vae_decoder")
+    require_parts(model, model.family.kind.decoder)
     _stop_if(cancel)
     done = [conditioned(model, trajectory) for trajectory in batch]
     if low:
-        for part in (*text_parts(model), "vae_encoder"):
+        for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
     denoiser: Denoiser | None = None
     for places in _chunks(batch, at_once or (1 if low else len(batch))):
         if all(done[place].done for place in places):
-            continue  # a U-Net is not opened for what is drawn already
-        denoiser = denoiser or checked(plain(model.use("unet")))
+            continue  # a denoiser is not opened for what is drawn already
+        denoiser = denoiser or checked_denoiser(model)
         active = denoise([done[place] for place in places], denoiser, on_step=on_step, cancel=cancel)
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory
     if low:
-        model.release("unet")
+        model.release(model.family.kind.denoiser)
     return finish(model, done, low, cancel)
 
 
@@ -149,7 +149,7 @@ def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel:
             trajectory = replace(trajectory, facts=_with_tiles(trajectory.facts))
         pictures.append(Picture(pixels, settings(trajectory), trajectory))
     if low:
-        model.release("vae_decoder")
+        model.release(model.family.kind.decoder)
     return pictures
 
 
@@ -178,15 +178,20 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def checked(denoiser: Denoiser) -> Denoiser:
-    """The same denoiser; RunnerError names the U-Net and the step if an output is not finite."""
+def checked_denoiser(model: Model) -> Denoiser:
+    """The Denoiser of a model's own denoiser, which is opened now, with the checks of `checked`."""
+    return checked(denoiser_of(model), model.family.kind.denoiser)
+
+
+def checked(denoiser: Denoiser, part: str) -> Denoiser:
+    """The same denoiser, of that part; RunnerError names the part and the step if an output is not finite."""
 
     def run(batch: Sequence[Trajectory]) -> Sequence[Array]:
         outputs = denoiser(batch)
         for trajectory, output in zip(batch, outputs, strict=True):
             if not np.isfinite(as_numpy(output)).all():
                 raise RunnerError(
-                    f"unet: the output of call {trajectory.step + 1} of {trajectory.calls} is not finite. "
+                    f"{part}: the output of call {trajectory.step + 1} of {trajectory.calls} is not finite. "
                     "Run diffship verify, or use precision fp32"
                 )
         return outputs
@@ -229,7 +234,8 @@ def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) 
 
 def _origin(model: Model) -> Origin:
     """Without a digest the model's weights have no name, and none of its parts is vouched for."""
-    digests = {part: model.digests[part] for part in SHARED_PARTS if part in model.parts} if model.digest else {}
+    shared = model.family.kind.shared_parts if model.digest else ()
+    digests = {part: model.digests[part] for part in shared if part in model.parts}
     return Origin(model.family, digests)
 
 
@@ -239,7 +245,8 @@ def _require(model: Model, image: object, mask: object) -> None:
         raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
     if not inpaint and (image is not None or mask is not None):
         raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
-    require_parts(model, "unet", *(("vae_encoder",) if inpaint else ()))
+    kind = model.family.kind
+    require_parts(model, kind.denoiser, *((kind.encoder,) if inpaint else ()))
 
 
 def require_parts(model: Model, *names: str) -> None:

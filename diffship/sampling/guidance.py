@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
+from diffship.core.kind import Kind
 from diffship.core.runner import Runner
 from diffship.sampling.kernel import Array, as_float32
 from diffship.sampling.trajectory import Conditioning, Trajectory
@@ -33,13 +34,13 @@ def unheeded(family: Family, scheduler: Mapping[str, Any], guidance: float, nega
     `scheduler` is the model's own, whatever sampler is used.
     """
     found = []
-    if negative and family.time_cond_dim is not None:
+    if negative and family.takes_guidance:
         found.append(
             "the negative prompt is not used: this model takes guidance as an input, without a negative prompt"
         )
     elif negative and guidance <= 1.0:
         found.append(f"the negative prompt is not used: guidance is {guidance:g}, and it takes guidance above 1")
-    lora = family.time_cond_dim is None and scheduler.get("_class_name") == "LCMScheduler"
+    lora = not family.takes_guidance and scheduler.get("_class_name") == "LCMScheduler"
     if lora and guidance > _LCM_LORA_GUIDANCE:
         found.append(
             f"guidance is {guidance:g}: this model has its guidance in its weights (LCM-LoRA); from 1 to "
@@ -66,11 +67,16 @@ def guide(batch: Sequence[Trajectory], rows: Array) -> list[Array]:
 
 
 class FeedMaker:
-    """Feeds of a U-Net for a batch; embeddings stay on the device while the batch keeps the same prompts."""
+    """Feeds of a denoiser for a batch; embeddings stay on the device while the batch keeps the same prompts.
 
-    def __init__(self, unet: Runner) -> None:
-        self._unet = unet
-        self._names = {spec.name for spec in unet.inputs}
+    `runner` may be a stage of one, which takes some of the inputs of the whole beside its boundary.
+    """
+
+    def __init__(self, runner: Runner, kind: Kind) -> None:
+        self._runner = runner
+        self._kind = kind
+        names = {spec.name for spec in runner.inputs}
+        self._conditions = [name for name in kind.condition_names if name in names]
         # what the last call's feeds were made of, and those feeds: one attribute, so that threads may share it
         self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
@@ -84,8 +90,8 @@ class FeedMaker:
         conditions = [*(t.negative for t in batch if guided(t)), *(t.positive for t in batch)]
         times = [t.sampler.coefficients(t.step, t.steps, len(t.history)).timestep for t in order]
         return {
-            "sample": _stack("sample", [_sample(t) for t in order]),
-            "timestep": like(np.array(times, np.float32), order[0].latents),
+            self._kind.sample_input: _stack(self._kind.sample_input, [_sample(t) for t in order]),
+            self._kind.time_input: like(np.array(times, np.float32), order[0].latents),
             **self._conditioning(conditions, [t.guidance for t in order]),
         }
 
@@ -94,21 +100,16 @@ class FeedMaker:
         held, constants = self._last
         if wanted != held:
             arrays = self._arrays(conditions, guidances)
-            constants = {name: self._unet.put(array) for name, array in arrays.items()}
+            constants = {name: self._runner.put(array) for name, array in arrays.items()}
             self._last = (wanted, constants)
         return constants
 
     def _arrays(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
-        fields = {"encoder_hidden_states": "embeddings", "text_embeds": "pooled", "time_ids": "time_ids"}
         arrays = {
-            name: _stack(name, [getattr(condition, field, None) for condition in conditions])
-            for name, field in fields.items()
-            if name in self._names
+            name: _stack(name, [None if condition is None else condition.get(name) for condition in conditions])
+            for name in self._conditions
         }
-        if "timestep_cond" in self._names:
-            width = next(spec.shape[-1] for spec in self._unet.inputs if spec.name == "timestep_cond")
-            arrays["timestep_cond"] = np.stack([guidance_embedding(g - 1.0, int(width)) for g in guidances])
-        return arrays
+        return {**arrays, **self._kind.guidance_inputs(self._runner.inputs, guidances)}
 
 
 def guidance_embedding(w: float, width: int = 256) -> NDArray[np.float32]:

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import Cancelled, ConfigError
+from diffship.core.kind import Kind
 from diffship.core.runner import Runner
 from diffship.sampling.guidance import FeedMaker, guide, like
 from diffship.sampling.kernel import Array, apply_matrix
+from diffship.sampling.model import Model
 from diffship.sampling.trajectory import Trajectory, as_numpy, at_step
 
 Denoiser = Callable[[Sequence[Trajectory]], Sequence[Array]]
@@ -74,10 +76,16 @@ def latents_by_step(trajectory: Trajectory, denoiser: Denoiser) -> dict[str, NDA
     return found
 
 
-def plain(unet: Runner) -> Denoiser:
-    """The Denoiser of one whole U-Net: rows in, `out_sample` out, guidance applied."""
-    feeds = FeedMaker(unet)
-    return lambda batch: guide(batch, unet.run(feeds(batch))["out_sample"])
+def plain(runner: Runner, kind: Kind) -> Denoiser:
+    """The Denoiser of one whole network of this kind: rows in, its prediction out, guidance applied."""
+    feeds = FeedMaker(runner, kind)
+    return lambda batch: guide(batch, runner.run(feeds(batch))[kind.output])
+
+
+def denoiser_of(model: Model) -> Denoiser:
+    """The Denoiser of a model's own denoiser, which is opened now."""
+    kind = model.family.kind
+    return plain(model.use(kind.denoiser), kind)
 
 
 def _goal(trajectory: Trajectory, until: int | None) -> int:

@@ -13,8 +13,8 @@ from diffship.sampling.tokenizer import Tokenizer
 class Model(Protocol):
     """Facts, tokenizers and parts of a pipeline; a torch Pipeline and a Bundle on any engine both give one.
 
-    `scheduler` is a diffusers scheduler config; `tokenizers` has the keys `tokenizer` and `tokenizer_2`; `parts` are
-    canonical names (`text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`).
+    `scheduler` is a diffusers scheduler config; `tokenizers` are by folder (`tokenizer`, `tokenizer_2`); `parts` are
+    the canonical names that the kind of model has (`family.kind.parts`), all or some of them.
     """
 
     @property

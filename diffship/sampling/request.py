@@ -21,7 +21,6 @@ from diffship.sampling.samplers import SAMPLERS, make_sampler
 from diffship.sampling.tokenizer import check_prompt
 
 MEMORY = ("normal", "low")
-PATCH = 2  # latent pixels a side of one token: so in every model of flow matching that shifts with the size
 
 
 @brief
@@ -30,9 +29,9 @@ class Request:
     """A prompt and how to draw it; None takes the model's default.
 
     `negative` None is "none given", which SDXL encodes as zeros; "" is the empty prompt. Image i uses seed + i (torch)
-    or the key (seed, i) (philox). `latents` (images, channels, height, width) replaces the initial noise, unit normal,
-    so that two clients can start from the same. `batch` is how many images share a model call (default: all, or one
-    with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
+    or the key (seed, i) (philox). `latents` (images, then the shape of one picture's) replaces the initial noise, unit
+    normal, so that two clients can start from the same. `batch` is how many images share a model call (default: all, or
+    one with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
     students are made for trailing, whatever their folders say. `strength` is for models that fill masks: below 1 they
     begin with the image under that share of the noise, and leave out the first calls.
     """
@@ -85,7 +84,7 @@ class Settled:
     steps: int
     guidance: float
     size: tuple[int, int]
-    latent_shape: tuple[int, int, int]  # channels, height, width
+    latent_shape: tuple[int, ...]  # of one picture; (channels, height, width) as a rule
     strength: float = 1.0
     begin: int = 0  # the first model call
 
@@ -98,9 +97,9 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
         UnsupportedError: a sampler option that is not built.
     """
     width, height = request.size or family.default_sides
-    shape = (family.latent_channels, *family.latent_size(width, height))
+    shape = family.latent_shape(width, height)
     sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
-    sampler = sampler.sized(shape[-2] // PATCH * (shape[-1] // PATCH))
+    sampler = sampler.sized(family.kind.tokens(shape))
     steps = family.steps_default if request.steps is None else request.steps
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,21 +11,35 @@ import numpy as np
 from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
+from diffship.core.kind import Shape
 from diffship.sampling.rng import Noise
 from diffship.sampling.sampler import Sampler
 
 Array = Any
-SHARED_PARTS = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 
 
 @brief
 @dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What a text encoder gave for one prompt; float32, without a batch axis."""
+class Conditioning(Mapping[str, Array]):
+    """What a denoiser is told of one prompt: its own inputs by name, float32, without a batch axis.
 
-    embeddings: Array  # (tokens, width)
-    pooled: Array | None = None  # (pooled width,), SDXL
-    time_ids: Array | None = None  # (6,) or (5,), SDXL and its refiner
+    Stable Diffusion: `encoder_hidden_states` (tokens, width); SDXL also `text_embeds` (width,) and `time_ids` (6,) or
+    (5,). Two of them are equal if they are the same object: the arrays are not compared.
+    """
+
+    arrays: Mapping[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 @brief
@@ -34,7 +48,7 @@ class Origin:
     """The kind of model that a trajectory began with, and the digests of the parts that the next model should share."""
 
     family: Family
-    digests: Mapping[str, str] = field(default_factory=dict)  # of SHARED_PARTS; empty where weights still change
+    digests: Mapping[str, str] = field(default_factory=dict)  # of shared parts; empty if weights still change
 
 
 def warnings_in(facts: Mapping[str, Any]) -> list[str]:
@@ -46,7 +60,8 @@ def warnings_in(facts: Mapping[str, Any]) -> list[str]:
 @brief
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One image after `step` of `sampler.calls(steps)` model calls; latents are (channels, height, width) float32.
+    """One image after `step` of `sampler.calls(steps)` model calls; latents are float32 (channels, height, width)
+    as a rule, without a batch axis; of what shape, the kind of model says.
 
     `guidance` is classifier-free guidance over (`negative`, `positive`); models with a time condition take it as an
     embedding instead. `history` is newest first, as the sampler's matrix has it. Frozen: a step makes a new one.
@@ -62,9 +77,9 @@ class Trajectory:
     positive: Conditioning | None = None
     negative: Conditioning | None = None
     history: tuple[Array, ...] = ()
-    mask: Array | None = None  # (1, height, width) of the latents, 1 = draw here
-    masked_latents: Array | None = None  # (channels, height, width)
-    init_latents: Array | None = None  # (channels, height, width), what img2img started from
+    mask: Array | None = None  # as the latents with one channel, 1 = draw here
+    masked_latents: Array | None = None  # as the latents
+    init_latents: Array | None = None  # as the latents, what img2img started from
     prompt: str = ""
     negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
@@ -87,19 +102,23 @@ class Trajectory:
     def require_fit(self, family: Family) -> None:
         """Raises HandoffError, naming the value, unless a model of `family` can go on from here."""
         try:
-            height, width = family.latent_size(*self.size)
+            shape, legal = family.latent_shape(*self.size), family.kind.conditions(family)
         except ConfigError as fault:
             raise HandoffError(f"the trajectory does not fit this model: {fault}") from None
-        _same("latents", tuple(self.latents.shape), (family.latent_channels, height, width))
+        _same("latents", tuple(self.latents.shape), shape)
         _same("prediction type", self.sampler.process.prediction, family.prediction_type)
         _same("mask present", self.mask is not None and self.masked_latents is not None, family.fills_masks)
         for condition in (self.positive, self.negative):
             if condition is not None:
-                _same("text width", int(condition.embeddings.shape[-1]), family.text_width)
-                pooled = None if condition.pooled is None else int(condition.pooled.shape[-1])
-                _same("pooled width", pooled, family.pooled_width)
-                ids = None if condition.time_ids is None else int(condition.time_ids.shape[-1])
-                _same("number of time ids", ids, family.time_ids)
+                _same("conditioning", sorted(condition), sorted(legal))
+                for name, array in condition.items():
+                    _require_shape(name, tuple(array.shape), legal[name])
+
+
+def _require_shape(name: str, shape: tuple[int, ...], legal: Shape) -> None:
+    fits = len(shape) == len(legal) and all(side in (None, ours) for ours, side in zip(shape, legal, strict=True))
+    if not fits:
+        _same(name, shape, tuple("any" if side is None else side for side in legal))
 
 
 def _same(what: str, ours: object, theirs: object) -> None:

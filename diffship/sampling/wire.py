@@ -12,7 +12,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from diffship.core.errors import ConfigError, DiffshipError, HandoffError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
+from diffship.core.registry import kinds
 from diffship.core.strict import unknown
 from diffship.sampling.matrix import MAX_HISTORY
 from diffship.sampling.rng import Noise, Philox, TorchGenerator, TorchNoise
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.tokenizer import check_prompt
-from diffship.sampling.trajectory import SHARED_PARTS, Conditioning, Origin, Trajectory, as_numpy
+from diffship.sampling.trajectory import Conditioning, Origin, Trajectory, as_numpy
 
-SCHEMA = "2"
+SCHEMA = "3"
+READ = ("2", SCHEMA)
 DTYPES = ("float32", "float16")
 _FRONT = b'{"__metadata__":{"sha256":"'
 _DIGITS = slice(8 + len(_FRONT), 8 + len(_FRONT) + 64)
@@ -38,18 +40,15 @@ _KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_pro
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
 _CODES = {dtype.newbyteorder("="): code for code, dtype in _DTYPES.items()}
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
-_RANKS = {
-    "latents": 3,
-    "mask": 3,
-    "masked_latents": 3,
-    "init_latents": 3,
-    "noise.key": 1,
-    **{f"history.{i}": 3 for i in range(MAX_HISTORY)},
-    **{f"{side}.embeddings": 2 for side in ("positive", "negative")},
-    **{f"{side}.{field}": 1 for side in ("positive", "negative") for field in ("pooled", "time_ids")},
-}
-# 16 bits do not hold sizes in pixels, nor a generator's state
-_WHOLE = {"noise.key", "positive.time_ids", "negative.time_ids"}
+_SIDES = ("positive", "negative")
+_KEY = "noise.key"
+_LATENTS = ("latents", "mask", "masked_latents", "init_latents", *(f"history.{i}" for i in range(MAX_HISTORY)))
+_CONDITION = re.compile(rf"({'|'.join(_SIDES)})\.([a-z][a-z0-9_]{{0,63}})\Z")
+_MOST_CONDITIONS = 16  # on both sides together
+_RANKS = (2, 4)  # of latents; those of a video have four axes
+_CONDITION_RANKS = (1, 3)
+# what schema 2 called a condition -> its name, and its rank there
+_SCHEMA_2 = {"embeddings": ("encoder_hidden_states", 2), "pooled": ("text_embeds", 1), "time_ids": ("time_ids", 1)}
 
 
 def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True) -> bytes:
@@ -59,19 +58,21 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
     Without `embeddings` only the prompts travel, and the receiver encodes them.
 
     Raises:
-        HandoffError: it or its facts are larger than the limit, it holds NaN or infinity, or values that float16 cannot
-            hold.
+        HandoffError: it or its facts are larger than the limit, it holds NaN or infinity, values that float16 cannot
+            hold, or conditions of names or ranks that do not travel.
         ConfigError: another dtype, or a step or guidance that `unpack` would refuse.
     """
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
     noise, tensors = _noise_out(trajectory.noise)
     tensors |= _tensors(trajectory if embeddings else trajectory.without_conditioning())
+    _require_legal({name: array.shape for name, array in tensors.items()})
     _require_finite(tensors)
     check_range("step", trajectory.step, 0, trajectory.sampler.calls(trajectory.steps))
     check_range("guidance", trajectory.guidance, *LIMITS.guidance)
     if dtype == "float16":
-        tensors = {name: array if name in _WHOLE else _halved(name, array) for name, array in tensors.items()}
+        whole = _whole()
+        tensors = {name: array if name in whole else _halved(name, array) for name, array in tensors.items()}
     about = {
         "step": trajectory.step,
         "steps": trajectory.steps,
@@ -142,21 +143,37 @@ def _open(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         _refuse("it is damaged: the checksum does not match. Send it again")
     table = _json(data[8 : 8 + length].decode("utf-8"))
     metadata = table.pop("__metadata__")
-    if metadata.get("schema") != SCHEMA:
-        _refuse(f"its schema is {str(metadata.get('schema'))[:20]!r}; this version reads {SCHEMA!r}")
+    schema = metadata.get("schema")
+    if schema not in READ:
+        _refuse(f"its schema is {str(schema)[:20]!r}; this version reads {' and '.join(map(repr, READ))}")
     about = _json(metadata["trajectory"])
     if not isinstance(about, dict) or set(about) != _KEYS:
         _refuse("its header does not have the keys of a trajectory")
+    table = _from_schema_2(table) if schema == "2" else table
     return about, _arrays(table, memoryview(data)[8 + length :])
 
 
+def _from_schema_2(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of tensors with the conditions called as the denoiser calls them; they had fixed names and ranks."""
+    renamed: dict[str, Any] = {}
+    for name, claim in table.items():
+        side, _, field = name.partition(".")
+        given = field if side in _SIDES else ""
+        to, rank = _SCHEMA_2.get(given, (given, 1 if name == _KEY else 3))
+        if given not in ("", *_SCHEMA_2) or len(claim["shape"]) != rank:
+            _refuse(f"it holds {name[:40]!a} with {len(claim['shape'])} axes")
+        renamed[f"{side}.{to}" if given else name] = claim
+    return renamed
+
+
 def _arrays(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[Any]]:
-    arrays, place = {}, 0
+    arrays, place, whole = {}, 0, _whole()
+    _require_legal({name: claim["shape"] for name, claim in table.items()})
     for name, claim in table.items():
         shape, (begin, end) = claim["shape"], claim["data_offsets"]
-        if name not in _RANKS or claim["dtype"] not in _DTYPES or len(shape) != _RANKS[name]:
-            _refuse(f"it holds {name[:40]!a} with dtype {str(claim['dtype'])[:10]!a} and {len(shape)} axes")
-        if claim["dtype"] not in _legal_codes(name, table):
+        if claim["dtype"] not in _DTYPES:
+            _refuse(f"tensor {name} has the dtype {str(claim['dtype'])[:10]!a}")
+        if claim["dtype"] not in _legal_codes(name, table, whole):
             _refuse(f"tensor {name} is {claim['dtype']}")
         for side in shape:
             check_range(f"axis of {name}", side, 1, 1 << 20)
@@ -171,10 +188,33 @@ def _arrays(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[Any
     return arrays
 
 
-def _legal_codes(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+def _require_legal(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises HandoffError for a tensor that no trajectory has, or one of another rank than it has there."""
+    if sum(_CONDITION.match(name) is not None for name in shapes) > _MOST_CONDITIONS:
+        _refuse(f"it holds more than {_MOST_CONDITIONS} conditions")
+    for name, shape in shapes.items():
+        if not _legal_rank(name, len(shape), len(shapes["latents"])):
+            _refuse(f"it holds {name[:40]!a} with {len(shape)} axes")
+
+
+def _legal_rank(name: str, rank: int, latents: int) -> bool:
+    """Whether a tensor of this name may be there and have so many axes; `latents` is how many those have."""
+    if name == _KEY:
+        return rank == 1
+    if name in _LATENTS:
+        return _RANKS[0] <= rank <= _RANKS[1] and rank == latents
+    return _CONDITION.match(name) is not None and _CONDITION_RANKS[0] <= rank <= _CONDITION_RANKS[1]
+
+
+def _whole() -> set[str]:
+    """Tensors that 16 bits do not hold: sizes in pixels and the like, and a generator's state."""
+    return {_KEY, *(f"{side}.{name}" for side in _SIDES for kind in kinds().values() for name in kind.exact_conditions)}
+
+
+def _legal_codes(name: str, table: Mapping[str, Any], whole: Collection[str]) -> tuple[str, ...]:
     """What a tensor may be stored in; all that may be halved have the dtype of the latents."""
-    if name in _WHOLE:
-        return ("U32",) if name == "noise.key" else ("F32",)
+    if name in whole:
+        return ("U32",) if name == _KEY else ("F32",)
     code = table["latents"]["dtype"]
     return (code,) if code in ("F32", "F16") else ()
 
@@ -195,7 +235,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         step=step,
         steps=steps,
         sampler=sampler,
-        noise=_noise_in(about["noise"], tensors.get("noise.key")),
+        noise=_noise_in(about["noise"], tensors.get(_KEY)),
         size=(sides[0], sides[1]),
         guidance=float(check_range("guidance", about["guidance"], *LIMITS.guidance)),
         positive=_condition("positive", tensors),
@@ -226,8 +266,7 @@ def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
         "init_latents": trajectory.init_latents,
     }
     for side, condition in (("positive", trajectory.positive), ("negative", trajectory.negative)):
-        for field in ("embeddings", "pooled", "time_ids"):
-            named[f"{side}.{field}"] = getattr(condition, field, None)
+        named |= {f"{side}.{name}": array for name, array in (condition or {}).items()}
     return {name: as_numpy(array) for name, array in named.items() if array is not None}
 
 
@@ -240,17 +279,14 @@ def _halved(name: str, array: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def _condition(side: str, tensors: Mapping[str, NDArray[Any]]) -> Conditioning | None:
-    fields = {field: tensors.get(f"{side}.{field}") for field in ("embeddings", "pooled", "time_ids")}
-    if fields["embeddings"] is None:
-        if any(value is not None for value in fields.values()):
-            _refuse(f"it has parts of the {side} conditioning without embeddings")
-        return None
-    return Conditioning(**fields)
+    matches = {name: _CONDITION.match(name) for name in tensors}
+    found = {match[2]: tensors[name] for name, match in matches.items() if match is not None and match[1] == side}
+    return Conditioning(found) if found else None
 
 
 def _noise_out(noise: Noise) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     if isinstance(noise, TorchNoise):
-        return {"kind": "torch", "pos": noise.pos, "spare": noise.spare}, {"noise.key": noise.key}
+        return {"kind": "torch", "pos": noise.pos, "spare": noise.spare}, {_KEY: noise.key}
     if isinstance(noise, Philox):
         return {"kind": "philox", "seed": noise.seed, "image": noise.image}, {}
     raise ConfigError(f"noise of type {type(noise).__name__} does not travel; use torch or philox")
@@ -275,8 +311,9 @@ def _origin_in(about: object) -> Origin | None:
         return None
     if not isinstance(about, dict) or set(about) != {"family", "digests"} or not isinstance(about["digests"], dict):
         _refuse("its origin is not a table of family and digests")
+    shared = {part for kind in kinds().values() for part in kind.shared_parts}
     for part, digest in about["digests"].items():
-        if part not in SHARED_PARTS or not isinstance(digest, str) or not _HEX.match(digest):
+        if part not in shared or not isinstance(digest, str) or not _HEX.match(digest):
             _refuse(f"its origin has a digest of {part[:40]!a} that is not 64 hex digits of a part that is shared")
     return Origin(Family.from_json(about["family"]), about["digests"])
 

@@ -48,7 +48,7 @@ class ConsistencyTask:
 
     student: with LoRA layers, or with `embedding` (the width of the guidance embedding) taking that as its last input.
     teacher: None is the student with its LoRA layers switched off. Of the student's parameters those are trained that
-    require a gradient.
+    require a gradient. part: what checkpoints call the student.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class ConsistencyTask:
         captions: Captions,
         consistency: Consistency,
         embedding: int | None,
+        part: str,
     ) -> None:
         self.student: Any = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.modules: dict[str, Any] = {"unet": self.student.inner}
+        self.modules: dict[str, Any] = {part: self.student.inner}
         self.teacher: Any = None
         if teacher is not None:
             self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
+from diffship.core.registry import kind
 from diffship.sampling.process import cumulative
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ class Latents:
         return rows, self.mean[rows] + self.std[rows] * noise
 
 
+def emoji_modules(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> dict[str, Any]:
+    """What is trained, by the names that checkpoints have for it: those of the parts of its kind of model."""
+    of = kind("sd")
+    return {of.denoiser: unet, of.text_parts[0]: text_encoder}
+
+
 class DiffusionTask:
     """Predict the noise (epsilon); captions are dropped for classifier-free guidance at `drop`."""
 
@@ -90,7 +97,7 @@ class DiffusionTask:
     ) -> None:
         self.unet = unet.to(memory_format=torch.channels_last)
         self.text_encoder = text_encoder
-        self.modules = {"unet": self.unet, "text_encoder": text_encoder}
+        self.modules = emoji_modules(self.unet, text_encoder)
         self.latents, self.captions, self.empty, self.drop = latents, captions, empty, drop
         self.alphas = alphas_cumprod()
 

@@ -115,7 +115,7 @@ class Forward:
 class DistillationTask:
     """One loss per batch. `student` and `teacher` are U-Nets as `Component.module` makes them, the teacher frozen.
 
-    The teacher is not called where no term needs it.
+    The teacher is not called where no term needs it. part: what checkpoints call the student.
     """
 
     def __init__(
@@ -128,12 +128,13 @@ class DistillationTask:
         captions: Captions,
         forward: Forward,
         losses: Losses,
+        part: str,
     ) -> None:
         self.student: Any = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.teacher: Any = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.student.requires_grad_(True)
         self.teacher.requires_grad_(False)
-        self.modules = {"unet": self.student.inner, "teacher": self.teacher.inner}
+        self.modules = {part: self.student.inner, "teacher": self.teacher.inner}
         self.draws, self.latents, self.captions, self.forward, self.losses = draws, latents, captions, forward, losses
         pairs = pairs if losses.feat else ()
         self.taps = Taps(self.student.inner, [pair.student for pair in pairs])

@@ -14,9 +14,8 @@ from diffship.core.lazy import lazy
 from diffship.core.limits import GIB
 from diffship.core.strict import plain
 from diffship.models.parts.component import Component
-from diffship.models.pipeline import TEXT_PARTS, Pipeline
-from diffship.sampling.encode import time_ids
-from diffship.sampling.tokenizer import ClipTokenizer
+from diffship.models.pipeline import Pipeline
+from diffship.sampling.tokenizer import Tokenizer
 from diffship.training.paired import PairedPictures
 from diffship.training.saving import read_tensors, save_tensors
 
@@ -31,7 +30,6 @@ else:
 
 _AT_ONCE = 8  # pictures encoded together
 _WAIT_SECONDS = 24 * 3600
-_AESTHETIC = 6.0  # of the refiner's size conditioning, as diffusers has it
 
 
 class Latents(Protocol):
@@ -48,7 +46,7 @@ class Encoder:
     def __init__(self, pipeline: Pipeline, pictures: PairedPictures, device: torch.device) -> None:
         self.pictures = pictures
         self.family = pipeline.family
-        self.module = pipeline.components["vae_encoder"].module(str(device))
+        self.module = pipeline.encoder.module(str(device))
         self.device = device
 
     def take(self, rows: Sequence[int], flips: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -112,7 +110,7 @@ def make_latents(
     if 8 * count * pipeline.family.latent_channels * side**2 > most_gib * GIB:
         _decode_all(pictures, job)
         return encoder
-    vae, family = pipeline.components["vae_encoder"], pipeline.family
+    vae, family = pipeline.encoder, pipeline.family
     facts = (__version__, vae.digest, plain(vae.config), family.scaling_factor, family.shift_factor)
     name = f"latents-{digest_of([pictures.digest, pictures.size, flip, *facts])[:40]}"
     if main:
@@ -157,8 +155,7 @@ class Captions:
         self.family, self.size, self.device = pipeline.family, size, device
         self.parts = [
             (component, component.module(str(device)), _tokenizer(pipeline, name))
-            for name, component in pipeline.components.items()
-            if name in TEXT_PARTS
+            for name, component in pipeline.texts.items()
         ]
 
     def __call__(self, captions: Sequence[str | None]) -> tuple[Tensor, ...]:
@@ -170,18 +167,17 @@ class Captions:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             states, pooled = zip(*(self._encode(*part, captions) for part in self.parts), strict=True)
         tensors = [torch.cat(states, dim=-1)]
-        ids = time_ids(self.family, (self.size, self.size), _AESTHETIC)
-        if ids is not None:
+        sizes = self.family.kind.size_conditions((self.size, self.size))
+        if sizes:
             tensors.append(pooled[-1])
         if self.family.force_zeros_for_empty_prompt:
             empty = torch.tensor([caption is None for caption in captions], device=self.device)
             tensors = [tensor.masked_fill(empty.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors]
-        if ids is not None:
-            tensors.append(torch.from_numpy(ids).to(self.device).expand(len(captions), -1))
-        return tuple(tensors)
+        ids = (torch.from_numpy(array).to(self.device) for array in sizes.values())
+        return (*tensors, *(array.expand(len(captions), -1) for array in ids))
 
     def _encode(
-        self, component: Component, module: nn.Module, tokenizer: ClipTokenizer, captions: Sequence[str | None]
+        self, component: Component, module: nn.Module, tokenizer: Tokenizer, captions: Sequence[str | None]
     ) -> tuple[Tensor, Any]:
         ids = torch.from_numpy(tokenizer([caption or "" for caption in captions]).ids).to(self.device)
         made = dict(zip((spec.name for spec in component.outputs), module(ids), strict=True))
@@ -191,6 +187,7 @@ class Captions:
         return made[f"hidden_states.{layers - 2}"], made.get("text_embeds")
 
 
-def _tokenizer(pipeline: Pipeline, part: str) -> ClipTokenizer:
-    name = part.replace("text_encoder", "tokenizer")
-    return ClipTokenizer.from_files(pipeline.tokenizers[name], name)
+def _tokenizer(pipeline: Pipeline, part: str) -> Tokenizer:
+    kind = pipeline.family.kind
+    name = kind.tokenizer_of(part)
+    return kind.tokenizer(name, pipeline.tokenizers[name])

@@ -43,17 +43,17 @@ _COLOURS = {
 
 
 class InTraining(PipelineModel):
-    """A pipeline whose U-Net is a module that is being trained."""
+    """A pipeline whose denoiser is a module that is being trained."""
 
     digest = ""  # of weights that change while they are looked at
 
     def __init__(self, pipeline: Pipeline, module: nn.Module, device: str) -> None:
         super().__init__(pipeline, device)
-        unet = pipeline.components["unet"]
+        unet = pipeline.denoiser
         self._live = TorchRunner(module, unet.inputs, unet.outputs, device)
 
     def use(self, part: str) -> Runner:
-        return self._live if part == "unet" else super().use(part)
+        return self._live if part == self.family.kind.denoiser else super().use(part)
 
 
 @dataclass(frozen=True)

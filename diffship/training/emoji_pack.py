@@ -10,6 +10,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.sampling.tokenizer import END, START
 from diffship.training.checkpoint import load_average
+from diffship.training.diffusion import emoji_modules
 from diffship.training.emoji_stages import load_vae, new_text_encoder, new_unet, scaling_factor
 from diffship.training.emoji_unpack import steps_before
 from diffship.training.judge_model import Judge, JudgeConfig, save_judge
@@ -59,7 +60,7 @@ def pack(options: TrainOptions) -> dict[str, object]:
         )
     words = json.loads((unet_run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     unet, text_encoder = new_unet(), new_text_encoder(len(words))
-    step = load_average(unet_run / "state.safetensors", {"unet": unet, "text_encoder": text_encoder})
+    step = load_average(unet_run / "state.safetensors", emoji_modules(unet, text_encoder))
     vae = load_vae(runs)
     scaling = scaling_factor(tensor_file.load_file(unet_run / "latents.safetensors")["mean"])
     vae.register_to_config(scaling_factor=scaling, force_upcast=False)

@@ -40,9 +40,9 @@ else:
 VOCABULARY = 4096
 _REMEDY = "Remove it, and the same command encodes the pictures anew"
 DEFAULTS = {
-    "vae": Schedule(steps=2400, batch=8, rate=1e-3, decay=600, ema=0.995, weight_decay=0.0),
-    "decoder": Schedule(steps=4000, batch=8, rate=1e-3, decay=1500, ema=0.995, weight_decay=0.0),
-    "unet": Schedule(steps=4000, batch=32, rate=6e-4, decay=1000, ema=0.998, save_seconds=150, validate_every=4),
+    "emoji-vae": Schedule(steps=2400, batch=8, rate=1e-3, decay=600, ema=0.995, weight_decay=0.0),
+    "emoji-decoder": Schedule(steps=4000, batch=8, rate=1e-3, decay=1500, ema=0.995, weight_decay=0.0),
+    "emoji-unet": Schedule(steps=4000, batch=32, rate=6e-4, decay=1000, ema=0.998, save_seconds=150, validate_every=4),
     "judge": Schedule(steps=3500, batch=64, rate=1e-3, decay=1500, ema=0.998),
 }
 
@@ -72,7 +72,7 @@ def train_vae(options: TrainOptions, decoder_only: bool) -> dict[str, object]:
         figures.update(validated_at=step, held_out_psnr_db=round(held_out_psnr(vae, held_out), 2))
 
     task = VaeTask(vae, train_set, decoder_only)
-    reached = _train(task, stage, options, folder, validate)
+    reached = _train(task, folder.name, options, folder, validate)
     save_whole(vae, folder, task.modules)
     return {"stage": stage, "step": reached, **figures}
 
@@ -120,8 +120,8 @@ def train_unet(options: TrainOptions) -> dict[str, object]:
     def preview(step: int) -> None:
         save_grid(draw(task, vae, scaling, ids), folder / f"preview-{step:06d}.png")
 
-    reached = _train(task, "unet", options, folder, preview)
-    return {"stage": "unet", "step": reached, "scaling_factor": scaling}
+    reached = _train(task, folder.name, options, folder, preview)
+    return {"stage": folder.name.removeprefix("emoji-"), "step": reached, "scaling_factor": scaling}
 
 
 def train_judge(options: TrainOptions) -> dict[str, object]:

@@ -11,7 +11,9 @@ from safetensors import safe_open
 
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
+from diffship.core.registry import kind
 from diffship.training.checkpoint import save_start
+from diffship.training.diffusion import emoji_modules
 from diffship.training.emoji_stages import new_text_encoder, new_unet
 from diffship.training.judge_model import load_judge
 
@@ -35,7 +37,7 @@ def unpack(options: TrainOptions) -> dict[str, object]:
         ConfigError: there is no packed family, or the runs exist.
     """
     packed, runs = options.data, options.out
-    if not (packed / "unet" / WEIGHTS).exists():
+    if not (_unet_file(packed)).exists():
         raise ConfigError(f"{packed} is not a packed family; the package has one in diffship/models/emoji")
     run = runs / "emoji-unet"
     if (run / "state.safetensors").exists():
@@ -45,9 +47,11 @@ def unpack(options: TrainOptions) -> dict[str, object]:
     tensor_file.save_file(_float32(packed / "vae" / WEIGHTS), runs / "emoji-vae" / "vae.safetensors")
     words = json.loads((packed / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     unet, text_encoder = new_unet(), new_text_encoder(len(words))
-    unet.load_state_dict(_float32(packed / "unet" / WEIGHTS))
-    text_encoder.load_state_dict(_named_for(text_encoder, _float32(packed / "text_encoder" / "model.safetensors")))
-    save_start(run / "state.safetensors", {"unet": unet, "text_encoder": text_encoder})
+    unet.load_state_dict(_float32(_unet_file(packed)))
+    text_encoder.load_state_dict(
+        _named_for(text_encoder, _float32(packed / kind("sd").text_parts[0] / "model.safetensors"))
+    )
+    save_start(run / "state.safetensors", emoji_modules(unet, text_encoder))
     if (packed / "judge").is_dir():
         save_start(runs / "judge" / "state.safetensors", {"judge": load_judge(packed / "judge").requires_grad_(True)})
     steps = trained_steps(packed)
@@ -57,8 +61,12 @@ def unpack(options: TrainOptions) -> dict[str, object]:
 
 def trained_steps(packed: Path) -> int:
     """Steps that made the U-Net of a packed family, from its file's metadata; 0 where they are not stated."""
-    with safe_open(packed / "unet" / WEIGHTS, "pt") as file:
+    with safe_open(_unet_file(packed), "pt") as file:
         return int((file.metadata() or {}).get("steps", 0))
+
+
+def _unet_file(packed: Path) -> Path:
+    return packed / kind("sd").denoiser / WEIGHTS
 
 
 def steps_before(run: Path) -> int:

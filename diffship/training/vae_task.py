@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
+from diffship.core.weights import Weights
 from diffship.models.pipeline import Pipeline
 from diffship.training.adversarial import (
     Discriminator,
@@ -269,8 +270,14 @@ def halves_of(pipeline: Pipeline, device: str) -> tuple[Half, Half]:
     """(encoder, decoder) of a pipeline, loaded in float32."""
     family = pipeline.family
     facts = (family.latent_channels, family.scaling_factor, family.shift_factor)
-    made = [Half(pipeline.components[name].module(device), *facts) for name in (ENCODER, DECODER)]
+    made = [Half(half.module(device), *facts) for half in (pipeline.encoder, pipeline.decoder)]
     return made[0], made[1]
+
+
+def averages_of(state: Weights) -> dict[str, str]:
+    """{name in the auto-encoder: name in a checkpoint} of the averaged weights of both halves."""
+    heads = [f"average/{half}/" for half in (ENCODER, DECODER)]
+    return {name.removeprefix(head): name for head in heads for name in state.names() if name.startswith(head)}
 
 
 def spread_rows(count: int, most: int) -> Sequence[int]:

@@ -194,7 +194,8 @@ class Slow(readings.Session):
     def _materials(self, bench: Any, target: str) -> Materials:
         part = {"parameters": 1, "conv_linear_macs": 1, "attention_macs": 0, "file_bytes": {"folder": 1}}
         parts: dict[str, dict[str, Any]] = {"unet": part, "vae_decoder": part}
-        return Materials(target, "random weights", "f", {"onnxruntime": "b"}, 64, 2, parts, {"unet": {"1": "x"}})
+        roles, feeds = {"unet": "denoiser", "vae_decoder": "decoder"}, {"unet": {"1": "x"}}
+        return Materials(target, "random weights", "f", {"onnxruntime": "b"}, 64, 2, parts, feeds, roles)
 
     def _ceilings(self, turn: int, device: str) -> dict[str, float]:
         return {}

@@ -28,7 +28,8 @@ REPORT = (
 BENCH = Bench(("toy",), ("fast", "slow"), parts=("unet",), calls=2)
 PART = {"parameters": 10, "conv_linear_macs": 100, "attention_macs": 20, "file_bytes": {"fast": 40, "folder": 50}}
 PARTS: dict[str, dict[str, Any]] = {"unet": PART, "vae_decoder": {**PART, "conv_linear_macs": 1000}}
-TOY = Materials("toy", "random weights", "f", {"fast": "b", "slow": "b"}, 64, 2, PARTS, {"unet": {"1": "x"}})
+ROLES = {"unet": "denoiser", "vae_decoder": "decoder"}
+TOY = Materials("toy", "random weights", "f", {"fast": "b", "slow": "b"}, 64, 2, PARTS, {"unet": {"1": "x"}}, ROLES)
 
 
 class Fake(Session):

@@ -64,7 +64,7 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
 
 def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the results file would call itself fresh with models and pictures of another day."""
-    teacher = SimpleNamespace(components={"unet": SimpleNamespace(digest="d")})
+    teacher = SimpleNamespace(denoiser=SimpleNamespace(digest="d"))
     monkeypatch.setattr("diffship.models.sources.opening.open_source", lambda source: teacher)
     experiment = load(Experiment, BASE, "experiment")
     words = ("compression", tmp_path / "data", tmp_path / "judge", tmp_path / "work", "onnxruntime")

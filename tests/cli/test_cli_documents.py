@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffship.cli.main import VERBS, main
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.sampling.picture import read_settings
 from diffship.sampling.wire import pack, unpack
@@ -192,7 +193,7 @@ def test_export_of_one_part_without_proof(command: Any, tmp_path: Path) -> None:
 def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     from diffship.runtimes.engines.model import open_model
     from diffship.sampling.generate import Request, start
-    from diffship.sampling.loop import denoise, plain
+    from diffship.sampling.loop import denoise, denoiser_of
     from diffship.sampling.wire import pack, unpack
 
     words = ["run", tiny_bundle, "red apple", "--steps", 3, "--seed", 4, "--no-metadata"]
@@ -200,7 +201,7 @@ def test_resume_continues_to_the_same_picture(command: Any, tiny_bundle: Path, t
     whole = command(*words, "-o", tmp_path / "whole.png", "--save-trajectory", kept)
     assert whole["exit_code"] == 0 and unpack(kept.read_bytes()).done
     with open_model(tiny_bundle) as model:
-        half = denoise(start(model, Request("red apple", steps=3, seed=4)), plain(model.use("unet")), until=1)
+        half = denoise(start(model, Request("red apple", steps=3, seed=4)), denoiser_of(model), until=1)
     kept.write_bytes(pack(half[0]))
     words = ["run", tiny_bundle, "--resume", kept, "--no-metadata", "-o", tmp_path / "rest.png"]
     rest = check(command(*words), "run")
@@ -296,7 +297,7 @@ def test_an_export_that_only_draws_with_another_sampler_says_so(
     model = open_source("arch:tiny-sd")
     index = {**model.model_index, "scheduler": ["diffusers", "LMSDiscreteScheduler"]}
     scheduler = {**model.scheduler, "_class_name": "LMSDiscreteScheduler"}
-    replace(model, scheduler=scheduler, model_index=index).save(tmp_path / "m")
+    save(replace(model, scheduler=scheduler, model_index=index), tmp_path / "m")
     words = ["export", str(tmp_path / "m"), "--parts", "vae_decoder", "--no-verify", "-o", str(tmp_path / "b")]
     assert main(words) == 0
     said = capsys.readouterr().err

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from diffship.core.weights import SeededWeights
+from diffship.models.assemble import assemble
 from diffship.models.parts.component import weight_metas
 from diffship.models.parts.unet import UNet
-from diffship.models.pipeline import Pipeline, assemble
+from diffship.models.pipeline import Pipeline
 from diffship.models.sources.arch import arch_material
 
 

@@ -19,7 +19,9 @@ from diffship.compression.distill import DistillPass
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.strict import load
+from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline, converted
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.sampling.encode import encode
 from diffship.training.diffusion import alphas_cumprod
@@ -129,7 +131,7 @@ def test_latents_are_those_of_diffusers_held_or_not(tmp_path: Path) -> None:
     for first, second in zip(held.latents.take(rows, flips), fresh.latents.take(rows, flips), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
     assert type(held.latents) is not type(fresh.latents)
-    folder = open_source("arch:tiny-sd").save(tmp_path / "tiny")
+    folder = save(open_source("arch:tiny-sd"), tmp_path / "tiny")
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
     pixels = torch.from_numpy(held.draws.pictures.pixels(rows, flips)).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
@@ -144,14 +146,14 @@ def test_latents_are_those_of_diffusers_held_or_not(tmp_path: Path) -> None:
 def test_captions_are_encoded_as_for_drawing(source: str) -> None:
     pipeline = open_source(source)
     made = Captions(pipeline, 64, torch.device("cpu"))(["red apple", None])
-    with pipeline.model() as model:
+    with PipelineModel(pipeline) as model:
         drawn = encode(model, "red apple", None, (64, 64), 5.0)
     assert drawn.negative is not None
     wanted = (drawn.positive, drawn.negative)
-    fields = ("embeddings", "pooled", "time_ids")[: len(made)]
+    fields = ("encoder_hidden_states", "text_embeds", "time_ids")[: len(made)]
     for tensor, field in zip(made, fields, strict=True):
         for row, condition in zip(tensor.numpy(), wanted, strict=True):
-            np.testing.assert_allclose(row, getattr(condition, field), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(row, condition[field], rtol=1e-4, atol=1e-5)
     assert len(made) == (3 if "xl" in source else 1)
 
 
@@ -322,7 +324,7 @@ def test_what_is_foreseen_of_a_half_precision_student_is_float32(tmp_path: Path)
 
 
 def test_a_model_from_a_folder_names_its_teacher(tmp_path: Path) -> None:
-    student = open_source(str(open_source("arch:tiny-sd").save(tmp_path / "model")))
+    student = open_source(str(save(open_source("arch:tiny-sd"), tmp_path / "model")))
     (problem,) = DistillPass(str(pictures_in(tmp_path / "data"))).check(student)
     assert "the model was read from a folder (model); name the teacher: teacher=SOURCE" in str(problem)
 

@@ -28,6 +28,7 @@ from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights, source_digest
 from diffship.models.parts.unet import unet
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.training import distillation_data, distillation_report
 from diffship.training.distillation_data import make_latents
@@ -93,7 +94,7 @@ def test_thirty_steps_lower_the_loss_and_leave_a_model_that_works(student: Pipel
         with Image.open(folder / name) as image:
             assert image.size == size
     assert json.loads((folder / "pairs.json").read_text())[2]["teacher"] == "down_blocks.2.attentions.1.proj_out"
-    again = open_source(str(made.save(tmp_path / "model")))
+    again = open_source(str(save(made, tmp_path / "model")))
     feeds = made.components["unet"].example(0)
     first, second = (p.components["unet"].load().run(feeds)["out_sample"] for p in (made, again))
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))

@@ -18,6 +18,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.weights import MemoryWeights, Weights
 from diffship.models.parts.unet import unet
 from diffship.models.reduced.widths import Widths, with_widths
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 
 RESNET, SELF = "down_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -84,7 +85,7 @@ def test_narrowing_twice_keeps_the_widths_of_both(tmp_path: Path) -> None:
     assert twice.components["unet"].config["diffship"]["heads"] == {SELF: 1}
     assert twice.components["unet"].config["diffship"]["inner"] == {RESNET: 8}
     assert [entry["pass"] for entry in twice.history] == ["first", "second"]
-    again = open_source(str(twice.save(tmp_path / "twice")))
+    again = open_source(str(save(twice, tmp_path / "twice")))
     feeds = again.components["unet"].example(0, SIZES)
     first, second = (p.components["unet"].load().run(feeds)["out_sample"] for p in (twice, again))
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))

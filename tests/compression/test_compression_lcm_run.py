@@ -27,6 +27,7 @@ from diffship.core.errors import Cancelled
 from diffship.core.job import Job
 from diffship.core.weights import source_digest
 from diffship.models.pipeline import Pipeline, converted
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.training.adapters import DOWN, UP
 from diffship.training.loop import step_generator
@@ -81,7 +82,7 @@ def test_thirty_steps_lower_the_loss_and_leave_a_model_that_works(form: str, tmp
     json.dumps(entry)
     with Image.open(run_folder(tmp_path / "job") / "validation-000030.png") as image:
         assert image.size == (64, 4 * 64)  # one prompt, with 1, 2, 4 and 8 steps
-    again = open_source(str(made.save(tmp_path / "model")))
+    again = open_source(str(save(made, tmp_path / "model")))
     feeds = made.components["unet"].example(0)
     first, second = (p.components["unet"].load().run(feeds)["out_sample"] for p in (made, again))
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))

@@ -19,6 +19,7 @@ from diffship.compression.lora_names import Names, Place, original_names
 from diffship.core.errors import ConfigError, SourceError
 from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources import arch_configs as configs
 from diffship.models.sources.opening import open_source
 
@@ -153,7 +154,7 @@ def test_fused_equals_diffusers_with_the_adapter_beside(base: Pipeline, tmp_path
         for part, layer in layers:
             tensors |= STYLES["peft"](part, layer, *pair(base, part, layer, rank=4, seed=number))
         save_file(tensors, tmp_path / file)
-    theirs = StableDiffusionPipeline.from_pretrained(base.save(tmp_path / "base"))
+    theirs = StableDiffusionPipeline.from_pretrained(save(base, tmp_path / "base"))
     for file in ("style", "lcm"):
         theirs.load_lora_weights(tmp_path, weight_name=f"{file}.safetensors", adapter_name=file)
     theirs.set_adapters(["style", "lcm"], [0.8, 1.0])
@@ -312,7 +313,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 def test_half_precision_weights_are_changed_in_float32(tmp_path: Path) -> None:
     """2,048 and 1/4 in half precision is 2,048: the change must survive until someone chooses to round it."""
-    base = open_source(str(open_source("arch:tiny-sd").save(tmp_path / "half", dtype="float16")))
+    base = open_source(str(save(open_source("arch:tiny-sd"), tmp_path / "half", dtype="float16")))
     down, up = (torch.full_like(t, 1e-3) for t in pair(base, "unet", ATTENTION, rank=1))
     save_file(STYLES["peft"]("unet", ATTENTION, down, up), tmp_path / "small.safetensors")
     fused = compress(base, [LoraPass((str(tmp_path / "small.safetensors"),))]).components["unet"].weights

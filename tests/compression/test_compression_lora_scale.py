@@ -24,6 +24,7 @@ from diffship.compression.stored import options_key
 from diffship.core.errors import SourceError
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -45,7 +46,7 @@ def base() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def saved(base: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return base.save(tmp_path_factory.mktemp("base") / "model")
+    return save(base, tmp_path_factory.mktemp("base") / "model")
 
 
 def unet_of(saved: Path) -> UNet2DConditionModel:

@@ -29,7 +29,9 @@ from diffship.core.recipe import read_recipe
 from diffship.core.registry import PASSES
 from diffship.core.strict import plain
 from diffship.core.weights import MemoryWeights, SafetensorsWeights
-from diffship.models.pipeline import Pipeline, with_unet
+from diffship.models.assemble import with_denoiser
+from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.licences import licence_of
 from diffship.models.sources.opening import open_source
 
@@ -60,7 +62,7 @@ class Scale:
         unet = pipeline.components["unet"]
         arrays = {name: unet.weights.read(name) for name in unet.weights.names()}
         arrays["conv_in.weight"] = arrays["conv_in.weight"] * type(arrays["conv_in.weight"].flat[0])(self.by)
-        return with_unet(pipeline, unet.config, MemoryWeights(arrays), {"pass": self.kind, "by": self.by})
+        return with_denoiser(pipeline, unet.config, MemoryWeights(arrays), {"pass": self.kind, "by": self.by})
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def test_a_file_that_is_not_there_or_of_a_wrong_kind_is_usage(
 @pytest.mark.slow
 def test_paths_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
-    open_source("arch:tiny-sd").save(tmp_path / "here" / "teacher")
+    save(open_source("arch:tiny-sd"), tmp_path / "here" / "teacher")
     file = recipe_file(tmp_path, LAYOUT)
     file.write_text(file.read_text().replace("arch:tiny-sd", "teacher"))
     words = ["compress", "--recipe", str(file), "--dry-run", "--quiet"]
@@ -486,7 +488,7 @@ def test_the_result_validates_too(tmp_path: Path, command: Any) -> None:
 
 
 def test_the_card_lists_what_was_done(tmp_path: Path) -> None:
-    teacher = open_source("arch:tiny-sd").save(tmp_path / "teacher")
+    teacher = save(open_source("arch:tiny-sd"), tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Teacher\n")
     (teacher / "LICENSE.md").write_text("the terms")
     made = compress(str(teacher), [LayoutPass("hybrid-224m")], tmp_path / "small")
@@ -505,7 +507,7 @@ def test_the_card_lists_what_was_done(tmp_path: Path) -> None:
 def test_a_card_survives_odd_findings(tmp_path: Path) -> None:
     pipeline = open_source("arch:tiny-sd")
     entry = {"pass": "x|y", "list": list(range(99)), "text": "a\nb|" + "c" * 90, "none": None, "table": {"a": 1}}
-    with_unet(pipeline, u(pipeline).config, u(pipeline).weights, entry).save(tmp_path / "odd")
+    save(with_denoiser(pipeline, u(pipeline).config, u(pipeline).weights, entry), tmp_path / "odd")
     (row,) = (line for line in (tmp_path / "odd" / "README.md").read_text().splitlines() if line.startswith("| x"))
     assert row.startswith("| x\\|y | list (99 entries); text a b\\|ccc") and row.endswith(
         '...; table {"a": 1} | - | - |'

@@ -24,11 +24,12 @@ from diffship.compression.significance import SignificancePass
 from diffship.core.errors import Cancelled, ConfigError, SourceError
 from diffship.core.job import Job
 from diffship.core.weights import MemoryWeights
+from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources.opening import open_source
 from diffship.models.walks.cost import cost
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 
 DRAWING = Drawing(("red apple", "black cat", "a tree"), steps=2, guidance=3.0, seed=5, batch=2)
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "scores" / "v1.json"
@@ -51,10 +52,10 @@ def one_of(listed: tuple[Layer, ...], kind: str) -> Layer:
 def latents(pipeline: Pipeline, seed: int) -> np.ndarray[Any, Any]:
     """Final latents of DRAWING's prompts, one at a time, by the same calls that draw pictures."""
     done = []
-    with pipeline.model() as model:
+    with PipelineModel(pipeline) as model:
         for i, prompt in enumerate(DRAWING.prompts):
             request = Request(prompt, steps=DRAWING.steps, guidance=DRAWING.guidance, seed=seed + i)
-            done += denoise(start(model, request), plain(model.use("unet")))
+            done += denoise(start(model, request), denoiser_of(model))
     return np.stack([np.asarray(trajectory.latents) for trajectory in done])
 
 

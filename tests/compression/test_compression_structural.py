@@ -24,6 +24,7 @@ from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 from diffship.core.weights import Weights
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 
 Command = Callable[..., dict[str, Any]]
@@ -52,7 +53,7 @@ def test_a_pruned_model_loads_back_to_the_same_bits(small: Pipeline, tmp_path: P
     made = PrunePass(keep=0.5).run(small, Job())
     config = made.components["unet"].config["diffship"]
     assert set(config) == {"inner", "heads", "feedforward"} and all(config.values())
-    again = open_source(str(made.save(tmp_path / "pruned")))
+    again = open_source(str(save(made, tmp_path / "pruned")))
     assert json.loads((tmp_path / "pruned" / "unet" / "config.json").read_text())["diffship"] == config
     np.testing.assert_array_equal(outputs(again.components["unet"]), outputs(made.components["unet"]))
     assert [entry["pass"] for entry in again.history] == ["layout", "prune"]

@@ -23,6 +23,7 @@ from diffship.compression.taylor import Examples, drawn, examples, until_small
 from diffship.compression.traced import Interior
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
+from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources.opening import open_source
 from diffship.training.paired import PairedPictures
@@ -51,7 +52,7 @@ def test_examples_are_the_pictures_in_latent_space(small: Pipeline, pictures: Pa
     mean, spread = np.split(np.asarray(made)[0], 2)
     deviations = (batch.clean[0].numpy() / family.scaling_factor - mean) / np.exp(0.5 * np.clip(spread, -30, 20))
     assert np.abs(deviations).max() < 5 and 0.7 < deviations.std() < 1.3  # a draw from the posterior
-    text = small.model()
+    text = PipelineModel(small)
     ids = text.tokenizers["tokenizer"](["noise number 2", "noise number 0"]).ids
     expected = [text.use("text_encoder").run({"input_ids": row[None]})["last_hidden_state"][0] for row in ids]
     np.testing.assert_array_equal(batch.conditions[0].numpy(), np.stack(expected))

@@ -26,6 +26,7 @@ from diffship.compression.significance import SignificancePass
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.job import Job
 from diffship.models.reduced.layouts import shape_of
+from diffship.models.saving import save
 from diffship.models.sources.arch_configs import lcm_scheduler
 from diffship.models.sources.opening import open_source
 from diffship.sampling.samplers import make_sampler, noise_schedule
@@ -68,7 +69,7 @@ def test_levels_of_other_widths_are_refused_and_named(name: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_scores_hang_on_everything_that_they_are_drawn_with(tmp_path: Path) -> None:
-    folder = open_source("arch:tiny-sd").save(tmp_path / "m")
+    folder = save(open_source("arch:tiny-sd"), tmp_path / "m")
     score = SignificancePass(parameters=0.9, count=2, steps=2, keeps=(0.5,), scores_out=str(tmp_path / "scores.json"))
 
     def scores(cache: str) -> Any:
@@ -144,7 +145,7 @@ def test_files_that_were_asked_for_are_written_although_a_later_pass_is_done(tmp
 
 
 def test_a_download_of_one_variant_opens_although_the_index_of_the_other_came_along(tmp_path: Path) -> None:
-    folder = open_source("arch:tiny-sd").save(tmp_path / "m", dtype="float16")
+    folder = save(open_source("arch:tiny-sd"), tmp_path / "m", dtype="float16")
     unet = folder / "unet"
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.fp16.safetensors")
     index = unet / "diffusion_pytorch_model.safetensors.index.json"
@@ -197,17 +198,17 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
 
 
 def test_what_is_left_out_leaves_a_folder_that_stock_diffusers_opens(tmp_path: Path) -> None:
-    folder = open_source("arch:tiny-sd").save(tmp_path / "m")
+    folder = save(open_source("arch:tiny-sd"), tmp_path / "m")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index |= {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    saved = open_source(str(folder)).save(tmp_path / "again")
+    saved = save(open_source(str(folder)), tmp_path / "again")
     assert type(StableDiffusionPipeline.from_pretrained(saved)) is StableDiffusionPipeline
 
 
 @pytest.mark.slow
 def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: Path) -> None:
-    half = open_source("arch:tiny-sd").save(tmp_path / "half", dtype="float16")
+    half = save(open_source("arch:tiny-sd"), tmp_path / "half", dtype="float16")
     config = half / "text_encoder" / "config.json"
     facts = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**facts, "dtype": "float16", "torch_dtype": "float16"}), encoding="utf-8")

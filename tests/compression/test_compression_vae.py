@@ -24,9 +24,12 @@ from diffship.core.problem import refuse
 from diffship.core.recipe import read_recipe
 from diffship.core.strict import load
 from diffship.core.weights import MemoryWeights, SeededWeights, source_digest
+from diffship.models.assemble import with_vae
+from diffship.models.model import PipelineModel
 from diffship.models.parts.autoencoder import Decoder, Encoder
 from diffship.models.parts.component import weight_metas
-from diffship.models.pipeline import Module, Pipeline, with_vae
+from diffship.models.pipeline import Module, Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.arch_configs import VAES, tiny_vae
 from diffship.models.sources.opening import open_source
 from diffship.models.walks.cost import cost
@@ -262,7 +265,7 @@ def test_a_swapped_vae_is_drawn_with_by_its_own_scale(tmp_path: Path) -> None:
     source = open_source("arch:tiny-sd")
     made, report = swap_vae(source, vae_module("arch:tiny-sd+taesd"))
     assert report is None and (source.family.scaling_factor, made.family.scaling_factor) == (0.18215, 1.0)
-    folder = made.save(tmp_path / "model")
+    folder = save(made, tmp_path / "model")
     stock = diffusers.AutoencoderTiny.from_pretrained(folder / "vae")
     assert stock.config.scaling_factor == 1.0
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -272,7 +275,7 @@ def test_a_swapped_vae_is_drawn_with_by_its_own_scale(tmp_path: Path) -> None:
             "source": kl_decoder(source)(latents),
         }
     for name, pipeline in (("made", made), ("source", source)):
-        pixels = decode(pipeline.model(), latents[0].numpy()).astype(int)
+        pixels = decode(PipelineModel(pipeline), latents[0].numpy()).astype(int)
         assert np.abs(pixels - to_pixels(wanted[name][0].numpy()).astype(int)).max() <= 1, name
     again = open_source(str(folder))
     assert again.family == made.family and again.model_index["vae"] == ["diffusers", "AutoencoderTiny"]
@@ -287,8 +290,8 @@ def new_vae(config: dict[str, Any]) -> Module:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (tiny_vae(8, latents=16), "16 latent channels, each latent 8 pixels wide; the U-Net draws 4"),
-        (tiny_vae(8, levels=3), "each latent 4 pixels wide; the U-Net draws 4, each 8 pixels"),
+        (tiny_vae(8, latents=16), "16 latent channels, each latent 8 pixels wide; the denoiser draws 4"),
+        (tiny_vae(8, levels=3), "each latent 4 pixels wide; the denoiser draws 4, each 8 pixels"),
         (tiny_vae(8), "does not fit the model's latents: .*other pictures: .*Set force=true"),
     ],
 )
@@ -307,7 +310,7 @@ def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(emoji: P
     other = Module(vae.class_name, {**vae.config, "_diffship": {"latents": "of another"}}, vae.weights)
     with pytest.raises(ConfigError, match="does not fit"):
         swap_vae(emoji, other)
-    place = str(with_vae(emoji, said).save(tmp_path / "model"))
+    place = str(save(with_vae(emoji, said), tmp_path / "model"))
     labels: list[str] = []
     step = SwapVaePass(place)
     assert step.check(emoji) == []
@@ -320,7 +323,7 @@ def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(emoji: P
 
 
 def unet_alone(folder: Path) -> Path:
-    place = open_source("arch:tiny-sd").save(folder / "whole")
+    place = save(open_source("arch:tiny-sd"), folder / "whole")
     return place / "unet"
 
 

@@ -183,7 +183,7 @@ def test_illegal_size_names_the_nearest_two(family: Family, side: int, nearest: 
 
 
 def test_legal_sizes_and_latents() -> None:
-    assert SD.latent_size(512, 768) == (96, 64) and XL.latent_size(96, 1536) == (192, 12)
+    assert SD.latent_shape(512, 768) == (4, 96, 64) and XL.latent_shape(96, 1536) == (4, 192, 12)
     for size in (True, 512.0, "512", None):
         with pytest.raises(ConfigError):
             SD.check_size(size, 512)  # type: ignore[arg-type]

@@ -25,13 +25,14 @@ from diffship.export import export
 from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden_trajectory import why_not, write_trajectory
 from diffship.exporters.tensorrt import TensorRt
+from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.engine import make_engine
 from diffship.runtimes.proof.verify import verify
 from diffship.runtimes.proof.verify_trajectory import check_trajectory, read_trajectory
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.wire import unpack
 
 STEPS = 3
@@ -65,19 +66,19 @@ def test_it_is_what_torch_draws_whole(bundle: Bundle, tiny: Pipeline) -> None:
     assert golden is not None
     trajectory, expected = read_trajectory(bundle, golden)
     assert trajectory.guidance > 1 and trajectory.negative is not None, "guidance is part of what is proved"
-    with tiny.model() as model:
+    with PipelineModel(tiny) as model:
         words = (trajectory.prompt, trajectory.negative_prompt)
         request = Request(*words, STEPS, size=trajectory.size, seed=20, rng="philox")
-        (last,) = denoise(start(model, request), plain(model.use("unet")))
+        (last,) = denoise(start(model, request), denoiser_of(model))
     np.testing.assert_array_equal(last.latents, expected[f"step.{last.calls}"])
 
 
 @pytest.mark.slow
 def test_a_large_model_is_drawn_in_stages(tiny: Pipeline) -> None:
-    with tiny.model() as model, GatedModel(tiny, 400_000) as staged:
+    with PipelineModel(tiny) as model, GatedModel(tiny, 400_000) as staged:
         assert type(staged.use("unet")) is not type(model.use("unet")), "the U-Net is too large to be loaded whole"
         request = Request("a pear", None, steps=2, size=(64, 64), seed=1)
-        drawn = [denoise(start(each, request), plain(each.use("unet")))[0].latents for each in (model, staged)]
+        drawn = [denoise(start(each, request), denoiser_of(each))[0].latents for each in (model, staged)]
     np.testing.assert_allclose(drawn[1], drawn[0], atol=1e-5)
 
 
@@ -127,7 +128,7 @@ def test_what_is_no_golden_trajectory_is_refused(bundle: Bundle, tmp_path: Path)
     with pytest.raises(BundleError, match="trajectory"):
         read_trajectory(bundle, replace(golden, start="unet/config.json"))
     other = replace(bundle.manifest, family=replace(bundle.manifest.family, text_width=7))
-    with pytest.raises(BundleError, match="text width"):
+    with pytest.raises(BundleError, match="encoder_hidden_states is"):
         read_trajectory(Bundle(bundle.path, other), golden)
 
 
@@ -143,7 +144,7 @@ def test_where_there_can_be_none(tiny: Pipeline, tmp_path: Path) -> None:
     texts = replace(tiny, components={"unet": tiny.components["unet"]})
     refused = [
         ({"verify": False}, "the proof is skipped"),
-        ({"parts": ["vae_decoder"]}, "the U-Net is not exported"),
+        ({"parts": ["vae_decoder"]}, "unet is not exported"),
         ({"trajectory": 151}, "legal is a whole number from 0 to 150"),
     ]
     for options, message in refused:
@@ -179,7 +180,7 @@ def test_an_engine_of_one_row_is_drawn_without_guidance(tmp_path: Path) -> None:
     assert trajectory.guidance == 1.0 and trajectory.negative is None and 40 < (golden.tolerance.psnr_db or 0) < 100
     eight = TensorRt(**{f"{kind}_shapes": ("unet.sample:8x4x16x16",) for kind in ("min", "opt", "max")})
     assert why_not(emoji, eight.golden_sizes(emoji.components["unet"], emoji.family, 2)) == (
-        "the U-Net takes neither one row nor two"
+        "unet takes neither one row nor two"
     )
 
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 from transformers import CLIPTextConfig
 
+from diffship.core.registry import kinds
+from diffship.kinds.stock import repaired_unet
+from diffship.models.saving import save
 from diffship.models.sources.defaults import completed
 from diffship.models.sources.opening import open_source
-from diffship.models.stock import CLASSES, repaired_unet
 from diffship.sampling.samplers import WITH_BETAS
+
+CLASSES = {name: stock for kind in kinds().values() for name, stock in kind.classes.items()}
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny"])
@@ -36,7 +40,7 @@ def test_absent_keys_of_a_text_encoder_have_transformers_defaults() -> None:
 @pytest.mark.parametrize(("source", "wide"), [("arch:tiny-sdxl", True), ("arch:tiny-sd", False)])
 def test_an_absent_force_upcast_keeps_sdxls_vae_wide_and_no_other(source: str, wide: bool, tmp_path: Path) -> None:
     """The class says true; the SD pipelines never ask, those of SDXL do."""
-    folder = open_source(source).save(tmp_path / "model")
+    folder = save(open_source(source), tmp_path / "model")
     config = json.loads((folder / "vae/config.json").read_text())
     config.pop("force_upcast", None)
     (folder / "vae/config.json").write_text(json.dumps(config))
@@ -56,8 +60,8 @@ def test_an_absent_force_upcast_keeps_sdxls_vae_wide_and_no_other(source: str, w
 )
 def test_sizes_from_before_0_9_are_not_believed(version: str | None, size: int, found: int) -> None:
     config = {"sample_size": size, **({} if version is None else {"_diffusers_version": version})}
-    assert repaired_unet("StableDiffusionPipeline", config)["sample_size"] == found
-    assert repaired_unet("StableDiffusionXLPipeline", config)["sample_size"] == size
+    assert repaired_unet(CLASSES["StableDiffusionPipeline"], config)["sample_size"] == found
+    assert repaired_unet(CLASSES["StableDiffusionXLPipeline"], config)["sample_size"] == size
 
 
 def test_the_defaults_of_the_classes_are_those_of_diffusers() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from diffship.core.errors import SourceError, UnsupportedError
+from diffship.models.model import PipelineModel
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.model import open_model
 
@@ -26,7 +28,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("saved")
-    return {name: open_source(f"arch:{name}").save(folder / name) for name in ("tiny-sd", "tiny-sdxl", "tiny-inpaint")}
+    return {name: save(open_source(f"arch:{name}"), folder / name) for name in ("tiny-sd", "tiny-sdxl", "tiny-inpaint")}
 
 
 def changed(source: Path, target: Path, part: str, **values: Any) -> Path:
@@ -107,7 +109,7 @@ def test_configs_that_make_no_model_name_the_part(
 
 def test_a_vae_that_overflows_stays_in_float32(saved: dict[str, Path], tmp_path: Path) -> None:
     pipeline = open_source(str(changed(saved["tiny-sdxl"], tmp_path / "model", "vae", force_upcast=True)))
-    with pipeline.model("cpu", "float16") as model:
+    with PipelineModel(pipeline, "cpu", "float16") as model:
         for part, kind in (("vae_decoder", torch.float32), ("text_encoder", torch.float16)):
             runner: Any = model.use(part)
             assert {value.dtype for value in runner._module.parameters()} == {kind}

@@ -11,7 +11,9 @@ import pytest
 
 from diffship.core.errors import ConfigError
 from diffship.core.weights import SafetensorsWeights
+from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 from diffship.sampling.generate import generate
 from diffship.sampling.model import Model
@@ -25,7 +27,7 @@ def arch(name: str) -> Pipeline:
 
 @pytest.mark.slow
 def test_parts_are_loaded_once_and_released() -> None:
-    with arch("tiny-sd").model() as model:
+    with PipelineModel(arch("tiny-sd")) as model:
         first = model.use("unet")
         assert model.use("unet") is first
         model.release("unet")
@@ -36,15 +38,15 @@ def test_parts_are_loaded_once_and_released() -> None:
 
 
 def test_digest_covers_every_part() -> None:
-    model: Model = arch("tiny-sd").model()
+    model: Model = PipelineModel(arch("tiny-sd"))
     lines = "".join(f"{name} {component.digest}\n" for name, component in sorted(arch("tiny-sd").components.items()))
     assert model.digest == hashlib.sha256(lines.encode()).hexdigest()
-    assert model.digest != arch("tiny-sd+taesd").model().digest
+    assert model.digest != PipelineModel(arch("tiny-sd+taesd")).digest
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl+taesd", "tiny-lcm"])
 def test_a_picture_on_torch(name: str) -> None:
-    model = arch(name).model()
+    model = PipelineModel(arch(name))
     request = Request(prompt="a red apple", steps=2, size=(64, 64), seed=3)
     first, second = (generate(model, request)[0].pixels for _ in range(2))
     assert first.shape == (64, 64, 3) and first.dtype == np.uint8
@@ -56,18 +58,18 @@ def test_a_picture_on_torch(name: str) -> None:
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that was written a while ago, and a cache of its own."""
     monkeypatch.setenv("DIFFSHIP_CACHE", str(tmp_path / "cache"))
-    folder = arch("tiny-sd").save(tmp_path / "model")
+    folder = save(arch("tiny-sd"), tmp_path / "model")
     for file in folder.rglob("*.safetensors"):
         os.utime(file, ns=(0, time.time_ns() - 10**11))
     return folder
 
 
 def test_weights_are_hashed_once_while_their_files_stay(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_source(str(saved)).model()
-    assert first.digests == arch("tiny-sd").model().digests  # of the seed, and of files: the same tensors
+    first = PipelineModel(open_source(str(saved)))
+    assert first.digests == PipelineModel(arch("tiny-sd")).digests  # of the seed, and of files: the same tensors
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsWeights, "read", lambda *_: pytest.fail("a tensor was read"))
-        assert open_source(str(saved)).model().digest == first.digest
+        assert PipelineModel(open_source(str(saved))).digest == first.digest
     # another U-Net of the same size, a while ago
     file = next((saved / "unet").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
@@ -75,8 +77,8 @@ def test_weights_are_hashed_once_while_their_files_stay(saved: Path, monkeypatch
     file.write_bytes(data)
     os.utime(file, ns=(0, time.time_ns() - 10**10))
     changed = open_source(str(saved))
-    assert changed.model().digests["unet"] == changed.components["unet"].digest != first.digests["unet"]
-    assert changed.model().digests["text_encoder"] == first.digests["text_encoder"]
+    assert PipelineModel(changed).digests["unet"] == changed.components["unet"].digest != first.digests["unet"]
+    assert PipelineModel(changed).digests["text_encoder"] == first.digests["text_encoder"]
 
 
 def test_a_file_of_this_moment_and_a_damaged_cache_are_not_trusted(saved: Path, tmp_path: Path) -> None:
@@ -84,14 +86,14 @@ def test_a_file_of_this_moment_and_a_damaged_cache_are_not_trusted(saved: Path, 
     for file in (saved / "unet").glob("*.safetensors"):
         os.utime(file)
     pipeline = open_source(str(saved))
-    digests = pipeline.model().digests
+    digests = PipelineModel(pipeline).digests
     assert digests == {name: part.digest for name, part in pipeline.components.items()}
     assert len(list(kept.iterdir())) == len(digests) - 1
     for file in kept.iterdir():
         file.write_text("half")
-    assert open_source(str(saved)).model().digests == digests
+    assert PipelineModel(open_source(str(saved))).digests == digests
 
 
 def test_a_home_that_cannot_be_written_to_is_no_fault(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
-    assert open_source(str(saved)).model().digests["unet"] == arch("tiny-sd").components["unet"].digest
+    assert PipelineModel(open_source(str(saved))).digests["unet"] == arch("tiny-sd").components["unet"].digest

@@ -15,12 +15,14 @@ from diffship.core.errors import RunnerError, SourceError, UnsupportedError
 from diffship.core.runner import Runner
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import MemoryWeights, SeededWeights, renamed, subset
+from diffship.models.assemble import assemble
 from diffship.models.parts.autoencoder import KL, autoencoder
 from diffship.models.parts.clip import clip_text_config, text_encoder
 from diffship.models.parts.clip_names import end_id
 from diffship.models.parts.component import Component, read_tensor, unexpected, unused, weight_metas
 from diffship.models.parts.unet import unet
-from diffship.models.pipeline import Pipeline, assemble
+from diffship.models.pipeline import Pipeline
+from diffship.models.saving import save
 from diffship.models.sources.opening import find_material, open_source, with_base
 from diffship.models.walks.stages import cut
 from diffship.runtimes.engines.model import open_model
@@ -363,7 +365,7 @@ def test_a_model_on_torch_tells_of_tensors_that_no_part_takes(tmp_path: Path) ->
     whole = pipeline("tiny-sd")
     text = whole.components["text_encoder"]
     extra = MemoryWeights({**{n: text.weights.read(n) for n in text.weights.names()}, "stray": np.ones(1, np.float32)})
-    replace(whole, components={**whole.components, "text_encoder": replace(text, weights=extra)}).save(tmp_path / "m")
+    save(replace(whole, components={**whole.components, "text_encoder": replace(text, weights=extra)}), tmp_path / "m")
     with open_model(tmp_path / "m") as model:
         assert model.notes == ("text_encoder does not take 1 tensors of its weight files: stray",)
     with open_model("arch:tiny-sd") as model:

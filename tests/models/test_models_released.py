@@ -19,6 +19,7 @@ from diffship.models.pipeline import Pipeline
 from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.reduced.released import LIBRARY, translated
 from diffship.models.reduced.widths import widths_now, with_widths
+from diffship.models.saving import save
 from diffship.models.sources import arch_configs as configs
 from diffship.models.sources.opening import open_source
 
@@ -86,7 +87,7 @@ def test_a_released_folder_opens_and_computes_the_same(folder: Path, tmp_path: P
     feeds = ours.example(2)
     first, second = (np.asarray(part.load().run(feeds)["out_sample"]) for part in (ours, theirs))
     np.testing.assert_array_equal(first, second)
-    again = open_source(str(opened.save(tmp_path / "again")))
+    again = open_source(str(save(opened, tmp_path / "again")))
     assert again.components["unet"].config == theirs.config and again.model_index["unet"][0] == "diffusers"
     alone = open_source(str(folder / "unet"), base="arch:tiny-sd")
     assert alone.components["unet"].config["diffship"] == ours.config["diffship"]

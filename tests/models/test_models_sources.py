@@ -22,7 +22,9 @@ from diffship.core import document
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header, read_tensor, write_safetensors
 from diffship.core.weights import MemoryWeights
-from diffship.models.pipeline import Pipeline, require_place
+from diffship.models.model import PipelineModel
+from diffship.models.pipeline import Pipeline
+from diffship.models.saving import require_place, save
 from diffship.models.sources import arch_configs
 from diffship.models.sources.hub import is_hub_id, select_files
 from diffship.models.sources.opening import open_source
@@ -35,7 +37,7 @@ def arch(name: str) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return arch("tiny-sd").save(tmp_path_factory.mktemp("saved") / "tiny-sd")
+    return save(arch("tiny-sd"), tmp_path_factory.mktemp("saved") / "tiny-sd")
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_stock_diffusers_loads_the_saved_folder_and_agrees(saved: Path) -> None:
 
 
 def test_stock_diffusers_loads_sdxl_in_half_precision(tmp_path: Path) -> None:
-    folder = arch("tiny-sdxl").save(tmp_path / "xl", dtype="float16")
+    folder = save(arch("tiny-sdxl"), tmp_path / "xl", dtype="float16")
     assert {
         entry.meta.dtype for entry in read_header(folder / "text_encoder_2" / "model.safetensors").entries.values()
     } == {"float16"}
@@ -92,7 +94,7 @@ def test_text_encoder_is_written_with_classic_names(saved: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-lcm", "tiny-inpaint", "tiny-refiner", "tiny-sd+lcm+taesd", "tiny-sdxl+lcm"])
 def test_every_family_survives_a_folder(name: str, tmp_path: Path) -> None:
-    again = open_source(str(arch(name).save(tmp_path / "model")))
+    again = open_source(str(save(arch(name), tmp_path / "model")))
     assert again.family == arch(name).family
     assert digests(again) == digests(arch(name))
 
@@ -130,7 +132,7 @@ def test_wrong_architectures_are_refused_with_the_nearest_name() -> None:
 def test_full_precision_is_preferred_and_half_is_accepted(folder: Path) -> None:
     before = digests(open_source(str(folder)))
     half = (
-        arch("tiny-sd").save(folder.parent / "half", dtype="float16") / "unet" / "diffusion_pytorch_model.safetensors"
+        save(arch("tiny-sd"), folder.parent / "half", dtype="float16") / "unet" / "diffusion_pytorch_model.safetensors"
     )
     shutil.copy(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert digests(open_source(str(folder))) == before
@@ -234,7 +236,7 @@ def test_base_supplies_missing_parts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_base_of_a_time_conditioned_unet_gets_its_scheduler(tmp_path: Path) -> None:
-    folder = arch("tiny-sdxl+lcm").save(tmp_path / "lcm")
+    folder = save(arch("tiny-sdxl+lcm"), tmp_path / "lcm")
     merged = open_source(str(folder / "unet"), base="arch:tiny-sdxl")
     assert merged.scheduler["_class_name"] == "LCMScheduler"
     assert merged.scheduler["beta_start"] == arch("tiny-sdxl").scheduler["beta_start"]
@@ -341,7 +343,7 @@ def test_licence_and_restrictions_are_carried(folder: Path, tmp_path: Path) -> N
     assert (licence["id"], licence["link"]) == ("creativeml-openrail-m", "https://example.org/l")
     assert "Attachment A" in licence["restrictions"]
     assert licence["notices"] == [{"file": "LICENSE.md", "text": "the terms"}]
-    again = open_source(str(open_source(str(folder)).save(tmp_path / "copy"))).licence
+    again = open_source(str(save(open_source(str(folder)), tmp_path / "copy"))).licence
     assert again == licence
     merged = open_source(str(folder / "unet"), base=str(folder)).licence
     assert "Attachment A" in merged["restrictions"]
@@ -349,16 +351,16 @@ def test_licence_and_restrictions_are_carried(folder: Path, tmp_path: Path) -> N
 
 def test_saving_keeps_what_is_there_and_leaves_nothing_half_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="not an empty folder"):
-        arch("tiny-sd").save(folder)
+        save(arch("tiny-sd"), folder)
     monkeypatch.setattr("diffship.models.folder.write_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        arch("tiny-sd").save(folder.parent / "new")
+        save(arch("tiny-sd"), folder.parent / "new")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_saving_reports_progress(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    arch("tiny-sd").save(tmp_path / "m", progress=lambda *step: seen.append(step))
+    save(arch("tiny-sd"), tmp_path / "m", progress=lambda *step: seen.append(step))
     ends = {label: (done, total) for label, done, total in seen}
     assert set(ends) == {"write unet", "write text_encoder", "write vae"}
     assert all(done == total for done, total in ends.values())
@@ -507,7 +509,7 @@ def test_the_small_sibling_draws_what_its_teacher_draws() -> None:
     from diffship.sampling.generate import Request, generate
 
     request = Request("a black cat", steps=10, seed=1, guidance=4.0)
-    with open_source("emoji-small").model() as small, open_source("emoji").model() as large:
+    with PipelineModel(open_source("emoji-small")) as small, PipelineModel(open_source("emoji")) as large:
         pixels = [generate(model, request)[0].pixels.astype(float) for model in (small, large)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 25 < np.abs(255 - pixels[1]).mean()
 
@@ -516,7 +518,7 @@ def test_saving_sweeps_up_what_a_killed_save_left_and_keeps_its_permissions_usua
     left = tmp_path / ".m.partial-0123abcd"
     (left / "unet").mkdir(parents=True)
     (tmp_path / "usual").mkdir()
-    folder = arch("tiny-sd").save(tmp_path / "m")
+    folder = save(arch("tiny-sd"), tmp_path / "m")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "usual"]
     assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -527,7 +529,7 @@ def test_a_folder_that_another_fills_meanwhile_is_kept(tmp_path: Path) -> None:
         (tmp_path / "m" / "theirs").touch()
 
     with pytest.raises(ConfigError, match="written by someone else meanwhile"):
-        arch("tiny-sd").save(tmp_path / "m", progress=other)
+        save(arch("tiny-sd"), tmp_path / "m", progress=other)
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"] and len(list(tmp_path.iterdir())) == 1
 
 

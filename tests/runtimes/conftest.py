@@ -38,7 +38,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             entry = Part(
                 part, (f"{part}/model.onnx",), inputs, outputs, precision, DIGEST, bindings=bindings, golden=record
             )
-            return draft.finish(Manifest("onnx", Family("test", text_width=8, size_step=size_step), (entry,)))
+            return draft.finish(Manifest("onnx", Family("sd", text_width=8, size_step=size_step), (entry,)))
 
     return make
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import pytest
 from sampling_toy import WIDTH, ToyModel, text
 
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
+from diffship.core.registry import kind
 from diffship.sampling.decode import decode_tiled
-from diffship.sampling.encode import time_ids
 from diffship.sampling.generate import Request, draw, generate, generate_many, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.rng import torch_randn
 
 ASKED: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "seed": 11, "sampler": "euler-a"}
@@ -186,19 +185,20 @@ def test_sdxl_conditioning() -> None:
     picture = generate(model, Request("a red apple", size=(128, 64)))[0]
     condition, away = picture.trajectory.positive, picture.trajectory.negative
     states = text({"input_ids": model.tokenizers["tokenizer"](["a red apple"]).ids})["last_hidden_state"][0]
-    assert np.allclose(condition.embeddings, np.concatenate([states * 2, states * 2], -1))
-    assert np.allclose(condition.pooled, states[0] * 2)
-    assert condition.time_ids.tolist() == [64, 128, 0, 0, 64, 128]
-    assert not away.embeddings.any() and not away.pooled.any()
+    assert np.allclose(condition["encoder_hidden_states"], np.concatenate([states * 2, states * 2], -1))
+    assert np.allclose(condition["text_embeds"], states[0] * 2)
+    assert condition["time_ids"].tolist() == [64, 128, 0, 0, 64, 128]
+    assert not away["encoder_hidden_states"].any() and not away["text_embeds"].any()
     spoken = generate(model, Request("a red apple", negative="", size=(128, 64)))[0]
-    assert spoken.trajectory.negative.embeddings.any()
+    assert spoken.trajectory.negative["encoder_hidden_states"].any()
     assert model.use("unet").calls[0]["encoder_hidden_states"] == (2, 77, 2 * WIDTH)
 
 
 def test_refiner_conditioning_ends_with_a_score() -> None:
-    family = replace(ToyModel("sdxl").family, time_ids=5)
-    assert time_ids(family, (128, 64), 6.0).tolist() == [64, 128, 0, 0, 6.0]
-    assert time_ids(ToyModel().family, (64, 64), 6.0) is None
+    refiner = kind("sdxl-refiner")
+    assert refiner.size_conditions((128, 64))["time_ids"].tolist() == [64, 128, 0, 0, 6.0]
+    assert refiner.size_conditions((128, 64), negative=True)["time_ids"].tolist() == [64, 128, 0, 0, 2.5]
+    assert kind("sd").size_conditions((64, 64)) == {}
 
 
 def test_cancel_and_progress() -> None:
@@ -378,7 +378,7 @@ def test_a_decomposed_prompt_is_the_composed_one() -> None:
 
 def test_trajectories_that_are_done_open_no_unet() -> None:
     model = ToyModel()
-    done = denoise(start(model, Request(**ASKED)), plain(model.use("unet")))
+    done = denoise(start(model, Request(**ASKED)), denoiser_of(model))
     whole = generate(ToyModel(), Request(**ASKED))
 
     class Decoder(ToyModel):

@@ -19,7 +19,7 @@ from sampling_toy import ToyModel, toy_for
 from diffship.core.errors import HandoffError
 from diffship.core.limits import LIMITS
 from diffship.sampling.generate import Request, draw, finish, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.samplers import SAMPLERS
 from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack, unpack
@@ -30,21 +30,21 @@ def begun(kind: str = "sd", until: int = 3, **changes: Any) -> Trajectory:
     asked = {"prompt": "a red äpfel", "sampler": "dpmpp-2m", "steps": 6, "seed": 5, **changes}
     picture = np.full((64, 64, 3), 90, np.uint8) if kind == "inpaint" else None
     mask = np.eye(64, dtype=np.uint8) * 255 if kind == "inpaint" else None
-    return denoise(start(model, Request(**asked), picture, mask), plain(model.use("unet")), until)[0]
+    return denoise(start(model, Request(**asked), picture, mask), denoiser_of(model), until)[0]
 
 
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_handoff_at_every_step_changes_no_bit(name: str, rng: str) -> None:
     model = toy_for(name)
-    denoiser = plain(model.use("unet"))
+    denoiser = denoiser_of(model)
     first = start(model, Request("x", sampler=name, steps=6, seed=3, rng=rng))
     whole = finish(model, denoise(first, denoiser))[0]
     for k in range(first[0].calls + 1):
         other = toy_for(name)
         arrived = unpack(pack(denoise(first, denoiser, until=k)[0]))
         arrived.require_fit(other.family)
-        end = denoise([arrived], plain(other.use("unet")))[0]
+        end = denoise([arrived], denoiser_of(other))[0]
         assert np.array_equal(end.latents, whole.trajectory.latents)
         assert np.array_equal(finish(other, [end])[0].pixels, whole.pixels)
 
@@ -59,7 +59,7 @@ def test_round_trip_is_exact(kind: str) -> None:
     assert arrived.sampler == trajectory.sampler
     assert arrived.facts == trajectory.facts
     assert (arrived.mask is None) == (kind != "inpaint")
-    assert (arrived.positive.pooled is None) == (kind != "sdxl")
+    assert ("text_embeds" in arrived.positive) == (kind == "sdxl")
     assert np.array_equal(arrived.history[0], trajectory.history[0])
 
 

@@ -12,10 +12,11 @@ from sampling_toy import ToyModel, toy_for, unet
 
 from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.family import Family
+from diffship.core.registry import kind
 from diffship.sampling.generate import Request, start
 from diffship.sampling.guidance import guidance_embedding, guide
 from diffship.sampling.kernel import apply_matrix
-from diffship.sampling.loop import advance, denoise, plain
+from diffship.sampling.loop import advance, denoise, denoiser_of, plain
 from diffship.sampling.samplers import SAMPLERS
 from diffship.sampling.trajectory import Trajectory, as_numpy
 
@@ -27,7 +28,7 @@ def one(name: str, steps: int, seed: int, guidance: float = 5.0, model: ToyModel
 
 
 def test_a_mixed_batch_equals_singles_bit_for_bit() -> None:
-    denoiser = plain(ToyModel().use("unet"))
+    denoiser = denoiser_of(ToyModel())
     batch = [one(name, 4 + i, i, guidance=(1.0, 3.0, 7.5)[i % 3]) for i, name in enumerate(SAMPLERS)]
     batch[2] = denoise([batch[2]], denoiser, until=2)[0]
     together = denoise(batch, denoiser)
@@ -38,7 +39,7 @@ def test_a_mixed_batch_equals_singles_bit_for_bit() -> None:
 
 
 def test_denoise_equals_repeated_advance_and_keeps_its_input() -> None:
-    denoiser = plain(ToyModel().use("unet"))
+    denoiser = denoiser_of(ToyModel())
     batch = [one("pndm", 5, 1)]
     before = batch[0].latents.copy()
     current = batch
@@ -55,7 +56,7 @@ def test_denoise_equals_repeated_advance_and_keeps_its_input() -> None:
 
 def test_cancel_between_calls() -> None:
     seen: list[int] = []
-    denoiser = plain(ToyModel().use("unet"))
+    denoiser = denoiser_of(ToyModel())
     with pytest.raises(Cancelled):
         denoise([one("ddim", 9, 1)], denoiser, None, lambda now: seen.append(now[0].step), lambda: len(seen) == 4)
     assert seen == [1, 2, 3, 4]
@@ -63,7 +64,7 @@ def test_cancel_between_calls() -> None:
 
 def test_embeddings_are_put_once_while_the_batch_stays() -> None:
     runner = ToyModel().use("unet")
-    denoiser = plain(runner)
+    denoiser = plain(runner, kind("sd"))
     denoise([one("ddim", 6, 1), one("ddim", 6, 2)], denoiser)
     assert runner.puts == 1
     assert [call["sample"][0] for call in runner.calls] == [4] * 6
@@ -75,7 +76,7 @@ def test_different_sizes_do_not_share_a_call() -> None:
     model = ToyModel()
     batch = [one("ddim", 4, 1), start(model, Request("x", size=(128, 64)))[0]]
     with pytest.raises(ConfigError, match="different shapes"):
-        advance(batch, plain(model.use("unet")))
+        advance(batch, denoiser_of(model))
 
 
 def test_guidance_rows_are_negatives_first() -> None:
@@ -123,7 +124,7 @@ def test_torch_latents_take_the_same_steps(name: str) -> None:
         return torch.from_numpy(unet({key: np.asarray(value) for key, value in feeds.items()})["out_sample"])
 
     def in_torch(batch: Any) -> Any:
-        conditions = np.stack([batch[0].negative.embeddings, batch[0].positive.embeddings])
+        conditions = np.stack([side["encoder_hidden_states"] for side in (batch[0].negative, batch[0].positive)])
         now = batch[0].sampler.coefficients(batch[0].step, batch[0].steps, len(batch[0].history))
         sample = torch.stack([batch[0].latents * now.input_scale] * 2)
         feeds = {
@@ -135,7 +136,7 @@ def test_torch_latents_take_the_same_steps(name: str) -> None:
 
     end = denoise([as_torch], in_torch)[0]
     assert isinstance(end.latents, torch.Tensor)
-    plain_end = denoise([trajectory], plain(ToyModel().use("unet")))[0]
+    plain_end = denoise([trajectory], denoiser_of(ToyModel()))[0]
     assert np.array_equal(end.latents.numpy(), plain_end.latents)
 
 

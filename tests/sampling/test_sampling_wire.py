@@ -21,12 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_toy import ToyModel
-from wire_vectors import FILE, document, pattern, reseal, trajectories
+from wire_vectors import FILE, OLD_FILE, document, pattern, reseal, told, trajectories
 
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.rng import Philox
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.trajectory import Conditioning, Origin, Trajectory
@@ -82,7 +82,9 @@ def test_the_reader_on_the_page_reads_the_vectors(name: str) -> None:
     for i, array in enumerate(asked.history):
         np.testing.assert_array_equal(tensors[f"history.{i}"], array)
     if asked.positive is not None:
-        np.testing.assert_array_equal(tensors["positive.embeddings"], asked.positive.embeddings)
+        np.testing.assert_array_equal(
+            tensors["positive.encoder_hidden_states"], asked.positive["encoder_hidden_states"]
+        )
     if asked.mask is not None:
         np.testing.assert_array_equal(tensors["mask"], asked.mask)
 
@@ -93,6 +95,40 @@ def test_ours_reads_and_writes_the_vectors(name: str) -> None:
     trajectory = unpack(data)
     assert pack(trajectory, trajectories()[name][1]) == data
     assert trajectory.origin == trajectories()[name][0].origin
+
+
+def same(ours: Trajectory, theirs: Trajectory) -> None:
+    """Bit for bit: packed alike, in float32."""
+    assert pack(ours) == pack(theirs)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_schema_2_is_still_read(name: str) -> None:
+    """The bytes are those that the version before wrote; its names of conditions become those of the denoiser."""
+    (old,) = (entry for entry in json.loads(OLD_FILE.read_text(encoding="utf-8"))["vectors"] if entry["name"] == name)
+    data, ours = base64.b64decode(old["base64"]), unpack(base64.b64decode(BY_NAME[name]["base64"]))
+    assert b'"schema":"2"' in data and (b".embeddings" in data or ours.positive is None)
+    theirs = unpack(data)
+    # schema 2 let any shared part of any kind have a digest
+    same(ours, replace(theirs, origin=ours.origin))
+    assert theirs.origin is None or theirs.origin.digests.items() >= ours.origin.digests.items()
+
+
+RENAMED = {
+    "a name of schema 3": ("positive.embeddings", "positive.encoder_hidden_states"),
+    "a name of neither": ("positive.embeddings", "positive.embedded"),
+    "a pooled text of two axes": ("positive.embeddings", "positive.pooled"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_schema_2_holds_what_it_ever_held(case: str) -> None:
+    vectors = json.loads(OLD_FILE.read_text(encoding="utf-8"))["vectors"]
+    data = base64.b64decode(next(entry for entry in vectors if entry["name"] == "dpmpp-2m-torch")["base64"])
+    (length,) = struct.unpack_from("<Q", data)
+    header = data[8 : 8 + length].replace(*(name.encode() for name in RENAMED[case]))
+    with pytest.raises(HandoffError, match="holds 'positive"):
+        unpack(reseal(struct.pack("<Q", len(header)) + header + data[8 + length :]))
 
 
 @pytest.mark.parametrize("entry", VECTORS["refused"], ids=lambda entry: entry["name"].replace(" ", "-"))
@@ -165,7 +201,7 @@ def test_the_next_call_is_that_of_diffusers(name: str) -> None:
 def full_size(dtype: str) -> tuple[Trajectory, bytes]:
     """Half of a picture of 512 x 512 with the widths of Stable Diffusion 1."""
     draw = np.random.default_rng(0)
-    text = Conditioning(draw.normal(size=(77, 768)).astype(np.float32))
+    text = told(draw.normal(size=(77, 768)).astype(np.float32))
     latents = draw.normal(size=(2, 4, 64, 64)).astype(np.float32)
     trajectory = Trajectory(
         latents=latents[0],
@@ -191,7 +227,7 @@ def test_half_precision_halves_and_rounds_once() -> None:
     arrived = unpack(data)
     assert arrived.latents.dtype == np.float32
     np.testing.assert_array_equal(arrived.latents, trajectory.latents.astype(np.float16).astype(np.float32))
-    np.testing.assert_array_equal(arrived.negative.embeddings, tensors["negative.embeddings"])
+    np.testing.assert_array_equal(arrived.negative["encoder_hidden_states"], tensors["negative.encoder_hidden_states"])
     assert np.abs(arrived.latents - trajectory.latents).max() <= 2.0**-11 * np.abs(trajectory.latents).max()
     assert pack(unpack(pack(arrived)), "float16") == data  # what was rounded is not rounded again
 
@@ -208,9 +244,10 @@ def test_half_precision_refuses_what_it_cannot_hold() -> None:
 
 def test_sizes_in_pixels_stay_exact_in_half_precision() -> None:
     trajectory = start(ToyModel("sdxl"), Request("x", size=(1536, 64), steps=2))[0]
-    ids = replace(trajectory.positive, time_ids=np.array([2049, 1536, 0, 0, 64, 1], np.float32))
-    arrived = unpack(pack(replace(trajectory, positive=ids), "float16"))
-    np.testing.assert_array_equal(arrived.positive.time_ids, ids.time_ids)
+    ids = np.array([2049, 1536, 0, 0, 64, 1], np.float32)
+    changed = Conditioning({**trajectory.positive, "time_ids": ids})
+    arrived = unpack(pack(replace(trajectory, positive=changed), "float16"))
+    np.testing.assert_array_equal(arrived.positive["time_ids"], ids)
 
 
 def test_embeddings_stay_at_home_where_asked() -> None:
@@ -223,6 +260,56 @@ def test_embeddings_stay_at_home_where_asked() -> None:
     assert trajectory.positive is not None
 
 
+def condition(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+ODD: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "none of its kind": (
+        {"image_embeds": condition(4)},
+        r"conditioning is \['encoder_hidden_states', 'image_embeds'\]",
+    ),
+    "narrower": ({"encoder_hidden_states": condition(77, 7)}, r"encoder_hidden_states is \(77, 7\), .* \('any', 8\)"),
+    "of another rank": ({"encoder_hidden_states": condition(8)}, r"encoder_hidden_states is \(8,\)"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_condition_that_the_kind_does_not_take_is_refused(case: str) -> None:
+    more, text = ODD[case]
+    trajectory = start(ToyModel(), Request("a frog", steps=3))[0]
+    told_more = replace(trajectory, positive=Conditioning({**trajectory.positive, **more}))
+    with pytest.raises(HandoffError, match=text):
+        unpack(pack(told_more))
+    assert unpack(pack(replace(told_more, origin=None))).positive is not None  # shapes are all that is known then
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"Capital": condition(4)},
+        {"a.b": condition(4)},
+        {"scalar": condition()},
+        {"deep": condition(1, 1, 1, 1)},
+        {f"n{i}": condition(1) for i in range(17)},
+    ],
+    ids=["capital", "dotted", "scalar", "rank-4", "seventeen"],
+)
+def test_what_no_reader_would_take_is_not_packed(arrays: dict[str, np.ndarray]) -> None:
+    trajectory = replace(start(ToyModel(), Request("a frog", steps=3))[0], positive=Conditioning(arrays), origin=None)
+    with pytest.raises(HandoffError, match="it holds"):
+        pack(trajectory)
+
+
+def test_latents_of_one_or_three_axes_of_space_travel() -> None:
+    latents = (pattern((4, 9), 3), pattern((2, 3, 4, 5), 3))
+    whole = replace(start(ToyModel(), Request("a frog", steps=3))[0], origin=None)
+    for each in latents:
+        np.testing.assert_array_equal(unpack(pack(replace(whole, latents=each))).latents, each)
+    with pytest.raises(HandoffError, match="'latents' with 1 axes"):
+        pack(replace(whole, latents=pattern((9,), 3)))
+
+
 def test_the_origin_is_the_model_that_began() -> None:
     model = ToyModel("sdxl")
     origin = unpack(pack(start(model, Request("x", steps=3))[0])).origin
@@ -232,9 +319,7 @@ def test_the_origin_is_the_model_that_began() -> None:
     assert unpack(pack(start(model, Request("x", steps=3))[0])).origin == Origin(model.family)
 
 
-DATA = pack(
-    denoise(start(ToyModel(), Request("a frog", sampler="dpmpp-2m", steps=6)), plain(ToyModel().use("unet")), 3)[0]
-)
+DATA = pack(denoise(start(ToyModel(), Request("a frog", sampler="dpmpp-2m", steps=6)), denoiser_of(ToyModel()), 3)[0])
 LENGTH = struct.unpack_from("<Q", DATA)[0]
 
 

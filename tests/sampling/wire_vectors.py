@@ -16,15 +16,24 @@ from typing import Any
 import numpy as np
 
 from diffship.core.family import Family
+from diffship.core.registry import kind
 from diffship.sampling.rng import Philox, TorchNoise
 from diffship.sampling.samplers import make_sampler
-from diffship.sampling.trajectory import SHARED_PARTS, Conditioning, Origin, Trajectory
+from diffship.sampling.trajectory import Conditioning, Origin, Trajectory
 from diffship.sampling.wire import pack
 
 FILE = Path(__file__).parents[2] / "docs" / "wire-vectors.json"
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 LATENTS = (4, 8, 8)
-DIGESTS = {part: hashlib.sha256(part.encode()).hexdigest() for part in SHARED_PARTS}
+OLD_FILE = FILE.with_name("wire-vectors-2.json")  # of schema 2, which is read and not written any more
+
+
+def digests(name: str) -> dict[str, str]:
+    return {part: hashlib.sha256(part.encode()).hexdigest() for part in kind(name).shared_parts}
+
+
+def told(states: np.ndarray, **more: np.ndarray) -> Conditioning:
+    return Conditioning({"encoder_hidden_states": states, **more})
 
 
 def pattern(shape: tuple[int, ...], stride: int) -> np.ndarray:
@@ -36,7 +45,7 @@ def trajectories() -> dict[str, tuple[Trajectory, str]]:
     """By name: a trajectory, and the dtype that it is packed in."""
     sd = Family("sd", default_size=64, text_width=8)
     common: dict[str, Any] = {"size": (64, 64), "guidance": 7.5, "latents": pattern(LATENTS, 3)}
-    both = {"positive": Conditioning(pattern((5, 8), 5)), "negative": Conditioning(pattern((5, 8), 7))}
+    both = {"positive": told(pattern((5, 8), 5)), "negative": told(pattern((5, 8), 7))}
     prompts = Trajectory(
         **common,
         step=2,
@@ -57,20 +66,20 @@ def trajectories() -> dict[str, tuple[Trajectory, str]]:
         history=(pattern(LATENTS, 11),),
         prompt="a black cat",
         facts={"seed": 7, "rng": "torch"},
-        origin=Origin(sd, DIGESTS),
+        origin=Origin(sd, digests("sd")),
     )
-    wide = Conditioning(pattern((5, 16), 5), pattern((8,), 2), np.array([64, 64, 0, 0, 64, 64], np.float32))
+    ids = np.array([64, 64, 0, 0, 64, 64], np.float32)
     sdxl = Trajectory(
         **common,
         step=1,
         steps=3,
         sampler=make_sampler({**BETAS, "timestep_spacing": "trailing"}, "euler-a"),
         noise=Philox(2**63 - 1, 0),
-        positive=wide,
-        negative=Conditioning(np.zeros((5, 16), np.float32), np.zeros(8, np.float32), wide.time_ids),
+        positive=told(pattern((5, 16), 5), text_embeds=pattern((8,), 2), time_ids=ids),
+        negative=told(np.zeros((5, 16), np.float32), text_embeds=np.zeros(8, np.float32), time_ids=ids),
         prompt="two frogs",
         facts={"seed": 2**63 - 1, "rng": "philox", "image": 0},
-        origin=Origin(Family("sdxl", default_size=64, text_width=16, pooled_width=8, time_ids=6), DIGESTS),
+        origin=Origin(Family("sdxl", default_size=64, text_width=16, pooled_width=8, time_ids=6), digests("sdxl")),
     )
     inpaint = Trajectory(
         **common,
@@ -85,7 +94,7 @@ def trajectories() -> dict[str, tuple[Trajectory, str]]:
         prompt="a hat",
         negative_prompt="blurry",
         facts={"seed": 9, "rng": "philox", "image": 3},
-        origin=Origin(Family("sd", default_size=64, text_width=8, unet_channels=9), DIGESTS),
+        origin=Origin(Family("sd", default_size=64, text_width=8, unet_channels=9), digests("sd")),
     )
     two_calls = Trajectory(
         **common,
@@ -143,7 +152,7 @@ def refused(data: bytes) -> list[dict[str, str]]:
         "a byte short": data[:-1],
         "a byte long": data + b"\0",
         "a header longer than the file": struct.pack("<Q", 1 << 62) + data[8:],
-        "another schema": reseal(data.replace(b'"schema":"2"', b'"schema":"9"')),
+        "another schema": reseal(data.replace(b'"schema":"3"', b'"schema":"9"')),
         "NaN in the latents": reseal(data[: 8 + length] + b"\0\0\xc0\x7f" + data[12 + length :]),
         "a step beyond the end": reseal(data.replace(rb"{\"step\": 2,", rb"{\"step\": 7,")),
     }
@@ -154,7 +163,7 @@ def document() -> str:
     """The file's text."""
     made = {name: vector(name, *entry) for name, entry in trajectories().items()}
     first = base64.b64decode(made["ddim-philox-prompts"]["base64"])
-    whole = {"schema": "2", "vectors": list(made.values()), "refused": refused(first)}
+    whole = {"schema": "3", "vectors": list(made.values()), "refused": refused(first)}
     return json.dumps(whole, indent=1) + "\n"
 
 

@@ -25,6 +25,7 @@ from diffship.benchmarks.measure.record import read_result
 from diffship.benchmarks.measure.row import Row
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
+from diffship.models.saving import save
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "prove_real.py"
@@ -36,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     from diffship.models.sources.opening import open_source
 
-    folder = open_source("arch:tiny-sd").save(tmp_path_factory.mktemp("saved") / "tiny-sd")
+    folder = save(open_source("arch:tiny-sd"), tmp_path_factory.mktemp("saved") / "tiny-sd")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
     return folder
 
@@ -48,7 +49,7 @@ def cache(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("hub")
     put(folder, "stand-in/tiny-sd", saved)
-    tiny_vae = open_source("arch:tiny-sd+taesd").save(tmp_path_factory.mktemp("vae") / "model") / "vae"
+    tiny_vae = save(open_source("arch:tiny-sd+taesd"), tmp_path_factory.mktemp("vae") / "model") / "vae"
     put(folder, "stand-in/vae", tiny_vae)
     for name in ("pickles", "damaged"):
         other = tmp_path_factory.mktemp(name) / "model"

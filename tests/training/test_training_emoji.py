@@ -170,7 +170,7 @@ def test_a_stage_keeps_every_setting_that_the_user_does_not_name() -> None:
     given = TrainOptions(data=Path(), out=Path(), steps=7, seed=3)
     for stage, base in emoji_stages.DEFAULTS.items():
         assert emoji_stages.schedule(stage, given) == replace(base, steps=7, seed=3)
-    assert emoji_stages.schedule("unet", given).validate_every == 4
+    assert emoji_stages.schedule("emoji-unet", given).validate_every == 4
 
 
 def test_damaged_latents_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from diffship.benchmarks.measure.ceiling import ceilings
 from diffship.benchmarks.measure.clock import device_peak, report, timed
 from diffship.core.precision import precision_of
 from diffship.core.strict import load
+from diffship.models.model import PipelineModel
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def _model(case: Case, order: Mapping[str, Any]) -> Any:
     if engine == "torch":
         from diffship.models.sources.opening import open_source
 
-        return open_source(order["folder"]).model(case.device, precision_of(case.precision).activations)
+        return PipelineModel(open_source(order["folder"]), case.device, precision_of(case.precision).activations)
     from diffship.core.bundle import Bundle
     from diffship.runtimes.engines.model import BundleModel
 
@@ -64,7 +65,8 @@ def _image(model: Any, case: Case, order: Mapping[str, Any]) -> Callable[[], obj
         sampler=case.sampler,
         images=case.batch,
     )
-    for part in sorted(model.parts - {"vae_encoder"}):  # all that an image needs, so that loading is counted as such
+    needed = model.parts - {model.family.kind.encoder}  # of an image: loading is counted as such
+    for part in sorted(needed):
         model.use(part)
     return lambda: generate(model, request)
 

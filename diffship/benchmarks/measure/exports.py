@@ -60,9 +60,10 @@ def rows_of(subject: str, measured: Measured, size: int, model: str, precision: 
 def save_source(source: str, folder: Path) -> None:
     """Write the weights that every subject exports, as a diffusers folder."""
     if not folder.exists():
+        from diffship.models.saving import save
         from diffship.models.sources.opening import open_source
 
-        open_source(source).save(folder)
+        save(open_source(source), folder)
 
 
 def export_rows(run: ExportRun, model: str, precision: str, timeout: float, keep: bool = False) -> list[Row]:

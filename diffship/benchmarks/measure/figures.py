@@ -14,6 +14,7 @@ from diffship.benchmarks.measure.materials import Materials
 from diffship.benchmarks.measure.peers.table import PEERS
 from diffship.benchmarks.measure.row import Row
 from diffship.benchmarks.measure.session import Measurement, Outcome
+from diffship.core.kind import DECODER, DENOISER, ENCODER, TEXT
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _WORST = ("OOM", "failed", "unsupported", "missing")  # which status a case has whose rounds ended differently
@@ -80,7 +81,9 @@ def _facts(
     case: Case, good: Sequence[Outcome], materials: Materials, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Sizes of the part, or of all parts for an image; where MACs are known, the rate that was achieved."""
-    chosen = [case.part] if case.part != IMAGE else [name for name in materials.parts if name != "vae_encoder"]
+    chosen = (
+        [case.part] if case.part != IMAGE else [name for name in materials.parts if materials.roles[name] != ENCODER]
+    )
     parts = [materials.parts[name] for name in chosen if name in materials.parts]
     found = [
         _plain("parameters", _sum(part["parameters"] for part in parts), ""),
@@ -106,12 +109,13 @@ def _file_bytes(case: Case, part: Mapping[str, Any]) -> float | None:
 
 
 def _macs(case: Case, materials: Materials, name: str) -> float | None:
-    """Of one call, or of a whole image: U-Net calls times steps, the decoder once, the text encoders per prompt."""
+    """Of one call, or of a whole image: denoiser calls times steps, the decoder once, the text encoders per prompt."""
+    rows = materials.rows_per_image
     if case.part == IMAGE:
-        counts = {"unet": case.steps * materials.rows_per_image * case.batch, "vae_decoder": case.batch}
-        counts |= {part: materials.rows_per_image for part in ("text_encoder", "text_encoder_2")}
+        calls = {DENOISER: case.steps * rows * case.batch, DECODER: case.batch, TEXT: rows}
+        counts = {part: calls[role] for part, role in materials.roles.items() if role in calls}
     else:
-        counts = {case.part: case.batch * (materials.rows_per_image if case.part == "unet" else 1)}
+        counts = {case.part: case.batch * (rows if materials.roles.get(case.part) == DENOISER else 1)}
     used = {part: count for part, count in counts.items() if part in materials.parts}
     return _sum(_times_or_none(materials.parts[part][name], count) for part, count in used.items())
 

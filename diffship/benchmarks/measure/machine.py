@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGES = ("diffship", "numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino")
 # What is made once and kept depends on: everything that computes or measures. (Of figures, see freshness.)
-ROOMS = ("core", "sampling", "models", "targets", "exporters", "runtimes", "export.py")
+ROOMS = ("core", "sampling", "models", "kinds", "targets", "exporters", "runtimes", "export.py")
 _MODULES = ("case", "ceiling", "child", "clock", "machine", "materials", "process", "peers", "turns")
 MEASURING = tuple(f"benchmarks/measure/{name}" for name in _MODULES)
 

@@ -15,19 +15,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffship.benchmarks.measure.case import PART_NAMES
 from diffship.benchmarks.measure.machine import code_digest
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job, digest_of
+from diffship.core.kind import DENOISER
 from diffship.core.registry import EXPORTERS, RUNNERS
 from diffship.core.strict import load
+from diffship.models.saving import save
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
 
 RANDOM = "random weights"
 TRAINED = "trained weights"
-WEIGHTS = ("core", "models")  # the rooms that make the folder
+WEIGHTS = ("core", "models", "kinds")  # the rooms that make the folder
 GRAPHS = ("targets", "exporters", "export.py")  # and those that make a bundle of it
 
 
@@ -54,7 +55,7 @@ class Materials:
     `folder` (diffusers) is None for a bundle, and where only bundles are measured. `bundles` has what each engine of
     ours reads, `refused` why there is nothing for it. `parts[name]` holds `parameters`, `file_bytes` by "folder" and
     engine, and, for one row at this size, `conv_linear_macs` and `attention_macs` (None where only a bundle is known).
-    `feeds[name][batch]` is a safetensors file of canonical inputs.
+    `feeds[name][batch]` is a safetensors file of canonical inputs. `roles[name]` is what the part does (`core.kind`).
     """
 
     target: str
@@ -65,6 +66,7 @@ class Materials:
     rows_per_image: int
     parts: dict[str, dict[str, Any]]
     feeds: dict[str, dict[str, str]]
+    roles: dict[str, str]
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -93,18 +95,23 @@ def _of_source(order: Order) -> Materials:
     origin = [order.target, pipeline.source]
     # what an edit elsewhere cannot change is not made again: it is gigabytes and minutes
     key = f"folder-{_digest([origin, code_digest(names=WEIGHTS)])}"
-    folder = job.once(key, lambda out: pipeline.save(out)) if order.folder else None
+    folder = job.once(key, lambda out: save(pipeline, out)) if order.folder else None
     made_by = _digest([origin, code_digest(names=(*WEIGHTS, *GRAPHS))])
     bundles, refused = _bundles(order, job, folder or order.target, made_by)
     size = order.size or pipeline.family.default_size
-    chosen = [name for name in PART_NAMES if name in pipeline.components]
-    parts = {name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundles, name)} for name in chosen}
+    kind = pipeline.family.kind
+    chosen = [name for name in kind.parts if name in pipeline.components]
+    parts = {
+        name: {**_facts(pipeline, name, size), "file_bytes": _bytes(folder, bundles, name, kind.slot_of(name).folder)}
+        for name in chosen
+    }
     random = pipeline.source.get("kind") == "arch"
     rows = _rows_per_image(pipeline.family.time_cond_dim, order.guidance)
-    feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows)
+    roles = {name: kind.role_of(name) for name in chosen}
+    feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows, roles)
     weights = RANDOM if random else TRAINED
     where = None if folder is None else str(folder)
-    return Materials(order.target, weights, where, bundles, size, rows, parts, feeds, refused)
+    return Materials(order.target, weights, where, bundles, size, rows, parts, feeds, roles, refused)
 
 
 def _bundles(order: Order, job: Job, source: Path | str, origin: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -156,16 +163,19 @@ def _of_bundle(order: Order) -> Materials:
     rows = _rows_per_image(manifest.family.time_cond_dim, order.guidance)
     readers = [name for name in RUNNERS if manifest.target in engine_class(name).targets]
     parts, known = {}, {part.name: part for part in manifest.parts}
-    for name in (name for name in PART_NAMES if name in known):
+    kind = manifest.family.kind
+    for name in (name for name in kind.parts if name in known):
         size_bytes = sum(manifest.files[file].size for file in known[name].files)
         unknown = dict.fromkeys(("conv_linear_macs", "attention_macs"))
         parameters = known[name].extra.get("parameters")
         parts[name] = {"parameters": parameters, **unknown, "file_bytes": dict.fromkeys(readers, size_bytes)}
     job = Job(Path(order.work) / slug(order.target))
-    feeds = _feeds(order, job, {name: known[name] for name in parts}, size, rows)
+    roles = {name: kind.role_of(name) for name in parts}
+    feeds = _feeds(order, job, {name: known[name] for name in parts}, size, rows, roles)
     random = str(manifest.source.get("kind")) == "arch"
     weights = RANDOM if random else TRAINED
-    return Materials(order.target, weights, None, dict.fromkeys(readers, order.target), size, rows, parts, feeds)
+    bundles = dict.fromkeys(readers, order.target)
+    return Materials(order.target, weights, None, bundles, size, rows, parts, feeds, roles)
 
 
 def _rows_per_image(time_cond_dim: int | None, guidance: float) -> int:
@@ -187,9 +197,9 @@ def _sizes(vae_factor: int, size: int, batch: int) -> dict[str, int]:
     return {"batch_size": batch, "sequence_length": 77, **latent, **pixels}
 
 
-def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str) -> dict[str, int]:
-    """Weight files of a part in the diffusers folder (a VAE's both halves in one) and in each engine's bundle."""
-    own = "vae" if name.startswith("vae_") else name
+def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str, own: str) -> dict[str, int]:
+    """Weight files of a part in its folder `own` of the diffusers folder (a VAE's both halves in one) and in each
+    engine's bundle."""
     found = {}
     if folder is not None:
         found["folder"] = sum(file.stat().st_size for file in (folder / own).glob("*.safetensors"))
@@ -199,8 +209,10 @@ def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str) -> dict[s
     return found
 
 
-def _feeds(order: Order, job: Job, parts: Mapping[str, Any], size: int, rows: int) -> dict[str, dict[str, str]]:
-    """Feeds of every wanted part for every batch; a U-Net has `rows` rows per image."""
+def _feeds(
+    order: Order, job: Job, parts: Mapping[str, Any], size: int, rows: int, roles: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Feeds of every wanted part for every batch; a denoiser has `rows` rows per image."""
     from safetensors.numpy import save_file
 
     found: dict[str, dict[str, str]] = {}
@@ -208,7 +220,7 @@ def _feeds(order: Order, job: Job, parts: Mapping[str, Any], size: int, rows: in
         if order.parts and name not in order.parts:
             continue
         for batch in order.batches:
-            count = batch * rows if name == "unet" else batch
+            count = batch * rows if roles[name] == DENOISER else batch
             arrays = _example(part, count, size)
             key = _digest([order.target, name, count, size, [list(array.shape) for array in arrays.values()]])
             file = job.once(f"feeds-{key}", lambda out, arrays=arrays: save_file(arrays, out))  # type: ignore[misc]

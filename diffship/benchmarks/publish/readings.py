@@ -31,6 +31,7 @@ from diffship.benchmarks.studies.service.load import Server, closed_loop, open_l
 from diffship.benchmarks.studies.workbench import JUDGE, bundle, edge_python, emoji_data
 from diffship.core.child import command
 from diffship.core.errors import PeerError, RunnerError
+from diffship.core.registry import kind
 
 Readings = dict[str, Interval]
 SMALL = "arch:bk-tiny"  # Stable Diffusion's blocks, fewer of them, in a folder that stock diffusers and optimum load
@@ -135,7 +136,7 @@ def large_calls(kit: Kit) -> Readings:
     found: Readings = {}
     for engine in ("onnxruntime", "openvino"):
         if engine_class(engine).probe().available:
-            bench = Bench((SMALL,), (engine,), ("diffusers",), ("unet",), size=256, calls=3)
+            bench = Bench((SMALL,), (engine,), ("diffusers",), (kind("sd").denoiser,), size=256, calls=3)
             found[engine] = _ratios(kit, bench)["diffusers"]
     return found
 

@@ -43,13 +43,14 @@ def bundle(source: str, work: Path) -> Path:
 def untrained(work: Path) -> Path:
     """`emoji` with a U-Net whose weights are drawn from a seed, as a diffusers folder."""
     from diffship.core.seeded import SeededWeights
+    from diffship.models.saving import save
     from diffship.models.sources.opening import open_source
 
     pipeline = open_source("emoji")
-    unet = pipeline.components["unet"]
+    unet = pipeline.denoiser
     drawn = SeededWeights({name: unet.weights.meta(name) for name in unet.weights.names()}, 0)
-    changed = replace(pipeline, components={**pipeline.components, "unet": replace(unet, weights=drawn)})
-    return Job(work).once(f"untrained-{str(unet.digest)[:12]}", changed.save)
+    changed = pipeline.having(replace(unet, weights=drawn))
+    return Job(work).once(f"untrained-{str(unet.digest)[:12]}", lambda out: save(changed, out))
 
 
 def emoji_data(work: Path) -> Path:

@@ -7,22 +7,19 @@ from pathlib import Path
 from diffship.models.folder import folder_config, write_json, write_tokenizer
 from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
+from diffship.models.sources.defaults import class_defaults
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside an ONNX file
+# keys that optimum reads (of a U-Net, of a VAE), and guesses if they are not there
+_STATED = ("time_cond_proj_dim", "scaling_factor")
 
 
 def write_part_config(component: Component, folder: Path) -> None:
-    """config.json of a part; both halves of a VAE get the whole VAE's.
-
-    optimum reads `time_cond_proj_dim` of a U-Net and `scaling_factor` of a VAE, and guesses where they are not stated.
-    """
+    """config.json of a part; both halves of a VAE get the whole VAE's."""
     config = folder_config(component)
-    if component.name == "unet":
-        config.setdefault("time_cond_proj_dim", None)
-    if component.name.startswith("vae"):
-        config.setdefault("scaling_factor", 0.18215 if component.class_name == "AutoencoderKL" else 1.0)
-    write_json(folder / "config.json", config)
+    usual = class_defaults(component.class_name)
+    write_json(folder / "config.json", {**{key: usual[key] for key in _STATED if key in usual}, **config})
 
 
 def write_pipeline_files(pipeline: Pipeline, out: Path) -> None:

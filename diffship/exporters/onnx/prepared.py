@@ -23,8 +23,6 @@ from diffship.core.weights import SafetensorsWeights, Weights
 from diffship.exporters.onnx.layout import DATA_FILE
 from diffship.exporters.onnx.stored import Stored
 
-_WEIGHTS = {"text_encoder": "text_encoder", "unet": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}
-
 
 def strip(bundle: Bundle, out: Path) -> None:
     """Copy every file of `bundle` but the weights' data to `out`, which must not exist.
@@ -47,12 +45,13 @@ def restore(prepared: Path, source: Path, out: str | Path, overwrite: bool = Fal
     """
     # uv and others hard-link installed files to their cache
     manifest = parse_manifest(bundle_check.read_small(prepared / MANIFEST_NAME, LIMITS.manifest_bytes, hard_links=True))
+    kind = manifest.family.kind
     with write_bundle(out, overwrite) as draft:
         for name in manifest.files:
             if not name.endswith(DATA_FILE):
                 _copy(prepared / name, draft.folder / name)
         for part in manifest.parts:
-            _pour(part, SafetensorsWeights(_files(source / _WEIGHTS[part.name])), draft.folder)
+            _pour(part, SafetensorsWeights(_files(source / kind.slot_of(part.name).folder)), draft.folder)
         _require_equal(draft.folder, manifest)
         return draft.finish(replace(manifest, files={}))
 

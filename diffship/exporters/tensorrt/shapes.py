@@ -92,7 +92,7 @@ def check_names(components: Iterable[Component], asked: Mapping[str, Mapping[str
 
 
 def _defaults(component: Component, family: Family) -> dict[str, Sizes]:
-    rows = _ROWS if component.name in ("unet", "text_encoder", "text_encoder_2") else _IMAGES
+    rows = _ROWS if component.name in (family.kind.denoiser, *family.kind.text_parts) else _IMAGES
     pixels = dict(zip(("width", "height"), (_pixels(family, side) for side in family.default_sides), strict=True))
     found: dict[str, Sizes] = {}
     for place, kind in enumerate(KINDS):

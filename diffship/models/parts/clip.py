@@ -97,7 +97,18 @@ def text_encoder(
     outputs = _outputs(config, projected, hidden_states)
     sizes = {"batch_size": 1, "sequence_length": 77}
     weights = renamed(weights, classic_map(weights.names()))
-    return Component(name, class_name, dict(config), build, weights, inputs, outputs, sizes, walk=clip_layers)
+    return Component(
+        name,
+        class_name,
+        dict(config),
+        build,
+        weights,
+        inputs,
+        outputs,
+        sizes,
+        walk=clip_layers,
+        text_type="clip_text_model",
+    )
 
 
 def clip_text_config(config: Mapping[str, Any]) -> transformers.CLIPTextConfig:

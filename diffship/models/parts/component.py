@@ -37,7 +37,8 @@ class Component:
 
     `build()` makes the part on the current default device (meta, fake or real); its forward takes the inputs as
     positional tensors in the order of `inputs` and returns a tuple in the order of `outputs`. Its parameters are called
-    `inner.` + the name in `weights`. `smallest` holds the least legal size of every named axis.
+    `inner.` + the name in `weights`. `smallest` holds the least legal size of every named axis. `text_type` is the
+    `model_type` of a part that transformers reads; None for one of diffusers.
 
     `walk(component, inner)` gives the layers of `inner` (the network below `inner.`, on any device) in the order in
     which they run; a part without one is never cut. Run one after the other, they compute what the part computes.
@@ -53,6 +54,7 @@ class Component:
     smallest: Mapping[str, int] = field(default_factory=dict)
     template: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
     walk: Callable[[Component, nn.Module], Program] | None = field(default=None, repr=False, compare=False)
+    text_type: str | None = None
 
     @property
     def meta(self) -> nn.Module:

@@ -13,6 +13,7 @@ from diffship.core.errors import SourceError
 from diffship.core.lazy import lazy
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
+from diffship.models.assemble import kind_of
 from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, narrower
 from diffship.models.parts.clip import PROJECTED, TextEncoder
 from diffship.models.parts.component import weight_metas
@@ -84,7 +85,7 @@ def arch_material(text: str) -> Material:
         modules=modules,
         tokenizers=_tokenizers(name, modules),
         scheduler=_scheduler(scheduler_of, unet),
-        index=_index(name, unet),
+        index=_index(modules),
         licence={"id": "", "name": "none (random weights)", "link": "", "restrictions": "", "notices": []},
     )
 
@@ -122,16 +123,9 @@ def _scheduler(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
     return {**configs.LCM_SCHEDULER, "prediction_type": own["prediction_type"]}
 
 
-def _index(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
-    if "refiner" in name:
-        options = {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
-        return {"_class_name": "StableDiffusionXLImg2ImgPipeline", **options}
-    if "xl" in name:
-        return {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    if unet["in_channels"] == 9:
-        return {"_class_name": "StableDiffusionInpaintPipeline"}
-    lcm = unet.get("time_cond_proj_dim")
-    return {"_class_name": "LatentConsistencyModelPipeline" if lcm else "StableDiffusionPipeline"}
+def _index(modules: Mapping[str, Module]) -> dict[str, Any]:
+    kind = kind_of(modules)
+    return {} if kind is None else kind.new_index(modules)
 
 
 def _tokenizers(name: str, modules: Mapping[str, Module]) -> dict[str, dict[str, bytes]]:

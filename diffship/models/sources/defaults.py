@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 else:
     diffusers, transformers = lazy("diffusers"), lazy("transformers")
 
-_TEXT = "CLIPText"
+# the config class of each text encoder that is run here, whose attributes are the defaults
+_TEXT_CONFIGS = {"CLIPTextModel": "CLIPTextConfig", "CLIPTextModelWithProjection": "CLIPTextConfig"}
 # Of every network that is run here the config says this itself; without it a file is likely no such config at all.
 _STATED = {"UNet2DConditionModel": ("block_out_channels",)}
 
@@ -30,11 +31,18 @@ def completed(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def class_defaults(class_name: str) -> dict[str, Any]:
-    """Keys and defaults of a class's config; lists where the class has tuples, as JSON gives them."""
-    if class_name.startswith(_TEXT):
-        made = transformers.CLIPTextConfig()
-        return {key: getattr(made, key) for key in vars(transformers.CLIPTextConfig)["__annotations__"]}
-    given = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    """Keys and defaults of the config of a class of diffusers or transformers; none of a class that neither has.
+
+    Lists stand for the tuples of the class, as in JSON.
+    """
+    if class_name in _TEXT_CONFIGS:
+        config = getattr(transformers, _TEXT_CONFIGS[class_name])
+        made = config()
+        return {key: getattr(made, key) for key in vars(config)["__annotations__"]}
+    network = getattr(diffusers, class_name, None)
+    if network is None:  # a kind of model may bring a network of its own
+        return {}
+    given = inspect.signature(network.__init__).parameters
     left = _STATED.get(class_name, ())
     return {key: _plain(one.default) for key, one in given.items() if key not in left and one.default is not one.empty}
 

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffship.core.document import read_bytes, read_json
 from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.kind import Kind, Slot
 from diffship.core.limits import LIMITS
+from diffship.core.registry import kinds
 from diffship.core.sniff import PICKLE_SUFFIXES, also, describe, foreign, refuse_unsafe
 from diffship.core.weights import SafetensorsWeights, Weights
-from diffship.models.parts.autoencoder import KL, TINY
-from diffship.models.parts.clip import PLAIN, PROJECTED
 from diffship.models.parts.unet import CLASS as UNET
-from diffship.models.pipeline import Material, Module
+from diffship.models.pipeline import Material, Module, listed
 from diffship.models.reduced.released import LIBRARY, translated
 from diffship.models.sources.licences import licence_of
 from diffship.models.sources.tokenizer_files import NAMES as TOKENIZER_FILES
-from diffship.models.sources.tokenizer_files import completed
 
 INDEX = "model_index.json"
-PARTS = {
-    "unet": (UNET,),
-    "vae": (KL, TINY),
-    "text_encoder": (PLAIN,),
-    "text_encoder_2": (PROJECTED,),
-}
-_TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _STEMS = ("diffusion_pytorch_model", "model")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "")
 _SMALL = 32 << 20
@@ -45,20 +37,24 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
     if (folder / INDEX).is_file():
         index = read_config(folder / INDEX)
         check_index(index, folder / INDEX)
-        present = {name: folder / name for name in PARTS if _listed(index, name) and (folder / name).is_dir()}
+        slots = _slots(lambda name: listed(index, name))
+        present = {name: folder / name for name in slots if listed(index, name) and (folder / name).is_dir()}
     elif (folder / "config.json").is_file():
-        index, present = {}, {_part_of(folder): folder}
+        slot = _slot_of(folder)
+        index, slots, present = {}, {slot.folder: slot}, {slot.folder: folder}
     else:
-        index, present = {}, {name: folder / name for name in PARTS if (folder / name / "config.json").is_file()}
+        slots = _slots(lambda name: (folder / name).is_dir())
+        index, present = {}, {name: folder / name for name in slots if (folder / name / "config.json").is_file()}
     if not present:
         raise SourceError(f"{folder}: {_nothing(folder)}")
     for entry in folder.iterdir():  # as a file system that does not tell A from a leaves them
-        if entry.name.lower() in PARTS and entry.name.lower() not in present and entry.name not in PARTS:
+        if entry.name.lower() in slots and entry.name.lower() not in present and entry.name not in slots:
             raise SourceError(f"{entry}: is not read under this name; call it {entry.name.lower()}")
+    left_out = _left_out(index, slots.values())
     return Material(
-        source={**source, "left_out": _left_out(index)} if _left_out(index) else dict(source),
-        modules={name: read_module(path, PARTS[name]) for name, path in present.items()},
-        tokenizers=_tokenizers(folder, present),
+        source={**source, "left_out": left_out} if left_out else dict(source),
+        modules={name: read_module(path, slots[name]) for name, path in present.items()},
+        tokenizers=_tokenizers(folder, [slots[name] for name in present]),
         scheduler=_scheduler(folder / "scheduler" / "scheduler_config.json", index),
         index=index,
         licence=licence_of(folder),
@@ -74,14 +70,24 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**read_config(file, infinite=True), **({"_class_name": named} if named else {})}
 
 
-def read_module(folder: Path, classes: tuple[str, ...]) -> Module:
+def _slots(there: Callable[[str], bool]) -> dict[str, Slot]:
+    """What is read, by folder: the slots of the kinds whose denoiser is `there`, or of all if none is."""
+    every = list(kinds().values())
+    found: dict[str, Slot] = {}
+    for kind in [kind for kind in every if there(kind.slot_of(kind.denoiser).folder)] or every:
+        for slot in kind.slots:
+            found.setdefault(slot.folder, slot)
+    return found
+
+
+def read_module(folder: Path, slot: Slot) -> Module:
     """Class, config and lazy weights of one component folder."""
     if not os.path.lexists(folder / "config.json"):
         raise SourceError(f"{folder}: has no config.json; {foreign(folder, 'so its class is not known')}")
     config = read_config(folder / "config.json")
-    class_name = _class_of(config, classes)
-    if class_name not in classes:
-        raise UnsupportedError(f"{folder}: class {class_name!r} is not supported; legal: {', '.join(classes)}")
+    class_name = _class_of(config, slot)
+    if class_name not in slot.classes:
+        raise UnsupportedError(f"{folder}: class {class_name!r} is not supported; legal: {', '.join(slot.classes)}")
     return Module(class_name, translated(config) if class_name == UNET else config, find_weights(folder))
 
 
@@ -170,8 +176,9 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
             raise SourceError(
                 f"{path}: {name} is of {entry[0][:80]!r}, code that comes with the model; it is never run"
             )
-    for name in ("transformer", "text_encoder_3", "prior"):
-        if _listed(index, name):
+    known = _slots(lambda name: listed(index, name))
+    for name in dict.fromkeys(name for kind in kinds().values() for name in kind.foreign):
+        if listed(index, name) and name not in known:
             raise UnsupportedError(f"{path}: has a {name}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM)")
 
 
@@ -188,14 +195,20 @@ def _sharded(index: Path) -> Weights:
     return SafetensorsWeights({name: index.parent / file for name, file in table.items()})
 
 
-def _tokenizers(folder: Path, parts: Iterable[str]) -> dict[str, dict[str, bytes]]:
+def _tokenizers(folder: Path, slots: Iterable[Slot]) -> dict[str, dict[str, bytes]]:
     found: dict[str, dict[str, bytes]] = {}
-    for name in _TOKENIZERS:
-        if (folder / name).is_dir() and _TOKENIZERS[name] in parts:
+    for slot in slots:
+        name = slot.tokenizer
+        if name is not None and (folder / name).is_dir():
             there = [file for file in TOKENIZER_FILES if os.path.lexists(folder / name / file)]
             files = {file: _bytes(folder / name / file) for file in there}
-            found[name] = completed(files, str(folder / name))
+            found[name] = _owner(slot).complete_tokenizer(slot, files, str(folder / name))
     return found
+
+
+def _owner(slot: Slot) -> Kind:
+    """The first kind that has this slot."""
+    return next(kind for kind in kinds().values() if slot in kind.slots)
 
 
 def _bytes(path: Path) -> bytes:
@@ -207,37 +220,31 @@ def _bytes(path: Path) -> bytes:
     return read_bytes(path, _SMALL, SourceError)
 
 
-def _class_of(config: Mapping[str, Any], classes: tuple[str, ...]) -> str:
-    named = _class_named(config) or classes[0]
-    # text encoders are saved by training scripts under their base class
-    return PROJECTED if classes == (PROJECTED,) and named == PLAIN else str(named)
+def _named_class(config: Mapping[str, Any]) -> object:
+    """The class in a config of diffusers or, in a list, of transformers; None if it names none."""
+    named = config.get("architectures")
+    return config.get("_class_name") or (named[0] if isinstance(named, list) and named else named)
 
 
-def _class_named(config: Mapping[str, Any]) -> object:
-    """The class in a config of diffusers or, in a list, of transformers; None where it names none."""
-    listed = config.get("architectures")
-    return config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else listed)
+def _class_of(config: Mapping[str, Any], slot: Slot) -> str:
+    named = str(_named_class(config) or slot.classes[0])
+    return slot.classes[0] if named in slot.aliases else named
 
 
-def _part_of(folder: Path) -> str:
-    config = read_config(folder / "config.json")
-    named = _class_named(config)
-    for part, classes in PARTS.items():
-        if named in classes:
-            return part
-    raise UnsupportedError(
-        f"{folder}: class {str(named)[:80]!r} is not supported; legal: {UNET}, {KL}, {TINY}, {PLAIN}"
-    )
+def _slot_of(folder: Path) -> Slot:
+    """The slot that a folder of one component is for, by its class."""
+    named = _named_class(read_config(folder / "config.json"))
+    slots = [slot for kind in kinds().values() for slot in kind.slots]
+    for slot in slots:
+        if named in slot.classes:
+            return slot
+    legal = dict.fromkeys(name for slot in slots for name in slot.classes)
+    raise UnsupportedError(f"{folder}: class {str(named)[:80]!r} is not supported; legal: {', '.join(legal)}")
 
 
-def _listed(index: Mapping[str, Any], name: str) -> bool:
-    entry = index.get(name)
-    return isinstance(entry, list) and entry != [None, None]
-
-
-def _left_out(index: Mapping[str, Any]) -> list[str]:
-    known = {*PARTS, *_TOKENIZERS, "scheduler"}
-    return [name for name in index if _listed(index, name) and name not in known]
+def _left_out(index: Mapping[str, Any], slots: Iterable[Slot]) -> list[str]:
+    known = {"scheduler", *(name for slot in slots for name in (slot.folder, slot.tokenizer))}
+    return [name for name in index if listed(index, name) and name not in known]
 
 
 def _nothing(folder: Path) -> str:

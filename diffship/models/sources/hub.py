@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from diffship.core.errors import DiffshipError, SourceError
 from diffship.core.job import require_disk
 from diffship.core.lazy import need
 from diffship.core.manifest import MANIFEST_NAME
+from diffship.core.registry import kinds
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
-_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _SMALL = (".json", ".txt")
 _STEMS = ("diffusion_pytorch_model", "model")
 _SECONDS = 20.0
@@ -64,16 +65,24 @@ def select_files(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     wanted = [name for name in names if _is_small(PurePosixPath(name))]
-    for folder in ("", *_FOLDERS):
+    for folder in ("", *_folders()):
         wanted += _weights([PurePosixPath(name) for name in names], folder)
     return sorted(wanted)
+
+
+@cache
+def _folders() -> tuple[str, ...]:
+    """Folders of a pipeline that any kind of model reads."""
+    slots = [slot for kind in kinds().values() for slot in kind.slots]
+    names = [name for slot in slots for name in (slot.folder, slot.tokenizer) if name is not None]
+    return (*dict.fromkeys(names), "scheduler")
 
 
 def _is_small(path: PurePosixPath) -> bool:
     if len(path.parts) == 1:
         licence = path.name.lower().startswith(("license", "licence", "notice", "copying"))
         return licence or path.name in ("model_index.json", "config.json", "README.md")
-    return len(path.parts) == 2 and path.parts[0] in _FOLDERS and path.suffix in _SMALL
+    return len(path.parts) == 2 and path.parts[0] in _folders() and path.suffix in _SMALL
 
 
 def _weights(paths: list[PurePosixPath], folder: str) -> list[str]:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffship.core.errors import SourceError
+from diffship.core.kind import Slot
 from diffship.core.manifest import MANIFEST_NAME
+from diffship.core.registry import kinds
 from diffship.core.sniff import classify, describe, missing, near, part_of, refuse_unsafe
-from diffship.models.parts.unet import text_width
-from diffship.models.pipeline import TEXT_PARTS, Material, Pipeline, assemble
+from diffship.models.assemble import assemble, kind_of
+from diffship.models.pipeline import Material, Pipeline
 from diffship.models.sources.arch import PREFIX, arch_material
-from diffship.models.sources.arch_configs import lcm_scheduler
 from diffship.models.sources.diffusers_folder import folder_material
 from diffship.models.sources.hub import LEGAL, hub_folder, is_hub_id
 from diffship.models.sources.licences import joined
@@ -105,37 +106,26 @@ def packaged(text: str) -> Path | None:
 
 def with_base(material: Material, base: Material) -> Material:
     """`material`, completed by what it lacks and `base` has; both are recorded."""
-    modules = {**{name: base.modules[name] for name in base.modules if name not in TEXT_PARTS}, **material.modules}
-    texts = {name: material.modules.get(name) or base.modules.get(name) for name in TEXT_PARTS}
-    if not _texts_fit(material):
-        modules.update({name: module for name, module in texts.items() if module})
-    tokenizers = {
-        name: files for name, files in base.tokenizers.items() if name.replace("tokenizer", "text_encoder") in modules
-    }
+    kind = kind_of(material.modules) or kind_of(base.modules) or next(iter(kinds().values()))
+    readers = {slot.tokenizer: slot.folder for slot in _text_slots()}
+    texts = readers.values()
+    modules = {**{name: base.modules[name] for name in base.modules if name not in texts}, **material.modules}
+    if not kind.texts_fit(material.modules):
+        modules.update({name: base.modules[name] for name in texts if name in base.modules and name not in modules})
+    tokenizers = {name: files for name, files in base.tokenizers.items() if readers.get(name) in modules}
     return replace(
         material,
         source={**material.source, "base": dict(base.source)},
         modules=modules,
         tokenizers={**tokenizers, **material.tokenizers},
-        scheduler=material.scheduler or _scheduler_from(base, modules["unet"].config if "unet" in modules else {}),
+        scheduler=material.scheduler or kind.scheduler_from(base.scheduler or {}, modules),
         index=material.index or {key: value for key, value in base.index.items() if key != "_class_name"},
         licence=joined(material.licence, base.licence),
     )
 
 
-def _texts_fit(material: Material) -> bool:
-    texts = [material.modules[name].config for name in TEXT_PARTS if name in material.modules]
-    unet = material.modules.get("unet")
-    if unet is None:
-        return bool(texts)
-    return sum(int(config.get("hidden_size", 512)) for config in texts) == text_width(unet.config)
-
-
-def _scheduler_from(base: Material, unet: object) -> dict[str, object]:
-    own = dict(base.scheduler or {})
-    if not (isinstance(unet, dict) and unet.get("time_cond_proj_dim")) or own.get("_class_name") == "LCMScheduler":
-        return own
-    return lcm_scheduler(own)
+def _text_slots() -> list[Slot]:
+    return list(dict.fromkeys(slot for kind in kinds().values() for slot in kind.text_slots))
 
 
 def _not_a_folder(path: Path) -> SourceError:

@@ -13,6 +13,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.strict import unknown
 from diffship.models.parts.component import Component
 from diffship.models.parts.program import Program
+from diffship.models.parts.unet import CLASS as UNET
 from diffship.models.walks.balance import Crossing, balanced
 from diffship.models.walks.cost import held_by, layer_costs
 from diffship.models.walks.stages import Stage, cut
@@ -76,8 +77,8 @@ def find_cuts(
         ConfigError: an unknown kind, no published cut for this U-Net or number, or more stages than layers.
         UnsupportedError: not a U-Net.
     """
-    if component.name != "unet":
-        raise UnsupportedError(f"{component.name} is not partitioned; a unet is")
+    if component.class_name != UNET:
+        raise UnsupportedError(f"{component.name} is not partitioned; a {UNET} is")
     kind = kind or usual_kind(component.config, stages)
     if kind not in KINDS:
         raise ConfigError(unknown("cut", kind, KINDS))

@@ -24,9 +24,8 @@ from diffship.runtimes.engines.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.engines.shell import PartRunner, steps_of
 from diffship.runtimes.engines.torch import TorchRunner
 from diffship.sampling.model import Model
-from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
+from diffship.sampling.tokenizer import Tokenizer
 
-TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
 TOKENIZER_BYTES = 32 << 20
 
 
@@ -143,14 +142,15 @@ def _refuse_bfloat16(manifest: Manifest) -> None:
 def _tokenizers(bundle: Bundle) -> dict[str, Tokenizer]:
     """By folder name; only files that the manifest lists are read."""
     found: dict[str, Tokenizer] = {}
-    for folder in TOKENIZER_FOLDERS:
+    kind = bundle.manifest.family.kind
+    for folder in [kind.tokenizer_of(part) for part in kind.text_parts]:
         names = [name for name in bundle.manifest.files if name.startswith(f"{folder}/")]
         files = {
             name.removeprefix(f"{folder}/"): read_small(bundle.file(name), TOKENIZER_BYTES, bundle.hard_links)
             for name in names
         }
         if files:
-            found[folder] = ClipTokenizer.from_files(files, folder)
+            found[folder] = kind.tokenizer(folder, files)
     return found
 
 

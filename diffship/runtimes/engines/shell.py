@@ -40,10 +40,9 @@ def open_runner(bundle: Bundle, part: str | Part, engine: str | None = None, **o
 
 
 def steps_of(bundle: Bundle, part: Part) -> dict[str, int]:
-    """Axes of which only multiples work: the latent sides of a U-Net, which halves them on every level."""
+    """Axes of which only multiples work: the latent sides of a U-Net, say, which halves them on every level."""
     family = bundle.manifest.family
-    step = family.size_step // family.vae_factor
-    return {"height": step, "width": step} if part.name == "unet" and step > 1 else {}
+    return family.kind.axis_steps(family) if part.name == family.kind.denoiser else {}
 
 
 class Kept:

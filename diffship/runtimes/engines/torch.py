@@ -37,6 +37,7 @@ class TorchRunner:
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
+        from diffship.models.model import PipelineModel
         from diffship.models.parts.component import unused
         from diffship.models.sources.opening import open_source, require_source
 
@@ -50,7 +51,7 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = open_source(source).model(device=self.device)
+        model = PipelineModel(open_source(source), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 

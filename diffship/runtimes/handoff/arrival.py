@@ -29,7 +29,7 @@ def check_arrival(trajectory: Trajectory, model: Facts, shared_latents: bool = F
     found = differences(there, here, name, shared_latents)
     reasons = list(found.reasons)
     if trajectory.positive is None and not trajectory.done:
-        parts = other_texts(there.digests, here.digests)
+        parts = other_texts(there, here)
         reasons += [f"it came without embeddings, and {' and '.join(parts)} differ: send them"] if parts else []
     if reasons:
         raise HandoffError(f"the trajectory does not fit {model.name}: {'; '.join(reasons)}")

@@ -27,9 +27,9 @@ from diffship.runtimes.handoff.router import boundaries, check_split
 from diffship.runtimes.handoff.transport import Cloud, CloudError, CloudModel, choose_model, retried
 from diffship.runtimes.handoff.work import Pace, Work
 from diffship.sampling.encode import text_parts
-from diffship.sampling.generate import checked, finish, start
+from diffship.sampling.generate import checked_denoiser, finish, start
 from diffship.sampling.generate import draw as draw_local
-from diffship.sampling.loop import OnStep, denoise, plain
+from diffship.sampling.loop import OnStep, denoise
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
@@ -205,8 +205,8 @@ class HybridClient:
         work.pace.encode = work.times["encode"] = time.monotonic() - since
         if work.request.memory == "low" or not work.split[1]:
             return begun
-        denoiser = checked(plain(self.small.use("unet")))
-        self.small.use("vae_decoder")
+        denoiser = checked_denoiser(self.small)
+        self.small.use(self.small.family.kind.decoder)
         if work.pace.call is None and work.split[0]:
             since = time.monotonic()
             begun = denoise([begun], denoiser, until=1)[0]
@@ -355,6 +355,7 @@ def _counting(work: Work | None) -> Callable[[CloudError], None]:
 def _require_whole(model: Model) -> None:
     if model.family.unet_channels != model.family.latent_channels:
         raise UnsupportedError(f"{model.name} fills masks; a handoff draws from prompts alone")
-    missing = {"unet", "vae_decoder"} - set(model.parts)
+    kind = model.family.kind
+    missing = {kind.denoiser, kind.decoder} - set(model.parts)
     if missing:
         raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")

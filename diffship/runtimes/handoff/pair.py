@@ -17,9 +17,7 @@ from diffship.sampling.samplers import make_sampler
 from diffship.sampling.schedule import F32
 
 _CONSISTENCY = ("LCMScheduler", "TCDScheduler")
-_TEXT = ("text_encoder", "text_encoder_2")
-_VAE = ("vae_decoder", "vae_encoder")
-_FACTS = {  # of the family: what a trajectory's arrays are made of and what the U-Net takes beside them
+_FACTS = {  # of the family: what a trajectory's arrays are made of and what the denoiser takes beside them
     "latent_channels": "latent channels",
     "vae_factor": "VAE factor",
     "text_width": "text width",
@@ -107,6 +105,9 @@ def differences(first: Facts, other: Facts, sampler: str | None = None, shared_l
         for key, label in named.items()
         if getattr(first.family, key) != getattr(other.family, key)
     ]
+    if first.family.kind.denoiser != other.family.kind.denoiser:
+        kinds = [f"{model.family.kind.denoiser} ({model.family.name})" for model in (first, other)]
+        reasons.append(f"the denoiser is {' and '.join(kinds)}")
     reasons += [] if shared_latents else _other_vae(first, other)
     reasons += _other_kind(first, other)
     ours = sampler_of(first, sampler)
@@ -142,13 +143,15 @@ def _other_betas(first: F32, second: F32) -> list[str]:
     return []
 
 
-def other_texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+def other_texts(first: Facts, other: Facts) -> list[str]:
     """Text encoders that both have and that are not the same weights."""
-    return [part for part in _TEXT if part in ours and part in theirs and ours[part] != theirs[part]]
+    ours, theirs, parts = first.digests, other.digests, first.family.kind.text_parts
+    return [part for part in parts if part in ours and part in theirs and ours[part] != theirs[part]]
 
 
 def _vae_halves(first: Facts, other: Facts) -> list[str]:
-    return [part for part in _VAE if part in first.digests and part in other.digests]
+    kind = first.family.kind
+    return [part for part in (kind.decoder, kind.encoder) if part in first.digests and part in other.digests]
 
 
 def _unknown_vae(first: Facts, other: Facts) -> list[str]:
@@ -177,7 +180,7 @@ def _other_kind(first: Facts, other: Facts) -> list[str]:
 
 
 def _other_text(first: Facts, other: Facts) -> list[str]:
-    parts = other_texts(first.digests, other.digests)
+    parts = other_texts(first, other)
     return [f"{' and '.join(parts)} differ; the embeddings of the model that starts travel"] if parts else []
 
 

@@ -12,8 +12,8 @@ from diffship.runtimes.handoff.choose import SplitProfile
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.pair import check_pair
 from diffship.runtimes.handoff.transport import Answer, CloudError, CloudModel
-from diffship.sampling.generate import checked, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.generate import checked_denoiser, start
+from diffship.sampling.loop import denoise
 from diffship.sampling.request import Request
 from diffship.sampling.wire import unpack
 
@@ -64,11 +64,11 @@ def _here(client: HybridClient, request: Request) -> tuple[float, float, float]:
     model = client.small
     start(model, request)
     (begun, *_), encode = _timed(lambda: start(model, request))
-    denoiser = checked(plain(model.use("unet")))
+    denoiser = checked_denoiser(model)
     calls = min(begun.calls, 2)
     denoise([begun], denoiser, until=1)
     _, drawn = _timed(lambda: denoise([begun], denoiser, until=calls))
-    decoder, feeds = model.use("vae_decoder"), {"latent_sample": begun.latents[None]}
+    decoder, feeds = model.use(model.family.kind.decoder), {"latent_sample": begun.latents[None]}
     decoder.run(feeds)
     _, end = _timed(lambda: decoder.run(feeds))
     return encode, drawn / calls, end

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.sampling.encode import text_parts
-from diffship.sampling.generate import checked, conditioned, finish, start
+from diffship.sampling.generate import checked_denoiser, conditioned, finish, start
 from diffship.sampling.kernel import Array
-from diffship.sampling.loop import Denoiser, OnStep, denoise, plain
+from diffship.sampling.loop import Denoiser, OnStep, denoise
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
@@ -80,7 +80,8 @@ class Router:
         self.shares = [Share() for _ in models]
         self._denoisers: dict[int, Denoiser] = {}
         for place, model in enumerate(self.models):
-            needed = {"unet": self._share(place), "vae_decoder": place == len(models) - 1}
+            kind = model.family.kind
+            needed = {kind.denoiser: self._share(place), kind.decoder: place == len(models) - 1}
             missing = [part for part, wanted in needed.items() if wanted and part not in model.parts]
             if missing:
                 raise UnsupportedError(f"{model.name} has no {', '.join(missing)}; export with --parts, or --base")
@@ -113,9 +114,9 @@ class Router:
         return next(model for place, model in enumerate(self.models) if self._share(place))
 
     def release(self, place: int) -> None:
-        """Free the U-Net of one model; its next call loads it again."""
+        """Free the denoiser of one model; its next call loads it again."""
         if self._denoisers.pop(place, None) is not None:
-            self.models[place].release("unet")
+            self.models[place].release(self.models[place].family.kind.denoiser)
 
     def _share(self, place: int) -> bool:
         """Whether this model makes any call."""
@@ -134,7 +135,7 @@ class Router:
             for other in [other for other in self._denoisers if other != place]:
                 self.release(other)
         if place not in self._denoisers:
-            self._denoisers[place] = checked(plain(self.models[place].use("unet")))
+            self._denoisers[place] = checked_denoiser(self.models[place])
         return self._denoisers[place]
 
 
@@ -173,7 +174,7 @@ def draw(
     done = [conditioned(router.models[router.place_of(trajectory)], trajectory) for trajectory in batch]
     if low:
         for model in router.models:
-            for part in (*text_parts(model), "vae_encoder"):
+            for part in (*text_parts(model), model.family.kind.encoder):
                 model.release(part)
     for place, until in enumerate(_stops(router)):
         for group in [[i] for i in range(len(done))] if low else [list(range(len(done)))]:

@@ -65,7 +65,10 @@ class AsyncDenoiser:
         self.scheme = Scheme(stride, warm_up, time_shift)
         self.pipeline = pipeline
         self.devices = None if devices is None else tuple(devices)
-        self._unet: Any = getattr(pipeline, "unet", None)
+        try:
+            self._unet: Any = pipeline.unet
+        except AttributeError:
+            self._unet = None  # which is refused below, with words
         self._timeout = timeout
         self._run: _Run | None = None
         self._lanes: Lanes | None = None

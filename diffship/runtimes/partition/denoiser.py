@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffship.core.errors import ConfigError
+from diffship.core.kind import Kind
 from diffship.core.runner import Runner
 from diffship.runtimes.partition.course import Course
 from diffship.runtimes.partition.lanes import Lanes, OneByOne, ThreadEach
@@ -30,13 +31,16 @@ class Partitioned:
     its own, wherever it stands. A context manager; not shared by threads.
     """
 
-    def __init__(self, placement: Placement, scheme: Scheme, runners: Mapping[Seat, Runner], lanes: Lanes) -> None:
+    def __init__(
+        self, placement: Placement, scheme: Scheme, runners: Mapping[Seat, Runner], lanes: Lanes, kind: Kind
+    ) -> None:
         self.placement = placement
         self.scheme = scheme
         self._runners = dict(runners)
-        self._makers = {seat: FeedMaker(runner) for seat, runner in self._runners.items()}
+        self._makers = {seat: FeedMaker(runner, kind) for seat, runner in self._runners.items()}
         self._inputs = {seat: {spec.name for spec in runner.inputs} for seat, runner in self._runners.items()}
         self._lanes = lanes
+        self._kind = kind
         self._course: Course | None = None
         self._before: tuple[Trajectory, ...] = ()
         self._begin = 0
@@ -87,14 +91,19 @@ class Partitioned:
         rows = [*(trajectory for trajectory in batch if guided(trajectory)), *batch]
         # the timestep is that of the step in the table; the latents are scaled as their own step has it
         times = [times_of(trajectory.sampler, trajectory.steps)[self._begin + task.time] for trajectory in rows]
-        made["timestep"] = like(np.array(times, np.float32), batch[0].latents)
+        made[self._kind.time_input] = like(np.array(times, np.float32), batch[0].latents)
         return {name: array for name, array in made.items() if name in self._inputs[seat]}
 
 
-def simulate(placement: Placement, runners: Sequence[Runner], scheme: Scheme | None = None) -> Partitioned:
-    """All devices in this thread, with the numbers that several would give; `runners[k]` runs stage k."""
+def simulate(
+    placement: Placement, runners: Sequence[Runner], scheme: Scheme | None = None, *, kind: Kind
+) -> Partitioned:
+    """All devices in this thread, with the numbers that several would give; `runners[k]` runs stage k.
+
+    kind: that of the model which the stages are of (`family.kind`).
+    """
     scheme = scheme or Scheme()
-    return Partitioned(placement, scheme, everywhere(placement, runners, scheme), OneByOne())
+    return Partitioned(placement, scheme, everywhere(placement, runners, scheme), OneByOne(), kind)
 
 
 def threads(
@@ -102,14 +111,17 @@ def threads(
     runners: Sequence[Runner] | Mapping[Seat, Runner],
     scheme: Scheme | None = None,
     timeout: float = TIMEOUT_SECONDS,
+    *,
+    kind: Kind,
 ) -> Partitioned:
     """A thread for each device. `runners` has one for each stage, or one for each (device, stage) that is run.
 
-    Engines may be mixed: a runner takes and gives what the next one takes, numpy where nothing else is in common.
+    kind: that of the model which the stages are of (`family.kind`). Engines may be mixed: a runner takes and gives what
+    the next one takes, numpy where nothing else is in common.
     """
     scheme = scheme or Scheme()
     seated = runners if isinstance(runners, Mapping) else everywhere(placement, runners, scheme)
-    return Partitioned(placement, scheme, seated, ThreadEach(timeout))
+    return Partitioned(placement, scheme, seated, ThreadEach(timeout), kind)
 
 
 def seats(placement: Placement, scheme: Scheme) -> list[Seat]:

@@ -191,7 +191,8 @@ def verify(
             progress(f"verify {part.name}", index, len(chosen_parts))
         checks.append(check_part(opened, part, chosen, max_bytes, look))
     drawn = None
-    if manifest.trajectory is not None and any(check.part == "unet" for check in checks):
+    denoiser = manifest.family.kind.denoiser
+    if manifest.trajectory is not None and any(check.part == denoiser for check in checks):
         drawn = _drawn(opened, manifest.trajectory, chosen, checks, _budget() if max_bytes is None else max_bytes)
     return VerifyReport(*head, tuple(checks), trajectory=drawn, notes=notes)
 
@@ -271,9 +272,10 @@ def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:
 def _drawn(
     bundle: Bundle, golden: GoldenTrajectory, engine: Engine, checks: Sequence[PartCheck], budget: int
 ) -> TrajectoryCheck:
-    """Where the U-Net itself is wrong, its trajectory says nothing new."""
-    if next(check for check in checks if check.part == "unet").status != "passed":
-        return TrajectoryCheck("skipped", reason="the U-Net is not proved")
+    """Where the denoiser itself is wrong, its trajectory says nothing new."""
+    part = bundle.manifest.family.kind.denoiser
+    if next(check for check in checks if check.part == part).status != "passed":
+        return TrajectoryCheck("skipped", reason=f"{part} is not proved")
     return check_trajectory(bundle, golden, engine, budget)
 
 

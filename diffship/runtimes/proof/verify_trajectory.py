@@ -52,26 +52,27 @@ class TrajectoryCheck:
 
 
 def check_trajectory(bundle: Bundle, golden: GoldenTrajectory, engine: Engine, max_bytes: int) -> TrajectoryCheck:
-    """Draw the golden trajectory with the bundle's U-Net, and compare the latents after each call.
+    """Draw the golden trajectory with the bundle's denoiser, and compare the latents after each call.
 
-    Skipped if the U-Net does not fit `max_bytes` of memory whole, or if no engine of a CPU computes its graph.
+    Skipped if the denoiser does not fit `max_bytes` of memory whole, or if no engine of a CPU computes its graph.
 
     Raises:
         BundleError: its files hold anything else.
     """
     begun = time.perf_counter()
     trajectory, expected = read_trajectory(bundle, golden)
-    part = bundle.part("unet")
+    kind = bundle.manifest.family.kind
+    part = bundle.part(kind.denoiser)
     files = [bundle.file(name) for name in part.files]
     if files[0].suffix == ".onnx" and not part.format.on_cpu:
         return TrajectoryCheck(
             "skipped", reason=f"no engine here computes {part.precision}; the U-Net itself is proved"
         )
     if engine.gate_bytes(sum(file.stat().st_size for file in files), part.precision) > max_bytes:
-        return TrajectoryCheck("skipped", reason="the U-Net does not fit memory whole; its stages are proved")
+        return TrajectoryCheck("skipped", reason=f"{part.name} does not fit memory whole; its stages are proved")
     try:
-        with PartRunner(part, engine.open(files), steps_of(bundle, part)) as unet:
-            found = latents_by_step(trajectory, checked(plain(unet)))
+        with PartRunner(part, engine.open(files), steps_of(bundle, part)) as runner:
+            found = latents_by_step(trajectory, checked(plain(runner, kind), part.name))
     except DiffshipError as fault:
         return TrajectoryCheck("failed", time.perf_counter() - begun, reason=str(fault))
     report = compare(expected, found, golden.tolerance)

@@ -110,5 +110,4 @@ def group_key(trajectory: Trajectory) -> Key:
 def _shapes(condition: Conditioning | None) -> Key:
     if condition is None:
         return ()
-    arrays = (condition.embeddings, condition.pooled, condition.time_ids)
-    return tuple(None if array is None else tuple(array.shape) for array in arrays)
+    return tuple((name, tuple(array.shape)) for name, array in sorted(condition.items()))

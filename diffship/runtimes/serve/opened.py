@@ -78,7 +78,8 @@ def _served(stack: ExitStack, name: str, source: str, engine: str | None, option
 
 
 def _decoder_bytes(bundle: Bundle) -> int:
-    names = [name for part in bundle.manifest.parts if part.name == "vae_decoder" for name in part.files]
+    decoder = bundle.manifest.family.kind.decoder
+    names = [name for part in bundle.manifest.parts if part.name == decoder for name in part.files]
     return sum(bundle.manifest.files[name].size for name in names)
 
 

@@ -50,7 +50,7 @@ class Drawn:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """`calls` are those that each of `images` still needs, `shape` is that of its latents (channels, height, width).
+    """`calls` are those that each of `images` still needs, `shape` is that of its latents.
 
     `until` is the call to stop before (None: the end). `deadline` in seconds, None for the server's.
     `previews`: one every so many calls, 0 for none. `warnings` are for the client. `encodes`, `decodes`: whether it
@@ -82,7 +82,7 @@ def generate_order(form: GenerateForm, model: Model) -> Order:
         ConfigError: what the form cannot know but the model does: a size, number of steps or seed that does not fit.
         UnsupportedError: a sampler option that is not built; the model has no decoder.
     """
-    require_parts(model, "vae_decoder")
+    require_parts(model, model.family.kind.decoder)
     settled = _settled(form, model, form.images)
     return Order(
         begin=lambda opened: start(opened, settled.request),
@@ -124,7 +124,7 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
         UnsupportedError: a picture is asked for, and the model has no decoder.
     """
     if form.until is None:
-        require_parts(model, "vae_decoder")
+        require_parts(model, model.family.kind.decoder)
     trajectory = unpack(data)
     warnings = check_arrival(trajectory, model, form.shared_latents)
     _require_legible(trajectory)
@@ -165,7 +165,7 @@ def _settled(form: Drawing, model: Model, images: int) -> Settled:
 
 
 def _guided(guidance: float, model: Model) -> bool:
-    return guidance > 1.0 and model.family.time_cond_dim is None
+    return guidance > 1.0 and not model.family.takes_guidance
 
 
 def _require_legible(trajectory: Trajectory) -> None:

@@ -15,15 +15,14 @@ def warm_up(model: Model, denoiser: Denoiser) -> None:
     """Encode a prompt, make one call of `denoiser` and decode, at the model's usual size and guidance.
 
     No sampler steps: the model's own scheduler may be one that is not built, or one that takes no single step. A part
-    that is missing is left out, and so is the U-Net's call without a text encoder, whose output it needs.
+    that is missing is left out, and so is the denoiser's call without a text encoder, whose output it needs.
 
     Raises:
         RunnerError: an engine does not open a part, or its output is not finite.
     """
     family = model.family
-    size = (family.default_size, family.default_size)
-    shape = (family.latent_channels, *family.latent_size(*size))
-    latents, noise = make_noise("philox", 0, 0).draw(shape, INITIAL)
+    size = family.default_sides
+    latents, noise = make_noise("philox", 0, 0).draw(family.latent_shape(*size), INITIAL)
     if text_parts(model):
         encoded = encode(model, "warm-up", None, size, family.guidance_default)
         start = Trajectory(
@@ -38,5 +37,5 @@ def warm_up(model: Model, denoiser: Denoiser) -> None:
             negative=encoded.negative,
         )
         denoiser([start])
-    if "vae_decoder" in model.parts:
+    if family.kind.decoder in model.parts:
         decode(model, latents)

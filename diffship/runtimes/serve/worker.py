@@ -20,9 +20,8 @@ from diffship.runtimes.serve.pace import Paces, blended
 from diffship.runtimes.serve.preview import preview
 from diffship.runtimes.serve.restarts import Restarts
 from diffship.runtimes.serve.warm_up import warm_up
-from diffship.sampling.generate import checked
+from diffship.sampling.generate import checked_denoiser
 from diffship.sampling.guidance import guided
-from diffship.sampling.loop import plain
 from diffship.sampling.model import Model
 
 LOADING, READY, RESTARTING, BROKEN = "loading", "ready", "restarting", "broken"
@@ -164,7 +163,7 @@ class Worker:
         model = self.served.model
         if model.family.unet_channels != model.family.latent_channels:
             raise UnsupportedError(f"{self.served.name} fills masks; serve draws from prompts alone")
-        denoiser = checked(plain(model.use("unet")))
+        denoiser = checked_denoiser(model)
         warm_up(model, denoiser)
         self.served.loaded()
         self._batcher = Batcher(denoiser, self._options.batch)

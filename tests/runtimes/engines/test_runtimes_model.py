@@ -20,6 +20,7 @@ from PIL import Image
 from diffship.core.bundle import Bundle
 from diffship.core.errors import BundleError, ConfigError, MissingExtra, SourceError, UnsupportedError
 from diffship.core.safetensors_file import read_header
+from diffship.models.model import PipelineModel
 from diffship.runtimes.engines import engine as engines
 from diffship.runtimes.engines.model import BundleModel, open_model
 from diffship.runtimes.proof.verify import verify
@@ -37,7 +38,7 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def torch_model() -> object:
     sources = pytest.importorskip("diffship.models.sources.opening")
-    return sources.open_source("arch:tiny-sd").model()
+    return PipelineModel(sources.open_source("arch:tiny-sd"))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ SIZE = (64, 64)
 @cache
 def large(name: str = "tiny-sd") -> PipelineModel:
     """`arch:NAME` on torch; opened once for all tests, which only draw with it."""
-    return open_source(f"arch:{name}").model()
+    return PipelineModel(open_source(f"arch:{name}"))
 
 
 @cache
 def small(name: str = "tiny-sd") -> PipelineModel:
     """The bk-tiny layout of `large(name)`: other weights, the same text encoder and VAE."""
-    return compress(open_source(f"arch:{name}"), [LayoutPass("bk-tiny")]).model()
+    return PipelineModel(compress(open_source(f"arch:{name}"), [LayoutPass("bk-tiny")]))
 
 
 class Stand:

@@ -17,7 +17,7 @@ from diffship.core.errors import ConfigError, HandoffError
 from diffship.runtimes.handoff.arrival import check_arrival, require_answer
 from diffship.runtimes.handoff.pair import ModelFacts, check_pair, differences
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack, unpack
 
@@ -138,7 +138,7 @@ def test_facts_cross_as_json() -> None:
 def arrived(**changes: Any) -> Trajectory:
     """Bytes of the large model after two of four calls, as they come."""
     request = Request("a red apple", steps=4, size=SIZE, seed=3, sampler="dpmpp-2m")
-    half = denoise(start(large(), request), plain(large().use("unet")), until=2)[0]
+    half = denoise(start(large(), request), denoiser_of(large()), until=2)[0]
     return replace(unpack(pack(half)), **changes)
 
 
@@ -188,7 +188,7 @@ ASKED = Request("a red apple", steps=4, size=SIZE, seed=3, sampler="dpmpp-2m", g
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 def test_the_answer_to_a_request_is_taken(rng: str, image: int) -> None:
     request = replace(ASKED, rng=rng, images=2)
-    both = denoise(start(large(), request), plain(large().use("unet")), until=1)
+    both = denoise(start(large(), request), denoiser_of(large()), until=1)
     require_answer(unpack(pack(both[image])), request, 1, image)
     require_answer(both[image], replace(request, steps=None, size=None, guidance=None, sampler=None), 1, image)
     with pytest.raises(HandoffError, match=r"its (seed|image) is"):

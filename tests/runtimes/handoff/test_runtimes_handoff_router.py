@@ -20,7 +20,7 @@ from diffship.core.errors import Cancelled, ConfigError, UnsupportedError
 from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.router import Router, begin, boundaries, check_split, draw
 from diffship.sampling.generate import Request, generate, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.trajectory import Trajectory
@@ -59,7 +59,7 @@ def over_the_wire(models: Sequence[Model], split: Sequence[int], request: Reques
     batch = start(models[0], request)
     for model, until in zip(models, boundaries(split, calls), strict=True):
         batch = [unpack(pack(trajectory)) for trajectory in batch]
-        batch = denoise(batch, plain(model.use("unet")), until)
+        batch = denoise(batch, denoiser_of(model), until)
     return batch[0]
 
 
@@ -198,7 +198,7 @@ def test_a_batch_may_stand_anywhere() -> None:
     ahead = denoise([second], router, until=3)[0]
     together = router([first, ahead])
     for output, trajectory, model in zip(together, (first, ahead), (large(), small()), strict=True):
-        np.testing.assert_array_equal(output, plain(model.use("unet"))([trajectory])[0])
+        np.testing.assert_array_equal(output, denoiser_of(model)([trajectory])[0])
 
 
 def test_shares_count_pictures_and_time() -> None:

@@ -12,7 +12,7 @@ from partition_oracle import Toy, placed, published, toys
 from sampling_toy import SD
 
 from diffship.core.errors import ConfigError, DeadlineError, RunnerError
-from diffship.core.registry import SAMPLERS
+from diffship.core.registry import SAMPLERS, kind
 from diffship.core.spec import TensorSpec
 from diffship.runtimes.partition.denoiser import Partitioned, everywhere, seats, simulate, threads
 from diffship.runtimes.partition.timetable import Scheme
@@ -22,6 +22,8 @@ from diffship.sampling.rng import make_noise
 from diffship.sampling.sampler import times_of
 from diffship.sampling.samplers import make_sampler
 from diffship.sampling.trajectory import Conditioning, Trajectory
+
+SD_KIND = kind("sd")
 
 
 class Chain:
@@ -53,7 +55,7 @@ def drawn(steps: int, sampler: str = "ddim", seed: int = 0, side: int = 4) -> Tr
 
 
 def simulated(devices: int, scheme: Scheme, ends: bool = False) -> Partitioned:
-    return simulate(placed(devices, ends), toys(devices, ends)[0], scheme)
+    return simulate(placed(devices, ends), toys(devices, ends)[0], scheme, kind=SD_KIND)
 
 
 def recursive(devices: int, ends: bool, trajectory: Trajectory, stride: int, warm_up: int, shift: bool) -> Any:
@@ -90,7 +92,7 @@ def test_predictions_are_those_of_the_published_equation(
 def test_threads_give_what_one_process_gives(scheme: Scheme, ends: bool) -> None:
     batch = [drawn(9, "euler-a", seed) for seed in range(2)]
     expected = denoise(batch, simulated(3, scheme, ends))
-    with threads(placed(3, ends), toys(3, ends)[0], scheme, timeout=20) as denoiser:
+    with threads(placed(3, ends), toys(3, ends)[0], scheme, timeout=20, kind=SD_KIND) as denoiser:
         found = denoise(batch, denoiser)
         again = denoise(batch, denoiser)
     for want, have, second in zip(expected, found, again, strict=True):
@@ -100,10 +102,10 @@ def test_threads_give_what_one_process_gives(scheme: Scheme, ends: bool) -> None
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith(("edm-", "flow-"))])
 def test_a_warm_up_of_all_steps_is_the_plain_run(sampler: str) -> None:
     batch = [drawn(4, sampler, seed) for seed in range(2)]
-    expected = denoise(batch, plain(Chain(toys(3)[0])))
+    expected = denoise(batch, plain(Chain(toys(3)[0]), SD_KIND))
     for devices, scheme in ((3, Scheme(1, 10)), (3, Scheme(2, 10, True)), (1, Scheme(1, 1))):
         found = denoise(batch, simulated(devices, scheme))
-        whole = denoise(batch, plain(Chain(toys(devices)[0]))) if devices == 1 else expected
+        whole = denoise(batch, plain(Chain(toys(devices)[0]), SD_KIND)) if devices == 1 else expected
         assert all(np.array_equal(a.latents, b.latents) for a, b in zip(found, whole, strict=True))
     stale = denoise(batch, simulated(3, Scheme(1, 1)))
     assert not np.array_equal(stale[0].latents, expected[0].latents)
@@ -121,7 +123,7 @@ def test_stages_read_the_timestep_of_the_table_and_latents_as_their_step_scales_
     spy = made_of(Spy, stages[0])
     trajectory = drawn(6, "euler")
     current = [trajectory]
-    denoiser = simulate(placed(2), [spy, stages[1]], Scheme(2, 1))
+    denoiser = simulate(placed(2), [spy, stages[1]], Scheme(2, 1), kind=SD_KIND)
     starts = []
     while not current[0].done:
         starts.append(current[0].latents * current[0].sampler.coefficients(current[0].step, 6, 0).input_scale)
@@ -133,7 +135,7 @@ def test_stages_read_the_timestep_of_the_table_and_latents_as_their_step_scales_
 
 
 def test_a_trajectory_from_elsewhere_begins_with_a_fresh_warm_up() -> None:
-    whole = plain(Chain(toys(2)[0]))
+    whole = plain(Chain(toys(2)[0]), SD_KIND)
     middle = denoise([drawn(8)], whole, until=3)
     scheme = Scheme(1, 2)
     denoiser = simulated(2, scheme)
@@ -182,7 +184,7 @@ def broken(at: int, devices: int = 3) -> list[Toy]:
 def test_a_stage_that_fails_is_named_and_the_next_run_is_sound(threaded: bool, at: int, warm_up: int) -> None:
     stages, scheme = broken(at), Scheme(1, warm_up)
     make: Any = threads if threaded else simulate
-    with make(placed(3), stages, scheme) as denoiser:
+    with make(placed(3), stages, scheme, kind=SD_KIND) as denoiser:
         with pytest.raises(RunnerError, match=rf"stage toy\.{at} on device {at}, step 3 of 8: no room"):
             denoise([drawn(8)], denoiser)
         found = denoise([drawn(8)], denoiser)
@@ -192,7 +194,7 @@ def test_a_stage_that_fails_is_named_and_the_next_run_is_sound(threaded: bool, a
 def test_a_stage_that_hangs_ends_in_a_deadline_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = broken(1)
     monkeypatch.setattr(Broken, "hang", threading.Event())
-    with threads(placed(3), stages, Scheme(), timeout=0.2) as denoiser:
+    with threads(placed(3), stages, Scheme(), timeout=0.2, kind=SD_KIND) as denoiser:
         with pytest.raises(DeadlineError, match=r"within 0\.2 s from stage toy\.1 on device 1, step 3 of 8$"):
             denoise([drawn(8)], denoiser)
         with pytest.raises(RunnerError, match="no job is taken any more"):
@@ -203,7 +205,7 @@ def test_a_stage_that_hangs_ends_in_a_deadline_that_names_it(monkeypatch: pytest
 
 def test_threads_end_with_their_denoiser() -> None:
     before = set(threading.enumerate())
-    with threads(placed(3), toys(3)[0], Scheme(2, 1)) as denoiser:
+    with threads(placed(3), toys(3)[0], Scheme(2, 1), kind=SD_KIND) as denoiser:
         denoise([drawn(6)], denoiser)
         workers = set(threading.enumerate()) - before
         assert sorted(worker.name for worker in workers) == [f"diffship device {device}" for device in range(4)]
@@ -224,7 +226,7 @@ def test_devices_really_run_at_once() -> None:
             return super().run(feeds)
 
     stages = [made_of(Meeting, toy) for toy in toys(3)[0]]
-    with threads(placed(3), stages, Scheme(), timeout=30) as denoiser:
+    with threads(placed(3), stages, Scheme(), timeout=30, kind=SD_KIND) as denoiser:
         found = denoise([trajectory], denoiser, until=2)
     assert np.array_equal(found[0].latents, denoise([trajectory], simulated(3, Scheme()), until=2)[0].latents)
 
@@ -232,11 +234,11 @@ def test_devices_really_run_at_once() -> None:
 def test_seats_and_runners_that_do_not_fit() -> None:
     assert seats(placed(2, ends=True), Scheme(2)) == [(0, 1), (1, 0), (1, 2), (2, 0), (2, 2)]
     with pytest.raises(ConfigError, match="3 stages take one runner each, and 2"):
-        simulate(placed(3), toys(2)[0])
+        simulate(placed(3), toys(2)[0], kind=SD_KIND)
     given_ = everywhere(placed(2), toys(2)[0], Scheme(2))
     del given_[2, 1]
     with pytest.raises(ConfigError, match=r"device 2 has no runner of stage toy\.1"):
-        denoise([drawn(6)], threads(placed(2), given_, Scheme(2)))
+        denoise([drawn(6)], threads(placed(2), given_, Scheme(2), kind=SD_KIND))
 
 
 def test_conditions_are_put_on_a_device_once() -> None:
@@ -257,7 +259,7 @@ def test_conditions_are_put_on_a_device_once() -> None:
             return super().put(array)
 
     stages = [made_of(Texted, toy) for toy in toys(2)[0]]
-    words = Conditioning(np.ones((3, 2), np.float32))
+    words = Conditioning({"encoder_hidden_states": np.ones((3, 2), np.float32)})
     trajectory = replace(drawn(6), positive=words, negative=words, guidance=3.0)
-    denoise([trajectory], simulate(placed(2), stages))
+    denoise([trajectory], simulate(placed(2), stages, kind=SD_KIND))
     assert sorted(puts) == ["toy.0", "toy.1"]

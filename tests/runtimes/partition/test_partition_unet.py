@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffship.core.kind import Kind
+from diffship.core.registry import kind
 from diffship.models.parts.component import Component
 from diffship.models.sources.opening import open_source
 from diffship.models.walks.cuts import find_cuts, partition
@@ -29,6 +31,10 @@ def opened(name: str) -> tuple[Component, Any]:
     return pipeline.components["unet"], make_sampler(pipeline.scheduler)
 
 
+def kind_of(name: str) -> Kind:
+    return kind("sdxl" if name == "tiny-sdxl" else "sd")
+
+
 @cache
 def staged(name: str, stages: int) -> tuple[Placement, tuple[Any, ...]]:
     component, _ = opened(name)
@@ -43,9 +49,9 @@ def drawn(name: str, steps: int, seed: int) -> Trajectory:
     width = {spec.name: int(spec.shape[-1]) for spec in component.inputs if isinstance(spec.shape[-1], int)}
 
     def condition() -> Conditioning:
-        rows = {field: width[field] for field in ("text_embeds", "time_ids") if field in width}
-        pooled, ids = ([rng.random(size, np.float32) for size in rows.values()] + [None, None])[:2]
-        return Conditioning(rng.random((5, width["encoder_hidden_states"]), np.float32), pooled, ids)
+        rows = {field: rng.random(width[field], np.float32) for field in ("text_embeds", "time_ids") if field in width}
+        states = rng.random((5, width["encoder_hidden_states"]), np.float32)
+        return Conditioning({"encoder_hidden_states": states, **rows})
 
     latents = rng.standard_normal((4, 8, 16)).astype(np.float32) * sampler.init_noise_sigma(steps)
     negative = None if "timestep_cond" in width else condition()
@@ -61,16 +67,16 @@ def worst(found: list[Trajectory], expected: list[Trajectory]) -> float:
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_a_full_warm_up_is_the_plain_picture_and_threads_are_the_simulation(name: str, stages: int) -> None:
     batch = [drawn(name, 4, seed) for seed in range(2)]
-    whole = denoise(batch, plain(opened(name)[0].load()))
+    whole = denoise(batch, plain(opened(name)[0].load(), kind_of(name)))
     if stages == 1:
         with opened(name)[0].load() as runner:
             only = place([OnlyStage(runner)], [0])
-            assert worst(denoise(batch, simulate(only, [runner])), whole) == 0.0
+            assert worst(denoise(batch, simulate(only, [runner], kind=kind_of(name))), whole) == 0.0
         return
     placement, runners = staged(name, stages)
-    assert worst(denoise(batch, simulate(placement, runners, Scheme(2, 9))), whole) == 0.0
-    stale = denoise(batch, simulate(placement, runners, Scheme(2, 1)))
-    with threads(placement, runners, Scheme(2, 1), timeout=60) as denoiser:
+    assert worst(denoise(batch, simulate(placement, runners, Scheme(2, 9), kind=kind_of(name))), whole) == 0.0
+    stale = denoise(batch, simulate(placement, runners, Scheme(2, 1), kind=kind_of(name)))
+    with threads(placement, runners, Scheme(2, 1), timeout=60, kind=kind_of(name)) as denoiser:
         assert worst(denoise(batch, denoiser), stale) == 0.0
     assert worst(stale, whole) > 0.0
 

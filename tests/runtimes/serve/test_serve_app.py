@@ -31,7 +31,7 @@ from diffship.runtimes.serve.order import Drawn, Order
 from diffship.runtimes.serve.service import Service
 from diffship.runtimes.serve.worker import Served
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.picture import Picture
 from diffship.sampling.wire import pack, unpack
 
@@ -154,8 +154,8 @@ def test_a_trajectory_of_another_vae_is_refused_unless_the_sender_vouches_for_it
 def test_resume_until_gives_the_trajectory_that_the_loop_gives() -> None:
     model = ToyModel()
     begun = start(model, Request("cat", steps=5))
-    two = denoise(begun, plain(model.use("unet")), until=2)[0]
-    four = denoise([two], plain(model.use("unet")), until=4)[0]
+    two = denoise(begun, denoiser_of(model), until=2)[0]
+    four = denoise([two], denoiser_of(model), until=4)[0]
     with toy_service() as service:
         answer = ask(service, "POST", "/v1/resume?until=4", content=pack(two), headers=BYTES)
     assert answer.headers["content-type"] == "application/octet-stream"
@@ -624,7 +624,7 @@ def test_half_a_model_serves_what_it_can(lacks: str) -> None:
     half.runners.pop(lacks)
     half.parts = frozenset(half.runners)
     begun = pack(start(whole, Request("cat", steps=3))[0])
-    expected = denoise([unpack(begun)], plain(whole.use("unet")))[0].latents
+    expected = denoise([unpack(begun)], denoiser_of(whole))[0].latents
     with toy_service(half) as service:
         given = ask(service, "POST", "/v1/resume?until=3", content=begun, headers=BYTES)
         np.testing.assert_array_equal(unpack(given.content).latents, expected)

@@ -13,8 +13,8 @@ from sampling_toy import ToyModel
 from diffship.core.errors import RunnerError
 from diffship.runtimes.serve.batcher import Batcher, Strand, group_key
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import denoise, plain
-from diffship.sampling.trajectory import Trajectory
+from diffship.sampling.loop import denoise, denoiser_of
+from diffship.sampling.trajectory import Conditioning, Trajectory
 
 MODEL = ToyModel()
 
@@ -79,13 +79,13 @@ def test_a_batch_of_mixed_steps_samplers_and_guidance_equals_each_alone(kind: st
     ]
     begun = [start(model, Request("cat", **entry))[0] for entry in words]  # type: ignore[arg-type]
     strands = [Strand(made, made.calls, place) for place, made in enumerate(begun)]
-    batcher = Batcher(plain(model.use("unet")), 8)
+    batcher = Batcher(denoiser_of(model), 8)
     batcher.add(strands[:1])
     batcher.step()
     batcher.add(strands[1:])
     run(batcher)
     for made, alone in zip(strands, begun, strict=True):
-        expected = denoise([alone], plain(ToyModel(kind).use("unet")))[0]
+        expected = denoise([alone], denoiser_of(ToyModel(kind)))[0]
         np.testing.assert_allclose(made.trajectory.latents, expected.latents, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_guided_and_unguided_share_a_group_but_other_conditioning_does_not() -> 
     assert plainly.positive is not None
     from dataclasses import replace
 
-    short = replace(plainly, positive=replace(plainly.positive, embeddings=plainly.positive.embeddings[:9]))
+    short = replace(plainly, positive=Conditioning({name: array[:9] for name, array in plainly.positive.items()}))
     assert group_key(short) != group_key(plainly)
     assert group_key(trajectory(size=128)) != group_key(plainly)
 

@@ -22,6 +22,7 @@ from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.manifest import Part
 from diffship.core.quiet import timing
+from diffship.core.registry import kind
 from diffship.core.strict import unknown
 from diffship.export import export
 
@@ -37,11 +38,12 @@ class Case:
     parts: tuple[str, ...] = ()
 
 
+_XL = kind("sdxl")
 CASES = (
     Case("emoji"),
     Case("arch:sd15"),
-    Case("arch:koala-700m", ("unet",)),
-    Case("arch:sdxl", ("text_encoder_2", "unet", "vae_decoder")),
+    Case("arch:koala-700m", (_XL.denoiser,)),
+    Case("arch:sdxl", (_XL.text_parts[-1], _XL.denoiser, _XL.decoder)),
 )
 
 

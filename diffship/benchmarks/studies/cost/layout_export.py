@@ -22,6 +22,7 @@ from diffship.benchmarks.studies.workbench import add_work
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.quiet import timing
+from diffship.core.registry import kind
 from diffship.core.strict import unknown
 
 SUITE = "layout-export"
@@ -35,24 +36,25 @@ _SECONDS = 3600
 
 def rows_of(source: str, work: Path) -> list[Row]:
     """Export and proof in a process of their own; nothing is kept. An export that fails is one row that says why."""
-    folder = work / "unet"
+    part = kind("sd").denoiser  # these are all U-Nets
+    folder = work / part
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "diffship", "export", source, "--to", "onnx", "--parts", "unet", "-o", str(folder)]
-    conditions = {"model": source, "part": "unet", "precision": "fp32"}
+    command = [sys.executable, "-m", "diffship", "export", source, "--to", "onnx", "--parts", part, "-o", str(folder)]
+    conditions = {"model": source, "part": part, "precision": "fp32"}
     try:
         measured = measure(command, timeout=_SECONDS)
         if measured.code:
             status, reason = measured.status, measured.reason
             return [Row(SUITE, source, "export_seconds", None, "s", status, reason=reason, conditions=conditions)]
-        part = Bundle.open(folder).part("unet")
+        made = Bundle.open(folder).part(part)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     figures = (
-        ("parameters", part.extra["parameters"], "count", "size"),
+        ("parameters", made.extra["parameters"], "count", "size"),
         ("export_seconds", measured.seconds, "s", "latency"),
         ("export_peak_resident_bytes", measured.peak_bytes, "bytes", "memory"),
-        ("max_abs", part.proof["max_abs"], "", "quality"),
-        ("psnr_db", part.proof["psnr_db"], "dB", "quality"),
+        ("max_abs", made.proof["max_abs"], "", "quality"),
+        ("psnr_db", made.proof["psnr_db"], "dB", "quality"),
     )
     return [
         Row(SUITE, source, metric, float(value), unit, kind=kind, conditions=conditions)

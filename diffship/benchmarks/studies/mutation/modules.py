@@ -19,6 +19,7 @@ from diffship.benchmarks.studies.mutation.values import EDITS, exchangeable, fit
 from diffship.core.dtype import to_float32
 from diffship.core.weights import Derived, TensorMeta, Weights
 from diffship.models.parts.component import Component
+from diffship.models.parts.unet import CLASS as UNET
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +49,7 @@ def component_mutants(source: str, component: Component, first_text: int = 0) ->
     arrays = {name: _read(component.weights, name) for name in names}
     for kind in EDITS:
         found[kind] = [make(kind, name) for name, array in arrays.items() if fits(kind, name, array)]
-    if first_text and component.name == "unet":
+    if first_text and component.class_name == UNET:
         found[SECOND] = [make(SECOND, "", f"2,{first_text}")]
     found[QK] = [make(QK, one, other) for one, other in _queries(arrays)]
     return {kind: mutants for kind, mutants in found.items() if mutants}

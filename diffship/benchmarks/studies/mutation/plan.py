@@ -16,7 +16,7 @@ from diffship.benchmarks.studies.mutation.mutant import GRAPH, MODULE, Mutant
 from diffship.benchmarks.studies.mutation.taps import Taps
 from diffship.benchmarks.studies.mutation.values import EDITS, EXCHANGED, RESOLUTION, exchangeable, fits
 from diffship.core.bundle import Bundle
-from diffship.models.pipeline import TEXT_PARTS, Pipeline
+from diffship.models.pipeline import Pipeline
 
 T = TypeVar("T")
 _RESOLUTION_SHARE = 10  # one in so many is tried beside the score, for what the proof can just see
@@ -51,7 +51,7 @@ def draw(pipelines: Mapping[str, Pipeline], bundles: Mapping[str, Bundle], count
 
 
 def _modules(source: str, pipeline: Pipeline, part: str) -> dict[str, list[Mutant]]:
-    texts = [pipeline.components[name] for name in TEXT_PARTS if name in pipeline.components]
+    texts = list(pipeline.texts.values())
     first = int(texts[0].config["hidden_size"]) if len(texts) == 2 else 0
     return component_mutants(source, pipeline.components[part], first)
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from diffship.core.lazy import lazy
 from diffship.core.seeded import SeededWeights
+from diffship.models.assemble import assemble
 from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder
 from diffship.models.parts.clip import PLAIN, PROJECTED, TextEncoder
 from diffship.models.parts.component import weight_metas
 from diffship.models.parts.unet import CLASS, UNet
-from diffship.models.pipeline import Material, Module, Pipeline, assemble
+from diffship.models.pipeline import Material, Module, Pipeline
 from diffship.models.sources import arch_configs as configs
 from diffship.models.sources.tokenizer_files import clip_files
 

@@ -40,8 +40,8 @@ from diffship.runtimes.handoff.choose import QualityCurve, QualityPoint
 from diffship.runtimes.handoff.pair import check_pair
 from diffship.runtimes.handoff.router import Router, begin, check_split
 from diffship.runtimes.handoff.router import draw as draw_split
-from diffship.sampling.generate import checked, finish, start
-from diffship.sampling.loop import denoise, plain
+from diffship.sampling.generate import checked_denoiser, finish, start
+from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.model import Model
 from diffship.sampling.request import Request
 from diffship.sampling.wire import pack
@@ -127,7 +127,7 @@ def kept(
 
 
 def _splits(large: Model, small: Model, requests: Sequence[Request], asked: Ask) -> Iterator[tuple[int, list[Uint8]]]:
-    first, last = (checked(plain(model.use("unet"))) for model in (large, small))
+    first, last = (checked_denoiser(model) for model in (large, small))
     begun = [trajectory for request in requests for trajectory in start(large, request)]
     for end in asked.ends:
         begun = denoise(begun, first, until=end)
@@ -145,7 +145,7 @@ def timed(large: Model, small: Model, texts: Sequence[str], asked: Ask, found: d
                 found[end].cloud.append(router.shares[0].seconds)
                 found[end].edge.append(router.shares[1].seconds)
     for end in asked.ends:
-        (trajectory,) = denoise(start(large, asked.request(texts[0], 0)), plain(large.use("unet")), until=end)
+        (trajectory,) = denoise(start(large, asked.request(texts[0], 0)), denoiser_of(large), until=end)
         found[end].sizes = {
             "handoff_bytes": len(pack(trajectory)),
             "handoff_bytes_without_embeddings": len(pack(trajectory, embeddings=False)),

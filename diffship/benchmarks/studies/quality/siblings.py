@@ -34,10 +34,12 @@ from diffship.benchmarks.studies.quality.emoji_quality import draw
 from diffship.benchmarks.studies.quality.experiment import Experiment, Model, made_passes, read_experiment
 from diffship.benchmarks.studies.quality.judging import Judged, Judging, difference_row, figure_rows, show
 from diffship.benchmarks.studies.workbench import JUDGE, add_work, emoji_data
+from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
 from diffship.core.strict import plain, unknown
+from diffship.models.saving import save
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
@@ -104,7 +106,7 @@ class Siblings:
         return Drawn(folder, bundle, pictures)
 
     def _key(self, passes: Sequence[Any]) -> str:
-        digest = str(self.teacher.components["unet"].digest)
+        digest = str(self.teacher.denoiser.digest)
         return _digest([self._code, self.experiment.teacher, digest, [[step.kind, plain(step)] for step in passes]])
 
     @cached_property
@@ -122,7 +124,7 @@ class Siblings:
         if passes:
             compress(self.experiment.teacher, passes, out, job=self.job)
         else:
-            self.teacher.save(out)
+            save(self.teacher, out)
 
     def _draw(self, folder: Path, bundle: Path, out: Path) -> None:
         from safetensors.numpy import save_file
@@ -177,7 +179,8 @@ class Siblings:
             seconds = unet_seconds(bundles, ROUNDS)
         rows = []
         for name, values in seconds.items():
-            conditions = {"model": name, "runner": "onnxruntime", "part": "unet", "batch": 2}
+            part = Bundle.open(bundles[name]).manifest.family.kind.denoiser
+            conditions = {"model": name, "runner": "onnxruntime", "part": part, "batch": 2}
             value = statistics.median(values)
             rows.append(Row(self.name, name, "unet_call_seconds", value, "s", conditions=conditions, **spread(values)))
         return rows
@@ -196,7 +199,7 @@ def unet_seconds(bundles: Mapping[str, Path], rounds: int) -> dict[str, list[flo
     found: dict[str, list[float]] = {name: [] for name in bundles}
     with ExitStack() as stack:
         models = {name: stack.enter_context(open_model(str(bundle))) for name, bundle in bundles.items()}
-        runners = {name: model.use("unet") for name, model in models.items()}
+        runners = {name: model.use(model.family.kind.denoiser) for name, model in models.items()}
         feeds = {name: _feeds(models[name], runner) for name, runner in runners.items()}
         for turn in range(rounds + 1):
             for name, runner in runners.items():
@@ -226,7 +229,7 @@ def _parameters(folder: Path) -> int:
     from diffship.models.sources.opening import open_source
 
     pipeline: Pipeline = open_source(str(folder))
-    return pipeline.components["unet"].parameters
+    return pipeline.denoiser.parameters
 
 
 def _digest(value: object) -> str:

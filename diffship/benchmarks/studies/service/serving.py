@@ -30,7 +30,7 @@ from diffship.core.errors import RunnerError
 from diffship.core.quiet import timing
 from diffship.runtimes.engines.model import open_model
 from diffship.sampling.generate import Request, start
-from diffship.sampling.loop import advance, plain
+from diffship.sampling.loop import advance, denoiser_of
 
 SUITE = "serving"
 BATCH = 8
@@ -67,7 +67,7 @@ def engine_curve(plan: Plan, batches: Sequence[int] = (1, 2, 4, 8)) -> list[Row]
     """Images a second of the U-Net calls alone, by how many share one: what batching could gain at most."""
     rows = []
     with open_model(plan.bundle) as model:
-        denoiser = plain(model.use("unet"))
+        denoiser = denoiser_of(model)
         for batch in batches:
             begun = start(model, Request("a red apple", steps=plan.steps))[0]
             advance([begun] * batch, denoiser)

@@ -1,0 +1,250 @@
+"""Kind: what a kind of model is made of and how it draws. One class per kind in `diffship/kinds`, named in `registry`.
+
+Everything outside that room asks a Kind (`family.kind`) instead of comparing names. The first half of the methods
+serves drawing and needs numpy alone; the second half serves reading and building with torch, which it imports inside.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from diffship.core.family import Family
+    from diffship.core.spec import TensorSpec
+    from diffship.models.parts.component import Component
+    from diffship.models.pipeline import Material, Module
+    from diffship.sampling.model import Model
+    from diffship.sampling.tokenizer import Tokenizer
+
+TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"  # roles, which no model calls its parts
+Shape = tuple[int | None, ...]  # None: an axis of any size
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of model_index.json that a kind reads: a folder with config.json and weights.
+
+    classes: legal class names, the usual one first. aliases: names that training scripts save the first class under.
+    library: the package that has the classes. parts: canonical names of the components that are made of it, in the
+    order in which they run; by default one, called as the folder. tokenizer: the folder of the tokenizer of a text
+    encoder. shared: whether models that draw one picture together should have the same weights here.
+    """
+
+    folder: str
+    classes: tuple[str, ...]
+    library: str = "diffusers"
+    parts: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    aliases: tuple[str, ...] = ()
+    shared: bool = True
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Canonical names of its components."""
+        return self.parts or (self.folder,)
+
+
+class Kind(ABC):
+    """A kind of model: its parts, its latents, its conditioning, and how a diffusers folder becomes one.
+
+    name: of the family in manifests, and in the registry. slots: in the order in which the parts run. denoiser,
+    decoder, encoder: canonical part names. sample_input, time_input, output: names of the denoiser's latents, timesteps
+    and prediction. condition_names: the denoiser's inputs that come of the prompt;
+    exact_conditions: those that 16 bits do not hold. patch: latent values a side of one
+    token, by which flow matching shifts with the size. classes: the diffusers pipelines whose pictures are drawn.
+    foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
+    """
+
+    name: ClassVar[str]
+    slots: ClassVar[tuple[Slot, ...]]
+    denoiser: ClassVar[str]
+    decoder: ClassVar[str]
+    encoder: ClassVar[str]
+    sample_input: ClassVar[str] = "sample"
+    time_input: ClassVar[str] = "timestep"
+    output: ClassVar[str] = "out_sample"
+    condition_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
+    exact_conditions: ClassVar[tuple[str, ...]] = ()
+    patch: ClassVar[int] = 2
+    classes: ClassVar[Mapping[str, Any]] = {}
+    foreign: ClassVar[tuple[str, ...]] = ()
+
+    # ---- parts
+
+    @property
+    def text_slots(self) -> tuple[Slot, ...]:
+        """The text encoders, in order."""
+        return tuple(slot for slot in self.slots if slot.tokenizer is not None)
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Canonical names of the text encoders, in order."""
+        return tuple(part for slot in self.text_slots for part in slot.components)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Canonical names of all parts, in the order in which they run."""
+        return tuple(part for slot in self.slots for part in slot.components)
+
+    @property
+    def shared_parts(self) -> tuple[str, ...]:
+        """Parts whose weights the models of a handoff should share."""
+        return tuple(part for slot in self.slots if slot.shared for part in slot.components)
+
+    def part_of(self, role: str) -> str:
+        """Canonical name of the part that is the `denoiser`, the `decoder` or the `encoder`."""
+        return {DENOISER: self.denoiser, DECODER: self.decoder, ENCODER: self.encoder}[role]
+
+    def role_of(self, part: str) -> str:
+        """What a part does, whatever it is called: `text`, `denoiser`, `decoder` or `encoder`."""
+        roles = {self.part_of(role): role for role in (DENOISER, DECODER, ENCODER)}
+        return roles.get(part, TEXT)
+
+    def slot_of(self, part: str) -> Slot:
+        """The slot that a part is made of; KeyError if there is none."""
+        return next(slot for slot in self.slots if part in slot.components)
+
+    def tokenizer_of(self, part: str) -> str:
+        """The folder of a text encoder's tokenizer."""
+        folder = self.slot_of(part).tokenizer
+        if folder is None:
+            raise KeyError(f"{part} reads no text")
+        return folder
+
+    # ---- drawing
+
+    def latent_shape(self, family: Family, width: int, height: int) -> tuple[int, ...]:
+        """Shape of the latents, without batch axis, of a picture of `width` x `height` pixels (legal ones)."""
+        return family.latent_channels, height // family.vae_factor, width // family.vae_factor
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Into how many tokens a transformer of this kind would cut latents of this shape."""
+        return math.prod(side // self.patch for side in latent_shape[1:])
+
+    def axis_sizes(self, family: Family, width: int, height: int) -> dict[str, int]:
+        """Sizes of the denoiser's axes that depend on the picture, which has `width` x `height` pixels."""
+        return {"height": height // family.vae_factor, "width": width // family.vae_factor}
+
+    def picture_size(self, family: Family, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """(width, height) in pixels of the picture whose denoiser has these `sizes` by axis."""
+        return sizes["width"] * family.vae_factor, sizes["height"] * family.vae_factor
+
+    def axis_steps(self, family: Family) -> dict[str, int]:
+        """Of the denoiser's axes: the number of which only multiples work."""
+        step = family.size_step // family.vae_factor
+        return {"height": step, "width": step} if step > 1 else {}
+
+    @abstractmethod
+    def conditions(self, family: Family) -> dict[str, Shape]:
+        """Shape, without batch axis, of each of `condition_names` in a model of this family."""
+
+    @abstractmethod
+    def encode(
+        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+    ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+        """Conditioning of one prompt (or negative prompt), float32 arrays by name, and warnings.
+
+        size: of the picture, (width, height) in pixels.
+
+        Raises:
+            UnsupportedError: the model has no text encoder or tokenizer.
+            RunnerError: an encoder's output is not finite.
+        """
+
+    def size_conditions(self, size: tuple[int, int], negative: bool = False) -> dict[str, NDArray[np.float32]]:
+        """Those conditions that come of the picture's (width, height) in pixels and not of the prompt."""
+        return {}
+
+    def without_prompt(
+        self, model: Model, positive: Mapping[str, Any], size: tuple[int, int]
+    ) -> Mapping[str, Any] | None:
+        """Conditioning of a negative prompt that was not given; None if that is the empty prompt."""
+        return None
+
+    def takes_guidance(self, family: Family) -> bool:
+        """Whether the denoiser takes the guidance scale as an input, instead of a second row of a batch."""
+        return family.time_cond_dim is not None
+
+    def guidance_inputs(
+        self, inputs: Sequence[TensorSpec], guidances: Sequence[float]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What the denoiser is fed of the guidance scales, one row each, by those names of its `inputs`."""
+        return {}
+
+    @abstractmethod
+    def tokenizer(self, folder: str, files: Mapping[str, bytes]) -> Tokenizer:
+        """The tokenizer of a folder's files.
+
+        Raises:
+            SourceError: the files make none.
+        """
+
+    # ---- reading and building; these may import torch, diffusers and transformers
+
+    @abstractmethod
+    def recognises(self, modules: Mapping[str, Module]) -> bool:
+        """Whether these modules, by folder, are of this kind. Of several kinds the first in the registry wins."""
+
+    @abstractmethod
+    def missing(self, material: Material) -> list[str]:
+        """Folders that a pipeline needs and `material` lacks, the denoiser's first."""
+
+    def few_steps_index(self, family: Family) -> dict[str, Any]:
+        """What the model_index says of a model of this family that was made for a few steps (LCM)."""
+        return {}
+
+    def texts_fit(self, modules: Mapping[str, Module]) -> bool:
+        """Whether the text encoders among `modules` are all that the denoiser needs: no base has to supply others."""
+        return all(slot.folder in modules for slot in self.text_slots)
+
+    def scheduler_from(self, scheduler: Mapping[str, Any], modules: Mapping[str, Module]) -> dict[str, Any]:
+        """The scheduler config for `modules`, which come without one, made of that of a base."""
+        return dict(scheduler)
+
+    def complete_tokenizer(self, slot: Slot, files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
+        """The tokenizer files of a text encoder in every form that other clients read; `where` is for errors."""
+        return dict(files)
+
+    def new_index(self, modules: Mapping[str, Module]) -> dict[str, Any]:
+        """What the model_index of a new model of these modules says beside its parts: a class, options."""
+        return {}
+
+    @abstractmethod
+    def repaired(self, material: Material) -> Material:
+        """`material` as the stock pipeline makes it: absent keys have defaults, old configs are repaired.
+
+        Raises:
+            UnsupportedError: the model_index names a class that is not drawn here.
+        """
+
+    @abstractmethod
+    def family(self, material: Material) -> Family:
+        """The facts of complete and repaired material.
+
+        Raises:
+            SourceError: the parts do not fit each other, or a config lacks what it must say.
+            UnsupportedError: a part does something that is not built.
+        """
+
+    @abstractmethod
+    def build(self, slot: Slot, module: Module, family: Family) -> tuple[Component, ...]:
+        """The components of one slot, in its order.
+
+        Raises:
+            SourceError, UnsupportedError: its config makes none.
+        """
+
+    @abstractmethod
+    def index(self, material: Material, family: Family) -> dict[str, Any]:
+        """The model_index.json of complete material; entries and options of the source are kept."""
+
+    def notes(self, material: Material) -> list[str]:
+        """What the source asks for and is not done here, a sentence each."""
+        return []
