@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import secrets
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_PLACES = 1000
 _NAME_CHARS = 80  # of a name that a temporary one is made of; file systems take 255 bytes
 
 
@@ -37,6 +39,39 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_new(path: str | Path, data: bytes) -> Path:
+    """Write `data` whole to `path`, or, if another writer put something there meanwhile, to `NAME-2.SUFFIX` beside it,
+    `NAME-3.SUFFIX` and so on. Returns the path; nothing that exists is replaced, and nothing is lost."""
+    path = Path(path)
+    temporary = partial_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for place in (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, _PLACES))):
+            if _take(temporary, place):
+                sync_folder(place.parent)
+                return place
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _take(temporary: Path, place: Path) -> bool:
+    """Give a file its name; False where that is taken."""
+    try:
+        os.link(temporary, place)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, such as FAT: between these two lines another may come first
+        if os.path.lexists(place):
+            return False
+        os.replace(temporary, place)
+    return True
 
 
 def sync_folder(folder: str | Path) -> None:
