@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,8 +26,14 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise."""
+    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise.
+
+    Raises:
+        FileExistsError: a device, pipe, socket or folder has this name. By a rename root would take /dev/null away.
+    """
     path = Path(path)
+    if special(path):
+        raise FileExistsError(errno.EEXIST, "is no plain file, and never replaced", str(path))
     temporary = partial_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -39,6 +46,15 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def special(path: str | Path) -> bool:
+    """Whether something is there that is neither a plain file nor a link."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISLNK(mode)
 
 
 def write_new(path: str | Path, data: bytes) -> Path:

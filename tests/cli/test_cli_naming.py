@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ KEPT = {
     "a link to nothing": (["run", "B", "x", "-o", "link.png"], "-o link.png exists already"),
     "a grid": (["run", "B", "x", "-o", "a.png", "--grid", "kept.png"], "--grid kept.png exists already"),
     "a trajectory": (["run", "B", "x", "-o", "a.png", "--save-trajectory", "kept.png"], "--save-trajectory kept.png"),
+    "a pipe": (
+        ["run", "B", "x", "-o", "a.png", "--grid", "pipe", "--overwrite"],
+        "--grid pipe is a device, pipe or socket, which is never replaced",
+    ),
+    "a pipe for the trajectory": (
+        ["run", "B", "x", "-o", "a.png", "--save-trajectory", "pipe", "--overwrite"],
+        "--save-trajectory pipe is a device, pipe or socket",
+    ),
     "the grid over the picture": (
         ["run", "B", "x", "-o", "a.png", "--grid", "./a.png", "--overwrite"],
         "-o and --grid would be written to one file",
@@ -147,6 +156,7 @@ def test_nothing_is_replaced_unasked(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept.png").write_bytes(b"kept")
     (tmp_path / "link.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "bench-memory.png").write_bytes(b"kept")
     before = sorted(path.name for path in tmp_path.rglob("*"))

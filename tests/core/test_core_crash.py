@@ -223,6 +223,19 @@ def test_exchange_swaps_or_says_no(tmp_path: Path) -> None:
     assert atomic.exchange(tmp_path / "a", tmp_path / "none") is False
 
 
+def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match="is no plain file, and never replaced"):
+            write_file(tmp_path / name, b"x")
+    write_file(tmp_path / "link", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "link").is_symlink()
+    assert Path("/dev/null").is_char_device()
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_writers_of_one_new_name_lose_nothing(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
