@@ -18,7 +18,7 @@ from diffship.cli.output import Result
 from diffship.cli.pace import Pace, Told
 from diffship.cli.progress import Stages, note
 from diffship.cli.prompts import read_prompts
-from diffship.core.atomic import write_file
+from diffship.core.atomic import write_file, write_new
 from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import also, missing, near
@@ -187,11 +187,18 @@ def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], colum
 
 
 def save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
-    """Write one PNG, its folder included; without its settings where the command line says so."""
+    """Write one PNG, its folder included; without its settings where the command line says so.
+
+    The name was free when the work began; if another command has taken it since, the picture gets one beside it.
+    """
     settings = dict(picture.settings)
     kept = replace(picture, settings={}) if options.no_metadata else picture
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept.save(file)
+    if options.overwrite:
+        kept.save(file)
+    elif (place := write_new(file, kept.png())) != file:
+        note(f"warning: {file} was written by someone else meanwhile and is kept; this picture is {place}")
+        file = place
     return Drawn(file, str(settings["prompt"]), picture.pixels, settings)
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from diffship.core.atomic import special
 from diffship.core.errors import ConfigError
 
 FIELDS = {  # of a template for names of pictures
@@ -33,6 +34,8 @@ def require_file_place(path: Path, flag: str) -> None:
     """Raises ConfigError unless a file can be written at `path`; folders above it may still be missing."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a folder; name a file in it")
+    if special(path):
+        raise ConfigError(f"{flag} {path} is a device, pipe or socket, which is never replaced; name a file")
     _require_above(path, flag)
 
 

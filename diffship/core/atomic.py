@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_PLACES = 1000
 _NAME_CHARS = 80  # of a name that a temporary one is made of; file systems take 255 bytes
 
 
@@ -23,8 +26,14 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise."""
+    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise.
+
+    Raises:
+        FileExistsError: a device, pipe, socket or folder has this name. By a rename root would take /dev/null away.
+    """
     path = Path(path)
+    if special(path):
+        raise FileExistsError(errno.EEXIST, "is no plain file, and never replaced", str(path))
     temporary = partial_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -37,6 +46,48 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def special(path: str | Path) -> bool:
+    """Whether something is there that is neither a plain file nor a link."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISLNK(mode)
+
+
+def write_new(path: str | Path, data: bytes) -> Path:
+    """Write `data` whole to `path`, or, if another writer put something there meanwhile, to `NAME-2.SUFFIX` beside it,
+    `NAME-3.SUFFIX` and so on. Returns the path; nothing that exists is replaced, and nothing is lost."""
+    path = Path(path)
+    temporary = partial_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for place in (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, _PLACES))):
+            if _take(temporary, place):
+                sync_folder(place.parent)
+                return place
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _take(temporary: Path, place: Path) -> bool:
+    """Give a file its name; False where that is taken."""
+    try:
+        os.link(temporary, place)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, such as FAT: between these two lines another may come first
+        if os.path.lexists(place):
+            return False
+        os.replace(temporary, place)
+    return True
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from diffship.core.errors import DiffshipError, MissingExtra
 from diffship.core.lazy import EXTRAS
 
@@ -22,8 +24,18 @@ def outcome(fault: BaseException) -> tuple[str, str, int]:
 def _system_message(fault: OSError | MemoryError) -> str:
     if isinstance(fault, MemoryError):
         return "out of memory; a smaller --size, fewer --images or --memory low needs less"
+    if isinstance(fault, FileNotFoundError) and not fault.filename and _astray():
+        return "the folder that this was started in is gone; change to one that exists"
     name = f": {_one_line(fault.filename)}" if fault.filename else ""
     return f"{fault.strerror or _one_line(fault)}{name}"
+
+
+def _astray() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _one_line(told: object) -> str:

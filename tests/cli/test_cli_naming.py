@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from diffship.cli.drawing import wanted
+from diffship.cli.drawing import save, wanted
 from diffship.cli.main import main, parse
 from diffship.cli.naming import Names, slug
 from diffship.cli.places import FIELDS, refuse_taken
 from diffship.core.errors import ConfigError
-from diffship.sampling.picture import read_settings
+from diffship.sampling.picture import Picture, read_settings
 from diffship.sampling.request import Request
 
 
@@ -106,6 +109,14 @@ KEPT = {
     "a link to nothing": (["run", "B", "x", "-o", "link.png"], "-o link.png exists already"),
     "a grid": (["run", "B", "x", "-o", "a.png", "--grid", "kept.png"], "--grid kept.png exists already"),
     "a trajectory": (["run", "B", "x", "-o", "a.png", "--save-trajectory", "kept.png"], "--save-trajectory kept.png"),
+    "a pipe": (
+        ["run", "B", "x", "-o", "a.png", "--grid", "pipe", "--overwrite"],
+        "--grid pipe is a device, pipe or socket, which is never replaced",
+    ),
+    "a pipe for the trajectory": (
+        ["run", "B", "x", "-o", "a.png", "--save-trajectory", "pipe", "--overwrite"],
+        "--save-trajectory pipe is a device, pipe or socket",
+    ),
     "the grid over the picture": (
         ["run", "B", "x", "-o", "a.png", "--grid", "./a.png", "--overwrite"],
         "-o and --grid would be written to one file",
@@ -145,6 +156,7 @@ def test_nothing_is_replaced_unasked(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept.png").write_bytes(b"kept")
     (tmp_path / "link.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "bench-memory.png").write_bytes(b"kept")
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -165,3 +177,20 @@ def test_overwrite_replaces_and_says_so_in_help(tmp_path: Path, capsys: pytest.C
     assert main(["run", "--help"]) == 0
     told = capsys.readouterr().out
     assert all(f"\n  {name} " in told for name in FIELDS)
+
+
+def test_a_picture_whose_name_was_taken_while_it_was_drawn_is_kept_and_so_is_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), {"prompt": "cat", "seed": 1})
+    file, options = tmp_path / "out" / "cat.png", argparse.Namespace(overwrite=False, no_metadata=False)
+    assert save(picture, file, options).file == file
+    before = file.read_bytes()
+    other = save(replace(picture, settings={"prompt": "cat", "seed": 2}), file, options)
+    assert other.file == tmp_path / "out" / "cat-2.png" and read_settings(other.file)["seed"] == 2
+    assert file.read_bytes() == before
+    assert f"{file} was written by someone else meanwhile and is kept; this picture is {other.file}" in (
+        capsys.readouterr().err
+    )
+    assert save(picture, other.file, argparse.Namespace(overwrite=True, no_metadata=False)).file == other.file
+    assert read_settings(other.file)["seed"] == 1 and len(list(file.parent.iterdir())) == 2

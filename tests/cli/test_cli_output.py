@@ -24,6 +24,7 @@ from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.cli.pass_help import option_texts
 from diffship.cli.prompts import read_prompts
 from diffship.core.errors import ConfigError
+from diffship.core.outcome import outcome
 from diffship.core.registry import EXPORTERS, PASSES, load
 from diffship.core.strict import choices, plain_value
 from diffship.sampling.grid import grid, png_bytes, wrapped
@@ -287,3 +288,15 @@ def test_help_of_a_target_says_what_each_option_is(target: str) -> None:
     for entry in dataclasses.fields(load(EXPORTERS, target, "target")):
         if entry.init:
             assert entry.metadata.get("help"), entry.name
+
+
+def test_a_folder_that_is_gone_and_a_long_name_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError) as fault:
+        Path("x").absolute()
+    assert outcome(fault.value)[1] == "the folder that this was started in is gone; change to one that exists"
+    with pytest.raises(OSError) as fault:
+        (tmp_path / ("x" * 5000)).stat()
+    assert len(outcome(fault.value)[1]) < 400

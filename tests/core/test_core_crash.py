@@ -15,7 +15,7 @@ import pytest
 
 from diffship.core import atomic, leftovers
 from diffship.core import bundle as bundle_module
-from diffship.core.atomic import write_file
+from diffship.core.atomic import write_file, write_new
 from diffship.core.bundle import Bundle, Manifest, write_bundle
 from diffship.core.errors import BundleError, ConfigError
 
@@ -221,3 +221,35 @@ def test_exchange_swaps_or_says_no(tmp_path: Path) -> None:
     swapped = atomic.exchange(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / ("b" if swapped else "a") / "x").exists()
     assert atomic.exchange(tmp_path / "a", tmp_path / "none") is False
+
+
+def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match="is no plain file, and never replaced"):
+            write_file(tmp_path / name, b"x")
+    write_file(tmp_path / "link", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "link").is_symlink()
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_writers_of_one_new_name_lose_nothing(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise PermissionError("a file system without hard links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    places = [write_new(tmp_path / "a.png", bytes([number])) for number in range(3)]
+    assert [place.name for place in places] == ["a.png", "a-2.png", "a-3.png"]
+    assert [place.read_bytes() for place in places] == [b"\0", b"\1", b"\2"]
+    (tmp_path / "b.png").symlink_to("nowhere")
+    assert write_new(tmp_path / "b.png", b"x").name == "b-2.png"
+    assert len(list(tmp_path.iterdir())) == 5 and places[0].stat().st_nlink == 1
+    monkeypatch.setattr(atomic, "_PLACES", 2)
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "a.png", b"x")
+    assert len(list(tmp_path.iterdir())) == 5
