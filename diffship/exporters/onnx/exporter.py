@@ -25,12 +25,13 @@ from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_con
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
 from diffship.models.parts.component import SHOWN, Component, unexpected
-from diffship.models.parts.filling import INNER, sources
+from diffship.models.parts.filling import INNER, computed, sources
 from diffship.models.pipeline import Pipeline
 from diffship.models.walks.points import point_paths
 
 if TYPE_CHECKING:
     import onnx
+    from torch import nn
 else:
     onnx = lazy("onnx")
 
@@ -132,7 +133,8 @@ class Onnx:
             done += count
             job.progress(f"weights {component.name}", done, total)
 
-        digest = pour(model, component.weights, folder, component.name, on_bytes, _held(component))
+        module = component.meta
+        digest = pour(model, component.weights, folder, component.name, on_bytes, _held(module, component))
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
@@ -142,7 +144,7 @@ class Onnx:
             "nodes": len(model.graph.node),
             "data_bytes": data_bytes(model),
             "parameters": count,
-            **_left_out(component),
+            **_left_out(module, component),
         }
         return Part(
             name=component.name,
@@ -164,10 +166,9 @@ class Onnx:
         module = component.meta
         programs = capture(module, specs, trace_sizes(component.smallest_sizes()), self.format)
         need("onnx")  # teaches numpy bfloat16
-        constants = component.computed()
-        translation = Translation(
-            decomposed(programs, OPERATORS), self.opset, lambda name: name.removeprefix(INNER), constants
-        )
+        constants = computed(module, component.build, component.name)
+        programs = decomposed(programs, OPERATORS)
+        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER), constants)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -185,15 +186,15 @@ class Onnx:
         return digest_of(facts)
 
 
-def _left_out(component: Component) -> dict[str, object]:
+def _left_out(module: nn.Module, component: Component) -> dict[str, object]:
     """What the manifest says of weights that the part does not take."""
-    names = unexpected(component.meta, component.weights)
+    names = unexpected(module, component.weights)
     return {"unused_tensors": {"count": len(names), "first": names[:SHOWN]}} if names else {}
 
 
-def _held(component: Component) -> dict[str, str]:
+def _held(module: nn.Module, component: Component) -> dict[str, str]:
     """{name in a graph: name in the weights} of tied tensors whose names differ there."""
-    found = sources(component.meta, set(component.weights.names()))
+    found = sources(module, set(component.weights.names()))
     return {name.removeprefix(INNER): source for name, source in found.items() if name.removeprefix(INNER) != source}
 
 

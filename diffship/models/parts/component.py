@@ -95,11 +95,6 @@ class Component:
         """Axis name -> smallest legal size."""
         return dict(self.smallest)
 
-    def computed(self) -> dict[str, torch.Tensor]:
-        """Buffers that no weight file holds (position tables), by name, with their values; usually there are none."""
-        with reading(self.name, self.class_name):
-            return computed(self.meta, self.build, self.name)
-
     def example(self, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[np.generic]]:
         """Plausible feeds, equal for equal seed and sizes; axes that `sizes` leaves out have their smallest size."""
         known = {**self.smallest, **(sizes or {})}
@@ -158,7 +153,7 @@ def weight_metas(module: nn.Module, dtype: str = "float32") -> dict[str, TensorM
 def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, label: str) -> None:
     """Replace every meta tensor of `module` by its weight, one at a time, so that nothing is held twice.
 
-    Tied tensors stay tied. Buffers that no weight file holds must have their values already (`Component.computed`).
+    Tied tensors stay tied. Buffers that no weight file holds must have their values already (`filling.computed`).
 
     Raises:
         SourceError: a tensor is missing or has another shape, or tied ones differ in the weights.
