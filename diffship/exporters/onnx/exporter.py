@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from diffship import models
+from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
@@ -216,9 +217,10 @@ def _check_weights(component: Component) -> list[Problem]:
 
 @cache
 def _code_digest() -> str:
-    """sha256 over the source of everything that makes a graph: this room and `models`."""
+    """sha256 over the source of everything that makes a graph: this room, `models`, precisions and specs."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for file in sorted([*here.rglob("*.py"), *Path(models.__file__).parent.glob("*.py")]):
+    files = [*here.rglob("*.py"), *Path(models.__file__).parent.rglob("*.py")]
+    for file in sorted([*files, Path(precision.__file__), Path(spec.__file__)]):
         digest.update(f"{file.name}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
