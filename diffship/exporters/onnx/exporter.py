@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from diffship import models
+from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
@@ -215,11 +216,13 @@ def _check_weights(component: Component) -> list[Problem]:
 
 @cache
 def _code_digest() -> str:
-    """sha256 over the source of everything that makes a graph: this room and `models`."""
+    """sha256 over the source of everything that makes a graph: this room, models, kinds, precisions and specs."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for root in (here, Path(models.__file__).parent):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    package = here.parents[1]
+    files = [file for room in (here, package / "models", package / "kinds") for file in room.rglob("*.py")]
+    for file in sorted([*files, Path(precision.__file__), Path(spec.__file__)]):
+        digest.update(f"{file.relative_to(package).as_posix()}
+".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
