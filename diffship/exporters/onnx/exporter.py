@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffship import models
 from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
@@ -221,8 +220,7 @@ def _code_digest() -> str:
     package = here.parents[1]
     files = [file for room in (here, package / "models", package / "kinds") for file in room.rglob("*.py")]
     for file in sorted([*files, Path(precision.__file__), Path(spec.__file__)]):
-        digest.update(f"{file.relative_to(package).as_posix()}
-".encode() + file.read_bytes())
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
