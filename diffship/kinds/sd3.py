@@ -36,9 +36,11 @@ _RGB = 3
 
 
 class StableDiffusion3(Kind):
-    """Esser et al. 2024 (arXiv 2403.03206). As diffusers' StableDiffusion3Pipeline has it, the text is 77 tokens of both
-    CLIP encoders side by side (states before the last layer), filled up with zeros to the width of T5's, then 256 tokens
-    of T5. A model without T5 reads zeros in their place. The pooled text is that of both CLIP encoders side by side.
+    """Esser et al. 2024 (arXiv 2403.03206), with the conditioning of diffusers' StableDiffusion3Pipeline.
+
+    The text is 77 tokens of both CLIP encoders side by side (the states before their last layers), filled up with
+    zeros to the width of T5's states, and then 256 tokens of T5. A model without T5 reads zeros in place of those 256.
+    The pooled text is that of both CLIP encoders side by side.
     """
 
     name = "sd3"
@@ -193,7 +195,8 @@ def _require_clips(model: Model) -> None:
     lacking = [slot.folder for slot in _CLIPS if slot.folder not in model.parts]
     if lacking:
         raise UnsupportedError(
-            f"{model.name} has no {' and no '.join(lacking)}; export it with --parts {','.join(lacking)}, or pass --base"
+            f"{model.name} has no {' and no '.join(lacking)}; export it with --parts {','.join(lacking)}, "
+            "or pass --base"
         )
 
 

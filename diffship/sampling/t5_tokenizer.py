@@ -1,4 +1,4 @@
-"""T5's tokenizer (Raffel et al. 2020; SentencePiece's unigrams, Kudo 2018) through `tokenizers`, from tokenizer.json."""
+"""T5's tokenizer (Raffel et al. 2020; unigrams: Kudo 2018) through `tokenizers`, from tokenizer.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`arch:NAME[+lcm][+no-t5][+taesd|+small-vae]`: an architecture from its config; weights are drawn from a seed when read."""
+"""`arch:NAME[+lcm][+no-t5][+taesd|+small-vae]`: an architecture from its config; weights come from a seed when read."""
 
 from __future__ import annotations
 
