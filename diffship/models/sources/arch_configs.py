@@ -101,7 +101,7 @@ UNETS: dict[str, Config] = {
     "tiny-refiner": {**_REFINER_UNET, **_TINY_REFINER},
 }
 
-# SD3 medium's, as on the hub; one test size of it, whose table of positions reaches what an export traces
+# SD3 medium's, as on the hub; one test size of it, with the whole table of positions
 _SD3: Config = {
     "attention_head_dim": 64,
     "caption_projection_dim": 1536,
@@ -122,7 +122,6 @@ _TINY_SD3 = {
     "num_attention_heads": 4,
     "num_layers": 2,
     "pooled_projection_dim": 80,
-    "pos_embed_max_size": 128,
     "sample_size": 8,
 }
 TRANSFORMERS: dict[str, Config] = {"sd3-medium": _SD3, "tiny-sd3": {**_SD3, **_TINY_SD3}}
