@@ -171,13 +171,13 @@ class _Walk:
         ]
 
     def _watch(self, inner: nn.Module, path: str, called: dict[str, torch.Tensor]) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
+        def keep(module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:
+            made = _made(output if isinstance(output, tuple) else (output,), (*inputs, *named.values()))
             # of modules that hand one tensor on, the innermost names it, as in the graph
-            if isinstance(tensor, torch.Tensor) and not any(tensor is other for other in called.values()):
-                called[path + OUT] = tensor
+            if len(made) == 1 and not any(made[0] is other for other in called.values()):
+                called[path + OUT] = made[0]
 
-        return inner.get_submodule(path).register_forward_hook(keep)
+        return inner.get_submodule(path).register_forward_hook(keep, with_kwargs=True)
 
     def tensors(self) -> tuple[Arrays, dict[str, TensorMeta]]:
         """What the file holds, and as which types."""
@@ -212,6 +212,12 @@ class _Walk:
                     "export it with --precision fp32"
                 )
         return {name: measured(array, formatted[name]) for name, array in true.items()}
+
+
+def _made(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors that a module made; the graph knows the output of a module by its being the only one."""
+    tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
+    return [tensor for tensor in tensors if not any(tensor is given for given in inputs)]
 
 
 def _narrow(tensor: torch.Tensor) -> tuple[NDArray[np.generic], int]:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from diffship.core.brief import brief
 from diffship.core.errors import RunnerError, UnsupportedError
+from diffship.core.runner import Runner
 from diffship.sampling.model import Model
 from diffship.sampling.trajectory import Conditioning, as_numpy
 
 Floats = NDArray[np.float32]
+_LAYER = "hidden_states."
 
 
 @brief
@@ -84,6 +86,18 @@ def run_encoder(model: Model, part: str, prompt: str) -> Encoding:
         raise UnsupportedError(f"{model.name} has no {name}, which {part} needs")
     tokens = model.tokenizers[name]([prompt])
     return Encoding(part, dict(model.use(part).run({"input_ids": tokens.ids})), tuple(tokens.warnings))
+
+
+def penultimate(runner: Runner) -> str:
+    """The output of a CLIP text encoder that holds the states before its last layer.
+
+    Raises:
+        UnsupportedError: it was exported without them.
+    """
+    layers = sorted(int(spec.name[len(_LAYER) :]) for spec in runner.outputs if spec.name.startswith(_LAYER))
+    if len(layers) < 2:
+        raise UnsupportedError("this text encoder gives no hidden_states, which the model needs: export it again")
+    return f"{_LAYER}{layers[-2]}"
 
 
 def finite(part: str, array: Floats) -> Floats:

@@ -112,11 +112,7 @@ class ClipTokenizer:
         room = self.length - 2
         ids = [self._start, *encoding.ids[:room], self._end]
         ids += [self._pad] * (self.length - len(ids))
-        if len(encoding.ids) <= room:
-            return ids, ""
-        cut = prompt[encoding.offsets[room][0] :].strip()
-        shown = cut if len(cut) <= 60 else cut[:57] + "..."
-        return ids, f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
+        return ids, unseen(prompt, encoding, room)
 
     def expanded(self, prompt: str) -> str:
         """`prompt` with each word of a textual inversion followed by the words of its further vectors, as diffusers'
@@ -145,6 +141,15 @@ class ClipTokenizer:
         if found is None:
             raise SourceError(f"the tokenizer has no token {token!r}")
         return int(found)
+
+
+def unseen(prompt: str, encoding: tokenizers.Encoding, room: int) -> str:
+    """A warning that names what of a prompt is beyond its first `room` tokens; empty if all of it fits."""
+    if len(encoding.ids) <= room:
+        return ""
+    cut = prompt[encoding.offsets[room][0] :].strip()
+    shown = cut if len(cut) <= 60 else cut[:57] + "..."
+    return f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> str:
