@@ -78,7 +78,7 @@ class Onnx:
         return precision_of(self.precision)
 
     def of(self, component: Component) -> Onnx:
-        """The exporter of this part: itself, or one of fp32 where fp16 would overflow; bf16 has float32's range."""
+        """The exporter of this part: itself, or one of fp32 if fp16 would overflow; bf16 has float32's range."""
         fitting = self.format.for_range(component.overflows_half)
         return self if fitting is self.format else replace(self, precision=fitting.name)
 
@@ -111,7 +111,7 @@ class Onnx:
     def export(self, component: Component, out: Path, job: Job) -> Part:
         """Write `<part>/model.onnx`, its data and config below `out`; not proved yet.
 
-        A graph is made once per (architecture, options, versions) where `job` keeps a folder; only weights stream
+        A graph is made once per (architecture, options, versions) if `job` keeps a folder; only weights stream
         through the second time.
 
         Raises:
