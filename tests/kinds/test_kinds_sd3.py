@@ -237,7 +237,7 @@ def test_another_noise_or_class_is_refused() -> None:
         assemble(replace(material, scheduler={"_class_name": "DDIMScheduler"}))
     with pytest.raises(UnsupportedError, match="'StableDiffusion3PAGPipeline', which is not drawn here"):
         assemble(replace(material, index={"_class_name": "StableDiffusion3PAGPipeline"}))
-    with pytest.raises(SourceError, match="suffix of tiny-sd3"):
+    with pytest.raises(SourceError, match="unknown suffix 'lcm'"):
         arch_material("arch:tiny-sd3+lcm")
 
 
