@@ -241,6 +241,14 @@ def test_another_noise_or_class_is_refused() -> None:
         arch_material("arch:tiny-sd3+lcm")
 
 
+@pytest.mark.parametrize("words", ["layout --set name=bk-tiny", "prune --set keep=0.5", "lora --set files=none"])
+def test_passes_for_u_nets_are_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffship.cli.main import main
+
+    code = main(["compress", "arch:tiny-sd3", "-o", str(tmp_path / "out"), "--pass", *words.split()])
+    assert code == 3 and "SD3Transformer2DModel; legal: UNet2DConditionModel" in capsys.readouterr().err
+
+
 def test_a_t5_that_the_folder_names_and_has_not_is_missing(folders: dict[str, Path], tmp_path: Path) -> None:
     """Zeros in its place would be another picture, silently."""
     copy = shutil.copytree(folders["with T5"], tmp_path / "cut")
