@@ -41,7 +41,7 @@ def compress(
         SourceError: the source, or a file that a pass names, cannot be read.
         UnsupportedError: a pass does not fit what the passes before it make, or the disk is too small.
     """
-    from diffship.compression.outline import outlines, settled
+    from diffship.compression.outline import outlines, require_network, settled
     from diffship.compression.stored import Results
     from diffship.models.pipeline import converted
     from diffship.models.saving import require_place
@@ -63,6 +63,7 @@ def compress(
         require_disk(str(out), sum(part.weights.nbytes for part in likely.components.values()), "the model")
     for index, step in enumerate(passes[done:], done):
         if index >= done + settled(found):
+            require_network(step, pipeline)
             refuse(step.check(pipeline))
         pipeline = results.keep(index, step.run(pipeline, job))
     if writes:

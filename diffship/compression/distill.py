@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffship.compression.distill_run import MIN_SNR, DistillOptions, train_student
-from diffship.compression.outline import Calls, Outline
+from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.trained import require_agreement, run_key, trained_weights, untrainable
 from diffship.core.errors import ConfigError
@@ -36,6 +36,7 @@ class DistillPass(DistillOptions):
     """
 
     kind: ClassVar[str] = "distill"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: another family of teacher, features that do not pair, data that cannot be read."""

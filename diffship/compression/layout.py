@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.compression.narrow import Kept, by_norm, cut, first
-from diffship.compression.outline import Outline
+from diffship.compression.outline import U_NETS, Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
@@ -33,6 +33,7 @@ class LayoutPass:
     """
 
     kind: ClassVar[str] = "layout"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
     kept: ClassVar[bool] = False  # made in seconds
 
     name: str = field(metadata=choices(*LAYOUTS))

@@ -18,7 +18,7 @@ from diffship.compression.few_steps import as_lcm
 from diffship.compression.lcm_run import FULL, LcmOptions, embedded, lora_of, train_consistency
 from diffship.compression.lora_file import with_deltas
 from diffship.compression.lora_write import require_lora_place, write_lora
-from diffship.compression.outline import Calls, Outline
+from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.trained import (
     require_agreement,
@@ -51,6 +51,7 @@ class LcmPass(LcmOptions):
     """
 
     kind: ClassVar[str] = "lcm"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What would stop `run`: a model or teacher that cannot become an LCM, data that cannot be read."""

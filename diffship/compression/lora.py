@@ -14,7 +14,7 @@ from diffship.compression.few_steps import as_lcm
 from diffship.compression.lora_file import Delta, LoraFile, with_deltas
 from diffship.compression.lora_names import Names
 from diffship.compression.lora_scale import adapter_config
-from diffship.compression.outline import Outline
+from diffship.compression.outline import U_NETS, Outline
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.problem import Problem
@@ -32,6 +32,7 @@ class LoraPass:
     """
 
     kind: ClassVar[str] = "lora"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
     kept: ClassVar[bool] = False  # added while the weights are written
 
     files: tuple[str, ...]

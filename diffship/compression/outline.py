@@ -1,7 +1,7 @@
 """What a pass would make, from configs alone: later passes are checked, and costs told, before the first one runs.
 
 A pass that can tell has the method `outline(pipeline) -> Outline` beside `check` and `run`; passes after one that
-cannot are checked when their turn comes.
+cannot are checked when their turn comes. A pass that is made for denoisers of some classes has these in `networks`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffship.core.brief import brief
+from diffship.core.errors import UnsupportedError
 from diffship.core.problem import refuse
 from diffship.models.parts.component import Component
+from diffship.models.parts.unet import CLASS as UNET
 from diffship.models.pipeline import Pipeline
+
+U_NETS = (UNET,)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ def settled(found: Sequence[Outline]) -> int:
     return exact + 1
 
 
+def require_network(step: Any, pipeline: Pipeline) -> None:
+    """Raises UnsupportedError unless the denoiser is of a class that the pass `step` is made for."""
+    legal, found = getattr(step, "networks", ()), pipeline.denoiser.class_name
+    if legal and found not in legal:
+        raise UnsupportedError(f"pass {step.kind}: {pipeline.denoiser.name} is a {found}; legal: {', '.join(legal)}")
+
+
 def outlines(pipeline: Pipeline, passes: Sequence[Any], check: bool = True) -> list[Outline]:
     """One for each of `passes`, up to the first that cannot tell; with `check`, every one that is reached is checked.
 
@@ -55,6 +66,7 @@ def outlines(pipeline: Pipeline, passes: Sequence[Any], check: bool = True) -> l
     """
     found: list[Outline] = []
     for step in passes:
+        require_network(step, pipeline)
         if check:
             refuse(step.check(pipeline))
         if not hasattr(step, "outline"):

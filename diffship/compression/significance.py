@@ -12,7 +12,7 @@ from diffship.compression.chart import draw as draw_chart
 from diffship.compression.interior import largest_kept, lost_norm, norms, widths_for
 from diffship.compression.measure import Drawing, measure, model_calls
 from diffship.compression.narrow import Kept, first, narrow_unet
-from diffship.compression.outline import Calls, Outline
+from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.scores import ScoreTable, read_scores
 from diffship.compression.ways import Ways, ways
 from diffship.core.errors import ConfigError, DiffshipError
@@ -46,6 +46,7 @@ class SignificancePass:
     """
 
     kind: ClassVar[str] = "significance"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
     kept: ClassVar[bool] = False  # made in seconds, once there are scores, and those are kept one by one
 
     parameters: float | None = field(default=None, metadata=bounds(0.001, 1))

@@ -20,7 +20,7 @@ import numpy as np
 
 from diffship import __version__
 from diffship.compression.narrow import Indices, Kept, Scores, narrow_unet
-from diffship.compression.outline import Calls, Outline
+from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.ranking import Layer, kept_budget, kept_share
 from diffship.compression.stored import settings_key
 from diffship.compression.taylor import Loss, drawn, examples, until_small
@@ -65,6 +65,7 @@ class PrunePass:
     """
 
     kind: ClassVar[str] = "prune"
+    networks: ClassVar[tuple[str, ...]] = U_NETS
     kept: ClassVar[bool] = False  # the job keeps scores that take long; cutting takes seconds
 
     keep: float | None = field(default=None, metadata=bounds(0.01, 1))

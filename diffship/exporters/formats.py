@@ -2,7 +2,8 @@
 
 Every operator runs in float32 and its result is rounded to the format, as 16-bit kernels do that accumulate in
 float32. So it is the same on every CPU, whatever kernels that has. Weights are rounded first. Sinusoids of timesteps
-and sizes stay exact, as every deployment of these networks has them.
+and sizes stay exact, as every deployment of these networks has them; so does what is computed of integers alone (the
+buckets of T5's relative positions), which code casts to float32 by itself.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.utils import _pytree as tree
+    from torch.utils import weak
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
-    torch, tree = lazy("torch"), lazy("torch.utils._pytree")
+    torch, tree, weak = lazy("torch"), lazy("torch.utils._pytree"), lazy("torch.utils.weak")
     TorchDispatchMode = lazy_base("torch.utils._python_dispatch", "TorchDispatchMode")
 
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
@@ -79,19 +81,21 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Rounds Python floats among the operands of elementwise arithmetic, and with `results` what operators give.
 
     Attributes such as epsilon stay exact. A result is rounded in place if the operator wrote in place; views are passed
-    on, and other results replaced.
+    on, and other results replaced. Integers that were cast to floats are exact, and so is what operators give of
+    nothing else.
     """
 
     def __init__(self, kind: torch.dtype, results: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kind, self._results = kind, results
         self._paused = 0
+        self._exact = weak.WeakIdKeyDictionary()  # of tensors as objects; they end while this lives
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._paused:
-            return func(*args, **(kwargs or {}))
+        if self._paused or self._of_integers(args):
+            return self._kept(func(*args, **(kwargs or {})))
         if func.overloadpacket.__name__.rstrip("_") in _ARITHMETIC:
             args = tuple(float(torch.tensor(v, dtype=self._kind)) if isinstance(v, float) else v for v in args)
         out = func(*args, **(kwargs or {}))
@@ -100,6 +104,16 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         written = any(alias is not None for alias in aliases)
         return tree.tree_map(lambda value: self._round(value, written), out)
+
+    def _of_integers(self, args: tuple[Any, ...]) -> bool:
+        """Whether the operands are integers, or floats that come of nothing else."""
+        tensors = [value for value in tree.tree_leaves(args) if isinstance(value, torch.Tensor)]
+        return bool(tensors) and all(one in self._exact or not one.is_floating_point() for one in tensors)
+
+    def _kept(self, out: Any) -> Any:
+        if not self._paused:
+            self._exact.update({value: True for value in tree.tree_leaves(out) if isinstance(value, torch.Tensor)})
+        return out
 
     def _round(self, value: Any, written: bool) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 _CLASS, _PROJECTED = "SD3Transformer2DModel", ("CLIPTextModelWithProjection",)
-_CLIP = Slot("text_encoder", _PROJECTED, "transformers", tokenizer="tokenizer", aliases=("CLIPTextModel",))
+_CLIP = Slot("text_encoder", _PROJECTED, "transformers", tokenizer="tokenizer")
 _CLIP_2 = replace(_CLIP, folder="text_encoder_2", tokenizer="tokenizer_2")
 _T5 = Slot("text_encoder_3", ("T5EncoderModel",), "transformers", tokenizer="tokenizer_3")
 _TRANSFORMER = Slot("transformer", (_CLASS,), shared=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,10 +23,10 @@ from diffship.core.bundle_check import digest_file
 from diffship.core.compare import compare
 from diffship.core.errors import ParityError, UnsupportedError
 from diffship.core.job import Job
-from diffship.core.precision import FP16, precision_of
+from diffship.core.precision import BF16, FP16, Precision, precision_of
 from diffship.core.weights import Weights
 from diffship.export import export
-from diffship.exporters.formats import rounding, simulated_forward
+from diffship.exporters.formats import constants, rounding, simulated_forward
 from diffship.exporters.golden_feeds import GoldenFeeds
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.tolerances import measured
@@ -261,3 +262,15 @@ def test_a_bundle_of_the_first_form_is_told_that_its_proof_is_weaker(tiny_sd_bun
     assert "weaker proof" in report.text() and "Export again" in report.text()
     assert "vae_decoder: weaker proof" in inspect_bundle(copy).text
     assert "weaker" not in inspect_bundle(tiny_sd_bundle.path).text
+
+
+@pytest.mark.parametrize("precision", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("simulate", [constants, rounding])
+def test_what_is_made_of_integers_alone_is_exact(simulate: Any, precision: Precision) -> None:
+    """T5's buckets of relative positions: log(distance / 8) / log(16) * 8 is whole at 16 and 32, and one less below."""
+    distances = torch.tensor([8, 16, 32, 64])
+    with simulate(torch.nn.Identity(), precision):
+        buckets = (torch.log(distances.float() / 8) / math.log(128 / 8) * 8).long()
+        bent = torch.full((1,), 2.0) / 3.0 if simulate is rounding else None
+    assert buckets.tolist() == [0, 2, 4, 6]
+    assert bent is None or float(bent) != float(np.float32(2) / np.float32(3))

@@ -191,7 +191,7 @@ def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_what_is_cut_is_told_with_the_encoders_that_do_not_see_it(folders: dict[str, Path]) -> None:
     with PipelineModel(open_source(str(folders["with T5"]))) as model:
-        _, warnings = model.family.kind.encode(model, "fox " * 100 + "sea " * 200, (64, 64))
+        _, warnings = model.family.kind.encode(model, "on " * 300, (64, 64))
     clip, t5 = warnings
     assert clip.startswith("text_encoder, text_encoder_2: the prompt has 300 tokens, 75 are used")
     assert t5.startswith("text_encoder_3: the prompt has 300 tokens, 255 are used")
@@ -237,8 +237,16 @@ def test_another_noise_or_class_is_refused() -> None:
         assemble(replace(material, scheduler={"_class_name": "DDIMScheduler"}))
     with pytest.raises(UnsupportedError, match="'StableDiffusion3PAGPipeline', which is not drawn here"):
         assemble(replace(material, index={"_class_name": "StableDiffusion3PAGPipeline"}))
-    with pytest.raises(SourceError, match="suffix of tiny-sd3"):
+    with pytest.raises(SourceError, match="unknown suffix 'lcm'"):
         arch_material("arch:tiny-sd3+lcm")
+
+
+@pytest.mark.parametrize("words", ["layout --set name=bk-tiny", "prune --set keep=0.5", "lora --set files=none"])
+def test_passes_for_u_nets_are_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffship.cli.main import main
+
+    code = main(["compress", "arch:tiny-sd3", "-o", str(tmp_path / "out"), "--pass", *words.split()])
+    assert code == 3 and "SD3Transformer2DModel; legal: UNet2DConditionModel" in capsys.readouterr().err
 
 
 def test_a_t5_that_the_folder_names_and_has_not_is_missing(folders: dict[str, Path], tmp_path: Path) -> None:

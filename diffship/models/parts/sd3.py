@@ -71,7 +71,7 @@ def _specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[Ten
         TensorSpec("hidden_states", "float32", ("batch_size", latents, "height", "width")),
         TensorSpec("encoder_hidden_states", "float32", text),
         TensorSpec("pooled_projections", "float32", ("batch_size", int(config["pooled_projection_dim"]))),
-        TensorSpec("timestep", "float32", ("batch_size",)),
+        TensorSpec("timestep", "float32", ("batch_size",), exact=True),
     )
     return inputs, (TensorSpec("out_hidden_states", "float32", ("batch_size", drawn, "height", "width")),)
 

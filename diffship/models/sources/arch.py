@@ -131,7 +131,7 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     legal = [suffix for suffix in SUFFIXES if suffix != ("lcm" if name in configs.TRANSFORMERS else "no-t5")]
     for suffix in suffixes:
         if suffix not in legal:
-            raise SourceError(f"{text}: {unknown(f'suffix of {name}', suffix, legal)}")
+            raise SourceError(f"{text}: {unknown('suffix', suffix, legal)}")
     if {"taesd", "small-vae"} <= set(suffixes):
         raise SourceError(f"{text}: a model has one VAE; name one of taesd and small-vae")
     return name, tuple(suffixes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
         present = {name: folder / name for name in slots if listed(index, name) and (folder / name).is_dir()}
     elif (folder / "config.json").is_file():
         slot = _slot_of(folder)
-        index, slots, present = {}, {slot.folder: slot}, {slot.folder: folder}
+        index, slots, present = {}, {slot.folder: [slot]}, {slot.folder: folder}
     else:
         slots = _slots(lambda name: (folder / name).is_dir())
         index, present = {}, {name: folder / name for name in slots if (folder / name / "config.json").is_file()}
@@ -50,11 +51,12 @@ def folder_material(folder: Path, source: Mapping[str, Any]) -> Material:
     for entry in folder.iterdir():  # as a file system that does not tell A from a leaves them
         if entry.name.lower() in slots and entry.name.lower() not in present and entry.name not in slots:
             raise SourceError(f"{entry}: is not read under this name; call it {entry.name.lower()}")
-    left_out = _left_out(index, slots.values())
+    left_out = _left_out(index, [one for several in slots.values() for one in several])
+    chosen = {name: _chosen(path, slots[name]) for name, path in present.items()}
     return Material(
         source={**source, "left_out": left_out} if left_out else dict(source),
-        modules={name: read_module(path, slots[name]) for name, path in present.items()},
-        tokenizers=_tokenizers(folder, [slots[name] for name in present]),
+        modules={name: read_module(path, chosen[name]) for name, path in present.items()},
+        tokenizers=_tokenizers(folder, chosen.values()),
         scheduler=_scheduler(folder / "scheduler" / "scheduler_config.json", index),
         index=index,
         licence=licence_of(folder),
@@ -70,14 +72,29 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**read_config(file, infinite=True), **({"_class_name": named} if named else {})}
 
 
-def _slots(there: Callable[[str], bool]) -> dict[str, Slot]:
-    """{folder: slot} of what is read: the slots of the kinds whose denoiser is `there`, or of all if none is."""
+def _kinds(there: Callable[[str], bool]) -> list[Kind]:
+    """The kinds whose denoiser is `there`, or all if none is."""
     every = list(kinds().values())
-    found: dict[str, Slot] = {}
-    for kind in [kind for kind in every if there(kind.slot_of(kind.denoiser).folder)] or every:
-        for slot in kind.slots:
-            found.setdefault(slot.folder, slot)
+    return [kind for kind in every if there(kind.slot_of(kind.denoiser).folder)] or every
+
+
+def _slots(there: Callable[[str], bool]) -> dict[str, list[Slot]]:
+    """What may be read, by folder: the slots of `_kinds`, of which several may have one folder."""
+    found: dict[str, list[Slot]] = {}
+    for slot in dict.fromkeys(slot for kind in _kinds(there) for slot in kind.slots):
+        found.setdefault(slot.folder, []).append(slot)
     return found
+
+
+def _chosen(folder: Path, slots: Sequence[Slot]) -> Slot:
+    """The slot for the class in a folder, the first if it names none; if none fits, the first with all legal names."""
+    file = folder / "config.json"
+    named = _named_class(read_config(file)) if os.path.lexists(file) else None
+    if named is None:
+        return slots[0]
+    fitting = [slot for slot in slots if named in (*slot.classes, *slot.aliases)]
+    legal = dict.fromkeys(name for slot in slots for name in slot.classes)
+    return fitting[0] if fitting else replace(slots[0], classes=tuple(legal))
 
 
 def read_module(folder: Path, slot: Slot) -> Module:
@@ -176,10 +193,13 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
             raise SourceError(
                 f"{path}: {name} is of {entry[0][:80]!r}, code that comes with the model; it is never run"
             )
-    known = _slots(lambda name: listed(index, name))
-    for name in dict.fromkeys(name for kind in kinds().values() for name in kind.foreign):
-        if listed(index, name) and name not in known:
-            raise UnsupportedError(f"{path}: has a {name}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM)")
+    fitting = _kinds(lambda name: listed(index, name))
+    strange = [[name for name in kind.foreign if listed(index, name)] for kind in fitting]
+    if all(strange):
+        raise UnsupportedError(
+            f"{path}: has a {strange[0][0]}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM) and "
+            "Stable Diffusion 3"
+        )
 
 
 def _sharded(index: Path) -> Weights:
