@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "sd": "diffship.kinds.sd:StableDiffusion",
     "sdxl": "diffship.kinds.sdxl:StableDiffusionXl",
     "sdxl-refiner": "diffship.kinds.sdxl:Refiner",
+    "sd3": "diffship.kinds.sd3:StableDiffusion3",
 }
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",

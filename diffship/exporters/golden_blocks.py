@@ -152,9 +152,9 @@ class _Walk:
             self._force({name: found.loose[name] for name in layer.writes}, called)
 
     def _force(self, written: Mapping[str, torch.Tensor], called: Mapping[str, torch.Tensor]) -> None:
-        """Later layers read rounded copies of what this one writes at points of the graph.
+        """Let later layers read rounded copies of those written tensors that are points of the graph.
 
-        A layer may write the sum of what its modules give under the name of one of them: that is no point.
+        A layer may write a sum under the name of one of the modules that it adds up; such a tensor is no point.
         """
         for name, tensor in written.items():
             if called.get(name) is tensor and name.endswith(OUT):
@@ -171,13 +171,13 @@ class _Walk:
         ]
 
     def _watch(self, inner: nn.Module, path: str, called: dict[str, torch.Tensor]) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
+        def keep(module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:
+            made = _made(output if isinstance(output, tuple) else (output,), (*inputs, *named.values()))
             # of modules that hand one tensor on, the innermost names it, as in the graph
-            if isinstance(tensor, torch.Tensor) and not any(tensor is other for other in called.values()):
-                called[path + OUT] = tensor
+            if len(made) == 1 and not any(made[0] is other for other in called.values()):
+                called[path + OUT] = made[0]
 
-        return inner.get_submodule(path).register_forward_hook(keep)
+        return inner.get_submodule(path).register_forward_hook(keep, with_kwargs=True)
 
     def tensors(self) -> tuple[Arrays, dict[str, TensorMeta]]:
         """What the file holds, and as which types."""
@@ -197,7 +197,7 @@ class _Walk:
         return {name: exact(array) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """For an engine in the format, by point; none if it is lossless, where they are the graph's.
+        """For an engine in the format, by point; none if it is lossless: the graph's hold then.
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.
@@ -214,8 +214,15 @@ class _Walk:
         return {name: measured(array, formatted[name]) for name, array in true.items()}
 
 
+def _made(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors that a module made; the graph knows the output of a module by its being the only one."""
+    tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
+    return [tensor for tensor in tensors if not any(tensor is given for given in inputs)]
+
+
 def _narrow(tensor: torch.Tensor) -> tuple[NDArray[np.generic], int]:
-    """(float8 bits, power of two) nearest to a tensor, whose largest value lies between 128 and 256 then."""
+    """(float8 bits, power): 2**power times the float8 values is nearest to `tensor`; their largest lies between 128 and
+    256."""
     peak = float(tensor.abs().max())
     power = max(-64, min(64, math.frexp(peak)[1] - 8)) if peak > 0 else 0
     bits = (tensor * 2.0**-power).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from diffship.core.errors import UnsupportedError
 from diffship.core.kind import Shape, Slot
 from diffship.kinds.stock import Stock
 from diffship.kinds.unet import FIRST_TEXT, TEXT_TIME, UNET_SLOT, VAE_SLOT, UNetKind
-from diffship.sampling.encode import require_text, run_encoder
+from diffship.sampling.encode import penultimate, require_text, run_encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diffship.core.family import Family
-    from diffship.core.runner import Runner
     from diffship.models.pipeline import Module
     from diffship.sampling.model import Model
 
@@ -29,7 +27,6 @@ _SECOND_TEXT = Slot(
     aliases=("CLIPTextModel",),  # training scripts save it under its base class
 )
 _IMAGE_CLASS = "StableDiffusionXLImg2ImgPipeline"
-_LAYER = "hidden_states."
 _AESTHETIC = (6.0, 2.5)  # the refiner's score for the positive and the negative prompt, as diffusers has them
 
 
@@ -67,7 +64,7 @@ class StableDiffusionXl(UNetKind):
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         states, pooled, warnings = [], None, []
         for part in require_text(model):
-            layer = _penultimate(model.use(part))
+            layer = penultimate(model.use(part))
             made = run_encoder(model, part, prompt)
             states.append(made[layer])
             pooled = made["text_embeds"] if "text_embeds" in made.outputs else pooled
@@ -80,7 +77,7 @@ class StableDiffusionXl(UNetKind):
     def without_prompt(
         self, model: Model, positive: Mapping[str, Any], size: tuple[int, int]
     ) -> Mapping[str, Any] | None:
-        """Zeros, of the text and not of the sizes, where the family says so."""
+        """Zeros, of the text and not of the sizes, if the family says so."""
         if not model.family.force_zeros_for_empty_prompt:
             return None
         zeros = {name: np.zeros_like(array) for name, array in positive.items()}
@@ -114,10 +111,3 @@ class Refiner(StableDiffusionXl):
         """`time_ids`: (height, width, crop top, crop left, aesthetic score)."""
         width, height = size
         return {"time_ids": np.array([height, width, 0, 0, _AESTHETIC[negative]], np.float32)}
-
-
-def _penultimate(runner: Runner) -> str:
-    layers = sorted(int(spec.name[len(_LAYER) :]) for spec in runner.outputs if spec.name.startswith(_LAYER))
-    if len(layers) < 2:
-        raise UnsupportedError("this text encoder gives no hidden_states, which SDXL needs: export it again")
-    return f"{_LAYER}{layers[-2]}"

@@ -1,4 +1,5 @@
-"""Prompts to conditioning: what the encoders' outputs become, the kind of model says; this file says which prompts."""
+"""Prompts to conditioning: this file says which prompts are encoded; the kind of model says what becomes of the
+outputs."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ from numpy.typing import NDArray
 
 from diffship.core.brief import brief
 from diffship.core.errors import RunnerError, UnsupportedError
+from diffship.core.runner import Runner
 from diffship.sampling.model import Model
 from diffship.sampling.trajectory import Conditioning, as_numpy
 
 Floats = NDArray[np.float32]
+_LAYER = "hidden_states."
 
 
 @brief
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Conditioning of both prompts; `negative` is None where guidance takes no second row."""
+    """Conditioning of both prompts; `negative` is None if guidance takes no second row."""
 
     positive: Conditioning
     negative: Conditioning | None
@@ -84,6 +87,18 @@ def run_encoder(model: Model, part: str, prompt: str) -> Encoding:
         raise UnsupportedError(f"{model.name} has no {name}, which {part} needs")
     tokens = model.tokenizers[name]([prompt])
     return Encoding(part, dict(model.use(part).run({"input_ids": tokens.ids})), tuple(tokens.warnings))
+
+
+def penultimate(runner: Runner) -> str:
+    """The output of a CLIP text encoder that holds the states before its last layer.
+
+    Raises:
+        UnsupportedError: it was exported without them.
+    """
+    layers = sorted(int(spec.name[len(_LAYER) :]) for spec in runner.outputs if spec.name.startswith(_LAYER))
+    if len(layers) < 2:
+        raise UnsupportedError("this text encoder gives no hidden_states, which the model needs: export it again")
+    return f"{_LAYER}{layers[-2]}"
 
 
 def finite(part: str, array: Floats) -> Floats:

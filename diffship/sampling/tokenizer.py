@@ -112,11 +112,7 @@ class ClipTokenizer:
         room = self.length - 2
         ids = [self._start, *encoding.ids[:room], self._end]
         ids += [self._pad] * (self.length - len(ids))
-        if len(encoding.ids) <= room:
-            return ids, ""
-        cut = prompt[encoding.offsets[room][0] :].strip()
-        shown = cut if len(cut) <= 60 else cut[:57] + "..."
-        return ids, f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
+        return ids, unseen(prompt, encoding, room)
 
     def expanded(self, prompt: str) -> str:
         """`prompt` with each word of a textual inversion followed by the words of its further vectors, as diffusers'
@@ -145,6 +141,15 @@ class ClipTokenizer:
         if found is None:
             raise SourceError(f"the tokenizer has no token {token!r}")
         return int(found)
+
+
+def unseen(prompt: str, encoding: tokenizers.Encoding, room: int) -> str:
+    """A warning that names what of a prompt is beyond its first `room` tokens; empty if all of it fits."""
+    if len(encoding.ids) <= room:
+        return ""
+    cut = prompt[encoding.offsets[room][0] :].strip()
+    shown = cut if len(cut) <= 60 else cut[:57] + "..."
+    return f"the prompt has {len(encoding.ids)} tokens, {room} are used; not seen by the model: {shown!r}"
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> str:
@@ -182,7 +187,7 @@ def byte_pairs(vocab: Mapping[str, int], pairs: Iterable[tuple[str, str]]) -> to
 @dataclass(frozen=True)
 class Added:
     """A token beyond the byte pairs, such as the word of a textual inversion. It is looked for in the text before that
-    is split; in the lowercase text where `normalized`."""
+    is split; in the lowercase text if `normalized`."""
 
     content: str
     id: int
@@ -237,7 +242,7 @@ def pad_token(files: Mapping[str, bytes]) -> str:
 
 
 def require_marks(files: Mapping[str, bytes], where: str) -> None:
-    """Raises SourceError where prompts begin or end with other tokens than CLIP's."""
+    """Raises SourceError if prompts begin or end with other tokens than CLIP's."""
     for key, legal in (("bos_token", START), ("eos_token", END)):
         token, file = _special(files, key, legal)
         if token != legal:

@@ -64,7 +64,7 @@ def t5_encoder(name: str, config: Mapping[str, Any], weights: Weights) -> Compon
     sizes = {"batch_size": 1, "sequence_length": 77}
     weights = renamed(weights, _names(weights.names()))
     build = partial(T5Encoder, dict(config))
-    return Component(name, CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=t5_layers)
+    return Component(name, CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=t5_layers, text_type="t5")
 
 
 def t5_config(config: Mapping[str, Any]) -> transformers.T5Config:

@@ -1,4 +1,4 @@
-"""`arch:NAME[+lcm][+taesd|+small-vae]`: an architecture from its config; weights are drawn from a seed when read."""
+"""`arch:NAME[+lcm][+no-t5][+taesd|+small-vae]`: an architecture from its config; weights come from a seed when read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import SourceError
 from diffship.core.lazy import lazy
+from diffship.core.registry import kinds
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models.assemble import kind_of
 from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, narrower
-from diffship.models.parts.clip import PROJECTED, TextEncoder
+from diffship.models.parts.clip import PLAIN, PROJECTED, TextEncoder
 from diffship.models.parts.component import weight_metas
+from diffship.models.parts.sd3 import CLASS as SD3
+from diffship.models.parts.sd3 import SD3Transformer
+from diffship.models.parts.t5 import CLASS as T5
+from diffship.models.parts.t5 import T5Encoder
 from diffship.models.parts.unet import CLASS as UNET
 from diffship.models.parts.unet import UNet
 from diffship.models.pipeline import Material, Module
 from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.reduced.widths import KEY, with_widths
 from diffship.models.sources import arch_configs as configs
+from diffship.models.sources.t5_files import t5_files
 from diffship.models.sources.tokenizer_files import clip_files
 from diffship.sampling.tokenizer import END
 
@@ -33,7 +39,7 @@ else:
     torch = lazy("torch")
 
 PREFIX = "arch:"
-SUFFIXES = ("lcm", "taesd", "small-vae")
+SUFFIXES = ("lcm", "no-t5", "taesd", "small-vae")
 # whose text encoders, VAE and scheduler an architecture has, where they are not its own
 _SHARED = {
     "sd21-base": ("sd21", "sd15", "sd21-base"),
@@ -45,49 +51,67 @@ _SHARED = {
     "tiny-inpaint": ("tiny-sd", "tiny-sd", "sd15"),
     "tiny-sdxl": ("tiny-sdxl", "tiny-sdxl", "sdxl"),
     "tiny-refiner": ("tiny-refiner", "tiny-sdxl", "sdxl"),
+    "tiny-sd3": ("tiny-sd3", "tiny-sd3", "sd3-medium"),
 }
-_SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "unet": 3, "vae": 4}
 # published reductions by the architecture that they reduce; BK-SDM has a second series, made of SD 2.1 base
 _TEACHERS = {name: "sd15" if layout.levels == 4 else "sdxl" for name, layout in LAYOUTS.items()}
 _SECOND = {name.replace("bk-", "bk-v2-"): name for name in LAYOUTS if name.startswith("bk-")}
 _TEACHERS |= dict.fromkeys(_SECOND, "sd21-base")
-NAMES = (*configs.UNETS, *_TEACHERS)
+NAMES = (*configs.UNETS, *configs.TRANSFORMERS, *_TEACHERS)
 
 
 def arch_material(text: str) -> Material:
-    """Configs, seeded weights, tokenizers and scheduler of `arch:NAME[+lcm][+taesd|+small-vae]`; nothing is drawn yet.
+    """Configs, seeded weights, tokenizers and scheduler of `arch:NAME[+SUFFIX...]`; nothing is drawn yet.
 
     Raises:
-        SourceError: an unknown name or suffix.
+        SourceError: an unknown name or suffix, or one that is not for this architecture.
     """
     name, suffixes = parse_arch(text)
-    unet, name = _unet(name), _TEACHERS.get(name, name)
-    if "lcm" in suffixes:
-        unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
+    class_name, config, name = _denoiser(name, suffixes)
     text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
-    vae_class, vae = (TINY, configs.TAESD[_size(name)]) if "taesd" in suffixes else (KL, configs.VAES[vae_of])
+    vae_class, vae = (TINY, _taesd(name)) if "taesd" in suffixes else (KL, configs.VAES[vae_of])
     vae = {**vae, KEY: {"decoder": list(narrower(vae))}} if "small-vae" in suffixes else vae
-    modules = {"unet": Module(UNET, {**unet, "_class_name": UNET}, _ArchWeights([partial(UNet, unet)], _SEEDS["unet"]))}
-    modules["vae"] = Module(
-        vae_class,
-        {**vae, "_class_name": vae_class},
-        _ArchWeights([partial(half, vae_class, vae) for half in (Encoder, Decoder)], _SEEDS["vae"]),
-    )
-    for part, (class_name, config) in configs.TEXTS[text_of].items():
-        config = {**config, "architectures": [class_name]}
-        modules[part] = Module(
-            class_name,
-            config,
-            _ArchWeights([partial(TextEncoder, config, class_name == PROJECTED, False)], _SEEDS[part]),
-        )
+    texts = {part: made for part, made in configs.TEXTS[text_of].items() if not (made[0] == T5 and "no-t5" in suffixes)}
+    networks = {_folder(class_name): (class_name, config), _folder(vae_class): (vae_class, vae), **texts}
+    modules = {folder: _module(*network, configs.SEEDS[folder]) for folder, network in networks.items()}
     return Material(
         source={"id": text, "revision": None, "kind": "arch"},
         modules=modules,
-        tokenizers=_tokenizers(name, modules),
-        scheduler=_scheduler(scheduler_of, unet),
+        tokenizers=_tokenizers(modules),
+        scheduler=_scheduler(scheduler_of, config),
         index=_index(modules),
         licence={"id": "", "name": "none (random weights)", "link": "", "restrictions": "", "notices": []},
     )
+
+
+def _denoiser(name: str, suffixes: Sequence[str]) -> tuple[str, dict[str, Any], str]:
+    """Class and config of the denoiser, and the architecture whose other parts it has."""
+    if name in configs.TRANSFORMERS:
+        return SD3, dict(configs.TRANSFORMERS[name]), name
+    unet, name = _unet(name), _TEACHERS.get(name, name)
+    if "lcm" in suffixes:
+        unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
+    return UNET, unet, name
+
+
+def _folder(class_name: str) -> str:
+    """The folder that a pipeline has for a network of this class."""
+    return next(slot.folder for kind in kinds().values() for slot in kind.slots if class_name in slot.classes)
+
+
+def _module(class_name: str, config: Mapping[str, Any], seed: int) -> Module:
+    text = class_name in (PLAIN, PROJECTED, T5)
+    named = {**config, "architectures": [class_name]} if text else {**config, "_class_name": class_name}
+    return Module(class_name, named, _ArchWeights(_builds(class_name, config), seed))
+
+
+def _builds(class_name: str, config: Mapping[str, Any]) -> list[Callable[[], nn.Module]]:
+    """What makes the networks of a module, one after the other."""
+    if class_name in (KL, TINY):
+        return [partial(half, class_name, config) for half in (Encoder, Decoder)]
+    if class_name in (PLAIN, PROJECTED):
+        return [partial(TextEncoder, config, class_name == PROJECTED, False)]
+    return [partial({UNET: UNet, SD3: SD3Transformer, T5: T5Encoder}[class_name], config)]
 
 
 def _unet(name: str) -> dict[str, Any]:
@@ -104,21 +128,24 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     name, *suffixes = text.removeprefix(PREFIX).split("+")
     if name not in NAMES:
         raise SourceError(f"{text}: {unknown('architecture', name, NAMES)}")
+    legal = [suffix for suffix in SUFFIXES if suffix != ("lcm" if name in configs.TRANSFORMERS else "no-t5")]
     for suffix in suffixes:
-        if suffix not in SUFFIXES:
-            raise SourceError(f"{text}: {unknown('suffix', suffix, SUFFIXES)}")
+        if suffix not in legal:
+            raise SourceError(f"{text}: {unknown(f'suffix of {name}', suffix, legal)}")
     if {"taesd", "small-vae"} <= set(suffixes):
         raise SourceError(f"{text}: a model has one VAE; name one of taesd and small-vae")
     return name, tuple(suffixes)
 
 
-def _size(name: str) -> str:
-    return "tiny" if name.startswith("tiny") else "full"
+def _taesd(name: str) -> dict[str, Any]:
+    size = "tiny" if name.startswith("tiny") else "full"
+    latents = configs.VAES[name]["latent_channels"] if name in configs.TRANSFORMERS else 4
+    return {**configs.TAESD[size], "latent_channels": latents}
 
 
-def _scheduler(name: str, unet: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(name: str, denoiser: Mapping[str, Any]) -> dict[str, Any]:
     own = configs.SCHEDULERS[name]
-    if not unet.get("time_cond_proj_dim"):
+    if not denoiser.get("time_cond_proj_dim"):
         return dict(own)
     return {**configs.LCM_SCHEDULER, "prediction_type": own["prediction_type"]}
 
@@ -128,13 +155,18 @@ def _index(modules: Mapping[str, Module]) -> dict[str, Any]:
     return {} if kind is None else kind.new_index(modules)
 
 
-def _tokenizers(name: str, modules: Mapping[str, Module]) -> dict[str, dict[str, bytes]]:
-    found = {}
-    for part in ("text_encoder", "text_encoder_2"):
-        if part in modules:
-            pad = "!" if part == "text_encoder_2" or name == "sd21" else END
-            found[part.replace("text_encoder", "tokenizer")] = clip_files(modules[part].config["vocab_size"], pad)
-    return found
+def _tokenizers(modules: Mapping[str, Module]) -> dict[str, dict[str, bytes]]:
+    kind = kind_of(modules)
+    slots = [slot for slot in (kind.text_slots if kind else ()) if slot.folder in modules]
+    return {str(slot.tokenizer): _tokenizer(modules[slot.folder]) for slot in slots}
+
+
+def _tokenizer(module: Module) -> dict[str, bytes]:
+    """OpenAI's CLIP, which has quick_gelu, pads with its end token, and the OpenCLIP models with "!"."""
+    size = int(module.config["vocab_size"])
+    if module.class_name == T5:
+        return t5_files(size)
+    return clip_files(size, END if module.config["hidden_act"] == "quick_gelu" else "!")
 
 
 class _ArchWeights:

@@ -101,6 +101,31 @@ UNETS: dict[str, Config] = {
     "tiny-refiner": {**_REFINER_UNET, **_TINY_REFINER},
 }
 
+# SD3 medium's, as on the hub; one test size of it, with the whole table of positions
+_SD3: Config = {
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "sample_size": 128,
+}
+_TINY_SD3 = {
+    "attention_head_dim": 8,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 96,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "pooled_projection_dim": 80,
+    "sample_size": 8,
+}
+TRANSFORMERS: dict[str, Config] = {"sd3-medium": _SD3, "tiny-sd3": {**_SD3, **_TINY_SD3}}
+
 
 def _clip(width: int, layers: int, heads: int, act: str, projection: int, **more: Any) -> Config:
     return {
@@ -129,6 +154,25 @@ _TINY_L = _clip(32, 2, 2, "quick_gelu", 32, vocab_size=1000)
 _TINY_G = _clip(48, 3, 3, "gelu", 48, vocab_size=1000, bos_token_id=998, eos_token_id=999)
 
 PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+T5 = "T5EncoderModel"
+_T5_XXL: Config = {
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-6,
+    "model_type": "t5",
+    "num_heads": 64,
+    "num_layers": 24,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False,
+    "vocab_size": 32128,
+}
+_TINY_T5 = {**_T5_XXL, "d_ff": 64, "d_kv": 8, "d_model": 96, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
 _XL_TEXT = {"text_encoder": (PLAIN, _CLIP_L), "text_encoder_2": (PROJECTED, _CLIP_G)}
 _TINY_XL_TEXT = {"text_encoder": (PLAIN, _TINY_L), "text_encoder_2": (PROJECTED, _TINY_G)}
 
@@ -140,7 +184,18 @@ TEXTS: dict[str, dict[str, tuple[str, Config]]] = {
     "tiny-sd": {"text_encoder": (PLAIN, _TINY_L)},
     "tiny-sdxl": _TINY_XL_TEXT,
     "tiny-refiner": {"text_encoder_2": _TINY_XL_TEXT["text_encoder_2"]},
+    "sd3-medium": {
+        "text_encoder": (PROJECTED, _CLIP_L),
+        "text_encoder_2": (PROJECTED, _CLIP_G),
+        "text_encoder_3": (T5, _T5_XXL),
+    },
+    "tiny-sd3": {
+        "text_encoder": (PROJECTED, _TINY_L),
+        "text_encoder_2": (PROJECTED, _TINY_G),
+        "text_encoder_3": (T5, _TINY_T5),
+    },
 }
+SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 5, "unet": 3, "transformer": 3, "vae": 4}
 
 _KL: Config = {
     "act_fn": "silu",
@@ -162,12 +217,22 @@ _TINY_KL = {
     "norm_num_groups": 4,
     "sample_size": 64,
 }
+_SD3_LATENTS = {
+    "force_upcast": True,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
 VAES: dict[str, Config] = {
     "sd15": _KL,
     "sd21": {**_KL, "sample_size": 768},
     "sdxl": {**_KL, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
     "tiny-sd": _TINY_KL,
     "tiny-sdxl": {**_TINY_KL, "scaling_factor": 0.13025},
+    "sd3-medium": {**_KL, **_SD3_LATENTS, "sample_size": 1024},
+    "tiny-sd3": {**_TINY_KL, **_SD3_LATENTS},
 }
 
 
@@ -221,6 +286,7 @@ SCHEDULERS: dict[str, Config] = {
     "sd21": {**_BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     "sd21-base": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sdxl": _EULER,
+    "sd3-medium": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
 }
 LCM_SCHEDULER: Config = {
     **_BETAS,

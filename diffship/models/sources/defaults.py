@@ -16,7 +16,11 @@ else:
     diffusers, transformers = lazy("diffusers"), lazy("transformers")
 
 # the config class of each text encoder that is run here, whose attributes are the defaults
-_TEXT_CONFIGS = {"CLIPTextModel": "CLIPTextConfig", "CLIPTextModelWithProjection": "CLIPTextConfig"}
+_TEXT_CONFIGS = {
+    "CLIPTextModel": "CLIPTextConfig",
+    "CLIPTextModelWithProjection": "CLIPTextConfig",
+    "T5EncoderModel": "T5Config",
+}
 # Of every network that is run here the config says this itself; without it a file is likely no such config at all.
 _STATED = {"UNet2DConditionModel": ("block_out_channels",)}
 

@@ -71,7 +71,7 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _slots(there: Callable[[str], bool]) -> dict[str, Slot]:
-    """What is read, by folder: the slots of the kinds whose denoiser is `there`, or of all if none is."""
+    """{folder: slot} of what is read: the slots of the kinds whose denoiser is `there`, or of all if none is."""
     every = list(kinds().values())
     found: dict[str, Slot] = {}
     for kind in [kind for kind in every if there(kind.slot_of(kind.denoiser).folder)] or every:
@@ -161,7 +161,7 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check_index(index: Mapping[str, Any], path: Path) -> None:
-    """Raises SourceError where a model_index names classes outside diffusers and transformers."""
+    """Raises SourceError if a model_index names classes outside diffusers and transformers."""
     if not isinstance(index.get("_class_name"), str):
         raise SourceError(
             f"{path}: _class_name is {str(index.get('_class_name'))[:80]}; a custom pipeline is never run"
