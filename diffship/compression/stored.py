@@ -76,7 +76,7 @@ class Results:
         return self._opened(self._job.once(self.names[index], partial(save, made, progress=self._job.progress)))
 
     def _opened(self, place: Path) -> Pipeline:
-        # the folder speaks of itself; a teacher and a model card want to know where the model came from
+        # the folder names itself as source; teachers and model cards need the source that the model came from
         return replace(open_source(str(place)), source=self._source.source, licence=self._source.licence)
 
 

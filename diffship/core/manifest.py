@@ -204,7 +204,7 @@ class Manifest:
             data.pop("trajectory")
         for part in data["parts"]:
             for spec in (*part["inputs"], *part["outputs"]):
-                # a compiled part has types that hold its values, so there is nothing to say
+                # `exact` is left out: a compiled part already has types that hold its values
                 for key in ("exact", "whole"):
                     if not spec[key]:
                         del spec[key]

@@ -142,7 +142,7 @@ class _Walk:
                 hook.remove()
         for name, tensor in zip(layer.writes, written, strict=True):
             found.loose[name] = tensor
-            # an output that only hands on a module's tensor is that point under another name
+            # an output that is a module's own tensor is the same point under another name
             handed_on = any(tensor is other for other in called.values())
             if name in self._between or (name in self.program.outputs and not handed_on):
                 called[name] = tensor

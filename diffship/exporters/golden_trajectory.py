@@ -64,7 +64,7 @@ def write_trajectory(
     (out / START).write_bytes(pack(trajectory))
     write_safetensors(out / LATENTS, {name: meta_of(array) for name, array in found.items()}, found.__getitem__)
     limits = [limit(precision, array, formatted[name]) for name, array in found.items()]
-    # the sampler adds up what the model gets wrong; elements near zero say nothing, so the whole decides
+    # errors add up over the steps, and elements near zero say nothing: so PSNR of the whole decides
     return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=loosest(limits).psnr_db))
 
 

@@ -17,7 +17,8 @@ from diffship.benchmarks.measure.session import Measurement, Outcome
 from diffship.core.kind import DECODER, DENOISER, ENCODER, TEXT
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-_WORST = ("OOM", "failed", "unsupported", "missing")  # which status a case has whose rounds ended differently
+# the status of a case whose rounds ended differently is the first of these that occurs
+_WORST = ("OOM", "failed", "unsupported", "missing")
 
 
 def rows_of(measurement: Measurement, suite: str) -> list[Row]:

@@ -38,7 +38,7 @@ class Outcome:
     peak_bytes: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
-    place: tuple[int, ...] = ()  # round and set: those of one place took turns
+    place: tuple[int, ...] = ()  # (round, set): outcomes with the same place took turns
 
 
 @dataclass(frozen=True)
