@@ -132,7 +132,8 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of names, sizes and times, behind links too: pictures for training are too many to be read at every start."""
+    """A digest of names, sizes and times of a folder's files, behind links too: pictures for training are too many to
+    be read at every start."""
     entries: list[list[Any]] = []
     seen = {os.path.realpath(folder)}
     for place, below, names in os.walk(folder, followlinks=True):

@@ -191,7 +191,7 @@ class Manifest:
         return named
 
     def part(self, name: str) -> Part:
-        """Raises BundleError, naming the parts there are."""
+        """The part called `name`. Raises BundleError, naming the parts there are."""
         for part in self.parts:
             if part.name == name:
                 return part
@@ -227,7 +227,7 @@ class Manifest:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Raises BundleError for anything that this version did not write, and says what."""
+    """The manifest in `data`. Raises BundleError for anything that this version did not write, and says what."""
     if len(data) > LIMITS.manifest_bytes:
         raise BundleError(f"{MANIFEST_NAME} has {len(data)} bytes; the limit is {LIMITS.manifest_bytes}")
     table = _parse_json(data)

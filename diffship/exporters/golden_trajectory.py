@@ -31,7 +31,7 @@ START, LATENTS = "golden/trajectory.safetensors", "golden/latents.safetensors"
 def write_trajectory(
     pipeline: Pipeline, sizes: Mapping[str, int], out: Path, steps: int, precision: Precision, max_bytes: int
 ) -> GoldenTrajectory:
-    """`steps` steps of `pipeline` below `out`: where they start, and the latents after each.
+    """Draw `steps` steps of `pipeline`, and write below `out` where they start and the latents after each.
 
     sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.

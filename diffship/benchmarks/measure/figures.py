@@ -110,7 +110,8 @@ def _file_bytes(case: Case, part: Mapping[str, Any]) -> float | None:
 
 
 def _macs(case: Case, materials: Materials, name: str) -> float | None:
-    """Of one call, or of a whole image: denoiser calls times steps, the decoder once, the text encoders per prompt."""
+    """Multiply-accumulates of one call, or of a whole image: denoiser calls times steps, the decoder once, the text
+    encoders per prompt."""
     rows = materials.rows_per_image
     if case.part == IMAGE:
         calls = {DENOISER: case.steps * rows * case.batch, DECODER: case.batch, TEXT: rows}

@@ -134,7 +134,8 @@ class Session:
         return Measurement(outcomes, materials, best)
 
     def _materials(self, bench: Bench, target: str) -> Materials:
-        """Raises what the preparing process says, before anything is measured."""
+        """The materials of `target`, made by a process of its own. Raises what that process says, before anything is
+        measured."""
         wanted = dict.fromkeys(engine_of(runner)[0] for runner in bench.engines or RUNNERS)
         engines = tuple(name for name in wanted if _usable(name, bench.device))
         folder = "torch" in wanted or bool(bench.against)

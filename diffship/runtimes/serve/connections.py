@@ -119,7 +119,8 @@ def bind(host: str, port: int) -> Doors:
 
 
 def _bound(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> Doors:
-    """Raises OSError: of an address that is in use, or of the last one if none is of this machine."""
+    """Sockets that listen on `port` of all `addresses`. Raises OSError: of an address that is in use, or of the last
+    one if none is of this machine."""
     doors, foreign = Doors(), None
     try:
         for family, address in addresses:
