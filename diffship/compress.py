@@ -47,7 +47,7 @@ def compress(
     from diffship.models.saving import require_place
 
     job, writes = job or Job(), out is not None and first_process()
-    if first_process() and not job.started:  # what is gone on with writes its own files again
+    if first_process() and not job.started:  # a run that continues writes its own files again
         _keep_what_is_there(passes)
     if writes:
         require_place(Path(str(out)))

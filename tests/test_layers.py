@@ -183,6 +183,14 @@ def test_every_package_folder_has_an_init() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_docstrings_say_what_comes_back_and_not_only_what_is_raised(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.returns is not None:
+            text, gives = ast.get_docstring(node) or "", ast.unparse(node.returns)
+            assert gives == "None" or not text.startswith("Raises"), f"line {node.lineno}: {node.name} gives {gives}"
+
+
 UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 
 

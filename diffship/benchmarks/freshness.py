@@ -25,7 +25,7 @@ ASIDE = {
     *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "measure.record", "entry")),
 }
 MAKES_SAMPLERS = "diffship.sampling.samplers"
-# It counts and what it imports does not: it makes materials for all suites, each of which uses a few.
+# The module itself counts, what it imports does not: it serves all suites, and each uses a few of its imports.
 SHALLOW = {"diffship.benchmarks.studies.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -94,7 +94,8 @@ def _target_rows(plan: Plan, source: str, target: str, say: Say) -> list[Row]:
 
 
 def _flags(target: str) -> list[str]:
-    """Of the export: TensorRT's engines are for this GPU. Raises DiffshipError if none can be asked."""
+    """The flags of the export to `target`: TensorRT's engines are for this GPU. Raises DiffshipError if there is none
+    to ask."""
     if target != "tensorrt":
         return []
     from diffship.runtimes.engines.tensorrt.library import flavour_here

@@ -93,7 +93,8 @@ def check_flags(options: argparse.Namespace) -> None:
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
-    """Raises ConfigError: no budget, an unknown one, one twice, or a value that is no number above 0."""
+    """The budget of --budget. Raises ConfigError: none, an unknown one, one twice, or a value that is no number above
+    0."""
     if not options.budget:
         raise ConfigError("there is no budget; --split auto needs --budget cloud-ms=X, quality=X or latency=SECONDS")
     found: dict[str, float] = {}
@@ -141,7 +142,7 @@ def asked(options: argparse.Namespace) -> tuple[list[Request], list[dict[str, st
 
 
 def read_token(options: argparse.Namespace) -> str | None:
-    """Of --token-file, or of DIFFSHIP_TOKEN. Raises ConfigError: a file that cannot be read, or holds no token."""
+    """The token of --token-file or DIFFSHIP_TOKEN. Raises ConfigError: a file that cannot be read or holds none."""
     if options.token_file is None:
         return os.environ.get("DIFFSHIP_TOKEN") or None
     try:

@@ -94,7 +94,7 @@ def _add_manners(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Raises ConfigError for anything that no flag or argument takes, with the nearest legal flag."""
+    """The options of a command line. Raises ConfigError for a word that nothing takes, with the nearest legal flag."""
     parser, parsers = make_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in parsers:
         legal = [*parsers, "--help", "--version"]  # for whoever asks for them as verbs

@@ -85,13 +85,13 @@ class Stages(AbstractContextManager["Stages"]):
 
         if self._bar is None:
             self._bar = tqdm(file=sys.stderr, leave=False, dynamic_ncols=True, mininterval=0.1, delay=1e-9)
-        # a phase of one piece has no share to show: its seconds are what moves
+        # a phase of one piece has no percentage, so its seconds are shown
         self._bar.bar_format = "{desc}{elapsed}" if phase.total <= 1 else None
         self._bar.unit, self._bar.unit_scale = ("B", True) if phase.bytes else ("it", False)
         self._bar.set_description(printable(phase.label), refresh=False)
         self._bar.initial = 0
         self._bar.reset(total=phase.total or None)
-        self._bar.initial = phase.done  # made before the clock began: no part of the rate
+        self._bar.initial = phase.done  # done before the clock began, so not counted in the rate
 
     def _message(self, text: str) -> None:
         if self._bar is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 
-_ROUGH, _FINE = 2_000, 500_000  # states: of the pass that finds a good solution, of the one that proves the best
+_ROUGH, _FINE = 2_000, 500_000  # most states: while a good solution is found, and while the best is proved
 _SLACK = 1e-9  # relative; more than float64 rounds in a sum over layers
 
 

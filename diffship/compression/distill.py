@@ -89,7 +89,7 @@ class DistillPass(DistillOptions):
         return self.size or pipeline.family.default_size
 
     def pictures(self, pipeline: Pipeline) -> PairedPictures:
-        """Raises SourceError if the data cannot be used."""
+        """The pictures to train on. Raises SourceError if the data cannot be used."""
         return PairedPictures.open(Path(self.data).expanduser(), self.pixels(pipeline))
 
     def teacher_of(self, pipeline: Pipeline) -> Pipeline:

@@ -94,7 +94,7 @@ def absent_data(step: Any) -> str:
 
 
 def sized_cost(pipeline: Pipeline, part: Component, px: int | None = None) -> Cost:
-    """Of one call of `part` for one picture of `px` (the default size of `pipeline`)."""
+    """The cost of one call of `part` for one picture of `px` (the default size of `pipeline`)."""
     px = px or pipeline.family.default_size
     return cost(part, {"image_height": px, "image_width": px, **_sides(pipeline, px)})
 

@@ -128,7 +128,7 @@ class _Bench:
         self._done, self._total = 0, model_calls(pipeline, drawing, counts)[0]
 
     def moments(self, name: str, seed: int) -> Moments:
-        """Of the whole U-Net's latents, from the noise of `seed`."""
+        """Mean and deviation of the whole U-Net's final latents, from the noise of `seed`."""
         place = self._once({"run": name}, lambda path: _write_moments(path, self._draw(self._starts(seed))))
         kept = read_tensors(place, ("mean", "std"), REMEDY)
         return kept["mean"].numpy(), kept["std"].numpy()

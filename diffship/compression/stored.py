@@ -76,7 +76,7 @@ class Results:
         return self._opened(self._job.once(self.names[index], partial(save, made, progress=self._job.progress)))
 
     def _opened(self, place: Path) -> Pipeline:
-        # the folder speaks of itself; a teacher and a model card want to know where the model came from
+        # the folder names itself as source; teachers and model cards need the source that the model came from
         return replace(open_source(str(place)), source=self._source.source, licence=self._source.licence)
 
 
@@ -132,7 +132,8 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of names, sizes and times, behind links too: pictures for training are too many to be read at every start."""
+    """A digest of names, sizes and times of a folder's files, behind links too: pictures for training are too many to
+    be read at every start."""
     entries: list[list[Any]] = []
     seen = {os.path.realpath(folder)}
     for place, below, names in os.walk(folder, followlinks=True):

@@ -94,11 +94,11 @@ class VaePass(VaeOptions):
         return self.size or pipeline.family.default_size
 
     def pictures(self, pipeline: Pipeline) -> PairedPictures:
-        """Raises SourceError if the data cannot be used."""
+        """The pictures to train on. Raises SourceError if the data cannot be used."""
         return PairedPictures.open(Path(self.data).expanduser(), self.pixels(pipeline))
 
     def features(self) -> Perceptual:
-        """Raises SourceError if the features that are named cannot be used."""
+        """What pictures are compared by. Raises SourceError if the features that are named cannot be used."""
         return Perceptual.find(self.perceptual if self.w_perceptual else NONE)
 
     def teacher_of(self, pipeline: Pipeline) -> Pipeline:

@@ -94,7 +94,7 @@ class Bundle:
         return self.path / name
 
     def part(self, name: str) -> Part:
-        """Raises BundleError, naming the parts there are."""
+        """The part called `name`. Raises BundleError, naming the parts there are."""
         return self.manifest.part(name)
 
 

@@ -76,7 +76,8 @@ class Job:
         """The folder, created on first use."""
         if self._folder is None:
             self._folder = temporary_name("job")
-            weakref.finalize(self, shutil.rmtree, self._folder, True)  # before it is made: a signal may fall between
+            # registered before the folder is made, because a signal may come in between
+            weakref.finalize(self, shutil.rmtree, self._folder, True)
             self._folder.mkdir(0o700)
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
@@ -120,7 +121,7 @@ class Job:
         try:
             os.replace(result, place)
         except OSError:
-            if not place.exists():  # else another writer of the same content was first
+            if not place.exists():  # if this fails, another writer put the same content there first
                 raise
         sync_folder(place.parent)
 

@@ -17,7 +17,7 @@ from diffship.core.errors import BusyError, ConfigError
 
 try:
     import fcntl
-except ImportError:  # Windows: a leftover is told by its age alone
+except ImportError:  # Windows: leftovers are recognised by their age alone
     fcntl = None  # type: ignore[assignment]
 
 _STALE_SECONDS = 24 * 3600
@@ -37,7 +37,7 @@ def claim_folder(path: Path) -> Iterator[Path]:
             os.mkdir(folder, 0o700)
             descriptor = _lock(folder)
             if descriptor is None:
-                continue  # swept away between its creation and its lock
+                continue  # another process removed it between its creation and its lock
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)

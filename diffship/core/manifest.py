@@ -191,7 +191,7 @@ class Manifest:
         return named
 
     def part(self, name: str) -> Part:
-        """Raises BundleError, naming the parts there are."""
+        """The part called `name`. Raises BundleError, naming the parts there are."""
         for part in self.parts:
             if part.name == name:
                 return part
@@ -204,7 +204,7 @@ class Manifest:
             data.pop("trajectory")
         for part in data["parts"]:
             for spec in (*part["inputs"], *part["outputs"]):
-                # a compiled part has types that hold its values, so there is nothing to say
+                # `exact` is left out: a compiled part already has types that hold its values
                 for key in ("exact", "whole"):
                     if not spec[key]:
                         del spec[key]
@@ -227,7 +227,7 @@ class Manifest:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Raises BundleError for anything that this version did not write, and says what."""
+    """The manifest in `data`. Raises BundleError for anything that this version did not write, and says what."""
     if len(data) > LIMITS.manifest_bytes:
         raise BundleError(f"{MANIFEST_NAME} has {len(data)} bytes; the limit is {LIMITS.manifest_bytes}")
     table = _parse_json(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-# What the user has set stays, whatever it says.
+# A variable that the user has set keeps its value.
 VARIABLES = {
     # from 1.24 on: a device id and a file of events below the home, and its vendor's host looked up
     "ORT_DISABLE_TELEMETRY": "1",

@@ -1,6 +1,6 @@
-"""What a bundle meets on its way: files that systems and downloads leave beside it, line ends that git changes.
+"""What copying and downloading does to a bundle: files are left beside it, and git changes line ends.
 
-None of it is ever opened by an engine; it is passed over within bounds, and told.
+No engine opens any of these files. They are passed over, within bounds, and reported.
 """
 
 from __future__ import annotations

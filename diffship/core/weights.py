@@ -59,7 +59,7 @@ class Weights(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def meta(self, name: str) -> TensorMeta:
-        """Raises SourceError if there is no such tensor."""
+        """Type and shape of a tensor. Raises SourceError if there is no such tensor."""
         ...
 
     def read(self, name: str) -> Array:

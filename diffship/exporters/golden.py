@@ -30,11 +30,11 @@ def write_golden(
     precision: Precision,
     max_bytes: int,
 ) -> Golden:
-    """`golden/<part>.safetensors` below `out`: feeds and fp32 outputs of each of `calls`.
+    """Write `golden/<part>.safetensors` below `out`: feeds and fp32 outputs of each of `calls`.
 
-    sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of
-    the graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs
-    there in torch, with a margin (`exporters.tolerances`).
+    sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of the
+    graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs there in
+    torch, with a margin (`exporters.tolerances`).
 
     Raises:
         SourceError: torch itself gives NaN or infinity.

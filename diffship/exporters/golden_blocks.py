@@ -66,7 +66,8 @@ def block_sizes(sizes: Mapping[str, int], factor: int) -> dict[str, int]:
 def write_blocks(
     component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: Precision, max_bytes: int
 ) -> GoldenBlocks | None:
-    """`golden/<part>.blocks.safetensors` below `out`; None for a part whose layers are not known (a stage).
+    """Write `golden/<part>.blocks.safetensors` below `out`; returns None for a part whose layers are not known (a
+    stage).
 
     The file holds `in.NAME` (what is fed: feeds of the part as they are, others as float8), `graph.NAME` (sketches of
     torch in float32 on weights rounded to `precision`) and, unless that is lossless, `out.NAME` (sketches on the true
@@ -142,7 +143,7 @@ class _Walk:
                 hook.remove()
         for name, tensor in zip(layer.writes, written, strict=True):
             found.loose[name] = tensor
-            # an output that only hands on a module's tensor is that point under another name
+            # an output that is a module's own tensor is the same point under another name
             handed_on = any(tensor is other for other in called.values())
             if name in self._between or (name in self.program.outputs and not handed_on):
                 called[name] = tensor
@@ -192,12 +193,12 @@ class _Walk:
         return arrays, metas
 
     def graph_limits(self) -> dict[str, Tolerance]:
-        """For the graph in float32 arithmetic, by point."""
+        """Tolerances, by point, for the graph in float32 arithmetic."""
         side = self.ways["true" if self.precision.lossless else "rounded"].sketches
         return {name: exact(array) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """For an engine in the format, by point; none if it is lossless: the graph's hold then.
+        """Tolerances, by point, for an engine in the format; none if it is lossless, because the graph's hold then.
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.

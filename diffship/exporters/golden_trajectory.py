@@ -31,7 +31,7 @@ START, LATENTS = "golden/trajectory.safetensors", "golden/latents.safetensors"
 def write_trajectory(
     pipeline: Pipeline, sizes: Mapping[str, int], out: Path, steps: int, precision: Precision, max_bytes: int
 ) -> GoldenTrajectory:
-    """`steps` steps of `pipeline` below `out`: where they start, and the latents after each.
+    """Draw `steps` steps of `pipeline`, and write below `out` where they start and the latents after each.
 
     sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.
@@ -64,7 +64,7 @@ def write_trajectory(
     (out / START).write_bytes(pack(trajectory))
     write_safetensors(out / LATENTS, {name: meta_of(array) for name, array in found.items()}, found.__getitem__)
     limits = [limit(precision, array, formatted[name]) for name, array in found.items()]
-    # the sampler adds up what the model gets wrong; elements near zero say nothing, so the whole decides
+    # errors add up over the steps, and elements near zero say nothing: so PSNR of the whole decides
     return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=loosest(limits).psnr_db))
 
 

@@ -52,7 +52,7 @@ class Exporter(Target, Protocol):
     proved_here: ClassVar[bool]
 
     def export(self, component: Component, out: Path, job: Job) -> Part:
-        """Write the files of a part below `out`; its manifest entry, not proved yet."""
+        """Write the files of a part below `out`; returns its manifest entry, not proved yet."""
         ...
 
 

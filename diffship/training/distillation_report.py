@@ -45,7 +45,7 @@ _COLOURS = {
 class InTraining(PipelineModel):
     """A pipeline whose denoiser is a module that is being trained."""
 
-    digest = ""  # of weights that change while they are looked at
+    digest = ""  # none: these weights change during the run
 
     def __init__(self, pipeline: Pipeline, module: nn.Module, device: str) -> None:
         super().__init__(pipeline, device)

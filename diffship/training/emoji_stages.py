@@ -211,7 +211,7 @@ def encode(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Latent
 
 
 def _digest(vae: AutoencoderKL, pictures: Pictures) -> str:
-    """Of what latents hang on: a longer trained auto-encoder, or other data, makes others."""
+    """A digest of what latents depend on: another auto-encoder, or other pictures, give other latents."""
     total = hashlib.sha256(pictures.pixels.tobytes())
     for name, tensor in sorted(vae.state_dict().items()):
         total.update(name.encode() + tensor.numpy().tobytes())

@@ -304,7 +304,8 @@ def _hidden(name: str) -> bool:
 
 
 def _text(raw: bytes, where: str) -> str:
-    """Raises SourceError unless it is UTF-8; the mark that some editors put before it is no part of it."""
+    """The text of a UTF-8 file, without the byte-order mark that some editors put first. Raises SourceError if it is
+    none."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:

@@ -155,7 +155,7 @@ def train(
             if progress is not None:
                 progress(run.step, schedule.steps)
         run.save()
-    for value in run.live:  # of modules that took turns, only some have it now
+    for value in run.live:  # if modules take turns, only some require a gradient at the end
         value.requires_grad_(True)
     run.accelerator.wait_for_everyone()  # no timeout: torch's own, for every exchange
     return run.step

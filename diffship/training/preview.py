@@ -31,7 +31,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "timestep_spacing": "trailing",  # the first step then sees nothing but noise, which is what is drawn
+    "timestep_spacing": "trailing",  # the first step then sees pure noise, which is what sampling starts from
     "prediction_type": "epsilon",
 }
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 SPAWNED = "DIFFSHIP_BENCH_SPAWNED"
-TURNS = "DIFFSHIP_BENCH_TURNS"  # two descriptors: a byte to read is our turn, one to write says that we are ready
+TURNS = "DIFFSHIP_BENCH_TURNS"  # two descriptors: a byte read is our turn, a byte written says that we are ready
 SHORT_SECONDS = 0.25  # what other processes left in the caches is a small part of a call of this length
 LONG_SECONDS = 60.0  # a call of this length is its own warm-up: what only the first one pays is small beside it
 

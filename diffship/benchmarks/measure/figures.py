@@ -17,7 +17,8 @@ from diffship.benchmarks.measure.session import Measurement, Outcome
 from diffship.core.kind import DECODER, DENOISER, ENCODER, TEXT
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-_WORST = ("OOM", "failed", "unsupported", "missing")  # which status a case has whose rounds ended differently
+# the status of a case whose rounds ended differently is the first of these that occurs
+_WORST = ("OOM", "failed", "unsupported", "missing")
 
 
 def rows_of(measurement: Measurement, suite: str) -> list[Row]:
@@ -109,7 +110,8 @@ def _file_bytes(case: Case, part: Mapping[str, Any]) -> float | None:
 
 
 def _macs(case: Case, materials: Materials, name: str) -> float | None:
-    """Of one call, or of a whole image: denoiser calls times steps, the decoder once, the text encoders per prompt."""
+    """Multiply-accumulates of one call, or of a whole image: denoiser calls times steps, the decoder once, the text
+    encoders per prompt."""
     rows = materials.rows_per_image
     if case.part == IMAGE:
         calls = {DENOISER: case.steps * rows * case.batch, DECODER: case.batch, TEXT: rows}

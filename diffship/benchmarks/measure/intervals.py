@@ -156,13 +156,14 @@ def verdict(low: float | None, high: float | None, better: str, enough: bool) ->
 
 
 def quality_verdict(difference: Interval, better: str, seeds: int, prompts: int, trained: bool) -> str:
-    """Of quality: 500 prompts, and three training seeds where the claim is about how models were made."""
+    """`verdict` of a difference in quality; a claim needs 500 prompts, and three training seeds if it is about how
+    models were made."""
     enough = prompts >= PROMPTS and (not trained or seeds >= ROUNDS)
     return verdict(difference.low, difference.high, better, enough)
 
 
 def ratio_verdict(low: float | None, high: float | None, rounds: int) -> str:
-    """Of a ratio of times, ours / theirs: "faster" or "slower" need three rounds and an interval without 1."""
+    """The verdict of a ratio of times, ours / theirs: a claim needs three rounds and an interval without 1."""
     below, above = (math.log(value) if value is not None else None for value in (low, high))
     said = verdict(below, above, "lower", rounds >= ROUNDS)
     return {"better": "faster", "worse": "slower"}.get(said, said)

@@ -19,7 +19,7 @@ POLL_SECONDS = 0.05
 TIMEOUT_CODE = 124
 RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 OVER_LIMIT_CODE = -1000  # no signal and no exit status has this number
-# Sets the limit and becomes the subject: no moment in which it could allocate without one.
+# Sets the limit and then execs the subject, which so never allocates without a limit.
 _LIMITED = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
@@ -172,7 +172,7 @@ class _Watch:
 
     def __init__(self, pid: int, limit: int | None) -> None:
         self._pid, self._limit = pid, limit
-        self._floor = memory_of("self").peak  # what ru_maxrss of a child starts from: it was once a part of us
+        self._floor = memory_of("self").peak  # ru_maxrss of a child starts from this: it is forked from us
         self._marks: dict[int, int] = {}
         self._largest = 0
         self.over = False

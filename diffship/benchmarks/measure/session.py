@@ -38,7 +38,7 @@ class Outcome:
     peak_bytes: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
-    place: tuple[int, ...] = ()  # round and set: those of one place took turns
+    place: tuple[int, ...] = ()  # (round, set): outcomes with the same place took turns
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Session:
         return Measurement(outcomes, materials, best)
 
     def _materials(self, bench: Bench, target: str) -> Materials:
-        """Raises what the preparing process says, before anything is measured."""
+        """The materials of `target`, made by a process of its own. Raises what that process says, before anything is
+        measured."""
         wanted = dict.fromkeys(engine_of(runner)[0] for runner in bench.engines or RUNNERS)
         engines = tuple(name for name in wanted if _usable(name, bench.device))
         folder = "torch" in wanted or bool(bench.against)

@@ -175,7 +175,7 @@ def _used(text: str, results: Mapping[str, Results]) -> dict[str, Results]:
 
 
 def _todays(name: str, results: Mapping[str, Results]) -> Results:
-    """With the command of today, not the one of the day when it was measured."""
+    """The results with the command of today, not the one of the day when they were measured."""
     return replace(results[name], command=FILES[name].command) if name in FILES else results[name]
 
 

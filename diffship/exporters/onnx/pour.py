@@ -35,7 +35,7 @@ def pour(
     on_bytes: OnTensor | None = None,
     held: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Write DATA_FILE into `folder` at the offsets that `model` states; the source digest of all `weights`.
+    """Write DATA_FILE into `folder` at the offsets that `model` states; returns the source digest of all `weights`.
 
     `on_bytes(n)` follows each tensor of n bytes. `held` is the name in `weights` of a tensor that has another one in
     the graph.

@@ -15,7 +15,7 @@ from math import gcd, prod
 
 Values = tuple[int, ...]
 _DIVISORS = (1, 2, 4, 8, 16)
-_MOST = 64  # a factor or a divisor that is larger is taken for chance
+_MOST = 64  # a rule with a larger factor or divisor would fit by chance
 
 
 @dataclass(frozen=True)

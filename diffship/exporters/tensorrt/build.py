@@ -58,7 +58,7 @@ def build(order: Order, say: Say) -> dict[str, Any]:
     with open(order.out, "wb") as file:
         file.write(plan)
     _keep_timing(config, order)
-    del parser  # it owns the weights that the network points to
+    del parser  # the parser owns the weights that the network points to
     seconds, peak = time.monotonic() - started, peak_bytes()
     facts = {"layers": network.num_layers, "attentions": decomposable, "bytes": Path(order.out).stat().st_size}
     return {"seconds": round(seconds, 2), "peak_bytes": peak, "version": str(trt.__version__), **facts}

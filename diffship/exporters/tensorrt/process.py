@@ -106,7 +106,7 @@ def _lines(process: subprocess.Popen[str], part: str, job: Job) -> Iterator[str]
 
 def _hear(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:
     assert process.stdout is not None  # it is a pipe
-    with process.stdout as lines:  # closed here: who closes what another thread reads waits for it
+    with process.stdout as lines:  # another thread that closed it would wait for this one
         for line in lines:
             said.put(line)
     said.put(None)

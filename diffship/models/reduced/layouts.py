@@ -84,7 +84,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def find_layout(name: str) -> Layout:
-    """Raises ConfigError, with the nearest name."""
+    """The layout called `name`. Raises ConfigError, with the nearest name, if there is none."""
     if name not in LAYOUTS:
         raise ConfigError(unknown("layout", name, LAYOUTS))
     return LAYOUTS[name]

@@ -18,7 +18,8 @@ def blocks(component: Component) -> tuple[str, ...]:
 
 
 def layers(component: Component) -> tuple[str, ...]:
-    """As `blocks`, with each transformer as `proj_in`, `transformer_blocks.K` and `proj_out`: the finest cuts."""
+    """Names of all layers: as `blocks`, with each transformer as `proj_in`, `transformer_blocks.K` and `proj_out`; the
+    finest cuts."""
     return tuple(layer.name for layer in component.program().layers)
 
 

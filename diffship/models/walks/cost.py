@@ -55,7 +55,7 @@ def cost(component: Component, sizes: Mapping[str, int] | None = None) -> Cost:
 
 
 def layer_costs(component: Component, sizes: Mapping[str, int] | None = None) -> dict[str, Cost]:
-    """As `cost`, layer by layer (names of `blocks.layers`); weights that no layer owns are in none of them."""
+    """The cost of each layer, by its name in `blocks.layers`. Weights that no layer owns are in none of them."""
     known = {**component.smallest_sizes(), **_translated(sizes or {})}
     whole = component.meta.get_submodule("inner")
     tree, found = Tree(whole), {}

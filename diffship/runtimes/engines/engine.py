@@ -58,7 +58,8 @@ class Opener(Protocol):
     """What opens the files of a part."""
 
     def open(self, files: Sequence[Path]) -> Session:
-        """Raises RunnerError if the engine refuses the model, MissingExtra if it is not installed."""
+        """The session of a part's files. Raises RunnerError if the engine refuses the model, MissingExtra if it is not
+        installed."""
         ...
 
 

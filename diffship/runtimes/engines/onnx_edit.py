@@ -105,7 +105,7 @@ class Graph:
 
 
 def read_graph(data: bytes) -> Graph:
-    """Raises BundleError if `data` is not a model of one graph."""
+    """The graph of an ONNX file. Raises BundleError if `data` is not a model of one graph."""
     try:
         model = list(fields(memoryview(data)))
         graphs = [value for number, _, value in model if number == 7 and isinstance(value, memoryview)]

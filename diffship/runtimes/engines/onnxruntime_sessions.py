@@ -26,7 +26,7 @@ DTYPES = {
 PLACEMENT = "session.record_ep_graph_assignment_info"
 CAPTURED_SHAPES = 8  # combinations of shapes that have a graph at a time; each keeps its activations on the GPU
 GRAPHS_EVER = 64  # onnxruntime frees a graph with its session only
-_WORTH = 4  # calls of other shapes, while a graph is not used once, after which theirs replaces it
+_WORTH = 4  # after so many calls of new shapes, during which a graph was not used, theirs replaces it
 _GRAPH_ID = "gpu_graph_id"
 _NO_GRAPH = "-1"
 # where one of these is computed on the host, whole activations travel; shape arithmetic belongs there
@@ -147,7 +147,7 @@ class GraphSession(DeviceSession):
                 # in host memory `numpy` shows the buffer itself, which the next call fills anew
                 return [np.array(slot.outputs[name].numpy()) for name in outputs]
             except Exception as fault:
-                self._captured.pop(key, None)  # its buffers, or its graph, may hold half of a call
+                self._captured.pop(key, None)  # after an error its buffers or its graph may hold half of a call
                 raise RunnerError(f"onnxruntime stopped: {first_line(fault)}") from None
 
     def _slot(self, session: Any, key: tuple[Any, ...], feeds: Mapping[str, Any]) -> _Captured | None:

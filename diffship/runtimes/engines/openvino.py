@@ -83,7 +83,7 @@ class OpenVinoRunner:
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": self.hint.upper(),
             "INFERENCE_PRECISION_HINT": self.precision,
-            # The latency hint may pick half the cores; DESIGN's figures use all of them.
+            # The latency hint may pick half the cores; published figures use all of them.
             "ENABLE_CPU_PINNING": False,
         }
         if self.threads:

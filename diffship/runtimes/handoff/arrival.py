@@ -21,7 +21,7 @@ def check_arrival(trajectory: Trajectory, model: Facts, shared_latents: bool = F
     trajectory.require_fit(model.family)
     origin = trajectory.origin
     sampler, name = trajectory.sampler, trajectory.sampler.name
-    # its class is the one way of stepping that was chosen for it, whatever the model's own is
+    # not compared: the sender chose the class for this picture, whatever the model's own is
     here = ModelFacts(model.name, model.family, {**model.scheduler, "_class_name": ""}, dict(model.digests))
     there = ModelFacts("the trajectory", model.family, {**sampler.to_config(), "_class_name": ""}, {})
     if origin is not None:

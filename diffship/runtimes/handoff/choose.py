@@ -183,12 +183,12 @@ def choose_split(
 
 
 def read_curve(file: Path) -> QualityCurve:
-    """Raises ConfigError: not readable, not JSON, or not of the form of `QualityCurve`."""
+    """The quality curve in a file. Raises ConfigError: not readable, not JSON, or not of the form of `QualityCurve`."""
     return load(QualityCurve, read_json(file, MIB), str(file))
 
 
 def read_profile(file: Path) -> SplitProfile:
-    """Raises ConfigError: not readable, not JSON, or not of the form of `SplitProfile`."""
+    """The profile in a file. Raises ConfigError: not readable, not JSON, or not of the form of `SplitProfile`."""
     return load(SplitProfile, read_json(file, MIB), str(file))
 
 

@@ -255,7 +255,7 @@ class HybridClient:
             if cancel is not None and cancel():
                 raise Cancelled("stopped while the cloud drew")
             if preparing.done():
-                preparing.result(0)  # what fails here cannot finish what the cloud sends
+                preparing.result(0)  # a device that failed here could not finish the cloud's picture either
         return asking.result(0)
 
     def _left(self, work: Work) -> float:

@@ -159,7 +159,7 @@ class Cloud:
         begin = time.perf_counter()
         timeout = httpx.Timeout(left, connect=min(CONNECT_SECONDS, left), write=min(WRITE_SECONDS, left))
         try:
-            async with asyncio.timeout(left):  # over the whole exchange: a drip of bytes restarts every other clock
+            async with asyncio.timeout(left):  # for the whole exchange: other timeouts start anew with every byte
                 request = self._opened().stream(
                     method, self.url + path, content=content or None, headers=headers, timeout=timeout
                 )

@@ -22,7 +22,8 @@ class Pace:
     decode: float | None = None
 
     def alone(self, calls: int) -> float | None:
-        """For `calls` calls and the decoding, which counts as a call while it is unknown."""
+        """Seconds for `calls` calls and the decoding, which counts as a call while its time is unknown; None if a
+        call's is."""
         if self.call is None:
             return None
         return calls * self.call + (self.call if self.decode is None else self.decode)

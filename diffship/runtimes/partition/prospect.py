@@ -46,7 +46,7 @@ class Prospect:
 
     @property
     def largest_share(self) -> float:
-        """Of the weights, what the device that holds most of them holds."""
+        """The share of the whole's weights on the device that holds most of them."""
         return max(self.held) / self.whole
 
     def devices(self) -> list[dict[str, Any]]:

@@ -160,7 +160,8 @@ def verify(
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
-    """Hashes first, then the golden vectors of each part with the manifest's tolerances, then the golden trajectory.
+    """Check a bundle on this machine: hashes first, then each part's golden vectors with the manifest's tolerances,
+    then the golden trajectory.
 
     max_bytes: memory that a part may take (default: three quarters of what is free); larger parts run stage by stage.
     look: finds the node at fault of a part that fails (`suspects.look_into`; `reduce.through_graphs` for plans).
@@ -292,7 +293,7 @@ def _compute(
 
 
 def read_golden(bundle: Bundle, golden: Golden) -> list[tuple[Arrays, Arrays]]:
-    """Of each call, inputs and fp32 reference outputs by canonical name.
+    """(inputs, fp32 reference outputs) of each golden call, by canonical name.
 
     Raises:
         BundleError: the file holds anything else.

@@ -227,7 +227,7 @@ async def events(generation: Generation, follower: Follower, name: str) -> Async
             made = await asyncio.wait_for(follower.queue.get(), min(left, _HEARTBEAT))
         except TimeoutError:
             if left <= _HEARTBEAT:
-                generation.expire()  # its result, below, says so; an end that came first stays what it is
+                generation.expire()  # the result below raises DeadlineError; an earlier end stays what it was
                 break
             yield b": still here\n\n"
             continue

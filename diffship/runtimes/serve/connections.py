@@ -24,7 +24,7 @@ _SPARE_FILES = 32  # for what is no connection: files, pipes of engines that are
 _FEWEST = 8
 _AT_ONCE = 8  # connections that come in before any is closed for them; much fewer than the spare descriptors
 _LOOK_SECONDS = 1.0
-_STILL_SECONDS = 2.0  # after which whoever reads nothing may have to go for somebody else
+_STILL_SECONDS = 2.0  # seconds after which a client that reads nothing may be disconnected for a new one
 _SLOWEST = 1024  # bytes a second that a client must read
 _AHEAD = 1  # requests that a client may have sent before it has read the answer to the one before
 
@@ -119,7 +119,8 @@ def bind(host: str, port: int) -> Doors:
 
 
 def _bound(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> Doors:
-    """Raises OSError: of an address that is in use, or of the last one if none is of this machine."""
+    """Sockets that listen on `port` of all `addresses`. Raises OSError: of an address that is in use, or of the last
+    one if none is of this machine."""
     doors, foreign = Doors(), None
     try:
         for family, address in addresses:

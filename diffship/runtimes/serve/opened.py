@@ -60,7 +60,7 @@ def _served(stack: ExitStack, name: str, source: str, engine: str | None, option
     process = cast(IsolatedEngine, model.opener)
 
     def restart() -> None:
-        files.require_same()  # else other weights would draw under the old names
+        files.require_same()  # otherwise other weights would be used under the old name and digests
         process.restart()
         files.require_same()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from diffship.runtimes.serve.order import Order
 
 _BLEND = 0.2  # weight of the newest measurement
-_MOST = 2.0  # times the known pace that one measurement counts for: a stall is no pace
+_MOST = 2.0  # a measurement counts for at most so many times the known pace, because a stall is no pace
 
 
 def blended(known: float, seconds: float) -> float:

@@ -51,7 +51,7 @@ class Service:
             worker.start(heard)
 
     def worker(self, name: str | None) -> Worker:
-        """Raises ConfigError, with the nearest legal name."""
+        """The worker of the model called `name`. Raises ConfigError, with the nearest legal name, if there is none."""
         if name is None:
             return next(iter(self.workers.values()))
         if name not in self.workers:

@@ -268,7 +268,7 @@ class Worker:
     def _take(self) -> list[Generation]:
         """Take the requests for which there is room, in order of arrival, and encode each."""
         taken: list[Generation] = []
-        at_once = 0  # what needs no call takes no room; without a bound it could hold up what runs
+        at_once = 0  # requests without a call take no room, so they are bounded here: encoding them delays what runs
         while at_once < self._options.batch and self.served.alive() and (generation := self._next()) is not None:
             taken.append(generation)
             at_once += all(strand.arrived for strand in self._begin(generation))
@@ -284,7 +284,7 @@ class Worker:
                     continue
                 room = batcher.room(shape)
                 if room < min(generation.order.images, self._options.batch):
-                    full.add(shape)  # those behind it do not overtake their own kind
+                    full.add(shape)  # requests of the same size behind it keep their order
                     continue
                 self._waiting.remove(generation)
                 self._running[generation] = []

@@ -86,7 +86,7 @@ class PlanFacts:
 
 
 def read_facts(path: Path) -> PlanFacts:
-    """Raises BundleError for anything that this version did not write, and says what."""
+    """The facts beside a plan. Raises BundleError for anything that this version did not write, and says what."""
     return load(PlanFacts, read_json(path, LIMITS.manifest_bytes, BundleError), path.name, BundleError)
 
 

@@ -77,7 +77,7 @@ def _part_rows(source: str, part: Part, sm: Sequence[int]) -> list[Row]:
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
-    """Raises ConfigError for a source that is not among the cases."""
+    """The cases of these sources. Raises ConfigError for a source that has none."""
     known = {case.source: case for case in CASES}
     for name in names:
         if name not in known:

@@ -63,7 +63,7 @@ def rows_of(source: str, work: Path) -> list[Row]:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Raises ConfigError for a source that is not among SOURCES."""
+    """These sources. Raises ConfigError for one that is not among SOURCES."""
     for name in names:
         if name not in SOURCES:
             raise ConfigError(unknown("source", name, SOURCES))

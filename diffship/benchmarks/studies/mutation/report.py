@@ -58,7 +58,7 @@ def excluded(scored: Sequence[Entry]) -> set[Mutant | None]:
 
 
 def tally(entries: Iterable[Entry]) -> Tally:
-    """Of those that the engine opens."""
+    """Counts of the mutants that the engine opens."""
     found = [outcome.status for _, outcome in entries if outcome.status in (CAUGHT, SURVIVED)]
     return Tally(found.count(CAUGHT), len(found))
 

@@ -22,7 +22,7 @@ HEAD = (
 
 
 def proof_table(results: Results) -> Table:
-    """Of a file that `python -m diffship.benchmarks mutation` wrote."""
+    """The table of a file that `python -m diffship.benchmarks mutation` wrote."""
     rows = {(row.subject, row.metric): row for row in results.rows}
     precisions = [row.subject for row in results.rows if row.metric == "mutation_score"]
     return Table(

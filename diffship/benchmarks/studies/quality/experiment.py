@@ -20,7 +20,7 @@ from diffship.core.strict import bounded, bounds, choices, load, unknown
 
 SCHEMA = 1
 DATA = "DATA"  # in a pass: the folder that the command is given
-METRICS = ("top1", "top5", "teacher_rms")  # what is known of every single prompt, and can be compared in pairs
+METRICS = ("top1", "top5", "teacher_rms")  # figures of each single prompt, which can be compared in pairs
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def stack(t: Translation, parts: Sequence[Any], axis: int = 0) -> Value:
 
 @implements("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 def arange(t: Translation, first: Any, second: Any = None, step: Any = 1) -> Value:
-    """Of one bound it is the end, of two the start and the end."""
+    """The numbers from start to end; one bound is the end, two are start and end."""
     start, end = (0, first) if second is None else (first, second)
     return t.emit("Range", *(t.cast(value, t.dtype) for value in (start, end, step)))
 

@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> None:
         sessions = Sessions(make_engine(words[0], json.loads(words[1])))
         while True:
             try:
-                # no timeout: it is asked when there is something to ask, and ends with who asks
+                # no timeout: the parent writes when it has a call, and this process ends with its parent
                 send(answers, *sessions.answer(*receive(sys.stdin.buffer)))
             except (EOFError, BrokenPipeError):
                 break

@@ -78,12 +78,12 @@ class IsolatedEngine:
                 for session in self._sessions.values():
                     session.open(process)
             except BaseException:
-                process.end()  # half opened it would count as alive, and as ready
+                process.end()  # a process with only some files open would count as alive and ready
                 raise
 
     def kill(self) -> None:
         """End the process at once and for good: a call that is under way in another thread raises PeerError."""
-        self._killed = True  # before the look at the process: one that starts meanwhile sees it
+        self._killed = True  # set before the process is looked at, so that a start at the same time sees it
         process = self._process
         if process is not None:
             process.kill()
