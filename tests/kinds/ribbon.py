@@ -209,7 +209,7 @@ _PARTS: Mapping[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], dict[str, int]
         Transformer,
         (
             _floats("hidden_states", "batch_size", CHANNELS, "length"),
-            _floats("timestep", "batch_size"),
+            lambda width: TensorSpec("timestep", "float32", ("batch_size",), exact=True),
             _floats("encoder_hidden_states", "batch_size", "sequence_length", None),
         ),
         (_floats("out_sample", "batch_size", CHANNELS, "length"),),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from diffship.core.precision import PRECISIONS
 from diffship.core.registry import KINDS, kinds
 
 PACKAGE = Path(__file__).parents[2] / "diffship"
@@ -94,3 +95,14 @@ def test_the_half_that_draws_imports_without_torch() -> None:
         "for name, kind in kinds().items(): Family(name).latent_shape(512, 512), kind.conditions(Family(name))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("source", ["arch:tiny-sd", "arch:tiny-sdxl", "arch:tiny-lcm", "arch:tiny-sd3"])
+def test_no_precision_rounds_the_timestep_of_a_denoiser(source: str) -> None:
+    """float16 tells timesteps from 256 up apart by quarters, and bfloat16 by whole numbers, or by two or four."""
+    pytest.importorskip("torch")
+    from diffship.models.sources.opening import open_source
+
+    pipeline = open_source(source)
+    spec = next(one for one in pipeline.denoiser.inputs if one.name == pipeline.family.kind.time_input)
+    assert spec.exact and not spec.whole and all(form.port(spec).dtype == "float32" for form in PRECISIONS.values())
