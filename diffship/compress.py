@@ -83,7 +83,7 @@ def foresee(
     """What `compress` would make, and how long it would take: a dry run, which writes nothing and opens no data. A pass
     whose data is not there has no hours, and says so.
 
-    `precision` is that of the result, as in `compress`. With `timing`, and where a pass calls the U-Net, one call of it
+    `precision` is that of the result, as in `compress`. With `timing`, and if a pass calls the U-Net, one call of it
     is timed here; that takes seconds.
 
     Raises:
@@ -101,7 +101,7 @@ def foresee(
 
 
 def _keep_what_is_there(passes: Sequence[Any]) -> None:
-    """Raises ConfigError where a file or folder that a pass is to write beside the model would be replaced."""
+    """Raises ConfigError if a file or folder that a pass is to write beside the model would be replaced."""
     for step in passes:
         for entry in fields(step):
             given = getattr(step, entry.name) if entry.metadata.get("output") else None

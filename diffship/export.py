@@ -68,12 +68,12 @@ def export(
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
 
-    Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass;
-    with `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for
-    `verify` to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
+    Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass; with
+    `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
+    to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
 
-    `against` is a pipeline of the same parts that torch computes the references of, in place of `source`: a graph made
-    of another implementation is proved so.
+    `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
+    `source`: so a graph of one implementation is proved against another.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -116,7 +116,8 @@ def export(
 
 
 def _restored(source: str | Path | Pipeline, to: str, out: Path, overwrite: bool, job: Job) -> Bundle:
-    """The bundle that the package ships ready, weights added: what an export with torch would write."""
+    """The bundle of `source` that the package ships without weights, and its weights added: what an export with torch
+    would write."""
     from diffship.exporters.onnx.prepared import restore
     from diffship.models.sources.opening import packaged
 
@@ -187,7 +188,7 @@ def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
     """Whether an engine of this machine reads what the exporter writes.
 
     Raises:
-        UnsupportedError: there is none, and the proof needs one; MissingExtra where it can be installed.
+        UnsupportedError: there is none, and the proof needs one; MissingExtra if it can be installed.
     """
     from diffship.exporters.protocol import BuiltFromGraph
     from diffship.runtimes.engines.engine import choose_engine
@@ -212,9 +213,10 @@ def _steps(
     asked: int | None,
     job: Job,
 ) -> int:
-    """Steps of the golden trajectory; those of the target where it can be drawn, unless some are asked for.
+    """How many steps the golden trajectory has: those `asked` for, else the target's default, or 0 if none can be
+    drawn.
 
-    sizes: of the denoiser, where it is exported.
+    sizes: of the denoiser by axis; None if it is not exported.
     """
     from diffship.exporters.golden_trajectory import why_not
 
@@ -337,10 +339,11 @@ def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = N
 
 
 def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> GoldenTrajectory:
-    """The golden trajectory of torch; where the target runs here, its denoiser has met it.
+    """Draw the golden trajectory with torch; if an engine of this machine reads the target, check that it draws the
+    same.
 
     Raises:
-        ParityError: it has not; the message has the figures by step.
+        ParityError: it does not; the message has the figures by step.
     """
     from diffship.exporters.golden_trajectory import write_trajectory
     from diffship.runtimes.engines.engine import choose_engine, make_engine

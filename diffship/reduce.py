@@ -37,7 +37,7 @@ _FIXED = "stage_fixed.onnx"  # beside the stretch, whose weights it shares, and 
 
 
 def through_graphs(graphs: str | Path) -> Look:
-    """Looks into the ONNX bundle `graphs` where a part of a TensorRT bundle fails."""
+    """A `Look` that finds the wrong node of a failed part of a TensorRT bundle in the ONNX bundle `graphs`."""
     opened = Bundle.open(Path(graphs))
 
     def look(bundle: Bundle, part: Part, engine: Engine, feeds: Arrays) -> tuple[str, ...]:
@@ -67,9 +67,9 @@ def _graph_of(graphs: Bundle, part: Part) -> Part:
 
 @dataclass(frozen=True)
 class _Stretches:
-    """An Opener of ONNX files: each is built for the shapes of its first call, and run by `engine`.
+    """Opens ONNX files, the stretches of a graph, in TensorRT: each is built for the shapes of its first call.
 
-    fed: what the caller feeds; other integers are sizes, and become constants.
+    fed: names that the caller feeds; other integer inputs are sizes, and become constants.
     """
 
     engine: Opener

@@ -35,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class PartFigures:
-    """One part. `judged` is false where the weights differ and no floor was asked for: figures only."""
+    """One part. `judged` is false if the weights differ and no floor was asked for: figures only."""
 
     name: str
     same_source: bool
@@ -91,7 +91,7 @@ def common_parts(first: Side, second: Side, wanted: Sequence[str] | None = None)
 def compare_part(first: Side, second: Side, part: str, seed: int = 0, floor_db: float | None = None) -> PartFigures:
     """Both run `part` on the same feeds at the smallest size.
 
-    The floor is `floor_db`, or that of the lower precision where both come from the same weights.
+    The floor is `floor_db`, or that of the lower precision if both come from the same weights.
 
     Raises:
         ConfigError: one takes other inputs than the other, or has another vocabulary.
@@ -198,7 +198,7 @@ def compare_steps(
 
 
 def picture_psnr(first: Array, second: Array) -> float:
-    """PSNR in dB of two uint8 pictures, peak 255; inf where they are equal."""
+    """PSNR in dB of two uint8 pictures, peak 255; inf if they are equal."""
     error = float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -97,6 +98,31 @@ def test_wheels_that_pages_name_are_of_this_version(page: Path) -> None:
 def test_module_commands_name_modules_that_are_there(page: Path) -> None:
     for module in re.findall(r"python -m (diffship\.[\w.]+)", page.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module) is not None, module
+
+
+def defined(module: Path) -> set[str]:
+    """Classes and functions of a module; methods also as `Class.name`."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_pages_call_path_and_name_is_defined_there(page: Path) -> None:
+    """`core/kind.py: Kind`, below diffship/."""
+    for path, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", page.read_text(encoding="utf-8")):
+        assert name in defined(ROOT / "diffship" / path), f"{page.name}: {path} has no {name}"
+
+
+def test_the_design_names_files_that_there_are() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    stated = re.findall(r"`((?:[\w.-]+/)*[\w-]+(?:\.py|\.toml|/))`", text)
+    missing = [path for path in stated if not any((root / path).exists() for root in (ROOT, ROOT / "diffship"))]
+    assert len(stated) > 40 and missing == []
 
 
 def test_the_design_names_flags_that_there_are_and_marks_those_to_come() -> None:

@@ -2,7 +2,7 @@
 
     python -m diffship.benchmarks.gpu_host --out gpu.json [--sources emoji,arch:sd15] [--work DIR]
 
-Each source becomes an ONNX bundle and, where the library of this GPU is installed, TensorRT engines; each bundle is
+Each source becomes an ONNX bundle and, if the library of this GPU is installed, TensorRT engines; each bundle is
 verified in its engine, part by part and step by step; then what runs is measured against diffusers and torch.compile.
 Every step is a process with a time limit: one that dies is a row that says why, and the others go on.
 """
@@ -40,7 +40,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is proved, where: `device` is cuda; cpu tries the way itself where there is no GPU."""
+    """What is proved, and where: `device` is cuda; cpu tries the way itself if there is no GPU."""
 
     sources: tuple[str, ...]
     work: Path
@@ -94,7 +94,7 @@ def _target_rows(plan: Plan, source: str, target: str, say: Say) -> list[Row]:
 
 
 def _flags(target: str) -> list[str]:
-    """Of the export: TensorRT's engines are for this GPU. Raises DiffshipError where none can be asked."""
+    """Of the export: TensorRT's engines are for this GPU. Raises DiffshipError if none can be asked."""
     if target != "tensorrt":
         return []
     from diffship.runtimes.engines.tensorrt.library import flavour_here
@@ -152,7 +152,7 @@ def _bench_rows(plan: Plan, source: str, engines: Sequence[str], say: Say) -> li
 
 
 def _told(words: Sequence[str], timeout: float) -> dict[str, Any]:
-    """What a verb prints with --json; {"reason": ...} where it prints nothing that can be read."""
+    """What a verb prints with --json; {"reason": ...} if it prints nothing that can be read."""
     command, env = child.command("diffship", *words, "--json"), child.environment()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", env=env)

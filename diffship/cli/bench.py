@@ -149,7 +149,7 @@ def _check_places(options: argparse.Namespace, file: Path | None) -> None:
 
 
 def _refuse_taken(options: argparse.Namespace, file: Path | None, suites: Sequence[str]) -> None:
-    """Raises ConfigError where what is to be written would replace something, or itself."""
+    """Raises ConfigError if what is to be written would replace something, or itself."""
     from diffship.benchmarks.report.plots import stems
 
     named = {"-o" if options.output else "--json": file, "--csv": options.csv, "--markdown": options.markdown}

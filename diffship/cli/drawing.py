@@ -187,7 +187,7 @@ def write_grid(file: Path, pictures: Sequence[Any], labels: Sequence[str], colum
 
 
 def save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
-    """Write one PNG, its folder included; without its settings where the command line says so.
+    """Write one PNG, its folder included; without its settings if the command line says so.
 
     The name was free when the work began; if another command has taken it since, the picture gets one beside it.
     """
@@ -203,7 +203,7 @@ def save(picture: Picture, file: Path, options: argparse.Namespace) -> Drawn:
 
 
 def reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequence[Trajectory]], None]:
-    """What hears of every step: moves the bar, and keeps the trajectory in a file where one is named."""
+    """What hears of every step: moves the bar, and keeps the trajectory in a file if one is named."""
 
     def report(batch: Sequence[Trajectory]) -> None:
         stages(label, batch[0].step, batch[0].calls)

@@ -115,7 +115,7 @@ def _warn_of_unused(parts: Iterable[Any]) -> None:
 
 @contextmanager
 def made_parents(path: Path) -> Iterator[None]:
-    """The folders above `path`, made where they are missing, and removed again if the block fails."""
+    """The folders above `path`, made if they are missing, and removed again if the block fails."""
     made = []
     for folder in reversed(path.absolute().parents):
         if not folder.exists():

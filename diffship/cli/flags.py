@@ -109,7 +109,7 @@ def engine_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: type[Any], title: str, skip: typing.Container[str] = ()) -> None:
-    """One flag per field of `cls`: its name with dashes, its type, its legal values; absent where not given."""
+    """One flag per field of `cls`: its name with dashes, its type, its legal values; absent if not given."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -172,7 +172,7 @@ def open_client(options: argparse.Namespace, token: str | None) -> HybridClient:
 def settle_split(
     client: HybridClient, request: Request, options: argparse.Namespace, budget: Budget | None
 ) -> tuple[tuple[int, int], Choice | None, list[str]]:
-    """The split, how it was chosen where it is `auto`, and what to warn of: without a cloud this device draws alone."""
+    """The split, how it was chosen if it is `auto`, and what to warn of: without a cloud this device draws alone."""
     if budget is None:
         return options.split, None, []
     steps = client.small.family.steps_default if request.steps is None else request.steps
@@ -189,7 +189,7 @@ def settle_split(
 
 
 def _profile(client: HybridClient, request: Request, steps: int, file: Path | None) -> SplitProfile:
-    """The stored one, or one measured now, and stored where a file is named."""
+    """The stored one, or one measured now, and stored if a file is named."""
     if file is None or not file.exists():
         made = measure_profile(client, request, steps)
         if file is not None:

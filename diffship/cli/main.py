@@ -170,7 +170,7 @@ def _fail(verb: str, kind: str, message: str, code: int, as_json: bool) -> int:
 
 
 def _out(printed: Callable[[], None]) -> int:
-    """0; where stdout takes no more though it is read (its disk is full), that is told, and its exit code."""
+    """0; if stdout takes no more though it is read (its disk is full), that is told, and its exit code."""
     try:
         printed()
     except OSError as fault:

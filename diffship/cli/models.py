@@ -82,7 +82,7 @@ def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[s
 
 
 def report(router: Router, sources: list[str]) -> list[dict[str, object]]:
-    """What each model did, JSON-ready: its share in `steps` is null where there is no split."""
+    """What each model did, JSON-ready: its share in `steps` is null if there is no split."""
     split = router.split or [None] * len(router.models)
     return [
         {

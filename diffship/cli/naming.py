@@ -37,7 +37,7 @@ class Names:
         self._template = _template(options.output, _marks(options))
 
     def places(self, pictures: Sequence[Fields]) -> list[Path] | None:
-        """A file for each; None where the template names what only an opened model knows.
+        """A file for each; None if the template names what only an opened model knows.
 
         Raises:
             ConfigError: two would go to one file, or one is there already and may not be replaced.
@@ -72,7 +72,7 @@ def asked_fields(options: argparse.Namespace, request: Request, index: int, imag
 
 
 def settled_fields(request: Request, steps: int | None, model: Model, engines: Sequence[str]) -> dict[str, str]:
-    """The settings of a request where they are left to `model`, which begins it."""
+    """The settings of a request if they are left to `model`, which begins it."""
     made = settle(request, model.family, model.scheduler)
     known = _settings(made.sampler.name, steps or made.steps, made.guidance, made.size)
     spacing, strength = made.sampler.spacing or OWN, _number(made.strength)

@@ -66,7 +66,7 @@ def size_text(size: int) -> str:
 
 
 def figure(value: object, form: str = ".2e") -> str:
-    """A figure, `exact` for an infinite PSNR, or a dash where there is none."""
+    """A figure, `exact` for an infinite PSNR, or a dash if there is none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
         return "-"
     return "exact" if math.isinf(value) else format(value, form)

@@ -52,7 +52,7 @@ def require_picture_place(path: Path, flag: str) -> None:
 
 
 def refuse_taken(places: Iterable[tuple[str, Path]], overwrite: bool) -> None:
-    """Raises ConfigError where two of these (flag, file) are one file, or, without `overwrite`, one is there."""
+    """Raises ConfigError if two of these (flag, file) are one file, or, without `overwrite`, one is there."""
     seen: dict[str, str] = {}
     taken = []
     for flag, path in places:

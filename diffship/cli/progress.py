@@ -51,7 +51,7 @@ class Stages(AbstractContextManager["Stages"]):
             self.tick()
 
     def tick(self) -> None:
-        """Show how far the phase is, where it is time for that."""
+        """Show how far the phase is, if it is time for that."""
         with self._lock:
             if self._phase is None:
                 return
@@ -105,7 +105,7 @@ class Stages(AbstractContextManager["Stages"]):
 
 @dataclass
 class Phase:
-    """What is going on: `done` of `total` pieces, or bytes where `total` is such; `begun` on the clock."""
+    """What is going on: `done` of `total` pieces, or bytes if `total` is such; `begun` on the clock."""
 
     label: str
     done: int
@@ -140,7 +140,7 @@ def warn_of(source: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """On stderr, whose reader may be gone: the work goes on unheard."""
+    """Print a line on stderr; if nobody reads it any more, the work goes on."""
     try:
         print(printable(line), file=sys.stderr, flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""run: draw pictures with a bundle (or, where torch is installed, with a diffusers folder), or with several in turn."""
+"""run: draw pictures with a bundle (or, if torch is installed, with a diffusers folder), or with several in turn."""
 
 from __future__ import annotations
 

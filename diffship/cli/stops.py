@@ -13,7 +13,7 @@ _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def raise_if_heard() -> None:
-    """Raises KeyboardInterrupt where a signal was heard and what it raised was lost: work has gone on regardless."""
+    """Raises KeyboardInterrupt if a signal came and a library swallowed what it raised, so that the work went on."""
     if Stops.entered is not None and Stops.entered.number is not None:
         raise KeyboardInterrupt
 

@@ -115,7 +115,7 @@ def _polygraphy(options: argparse.Namespace) -> Result:
 
 
 def _intact(bundle: Bundle) -> tuple[dict[str, object], str]:
-    """Document and text of a bundle whose hashes match. Raises BundleError where they do not."""
+    """Document and text of a bundle whose hashes match. Raises BundleError if they do not."""
     notes = bundle.verify()
     files = bundle.manifest.files
     size = sum(record.size for record in files.values())

@@ -30,7 +30,7 @@ class Option:
 @dataclass(frozen=True)
 class Solution:
     """chosen: index of the option of each layer. bound: no choice within the capacity scores less; equal to `score`, to
-    rounding, where the solution is proved to be the best."""
+    rounding, if the solution is proved to be the best."""
 
     chosen: tuple[int, ...]
     cost: int
@@ -92,7 +92,7 @@ class _States:
 
 
 def _front(options: Sequence[Sequence[Option]], capacity: int, price: float, known: Solution, states: int) -> Solution:
-    """The best choice among at most `states` partial ones at a time; `known` where nothing better is found."""
+    """The best choice among at most `states` partial ones at a time; `known` if nothing better is found."""
     cheapest = _suffix([min(option.cost for option in layer) for layer in options])
     relaxed = _suffix([min(o.score + price * o.cost for o in layer) for layer in options])
     limit = known.score + _SLACK * (1 + abs(known.score))

@@ -89,7 +89,7 @@ class DistillPass(DistillOptions):
         return self.size or pipeline.family.default_size
 
     def pictures(self, pipeline: Pipeline) -> PairedPictures:
-        """Raises SourceError where the data cannot be used."""
+        """Raises SourceError if the data cannot be used."""
         return PairedPictures.open(Path(self.data).expanduser(), self.pixels(pipeline))
 
     def teacher_of(self, pipeline: Pipeline) -> Pipeline:
@@ -137,7 +137,7 @@ class DistillPass(DistillOptions):
 
 
 def _require_kin(student: Pipeline, teacher: Pipeline, default: bool) -> None:
-    """Raises ConfigError where learning from `teacher` takes back a LoRA that is fused into the student."""
+    """Raises ConfigError if learning from `teacher` takes back a LoRA that is fused into the student."""
     fused = [entry for entry in student.history[len(teacher.history) :] if entry.get("pass") == "lora"]
     if default and fused:
         raise ConfigError(

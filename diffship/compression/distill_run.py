@@ -52,8 +52,8 @@ class DistillOptions:
     teacher_steps: of a step-distilled teacher the number of its steps; only their timesteps are trained (trailing
     spacing), and w_task must be 0, as such a teacher does not predict the noise that was added. 0 for other teachers.
     precision: fp32, or mixed with fp16 or bf16. teacher_precision: of the teacher's weights. checkpointing: compute
-    activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder where they take
-    no more than this; else they are encoded at every step.
+    activations twice instead of keeping them. cache_gib: encoded pictures are kept in the job's folder if they take no
+    more than this; else they are encoded at every step.
     save_seconds: between checkpoints. validate_every, prompts: pictures of `prompts` (by default eight captions) are
     drawn at every so many checkpoints.
     """

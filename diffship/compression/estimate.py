@@ -35,7 +35,7 @@ _NOT_ASKED = "nothing was timed"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass: the cost of `part`, which it changes, before and after it (None where that is not known), seconds
+    """One pass: the cost of `part`, which it changes, before and after it (None if that is not known), seconds
     (None: not timed, or the pass cannot run), what the figures hang on, and what is not there that the pass reads."""
 
     kind: str
@@ -86,7 +86,7 @@ def _part_of(step: Any, pipeline: Pipeline) -> str:
 
 
 def absent_data(step: Any) -> str:
-    """Why a pass that trains cannot begin: its option `data` names no folder. Empty where it does, or needs none."""
+    """Why a pass that trains cannot begin: its option `data` names no folder. Empty if it does, or needs none."""
     data = getattr(step, "data", None)
     if data is None or Path(data).expanduser().is_dir():
         return ""
@@ -129,7 +129,7 @@ def _seconds(outline: Outline, per_mac: float | None, costs: _Costs) -> float | 
 
 
 def _seconds_per_mac(pipeline: Pipeline, costs: _Costs) -> tuple[float | None, str]:
-    """Seconds for one multiply-accumulate of the U-Net here, and what was timed; None where memory does not suffice."""
+    """Seconds for one multiply-accumulate of the U-Net here, and what was timed; None if memory does not suffice."""
     unet, free = pipeline.denoiser, available_memory()
     needed = 4 * costs.of(pipeline, unet).params
     if free is not None and 2 * needed > free:

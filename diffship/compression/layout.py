@@ -60,7 +60,7 @@ class LayoutPass:
         return config, layout_widths(layout, config)
 
     def outline(self, pipeline: Pipeline) -> Outline:
-        """The student's shapes; where it is narrowed, with the first channels and heads instead of the strongest."""
+        """The student's shapes; if it is narrowed, with the first channels and heads instead of the strongest."""
         return Outline(self._made(pipeline, lambda _weights, widths, _heads: first(widths)))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:

@@ -27,7 +27,7 @@ from diffship.models.pipeline import Pipeline, recorded
 class LoraPass:
     """Fuse LoRA files (safetensors; kohya's, diffusers' or peft's names) into the U-Net and the text encoders.
 
-    files: one or more. weights: how much of each, 1 where not given; negative ones subtract. sampler, steps: `lcm`
+    files: one or more. weights: how much of each, 1 if not given; negative ones subtract. sampler, steps: `lcm`
     records the LCM sampler in the result, with `steps` steps and guidance 1.
     """
 
@@ -59,7 +59,7 @@ class LoraPass:
         return Outline(self.run(pipeline, Job()))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
-        """The pipeline with changed weights: float32 where a file changes them, as they were elsewhere."""
+        """The pipeline with changed weights: float32 if a file changes them, as they were elsewhere."""
         deltas, scaled_by = self._deltas(pipeline)
         parts = dict(pipeline.components)
         for done, (name, changes) in enumerate(deltas.items(), 1):

@@ -69,7 +69,7 @@ class Names:
             self._kohya["unet"] |= original_names(self._layers["unet"], unet_config)
 
     def find(self, key: str) -> Place | None:
-        """The place of `key`, or None where no layer of this pipeline has that name, or several parts have it."""
+        """The place of `key`, or None if no layer of this pipeline has that name, or several parts have it."""
         return self._of_kohya(key) or self._of_dotted(key) or self._of_original(key)
 
     def parts_of(self, key: str) -> dict[str, Place]:
@@ -145,7 +145,7 @@ def _split(key: str) -> tuple[str, str] | None:
 
 
 def naming(keys: Iterable[str]) -> str:
-    """What keys that belong to no layer tell of where they come from; empty where they tell nothing."""
+    """What keys that belong to no layer tell of where they come from; empty if they tell nothing."""
     told = (what for key in keys for start, what in _FOREIGN.items() if key.startswith(start))
     return next(told, "")
 

@@ -1,4 +1,4 @@
-"""How strongly a LoRA changes its layers where its file has no alphas: what peft and diffusers note beside it.
+"""How strongly a LoRA changes its layers if its file has no alphas: what peft and diffusers note beside it.
 
 peft scales by alpha / rank, or by alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, arXiv 2312.03732, eq. 5), and
 keeps alpha apart from the tensors: in `adapter_config.json`, or in the header of a file that diffusers wrote. Who takes
@@ -40,7 +40,7 @@ _HARMLESS = {
 class Scaling:
     """alpha: of every layer that `patterns` does not name; these are ends of layer names, or whole ones behind a `^`,
     and the first that fits counts. root: whether the square root of the rank is divided by. where: the place that says
-    so. ranks: the rank of the layers that a pattern names, and of all others under `""`; empty where none is said."""
+    so. ranks: the rank of the layers that a pattern names, and of all others under `""`; empty if none is said."""
 
     alpha: float
     patterns: Mapping[str, float]
@@ -77,7 +77,7 @@ def _fits(name: str, layer: str) -> bool:
 
 @dataclass(frozen=True)
 class Notes:
-    """The scalings of one file: of each part, or of all (`""`); none where nothing is noted, and the rank is alpha."""
+    """The scalings of one file: of each part, or of all (`""`); none if nothing is noted, and the rank is alpha."""
 
     parts: Mapping[str, Scaling]
 
@@ -102,7 +102,7 @@ def read_notes(path: Path, keys: tuple[str, ...], metadata: Mapping[str, str]) -
 
 
 def adapter_config(path: Path) -> Path | None:
-    """peft's config beside a LoRA file, or None where there is none."""
+    """peft's config beside a LoRA file, or None if there is none."""
     config = path.parent / ADAPTER
     return config if config.is_file() else None
 

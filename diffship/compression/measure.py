@@ -75,7 +75,7 @@ class Drawing:
         return [Request(prompt, seed=seed + i, **shared) for i, prompt in enumerate(self.prompts)]  # type: ignore[arg-type]
 
     def settled(self, pipeline: Pipeline) -> Settled:
-        """The first request with the model's defaults filled in; raises ConfigError where the model cannot draw it."""
+        """The first request with the model's defaults filled in; raises ConfigError if the model cannot draw it."""
         return settle(self.requests(self.seed)[0], pipeline.family, pipeline.scheduler)
 
     def settings(self, pipeline: Pipeline) -> Settings:

@@ -32,7 +32,7 @@ class Calls:
 @dataclass(frozen=True)
 class Outline:
     """pipeline: with the shapes that the pass leaves; the values of its weights may be others. calls: what the pass
-    computes. note: what its shapes hang on where they are not known before it runs; they are then a target."""
+    computes. note: what its shapes hang on if they are not known before it runs; they are then a target."""
 
     pipeline: Pipeline
     calls: tuple[Calls, ...] = ()
@@ -40,7 +40,8 @@ class Outline:
 
 
 def settled(found: Sequence[Outline]) -> int:
-    """How many passes were checked on the very shapes that they will meet: the first one, and all behind exact ones."""
+    """How many passes were checked on the very shapes that they will meet: the first one, and each one before which all
+    outlines are exact."""
     exact = 0
     for outline in found:
         if outline.note:
@@ -61,7 +62,7 @@ def outlines(pipeline: Pipeline, passes: Sequence[Any], check: bool = True) -> l
 
     Raises:
         UnsupportedError: a pass does not fit what the passes before it make.
-        ConfigError: likewise, where the outline itself finds out.
+        ConfigError: likewise, if the outline itself finds out.
     """
     found: list[Outline] = []
     for step in passes:

@@ -85,7 +85,7 @@ def spread_captions(pictures: PairedPictures, count: int = _PROMPTS) -> tuple[st
 
 
 def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> None:
-    """Raises ConfigError where the processes of a distributed run would train in different folders."""
+    """Raises ConfigError if the processes of a distributed run would train in different folders."""
     if accelerator.num_processes == 1:
         return
     mark = int.from_bytes(hashlib.sha256(str(folder.resolve()).encode()).digest()[:7], "little")

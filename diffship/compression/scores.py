@@ -80,7 +80,7 @@ class ScoreTable:
     layers: tuple[LayerScores, ...]
 
     def score(self, name: str, kept: int) -> float:
-        """Raises ConfigError where that was not measured."""
+        """Raises ConfigError if that was not measured."""
         for layer in self.layers:
             for shift in layer.shifts if layer.name == name else ():
                 if shift.kept == kept:

@@ -40,7 +40,7 @@ class SignificancePass:
     keeps: ratios that a layer may be narrowed to. feedforward: narrow these layers, too.
     prompts: a text file, one a line (default: fifty built-in captions); count: only the first of them.
     steps, guidance, size: of the pictures that scores are measured with (default: the model's); size is in pixels.
-    seed: of their noise. batch: prompts a model call. precision: of their model; a GPU is used where torch finds one.
+    seed: of their noise. batch: prompts a model call. precision: of their model; a GPU is used if torch finds one.
     scores: a score table to use instead of measuring. scores_out: file (JSON) for the one that is measured.
     chart: file (PNG) for a bar chart of the scores.
     """
@@ -118,7 +118,7 @@ class SignificancePass:
             )
 
     def scored(self, found: Ways) -> dict[str, tuple[int, ...]]:
-        """{layer: the widths whose scores are needed}: all narrower ones, or half alone where ranks decide."""
+        """{layer: the widths whose scores are needed}: all narrower ones, or half alone if ranks decide."""
         if self.allocation == "ranks":
             return {layer.name: (layer.kept(by_rank.SCORED),) for layer in found.layers}
         return {name: widths[1:] for name, widths in found.widths.items()}
@@ -199,7 +199,7 @@ class SignificancePass:
         return (Calls(pipeline.denoiser, rows * side**2),)
 
     def table(self, pipeline: Pipeline, job: Job) -> ScoreTable:
-        """The scores: read from `scores`, or measured, then written to `scores_out`; the chart where one is asked for.
+        """The scores: read from `scores`, or measured, then written to `scores_out`; the chart if one is asked for.
 
         Raises:
             ConfigError: the scores in the file are of another U-Net.

@@ -58,7 +58,7 @@ class Results:
         return tuple(names)
 
     def latest(self) -> tuple[int, Pipeline]:
-        """How many passes are done, and what they made: the source where none is."""
+        """How many passes are done, and what they made: the source if none is."""
         if self._job.started:
             for done in range(len(self._passes), 0, -1):
                 if any(map(_owes, self._passes[:done])):

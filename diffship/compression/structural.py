@@ -59,7 +59,7 @@ class PrunePass:
     `diff-pruning` (sum of |weight times gradient| over the informative timesteps) or `random`.
     ranking: `layer` takes the same share of every layer, `global` ranks all layers of a kind together.
     layers: which kinds are pruned: `inner` (of residual blocks), `heads`, `feedforward`.
-    threshold: of Diff-Pruning; timesteps end where the loss is below this share of its largest.
+    threshold: of Diff-Pruning; timesteps end at the first whose loss is below this share of its largest.
     stride: every how many-th timestep adds gradients. data: folder of pictures with captions, for gradients.
     batch: pictures of the one batch. seed: of the batch, its noise, and random scores.
     """
@@ -106,7 +106,7 @@ class PrunePass:
         return [*problems, *self._data_problems(pipeline)]
 
     def outline(self, pipeline: Pipeline) -> Outline:
-        """Shapes as they will be; where layers are ranked together, only how much is pruned in all is known."""
+        """Shapes as they will be; if layers are ranked together, only how much is pruned in all is known."""
         made = narrow_unet(pipeline, self._unscored(pipeline), self._entry())
         note = "which layers become narrower hangs on their scores" if self.ranking == "global" else ""
         if self.criterion not in GRADIENTS:
@@ -256,7 +256,7 @@ def _table(kept: Any) -> tuple[Table, list[Any]]:
 
 
 def _finite(interior: Interior, channels: Scores) -> Scores:
-    """Scores of units; ConfigError where one is NaN or infinite."""
+    """Scores of units; ConfigError if one is NaN or infinite."""
     if not np.isfinite(channels).all():
         raise ConfigError(f"the scores of {interior.name} are not finite; are its weights damaged?")
     return interior.of_units(channels)

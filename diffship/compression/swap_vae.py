@@ -72,7 +72,7 @@ class SwapVaePass:
 
 
 def swap_vae(pipeline: Pipeline, vae: Module, force: bool = False) -> tuple[Pipeline, VaeReport | None]:
-    """`pipeline` with `vae`, and how the two auto-encoders compare; None where the pipeline's weights are random.
+    """`pipeline` with `vae`, and how the two auto-encoders compare; None if the pipeline's weights are random.
 
     Raises:
         ConfigError: latents of another shape; or it makes other pictures of the same latents, and `force` is not set.
@@ -87,7 +87,7 @@ def swap_vae(pipeline: Pipeline, vae: Module, force: bool = False) -> tuple[Pipe
 
 
 def require_same_latents(pipeline: Pipeline, other: Pipeline) -> None:
-    """Raises ConfigError where the auto-encoder of `other` makes other pictures of the latents of `pipeline`."""
+    """Raises ConfigError if the auto-encoder of `other` makes other pictures of the latents of `pipeline`."""
     if "arch" not in (pipeline.source.get("kind"), other.source.get("kind")):
         report = tried(pipeline, other)
         if report.foreign:

@@ -51,7 +51,7 @@ _MUST_AGREE: dict[str, Callable[[Pipeline], Any]] = {
 
 
 def require_agreement(student: Pipeline, teacher: Pipeline) -> None:
-    """Raises ConfigError where the two do not predict the same thing from the same inputs."""
+    """Raises ConfigError if the two do not predict the same thing from the same inputs."""
     for what, of in _MUST_AGREE.items():
         mine, theirs = of(student), of(teacher)
         if not np.array_equal(mine, theirs):

@@ -26,10 +26,11 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file beside `path` that takes its place, fsynced, when the block ends well, and vanishes otherwise.
+    """Give a binary file to write to, for a `with` block. If the block ends well, the file is fsynced and replaces
+    `path`; if not, it is removed and `path` stays as it was.
 
     Raises:
-        FileExistsError: a device, pipe, socket or folder has this name. By a rename root would take /dev/null away.
+        FileExistsError: `path` is a device, pipe, socket or folder. (Renaming as root would replace /dev/null.)
     """
     path = Path(path)
     if special(path):
@@ -78,7 +79,7 @@ def write_new(path: str | Path, data: bytes) -> Path:
 
 
 def _take(temporary: Path, place: Path) -> bool:
-    """Give a file its name; False where that is taken."""
+    """Give `temporary` the name `place`; returns False, and replaces nothing, if something has that name already."""
     try:
         os.link(temporary, place)
     except FileExistsError:
@@ -91,7 +92,7 @@ def _take(temporary: Path, place: Path) -> bool:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """fsync a folder, so that the names in it survive a crash; a no-op where the system cannot."""
+    """fsync a folder, so that the names in it survive a crash; a no-op if the system cannot."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -116,7 +117,7 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def exchange(first: str | Path, second: str | Path) -> bool:
-    """Swap two paths in one step; False where the system or the file system has no such call."""
+    """Swap two paths in one step; False if the system or the file system has no such call."""
     call = _exchange_call()
     return call is not None and call(os.fsencode(first), os.fsencode(second)) == 0
 

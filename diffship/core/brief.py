@@ -22,7 +22,7 @@ def brief(cls: type[T]) -> type[T]:
 
 
 def brief_text(owner: object, **values: object) -> str:
-    """`Class(key=value, ...)` with every value, and the whole, cut where it grows long."""
+    """`Class(key=value, ...)` with every value, and the whole, cut if it grows long."""
     inside = ", ".join(f"{key}={_value(value)}" for key, value in values.items())
     return f"{type(owner).__name__}({inside if len(inside) <= _WHOLE else inside[: _WHOLE - 3] + '...'})"
 

@@ -67,8 +67,8 @@ class Bundle:
     def verify(self, on_file: Callable[[str, int], None] | None = None) -> tuple[str, ...]:
         """Hash every file; `on_file(name, size)` follows each.
 
-        What it gives is to be told: files of systems and downloads that were passed over, a README whose line ends git
-        changed.
+        Returns notes for the user: which files of operating systems and downloads were passed over, and whether git
+        changed the line ends of the README.
 
         Raises:
             BundleError: a changed or unlisted file.

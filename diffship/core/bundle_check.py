@@ -90,7 +90,7 @@ def _other_size(path: Path, record: FileRecord) -> str:
 
 
 def check_unlisted(root: Path, listed: Collection[str], found: Mapping[str, os.stat_result]) -> str:
-    """What to tell of files that systems and downloads leave in a bundle; `""` where there are none.
+    """What to tell of files that systems and downloads leave in a bundle; `""` if there are none.
 
     Raises:
         BundleError: naming the first few other files that the manifest does not list.

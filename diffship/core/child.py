@@ -15,17 +15,17 @@ def command(module: str, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which a child can import what this process can."""
+    """The environment variables of this process, completed so that a child can import what this process can."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
 
 
 def kinds(fault: DiffshipError) -> list[str]:
-    """The names of its classes, the nearest first: what `restored` reads."""
+    """Names of the classes of `fault`, the most derived first; `restored` reads them."""
     return [kind.__name__ for kind in type(fault).__mro__]
 
 
 def restored(names: list[str], message: str, default: type[DiffshipError]) -> DiffshipError:
-    """An error of the nearest kind that takes a message alone, or of `default`."""
+    """The error that a child reported: of the first class in `names` that takes a message alone, or of `default`."""
     for name in names:
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, DiffshipError) and kind.__init__ is DiffshipError.__init__:

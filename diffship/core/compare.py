@@ -24,7 +24,8 @@ _REL_FLOOR = 0.01  # of the peak: below it a relative error says nothing
 @dataclass(frozen=True)
 @bounded
 class Tolerance:
-    """Each element must meet |candidate - reference| <= atol + rtol * |reference|; the whole, `psnr_db` where given.
+    """What passes: each element meets |candidate - reference| <= atol + rtol * |reference|, and the whole output has a
+    PSNR of at least `psnr_db` if that is given.
 
     `atol=None` leaves the element check out, so that PSNR alone decides (compressed weights).
     """
@@ -39,7 +40,7 @@ class Tolerance:
 
     @property
     def checks(self) -> bool:
-        """Whether anything can miss it; a tolerance without limits is for figures alone."""
+        """Whether there is a limit at all; a tolerance without one never fails, and serves to get the figures alone."""
         return self.atol is not None or self.psnr_db is not None
 
     def text(self) -> str:
@@ -50,10 +51,10 @@ class Tolerance:
 @brief
 @dataclass(frozen=True)
 class OutputReport:
-    """Figures of one output, in float64; NaN where they could not be computed, in which case `reason` says why.
+    """Figures of one output, in float64; NaN if they could not be computed, in which case `reason` says why.
 
     max_rel: largest error relative to |reference|, which is taken as at least 1 % of its peak.
-    psnr_db: 10 log10(peak**2 / mean squared error), peak = max |reference|; inf where both are equal.
+    psnr_db: 10 log10(peak**2 / mean squared error), peak = max |reference|; inf if both are equal.
     needed_atol: the smallest atol that would pass with the rtol given; needed_rtol likewise with the atol given.
     """
 
@@ -72,7 +73,7 @@ class OutputReport:
 
     @property
     def margin_db(self) -> float:
-        """How far PSNR and the largest error stay from their limits, in dB; negative where one misses it."""
+        """How far PSNR and the largest error stay from their limits, in dB; negative if one misses it."""
         psnr, atol = self.tolerance.psnr_db, self.tolerance.atol
         whole = math.inf if psnr is None else self.psnr_db - psnr
         if not atol or self.tolerance.rtol:
@@ -101,7 +102,7 @@ class OutputReport:
 @brief
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found; true where every output passed."""
+    """What `compare` found; as a truth value, whether every output passed."""
 
     outputs: tuple[OutputReport, ...]
 

@@ -1,4 +1,4 @@
-"""Tables of tensors by name: what weights have in common that know all their names, types and shapes at once."""
+"""Weights that know the names, types and shapes of all their tensors before any tensor is read."""
 
 from __future__ import annotations
 

@@ -17,16 +17,16 @@ def first_process() -> bool:
 
 
 def note_left() -> None:
-    """Say that this process has left a distributed run: `end` then spares it what C++ takes down."""
+    """Note that this process has left a distributed run, so that `end` skips the clean-up of C++ libraries."""
     _LEFT.append(True)
 
 
 def end(code: int) -> NoReturn:
     """End the process with `code`, as `sys.exit` does.
 
-    A process that has left a distributed run may abort in what C++ takes down behind the interpreter (5 of 36 runs on
-    busy cores did), and `torchrun` then kills the processes that are still writing. Such a process ends before that,
-    after everything that Python does at the end.
+    After a distributed run the clean-up of C++ libraries, which follows that of Python, may abort the process (it did
+    in 5 of 36 runs on busy cores); `torchrun` then kills the processes that are still writing. So a process that has
+    left such a run ends after Python's clean-up and before that of C++.
     """
     if _LEFT:
         atexit.register(_end_now, code)  # what is registered last is called first, and calls the others itself

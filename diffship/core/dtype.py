@@ -73,7 +73,7 @@ def meta_of(array: NDArray[np.generic]) -> TensorMeta:
 
 
 def stored(array: NDArray[np.generic], meta: TensorMeta) -> NDArray[np.generic]:
-    """`array` as contiguous little-endian storage of `meta`, viewed, not converted, where numpy lacks the type.
+    """`array` as contiguous little-endian storage of `meta`, viewed, not converted, if numpy lacks the type.
 
     Raises:
         ConfigError: shape or type is another one than `meta` says.
@@ -95,7 +95,7 @@ def as_bytes(array: NDArray[np.generic]) -> memoryview:
 
 
 def to_float32(array: NDArray[np.generic], dtype: str | None = None) -> NDArray[np.float32]:
-    """Values as float32; `dtype` names the true type where `array` holds raw bits (exact for 16 and 8 bit floats).
+    """Values as float32; `dtype` names the true type if `array` holds raw bits (exact for 16 and 8 bit floats).
 
     Raises:
         ConfigError: a finite float64 value that would become infinite.
@@ -151,7 +151,7 @@ def from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
 
 
 def _refuse_overflow(array: NDArray[Any], cast: NDArray[Any], dtype: str) -> None:
-    """Raises ConfigError where a finite value of `array` became infinite in `cast`."""
+    """Raises ConfigError if a finite value of `array` became infinite in `cast`."""
     if np.isfinite(cast).all():
         return
     lost = np.isinf(cast) & np.isfinite(array)
@@ -161,8 +161,8 @@ def _refuse_overflow(array: NDArray[Any], cast: NDArray[Any], dtype: str) -> Non
 
 
 def _odd_float32(array: NDArray[Any]) -> NDArray[np.float32]:
-    """float64 as float32, inexact values with the last bit set: rounding that again gives what rounding once would
-    (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
+    """float64 rounded to float32 "to odd": the last bit of an inexact value is set. A second rounding then gives what a
+    single one would have given (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
     near = to_float32(array, "float64")
     with np.errstate(invalid="ignore"):
         away = np.abs(near.astype(np.float64)) > np.abs(array)

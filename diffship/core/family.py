@@ -82,7 +82,7 @@ class Family:
         return self.kind.latent_shape(self, width, height)
 
     def to_json(self) -> dict[str, object]:
-        """All fields; the last ones, which came later, only where they say something: older readers refuse them."""
+        """All fields, but for later ones that have their default: older readers refuse keys that they do not know."""
         later = {"default_height": None, "strength_default": 1.0}
         return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
 

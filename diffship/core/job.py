@@ -1,4 +1,4 @@
-"""Job: the one cache, the one resume, the one progress and cancel of long work; and the checks before it starts."""
+"""Job: cache, resume, progress and cancellation of long work; and checks of disk and memory before it starts."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ def _plain_fact(value: object) -> object:
 
 
 class Bytes(int):
-    """The `total` of a progress that counts bytes: whoever shows it shows units."""
+    """A `total` that counts bytes, so that a progress bar shows MB and GB."""
 
 
 class Job:
-    """Long work: `folder` keeps what is done (None: a temporary one, for this process; `lasting` is False then),
-    `progress(label, done, total)` hears how far it is, `cancel()` says whether to stop."""
+    """Long work. `folder` keeps what is done, so that the next run finds it; None takes a temporary folder of this
+    process, and `lasting` is False then. `progress(label, done, total)` is called with how far the work is; the work
+    stops once `cancel()` is true."""
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ def require_disk(path: str | Path, needed: int, what: str = "this") -> None:
 
 
 def require_memory(needed: int, what: str = "this") -> None:
-    """Raises UnsupportedError unless `needed` bytes of memory are available; where that cannot be told, it passes."""
+    """Raises UnsupportedError unless `needed` bytes of memory are available; if that cannot be told, it passes."""
     free = available_memory()
     if free is not None and needed > free:
         raise UnsupportedError(
@@ -158,7 +159,7 @@ def require_memory(needed: int, what: str = "this") -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, within the control group's limit; None where it cannot be told."""
+    """Bytes that can be had without swapping, within the control group's limit; None if it cannot be told."""
     known = [value for value in (_meminfo(), _group_free()) if value is not None]
     return min(known) if known else None
 

@@ -125,7 +125,7 @@ class Kind(ABC):
         return family.latent_channels, height // family.vae_factor, width // family.vae_factor
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        """Into how many tokens a transformer of this kind would cut latents of this shape."""
+        """How many tokens a transformer of this kind makes of latents of this shape."""
         return math.prod(side // self.patch for side in latent_shape[1:])
 
     def axis_sizes(self, family: Family, width: int, height: int) -> dict[str, int]:
@@ -137,7 +137,7 @@ class Kind(ABC):
         return sizes["width"] * family.vae_factor, sizes["height"] * family.vae_factor
 
     def axis_steps(self, family: Family) -> dict[str, int]:
-        """Of the denoiser's axes: the number of which only multiples work."""
+        """{axis: step} for those axes of the denoiser whose size must be a multiple of `step`."""
         step = family.size_step // family.vae_factor
         return {"height": step, "width": step} if step > 1 else {}
 
@@ -159,13 +159,13 @@ class Kind(ABC):
         """
 
     def size_conditions(self, size: tuple[int, int], negative: bool = False) -> dict[str, NDArray[np.float32]]:
-        """Those conditions that come of the picture's (width, height) in pixels and not of the prompt."""
+        """Those conditions that depend on the picture's (width, height) in pixels, and not on the prompt."""
         return {}
 
     def without_prompt(
         self, model: Model, positive: Mapping[str, Any], size: tuple[int, int]
     ) -> Mapping[str, Any] | None:
-        """Conditioning of a negative prompt that was not given; None if that is the empty prompt."""
+        """Conditioning that stands for a negative prompt if none was given; None: the empty prompt is encoded."""
         return None
 
     def takes_guidance(self, family: Family) -> bool:
@@ -175,7 +175,7 @@ class Kind(ABC):
     def guidance_inputs(
         self, inputs: Sequence[TensorSpec], guidances: Sequence[float]
     ) -> dict[str, NDArray[np.float32]]:
-        """What the denoiser is fed of the guidance scales, one row each, by those names of its `inputs`."""
+        """Feeds, by name, of those `inputs` that take the guidance scale; one row for each of `guidances`."""
         return {}
 
     @abstractmethod
@@ -201,11 +201,12 @@ class Kind(ABC):
         return {}
 
     def texts_fit(self, modules: Mapping[str, Module]) -> bool:
-        """Whether the text encoders among `modules` are all that the denoiser needs: no base has to supply others."""
+        """Whether the text encoders among `modules` are all that the denoiser needs, so that no base must supply
+        others."""
         return all(slot.folder in modules for slot in self.text_slots)
 
     def scheduler_from(self, scheduler: Mapping[str, Any], modules: Mapping[str, Module]) -> dict[str, Any]:
-        """The scheduler config for `modules`, which come without one, made of that of a base."""
+        """The scheduler config for `modules` that come without one, derived from that of a base (`scheduler`)."""
         return dict(scheduler)
 
     def complete_tokenizer(self, slot: Slot, files: Mapping[str, bytes], where: str) -> dict[str, bytes]:

@@ -106,8 +106,8 @@ def _joined(cls: type, real: type) -> type:
 
 
 def _reraise_interrupt(fault: BaseException) -> None:
-    """Raises KeyboardInterrupt where `fault` came of one: a native module that is stopped while it starts says
-    ImportError, which is no sign that it cannot start."""
+    """Raises KeyboardInterrupt if `fault` was caused by one. A native module that the user stops while it is imported
+    raises ImportError, which does not mean that it cannot be imported."""
     seen: BaseException | None = fault
     while seen is not None:
         if isinstance(seen, KeyboardInterrupt):

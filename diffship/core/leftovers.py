@@ -25,10 +25,10 @@ _STALE_SECONDS = 24 * 3600
 
 @contextmanager
 def claim_folder(path: Path) -> Iterator[Path]:
-    """A new, empty, private (0700) folder beside `path`, locked until the block ends or the process dies.
+    """Make a new, empty, private (0700) folder beside `path`, locked until the block ends or the process dies.
 
-    What is still in its place at the end is removed. A signal at any moment, also right after the folder is made,
-    leaves nothing: it is named first, and made where its end is watched.
+    If the folder is still in its place at the end, it is removed. A signal leaves nothing behind, also right after the
+    folder is made: its name is chosen first, and it is made inside the `try` that removes it.
     """
     for _ in range(10):
         folder = partial_name(path)
@@ -49,9 +49,10 @@ def claim_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(what: str, place: Path | None = None) -> Iterator[Path]:
-    """A new private folder, `diffship-WHAT-...` in `place` (the system's temporary folder), removed at the end.
+    """Make a private folder, `diffship-WHAT-...` in `place` (the system's temporary folder), and remove it at the end.
 
-    `tempfile.TemporaryDirectory` makes its folder and then notes it; a signal between the two leaves it for ever.
+    `tempfile.TemporaryDirectory` makes its folder before it notes the name, so a signal between the two leaves the
+    folder for ever.
     """
     folder = temporary_name(what, place)
     try:
@@ -76,7 +77,7 @@ def usual_mode(private: Path) -> int:
 
 
 def refuse_fixed(path: Path) -> None:
-    """Raises ConfigError where no folder can be moved to: a container's volume, a drive, the current folder."""
+    """Raises ConfigError if no folder can be moved to: a container's volume, a drive, the current folder."""
     if path in (Path.cwd(), *Path.cwd().parents):
         raise ConfigError(f"{path} is the current folder or holds it; name a folder that can be made")
     if os.path.ismount(path):
@@ -96,7 +97,7 @@ def remove_leftovers(path: Path) -> list[Path]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """`folder` locked, also while it is renamed, so that no other writer takes it for a dead one's."""
+    """Hold the lock of `folder`, also while it is renamed, so that no other writer takes it for a leftover."""
     descriptor = _lock(folder)
     try:
         yield
@@ -149,8 +150,8 @@ def _remove_stale_file(entry: Path) -> bool:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor with the lock; -1 where the system or the file system has no locks; None where another has it, or
-    the folder is gone."""
+    """A descriptor that holds the lock; -1 if the system or the file system has no locks; None if another process holds
+    it or the folder is gone."""
     if fcntl is None:
         return -1
     try:

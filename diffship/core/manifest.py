@@ -44,8 +44,8 @@ class Binding:
 class GoldenBlocks:
     """References inside a part, in a bundle-relative file: `in.NAME` is fed, `graph.NAME` and `out.NAME` are sketches.
 
-    cut: graph tensors whose readers get `in.NAME` instead, so that no block sees what the one before it got wrong; by
-    name, the power of two that the file's float8 values are multiplied with.
+    cut: {graph tensor: power of two}. Nodes that read such a tensor are fed `in.NAME` instead, so that no block sees an
+    error of an earlier one. The file's float8 values are multiplied with that power of two.
     graph: tolerance by point of the graph in float32 arithmetic, against `graph.NAME`.
     engine: tolerance by point of an engine in the part's precision, against `out.NAME`; empty for fp32.
     """
@@ -66,7 +66,7 @@ class GoldenBlocks:
 class Golden:
     """Inputs and fp32 reference outputs of `calls` calls at `sizes`, in a bundle-relative file.
 
-    The file holds `K.in.NAME` and `K.out.NAME` for call K from 0 on; where `outputs` is empty it is of the form of
+    The file holds `K.in.NAME` and `K.out.NAME` for call K from 0 on; if `outputs` is empty it is of the form of
     schema 1, one call as `in.NAME` and `out.NAME`. outputs: tolerance by output; tolerance: the loosest of them.
     method: how they were found.
     """
@@ -101,7 +101,7 @@ class GoldenTrajectory:
 @brief
 @dataclass(frozen=True)
 class Part:
-    """One compiled component. `files[0]` is what an engine opens; `bindings` only where the target renames or reshapes.
+    """One compiled component. `files[0]` is what an engine opens; `bindings` only if the target renames or reshapes.
 
     `proof` is {"status": "proved" | "unproven", ...figures}; `extra` belongs to the target.
     """
@@ -132,7 +132,7 @@ class Part:
 
     @property
     def format(self) -> Precision:
-        """What `precision` means; raises BundleError where this version does not know it."""
+        """What `precision` means; raises BundleError if this version does not know it."""
         try:
             return precision_of(self.precision)
         except ConfigError as fault:
@@ -215,7 +215,7 @@ class Manifest:
         return {"schema": data.pop("schema"), **data}
 
     def to_bytes(self) -> bytes:
-        """UTF-8 JSON; raises BundleError where a value is not JSON (NaN, say), or it gets too long."""
+        """UTF-8 JSON; raises BundleError if a value is not JSON (NaN, say), or it gets too long."""
         try:
             text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             data = text.encode()
@@ -247,8 +247,8 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def listed_files(data: bytes) -> frozenset[str]:
-    """The files that a manifest lists. It may be one that this version cannot open: a value out of bounds, a newer
-    schema; it is ours if it has the head of every manifest and the size and hash of each file.
+    """The files that a manifest lists, also if this version cannot open it (a value out of bounds, a newer schema). It
+    counts as a manifest if it begins as every manifest does and has the size and hash of each file.
 
     Raises:
         BundleError: it is no manifest of diffship, or lists a path outside its folder.

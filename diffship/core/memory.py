@@ -11,7 +11,7 @@ except ImportError:  # Windows
 
 
 def peak_bytes() -> int | None:
-    """The most host memory that this process has held, mapped files included; None where the system does not tell it.
+    """The most host memory that this process has held, mapped files included; None if the system does not tell it.
 
     Linux's own count is taken first: `ru_maxrss` of a process begins at that of the one that started it.
     """

@@ -95,7 +95,7 @@ def external_data(path: str | Path) -> list[ExternalData]:
     """Every tensor of the model at `path`, nested graphs and functions included, that claims to lie in another file.
 
     The claims are well-formed (known keys, no duplicates, offset and length not negative), but not checked against any
-    file: that is the caller's. Raises BundleError where the file is not a model that this scan understands.
+    file: that is the caller's. Raises BundleError if the file is not a model that this scan understands.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -1,4 +1,5 @@
-"""Text of others on a terminal: what would move its cursor, change its title or turn its lines is shown, not done."""
+"""Text from elsewhere, made safe to print: control characters are shown as escapes, so that a terminal does not obey
+them."""
 
 from __future__ import annotations
 

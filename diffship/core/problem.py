@@ -13,7 +13,8 @@ _ROOM = 600  # characters, within which other problems are told beside the first
 
 @dataclass(frozen=True)
 class Problem:
-    """`part` is empty where the whole pipeline is meant. `kind` is what `refuse` raises where this is the first one."""
+    """One reason to refuse. `part` is empty if the whole pipeline is meant; `refuse` raises the `kind` of the first
+    one."""
 
     part: str
     text: str
@@ -21,7 +22,7 @@ class Problem:
 
     @classmethod
     def of(cls, part: str, fault: DiffshipError, before: str = "") -> Problem:
-        """A fault that was met: a wrong option or a file that cannot be read stays one (exit code 2)."""
+        """The problem that an error stands for; a wrong option and an unreadable file keep their kind (exit code 2)."""
         kinds: tuple[type[DiffshipError], ...] = (ConfigError, SourceError)
         return cls(
             part, f"{before}{fault}", next((kind for kind in kinds if isinstance(fault, kind)), UnsupportedError)
@@ -32,7 +33,7 @@ class Problem:
 
 
 def met(looks: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[Problem]:
-    """What raises among `looks`, pairs of a part and what is tried of it; each is tried, whatever became of others."""
+    """Call every function in `looks`, pairs of (part, function); gives a Problem for each one that raises."""
     for part, look in looks:
         try:
             look()
@@ -41,9 +42,9 @@ def met(looks: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[Problem]:
 
 
 def refuse(problems: Sequence[Problem]) -> None:
-    """Raises the kind of the first problem, told whole, and counts the others, unless there are none.
+    """Raise the first problem as an error of its `kind`; does nothing if there is none.
 
-    The others are told, too, as far as whole ones find room.
+    The message has the first problem whole, counts the others, and adds those of them for which there is room.
     """
     if problems:
         first, *others = map(str, problems)

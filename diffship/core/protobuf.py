@@ -65,7 +65,7 @@ def fields(data: memoryview) -> Iterator[Field]:
 
 
 def message(value: int | memoryview) -> memoryview:
-    """The bytes of a field that holds a message or a string; raises BundleError where it holds a number."""
+    """The bytes of a field that holds a message or a string; raises BundleError if it holds a number."""
     if isinstance(value, int):
         raise BundleError("a message was expected, not a number")
     return value

@@ -88,7 +88,7 @@ def classify_head(path: str | Path) -> Kind:
 
 
 def refuse_unsafe(path: str | Path) -> None:
-    """Raises SourceError where `path` is a pickle, numpy or archive file: such input is never opened here."""
+    """Raises SourceError if `path` is a pickle, numpy or archive file: such input is never opened here."""
     kind = classify(path)
     if kind == "pickle":
         raise SourceError(
@@ -119,21 +119,23 @@ def describe(path: str | Path, text: bool = False) -> str:
 
 
 def foreign(path: str | Path, reason: str, text: bool = False) -> str:
-    """What `describe` says of a path, or `reason` where it says nothing, with what is near where nothing is there."""
+    """What `describe` says of a path, or else `reason`; if nothing is there, with what has a similar name."""
     return describe(path, text) or (reason if os.path.lexists(path) else f"{reason}{near(str(path))}")
 
 
 def also(path: str | Path) -> str:
-    """What `describe` says, or what is near where nothing is there, to stand behind a message: `; it is ...`."""
+    """What `describe` says of a path, or, if nothing is there, what has a similar name: `; it is ...`, to end a
+    message."""
     told = describe(path)
     return f"; {told}" if told else "" if os.path.lexists(path) else near(str(path))
 
 
 def missing(text: str) -> str:
-    """`""` unless words that look like a path lead nowhere; then that they do. `near` says what is there instead.
+    """A message if `text` looks like a path and nothing is there; `""` otherwise. `near` says what is there instead.
 
-    A path has a dot, `~`, slash or drive in front, a backslash, two slashes, the ending of a file, or a first folder
-    that is here, but for a letter or two. What is left, `NAME` and `OWNER/NAME`, may be called so elsewhere.
+    A path begins with a dot, `~`, slash or drive, has a backslash or two slashes, ends as a file does, or begins with
+    the name of a folder that is here (up to a letter or two). Anything else, `NAME` and `OWNER/NAME`, may exist
+    elsewhere.
     """
     path = os.path.expanduser(text)
     if os.path.exists(path):
@@ -157,7 +159,7 @@ def near(text: str) -> str:
 
 
 def _meant(path: Path) -> str:
-    """The path with its first wrong name mended, where that leads somewhere."""
+    """The path with its first wrong name mended, if that leads somewhere."""
     folder, wrong, rest = _break_of(path)
     return next(
         (str(folder / name / rest) for name in _close(wrong, folder) if os.path.exists(folder / name / rest)), ""

@@ -69,7 +69,7 @@ class TensorSpec:
     def bind(self, shape: Iterable[int], known: Mapping[str, int] | None = None) -> dict[str, int]:
         """Sizes of the named axes that make this spec equal `shape`.
 
-        Where no other axis tells the factors of a product apart, the product itself is a key (`height * width`).
+        If no other axis tells the factors of a product apart, the product itself is a key (`height * width`).
 
         Raises:
             RunnerError: rank, a fixed axis, or an axis that `known` already holds does not fit.
@@ -137,7 +137,7 @@ def is_product(axis: Axis) -> TypeGuard[str]:
 def first_sample(
     specs: Iterable[TensorSpec], feeds: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, NDArray[np.generic]] | None:
-    """The feeds of the first sample alone; None where they are of one sample already."""
+    """The feeds of the first sample alone; None if they are of one sample already."""
     named = (spec.name for spec in specs if spec.shape[:1] == (BATCH,) and spec.name in feeds)
     batched = {name for name in named if len(feeds[name]) > 1}
     if not batched:
@@ -173,7 +173,7 @@ def _known(product: str, sizes: Mapping[str, int]) -> bool:
 
 
 def _product(product: str, sizes: Mapping[str, int]) -> int | None:
-    """The product of named sizes; None where one is not known."""
+    """The product of named sizes; None if one is not known."""
     names = product.split(" * ")
     return math.prod(sizes[name] for name in names) if all(name in sizes for name in names) else None
 

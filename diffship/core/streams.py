@@ -17,8 +17,8 @@ def prepare() -> None:
 
     A daemon's or a cron job's closed stream leads nowhere from here on; so does its descriptor, which the next file
     to be opened would get otherwise, and with it all that a library prints. A character that stdout's code page lacks
-    is written as Python writes it (`\\u0431`), as it is on stderr; bytes of a file's name stay what they are where
-    the locale says so.
+    is written as Python writes it (`\\u0431`), as it is on stderr; bytes of a file's name stay what they are if the
+    locale says so.
     """
     for number, name in enumerate(_STREAMS):
         stream = getattr(sys, name)

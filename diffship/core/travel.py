@@ -53,7 +53,7 @@ def repository(root: Path) -> str:
 
 
 def beside(names: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, str]:
-    """(note, fault) about such files in a bundle: one of them is `""`, and both where there are none."""
+    """(note, fault) about such files in a bundle: one of them is `""`, and both if there are none."""
     found = sorted(names)
     size = sum(sizes[name] for name in found)
     shown = ", ".join(ascii(name[:60]) for name in found[:3]) + (", ..." if len(found) > 3 else "")

@@ -59,7 +59,7 @@ class Weights(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def meta(self, name: str) -> TensorMeta:
-        """Raises SourceError where there is no such tensor."""
+        """Raises SourceError if there is no such tensor."""
         ...
 
     def read(self, name: str) -> Array:
@@ -107,7 +107,7 @@ class SafetensorsWeights:
         return read_tensor(header, stored_name)
 
     def identity(self) -> str | None:
-        """A digest of which tensors of which files these are; None where a file is so new that its time of change would
+        """A digest of which tensors of which files these are. None if a file is so new that its time of change would
         not show another change."""
         files = {header.path: header.identity for header, _ in self._where.values()}
         if any(time.time_ns() - identity[-1] < _SETTLED_NS for identity in files.values()):
@@ -145,7 +145,7 @@ class MemoryWeights(Described):
 
 
 class Derived:
-    """Weights made of others, as they are until a subclass gives `meta` or `read` another meaning."""
+    """Weights that pass on what other weights give; a subclass changes `meta` or `read`."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -241,8 +241,8 @@ class _Taken(Derived):
 
 
 def identity_of(weights: Weights) -> str | None:
-    """A digest that changes if a file behind `weights` changes, found without reading a tensor; None where there is no
-    such: weights that are computed, or files of the last seconds."""
+    """A digest that changes if a file behind `weights` changes, found without reading a tensor. None if there is none:
+    for computed weights, and for files that were written in the last seconds."""
     identity = getattr(weights, "identity", None)
     found: str | None = identity() if identity is not None else None
     return found
@@ -276,7 +276,7 @@ def renamed(weights: Weights, old_names: Mapping[str, str]) -> Weights:
 
 
 def joined(*parts: Weights) -> Weights:
-    """The tensors of all `parts`; raises SourceError where two have one of the same name."""
+    """The tensors of all `parts`; raises SourceError if two have one of the same name."""
     names = [name for part in parts for name in part.names()]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
@@ -285,7 +285,7 @@ def joined(*parts: Weights) -> Weights:
 
 
 def subset(weights: Weights, names: Iterable[str]) -> Weights:
-    """Only `names`, in that order; raises SourceError where one does not exist."""
+    """Only `names`, in that order; raises SourceError if one does not exist."""
     return renamed(weights, {name: name for name in names})
 
 

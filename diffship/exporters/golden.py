@@ -79,7 +79,7 @@ def _require_independent_samples(component: Component, feeds: Arrays, outputs: A
 
 
 def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
-    """fp32 outputs of torch, stage by stage where the weights take more than `max_bytes` in fp32."""
+    """fp32 outputs of torch, stage by stage if the weights take more than `max_bytes` in fp32."""
     if 4 * component.parameters <= max_bytes:
         return _run(component, feeds)
     from diffship.models.walks.stages import stages_forward

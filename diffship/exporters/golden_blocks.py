@@ -152,9 +152,9 @@ class _Walk:
             self._force({name: found.loose[name] for name in layer.writes}, called)
 
     def _force(self, written: Mapping[str, torch.Tensor], called: Mapping[str, torch.Tensor]) -> None:
-        """Later layers read rounded copies of what this one writes at points of the graph.
+        """Let later layers read rounded copies of those written tensors that are points of the graph.
 
-        A layer may write the sum of what its modules give under the name of one of them: that is no point.
+        A layer may write a sum under the name of one of the modules that it adds up; such a tensor is no point.
         """
         for name, tensor in written.items():
             if called.get(name) is tensor and name.endswith(OUT):
@@ -197,7 +197,7 @@ class _Walk:
         return {name: exact(array) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """For an engine in the format, by point; none if it is lossless, where they are the graph's.
+        """For an engine in the format, by point; none if it is lossless: the graph's hold then.
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.
@@ -221,7 +221,8 @@ def _made(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _narrow(tensor: torch.Tensor) -> tuple[NDArray[np.generic], int]:
-    """(float8 bits, power of two) nearest to a tensor, whose largest value lies between 128 and 256 then."""
+    """(float8 bits, power): 2**power times the float8 values is nearest to `tensor`; their largest lies between 128 and
+    256."""
     peak = float(tensor.abs().max())
     power = max(-64, min(64, math.frexp(peak)[1] - 8)) if peak > 0 else 0
     bits = (tensor * 2.0**-power).to(torch.float8_e4m3fn).view(torch.uint8)

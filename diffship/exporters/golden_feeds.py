@@ -112,7 +112,7 @@ class GoldenFeeds:
         return latents
 
     def _conditions(self, size: tuple[int, int]) -> Sequence[Conditioning]:
-        """Of each prompt; without a text encoder, conditions of none."""
+        """The conditioning of each prompt; empty ones if the pipeline has no text encoder."""
         if size not in self._encoded:
             model = GatedModel(self._pipeline, self._max_bytes)
             try:

@@ -22,14 +22,14 @@ _ANY = Tolerance(atol=1e30)
 
 
 def exact(reference: NDArray[np.generic]) -> Tolerance:
-    """For an engine that computes in float32 what `reference` holds."""
+    """The tolerance of an engine that computes `reference` in float32."""
     return _tolerance(EXACT_DB, EXACT_ELEMENT * float(np.abs(reference).max(initial=0.0)))
 
 
 def measured(reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> Tolerance:
-    """For an engine in a format, which turned `reference` into `formatted` in torch.
+    """The tolerance of an engine in a number format, whose simulation in torch gave `formatted` for `reference`.
 
-    Never tighter than for float32. Both are finite.
+    It is never tighter than that of float32. Both arrays are finite.
     """
     found = compare({"": reference}, {"": formatted}, _ANY).outputs[0]
     least = exact(reference)
@@ -38,12 +38,13 @@ def measured(reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> 
 
 
 def limit(precision: Precision, reference: NDArray[np.generic], formatted: NDArray[np.generic]) -> Tolerance:
-    """For an engine in `precision`, of which `formatted` is the simulation in torch (unused if it is lossless)."""
+    """The tolerance of an engine in `precision`, whose simulation in torch gave `formatted` (not read if it is
+    lossless)."""
     return exact(reference) if precision.lossless else measured(reference, formatted)
 
 
 def loosest(tolerances: Iterable[Tolerance]) -> Tolerance:
-    """One that passes whatever any of them passes."""
+    """A tolerance that passes whatever one of `tolerances` passes."""
     listed = list(tolerances)
     return Tolerance(
         atol=max(tolerance.atol or 0.0 for tolerance in listed),

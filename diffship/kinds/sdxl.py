@@ -77,7 +77,7 @@ class StableDiffusionXl(UNetKind):
     def without_prompt(
         self, model: Model, positive: Mapping[str, Any], size: tuple[int, int]
     ) -> Mapping[str, Any] | None:
-        """Zeros, of the text and not of the sizes, where the family says so."""
+        """Zeros, of the text and not of the sizes, if the family says so."""
         if not model.family.force_zeros_for_empty_prompt:
             return None
         zeros = {name: np.zeros_like(array) for name, array in positive.items()}

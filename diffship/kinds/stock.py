@@ -17,7 +17,7 @@ _DATED = re.compile(r"(\d+)\.(\d+)")
 
 @dataclass(frozen=True)
 class Stock:
-    """What one class draws with where its caller says nothing, and which old configs it repairs.
+    """What one class draws with if its caller says nothing, and which old configs it repairs.
 
     `scheduler` holds the keys that the class overwrites in scheduler_config.json. `sample_size` says whether it reads a
     `sample_size` below 64 of a U-Net from before diffusers 0.9 as 64. `upcasts` says whether it asks the VAE for
@@ -38,7 +38,7 @@ def repaired_scheduler(stock: Stock, scheduler: Config) -> dict[str, Any]:
 
 
 def repaired_unet(stock: Stock, unet: Config) -> dict[str, Any]:
-    """`unet` with `sample_size` 64 where the class does not believe the one of a config before diffusers 0.9."""
+    """`unet` with `sample_size` 64 if the class does not believe the one of a config before diffusers 0.9."""
     size, dated = unet.get("sample_size"), _DATED.match(str(unet.get("_diffusers_version", "")))
     old = dated is not None and (int(dated[1]), int(dated[2])) < (0, 9)
     small = isinstance(size, int) and size < 64
@@ -46,7 +46,7 @@ def repaired_unet(stock: Stock, unet: Config) -> dict[str, Any]:
 
 
 def repaired_vae(stock: Stock, vae: Config, given: Config) -> dict[str, Any]:
-    """`vae` with `force_upcast` off where it was not `given` and the class never asks for it."""
+    """`vae` with `force_upcast` off if it was not `given` and the class never asks for it."""
     return dict(vae) if stock.upcasts or "force_upcast" in given else {**vae, "force_upcast": False}
 
 

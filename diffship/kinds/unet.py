@@ -67,7 +67,7 @@ class UNetKind(Kind):
     def guidance_inputs(
         self, inputs: Sequence[TensorSpec], guidances: Sequence[float]
     ) -> dict[str, NDArray[np.float32]]:
-        """LCM's embedding of guidance - 1, where the U-Net takes one."""
+        """LCM's embedding of guidance - 1, if the U-Net takes one."""
         widths = {spec.name: int(spec.shape[-1]) for spec in inputs if spec.name == "timestep_cond"}
         return {
             name: np.stack([guidance_embedding(guidance - 1.0, width) for guidance in guidances])
@@ -153,7 +153,7 @@ class UNetKind(Kind):
         return str(named) if same_network else fitting
 
     def fitting(self, unet: Config) -> str:
-        """The class that diffusers has for such a U-Net."""
+        """The name of the diffusers class for a U-Net of this config."""
         return self.masks_class if unet.get("in_channels", 4) == 9 else self.plain_class
 
     def new_index(self, modules: Mapping[str, Module]) -> dict[str, Any]:

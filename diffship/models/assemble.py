@@ -1,5 +1,5 @@
-"""From what a source yields to a Pipeline, and a Pipeline with another denoiser or VAE. What a kind of model is made
-of, the kind itself says (`core.kind`)."""
+"""Make a Pipeline of what a source yields, or of a Pipeline with another denoiser or VAE. The kind (`core.kind`) says
+which parts a model has."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def with_vae(pipeline: Pipeline, vae: Module) -> Pipeline:
 
 
 def _exchanged(pipeline: Pipeline, folder: str, module: Module) -> tuple[Family, tuple[Component, ...]]:
-    """The family with another module in a folder, and the parts of that module."""
+    """The family after `module` has replaced what was in `folder`, and the parts that are made of it."""
     material = material_of(pipeline)
     kind = kind_of({**material.modules, folder: module}) or pipeline.family.kind
     family = kind.family(replace(material, modules={**material.modules, folder: module}))

@@ -30,7 +30,7 @@ def write_notices(licence: Mapping[str, Any], folder: Path) -> None:
 
 
 def front_matter_text(licence: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Lines of a card's YAML header: the licence as hubs spell it (`other` where it only has a name), then `fields`."""
+    """Lines of a card's YAML header: the licence as hubs spell it (`other` if it only has a name), then `fields`."""
     identity, name = licence.get("id") or "", licence.get("name") or ""
     header = {
         "license": identity or ("other" if name else None),

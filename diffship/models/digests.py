@@ -16,7 +16,7 @@ _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def remembered_digest(weights: Weights) -> str:
-    """`source_digest(weights)`; where it was computed before and no file has changed since, no tensor is read.
+    """`source_digest(weights)`. If it was computed before and no file has changed since, no tensor is read.
 
     A file counts as unchanged if its inode, size and time of change are what they were. Digests in a bundle's manifest
     are never taken from here.

@@ -96,7 +96,7 @@ def listed(index: Mapping[str, Any], name: str) -> bool:
 
 
 def recorded(pipeline: Pipeline, entry: Mapping[str, Any]) -> Pipeline:
-    """`pipeline` with one more entry in its history; the model_index keeps it, where stock diffusers passes over it."""
+    """`pipeline` with one more entry in its history; the model_index keeps it, and stock diffusers passes over it."""
     history = (*pipeline.history, dict(entry))
     own = {**own_facts(pipeline.model_index), "history": list(history)}
     return replace(pipeline, model_index={**pipeline.model_index, OWN: own}, history=history)

@@ -54,9 +54,10 @@ def to_pixels(sample: Floats) -> NDArray[np.uint8]:
 def decode_tiled(
     run: Callable[[Floats], Floats], latents: Floats, factor: int, tile: int = TILE, overlap: int = OVERLAP
 ) -> Floats:
-    """`run` over tiles of `tile` latent pixels, blended linearly where they overlap.
+    """Apply `run` to tiles of `tile` latent pixels, and blend them linearly where they overlap.
 
-    Equal to the whole where `run` looks less than overlap / 4 latent pixels far: that rim of a tile is not used.
+    The result equals that of the whole if `run` looks less than overlap / 4 latent pixels far, because that rim of each
+    tile is not used.
     """
     height, width = latents.shape[-2:]
     total = weight = None
@@ -78,9 +79,10 @@ def decode_tiled(
 def encode_image(
     model: Model, image: NDArray[np.uint8], keep: Floats, noise: Noise, draw: int = VAE_STEP
 ) -> tuple[Floats, Noise]:
-    """Latents of `image` (height, width, 3) where `keep` (height, width) is 1 and grey elsewhere, and the noise after.
+    """(latents, noise source after the draw) of `image` (height, width, 3) uint8.
 
-    `draw` names the draw of noise.
+    `keep` (height, width) is 1 for pixels that stay and 0 for pixels that are made grey before encoding. `draw` names
+    the draw of noise.
 
     A KL encoder's posterior is sampled (Kingma and Welling 2014), as diffusers does; a tiny VAE gives its latents.
     """

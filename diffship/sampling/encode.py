@@ -1,4 +1,5 @@
-"""Prompts to conditioning: what the encoders' outputs become, the kind of model says; this file says which prompts."""
+"""Prompts to conditioning: this file says which prompts are encoded; the kind of model says what becomes of the
+outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _LAYER = "hidden_states."
 @brief
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Conditioning of both prompts; `negative` is None where guidance takes no second row."""
+    """Conditioning of both prompts; `negative` is None if guidance takes no second row."""
 
     positive: Conditioning
     negative: Conditioning | None

@@ -132,7 +132,7 @@ def start(
 
 
 def conditioned(model: Model, trajectory: Trajectory) -> Trajectory:
-    """The trajectory with embeddings: its own, or its prompts encoded by `model` where they did not travel."""
+    """The trajectory with embeddings: its own, or its prompts encoded by `model` if they did not travel."""
     if trajectory.positive is not None or trajectory.done:
         return trajectory
     made = encode(model, trajectory.prompt, trajectory.negative_prompt, trajectory.size, trajectory.guidance)
@@ -207,7 +207,8 @@ def _chunks(batch: Sequence[Trajectory], at_once: int) -> list[list[int]]:
 
 
 def _initial(model: Model, settled: Settled, i: int, image: NDArray[np.uint8] | None) -> tuple[Array, Noise]:
-    """Noise, or below strength 1 the image under noise; drawn in diffusers' order. Given latents are all noise."""
+    """(latents, noise source): noise, or, below strength 1, the image under noise; both drawn in diffusers' order.
+    Latents that the request gives count as noise."""
     noise, given = make_noise(settled.request.rng, settled.request.seed, i), settled.request.latents
     sigma = np.float32(settled.sampler.init_noise_sigma(settled.steps))
     if given is not None:
@@ -233,7 +234,8 @@ def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) 
 
 
 def _origin(model: Model) -> Origin:
-    """Without a digest the model's weights have no name, and none of its parts is vouched for."""
+    """Where a trajectory of `model` begins. Without a digest its weights cannot be told from others, so no part is
+    named."""
     shared = model.family.kind.shared_parts if model.digest else ()
     digests = {part: model.digests[part] for part in shared if part in model.parts}
     return Origin(model.family, digests)

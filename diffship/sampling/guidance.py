@@ -69,7 +69,7 @@ def guide(batch: Sequence[Trajectory], rows: Array) -> list[Array]:
 class FeedMaker:
     """Feeds of a denoiser for a batch; embeddings stay on the device while the batch keeps the same prompts.
 
-    `runner` may be a stage of one, which takes some of the inputs of the whole beside its boundary.
+    `runner` may be that of a stage, which takes some inputs of the whole, and boundary tensors that are not made here.
     """
 
     def __init__(self, runner: Runner, kind: Kind) -> None:
@@ -160,5 +160,5 @@ def _concatenate(arrays: Sequence[Array]) -> Array:
 
 
 def like(array: NDArray[np.float32], model: Array) -> Array:
-    """`array` as whatever `model` is, where that can make its own kind (torch); numpy stays as it is."""
+    """`array` in the array type of `model` if that can make one (torch's `new_tensor`); otherwise `array` as it is."""
     return model.new_tensor(array) if hasattr(model, "new_tensor") else array

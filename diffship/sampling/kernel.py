@@ -19,14 +19,14 @@ def apply_matrix(
 ) -> tuple[Array, ...]:
     """Rows of `matrix` over (x, output, noise, *history): the next x, then the next history, newest first.
 
-    `noise` may be None where no row uses it.
+    `noise` may be None if no row uses it.
     """
     columns = [None if column is None else as_float32(column) for column in (x, output, noise, *history)]
     return tuple(_combine(row, columns) for row in matrix)
 
 
 def as_float32(array: Array) -> Array:
-    """`array` itself where it is float32 already, else a float32 copy."""
+    """`array` itself if it is float32 already, else a float32 copy."""
     if isinstance(array, np.ndarray):
         return array.astype(np.float32, copy=False)
     return array.float() if hasattr(array, "float") else array

@@ -45,7 +45,7 @@ class Model(Protocol):
         ...
 
     def release(self, part: str) -> None:
-        """Free `part`; `use` opens it again. Not an error where it is not open."""
+        """Free `part`; `use` opens it again. Not an error if it is not open."""
         ...
 
     def close(self) -> None:

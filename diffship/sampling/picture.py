@@ -144,7 +144,7 @@ def decoder_fault(fault: Exception) -> str:
 
 
 def undecoded(fault: Exception, data: bytes) -> str:
-    """Why a picture is none: what its decoder says, and what its bytes are where they are known."""
+    """Why a picture is none: what its decoder says, and what its bytes are if they are known."""
     told = describe_bytes(data)
     return f"{decoder_fault(fault)}; {told}" if told else decoder_fault(fault)
 

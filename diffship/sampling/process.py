@@ -40,7 +40,7 @@ class Level:
         return self.alpha * x0 + self.sigma * noise
 
     def split(self, prediction: str, x: Any, output: Any) -> tuple[Any, Any]:
-        """(x0, noise) as the network's `output` for `x` has them; `mix` puts them together again."""
+        """(x0, noise) that the network's `output` for `x` stands for; `mix` of the two gives `x` again."""
         alpha, sigma, root = self.alpha, self.sigma, self.variance**0.5
         if prediction == "epsilon":
             return (x - sigma * output) / alpha, output
@@ -72,7 +72,7 @@ class Process(Protocol):
         ...
 
     def trained(self) -> dict[str, Any]:
-        """What two models must have in common to share a trajectory, by its name in messages."""
+        """What two models must have in common to share a trajectory; keys are words for messages."""
         ...
 
     def level(self, s: float) -> Level: ...

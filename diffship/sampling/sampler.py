@@ -80,7 +80,7 @@ class Sampler(ABC):
 
     @property
     def spaced(self) -> bool:
-        """Whether `timestep_spacing` has a say in the timesteps."""
+        """Whether the timesteps depend on `timestep_spacing`."""
         return self.spacing is not None
 
     def calls(self, steps: int) -> int:
@@ -96,7 +96,8 @@ class Sampler(ABC):
         return self
 
     def begins_at(self, strength: float, steps: int) -> int:
-        """The first call where only `strength` of the noise is drawn, as diffusers' `get_timesteps` counts it.
+        """Index of the first call if only the share `strength` of the steps is made, as diffusers' `get_timesteps` has
+        it.
 
         Raises:
             ConfigError: no call is left.

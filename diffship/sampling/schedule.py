@@ -73,10 +73,10 @@ class Schedule:
 
 
 def remembered(compute: Callable[..., R], owner: Hashable, *numbers: int) -> R:
-    """`compute(owner, *numbers)`, where `owner` is a schedule or a sampler and `compute` has an `lru_cache`.
+    """`compute(owner, *numbers)`, cached; `owner` is a schedule or a sampler, and `compute` has an `lru_cache`.
 
-    An owner with `trained_betas` keeps its own results instead, and they go when it goes: a client may send as many
-    such schedules as it likes, and each is large and slow to hash.
+    An owner with `trained_betas` keeps its own results instead, which are freed with it: such schedules are large and
+    slow to hash, and a client may send as many of them as it likes.
     """
     if getattr(owner, "trained_betas", None) is None:
         return compute(owner, *numbers)

@@ -187,7 +187,7 @@ def byte_pairs(vocab: Mapping[str, int], pairs: Iterable[tuple[str, str]]) -> to
 @dataclass(frozen=True)
 class Added:
     """A token beyond the byte pairs, such as the word of a textual inversion. It is looked for in the text before that
-    is split; in the lowercase text where `normalized`."""
+    is split; in the lowercase text if `normalized`."""
 
     content: str
     id: int
@@ -242,7 +242,7 @@ def pad_token(files: Mapping[str, bytes]) -> str:
 
 
 def require_marks(files: Mapping[str, bytes], where: str) -> None:
-    """Raises SourceError where prompts begin or end with other tokens than CLIP's."""
+    """Raises SourceError if prompts begin or end with other tokens than CLIP's."""
     for key, legal in (("bos_token", START), ("eos_token", END)):
         token, file = _special(files, key, legal)
         if token != legal:

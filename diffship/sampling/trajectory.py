@@ -60,9 +60,9 @@ def warnings_in(facts: Mapping[str, Any]) -> list[str]:
 @brief
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One image after `step` of `sampler.calls(steps)` model calls; latents are float32 (channels, height, width)
-    as a rule, without a batch axis; of what shape, the kind of model says.
+    """One image after `step` of `sampler.calls(steps)` model calls.
 
+    Latents are float32 without a batch axis, (channels, height, width) as a rule; the kind of model says which shape.
     `guidance` is classifier-free guidance over (`negative`, `positive`); models with a time condition take it as an
     embedding instead. `history` is newest first, as the sampler's matrix has it. Frozen: a step makes a new one.
     """

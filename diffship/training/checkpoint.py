@@ -22,7 +22,7 @@ REMEDY = "Remove it, and the same command trains from the beginning"
 
 
 def reached(state: Path) -> int:
-    """The step of a checkpoint, 0 where there is none. Raises SourceError: it is damaged."""
+    """The step of a checkpoint, 0 if there is none. Raises SourceError: it is damaged."""
     if not state.exists():
         return 0
     with reading(state, REMEDY) as file:

@@ -115,7 +115,7 @@ class Forward:
 class DistillationTask:
     """One loss per batch. `student` and `teacher` are U-Nets as `Component.module` makes them, the teacher frozen.
 
-    The teacher is not called where no term needs it. part: what checkpoints call the student.
+    The teacher is not called if no term needs it. part: what checkpoints call the student.
     """
 
     def __init__(

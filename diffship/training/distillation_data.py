@@ -36,7 +36,7 @@ class Latents(Protocol):
     """Posteriors of encoded pictures, times the scaling factor."""
 
     def take(self, rows: Sequence[int], flips: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (n, channels, height, width) float32, of mirrored pictures where `flips`."""
+        """Mean and standard deviation (n, channels, height, width) float32, of mirrored pictures if `flips`."""
         ...
 
 
@@ -76,7 +76,7 @@ def signed(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 class HeldLatents:
-    """Posteriors of every picture, in memory; behind them those of the mirrored pictures, where they are wanted."""
+    """Posteriors of every picture, in memory; behind them those of the mirrored pictures, if they are wanted."""
 
     def __init__(self, mean: Tensor, std: Tensor, count: int) -> None:
         self.mean, self.std, self.count = mean, std, count
@@ -95,7 +95,7 @@ def make_latents(
     device: torch.device,
     main: bool,
 ) -> Latents:
-    """Latents of `pictures`: encoded once and kept in the job's folder where they take at most `most_gib`.
+    """Latents of `pictures`: encoded once and kept in the job's folder if they take at most `most_gib`.
 
     The file is named by the digests of pictures and auto-encoder, and by this version. Of several processes the one
     that is `main` encodes.
@@ -161,7 +161,7 @@ class Captions:
     def __call__(self, captions: Sequence[str | None]) -> tuple[Tensor, ...]:
         """encoder_hidden_states (n, 77, width) and, for SDXL, text_embeds (n, pooled) and time_ids (n, 6), float32.
 
-        None is a dropped caption: the empty prompt, or zeros where the family has those in its place. The size
+        None is a dropped caption: the empty prompt, or zeros if the family has those in its place. The size
         conditioning is that of a picture that was neither scaled nor cropped.
         """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

@@ -107,7 +107,7 @@ def _shapes(
 def block_names(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
     """{student's module: teacher's} for down and up blocks; up blocks are counted from the last one.
 
-    Where a student's last down block has lost its downsampler, the two differ in size behind it: then the last layers
+    If a student's last down block has lost its downsampler, the two differ in size behind it: then the last layers
     before it are compared (Hybrid SD's `down_blocks.2.attentions.0.proj_out`).
     """
     own: Any = student

@@ -86,7 +86,7 @@ def _drawn(model: InTraining, look: Look, steps: int | None) -> NDArray[np.uint8
 
 
 def _sampler(model: InTraining) -> str | None:
-    """The model's own where it is built; pictures to look at may be drawn with another."""
+    """The model's own if it is built; pictures to look at may be drawn with another."""
     try:
         make_sampler(model.scheduler)
     except DiffshipError:
@@ -95,7 +95,7 @@ def _sampler(model: InTraining) -> str | None:
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = _COLUMNS) -> NDArray[np.uint8]:
-    """(n, size, size, 3) uint8 as rows of `columns`; white where the last row is short."""
+    """(n, size, size, 3) uint8 as rows of `columns`; white if the last row is short."""
     blank = np.full_like(pictures[0], 255)
     whole = [*pictures, *[blank] * (-len(pictures) % columns)]
     rows = [np.concatenate(whole[at : at + columns], axis=1) for at in range(0, len(whole), columns)]

@@ -164,7 +164,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def load_vae(out: Path) -> AutoencoderKL:
-    """The auto-encoder as far as it is trained: the refined decoder where there is one."""
+    """The auto-encoder as far as it is trained: the refined decoder if there is one."""
     for stage in ("emoji-decoder", "emoji-vae"):
         file = out / stage / "vae.safetensors"
         if file.exists():

@@ -60,7 +60,7 @@ def unpack(options: TrainOptions) -> dict[str, object]:
 
 
 def trained_steps(packed: Path) -> int:
-    """Steps that made the U-Net of a packed family, from its file's metadata; 0 where they are not stated."""
+    """Steps that made the U-Net of a packed family, from its file's metadata; 0 if they are not stated."""
     with safe_open(_unet_file(packed), "pt") as file:
         return int((file.metadata() or {}).get("steps", 0))
 

@@ -44,7 +44,7 @@ class Task(Protocol):
 class TakesTurns(Task, Protocol):
     """A task whose modules do not all learn at every step, as generator and discriminator do not.
 
-    `rates` are factors of the schedule's rate, by module; 1 where it names none. AdamW keeps the moments and the count
+    `rates` are factors of the schedule's rate, by module; 1 if it names none. AdamW keeps the moments and the count
     of steps of each weight apart, so that modules that take turns are what they would be under optimisers of their own.
     """
 

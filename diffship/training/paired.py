@@ -65,7 +65,7 @@ class PairedPictures:
         return list(self.samples[row].captions)
 
     def pixels(self, rows: Sequence[int], flips: Sequence[bool] | None = None) -> NDArray[np.uint8]:
-        """(n, size, size, 3) uint8 RGB: the short side scaled to `size`, the middle cut out, mirrored where `flips`.
+        """(n, size, size, 3) uint8 RGB: the short side scaled to `size`, the middle cut out, mirrored if `flips`.
 
         Raises:
             SourceError: a picture is damaged; it is named.

@@ -43,7 +43,7 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution and a ReLU; where `blur`, every other pixel is left out between the two."""
+    """A convolution and a ReLU; if `blur`, every other pixel is left out between the two."""
 
     outputs: int
     kernel: int = 3
@@ -53,7 +53,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """Maxima of `kernel` x `kernel` pixels, every other one kept; blurred before they are left out where `blur`."""
+    """Maxima of `kernel` x `kernel` pixels, every other one kept; blurred before they are left out if `blur`."""
 
     kernel: int = 2
     blur: bool = False

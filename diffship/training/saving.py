@@ -1,4 +1,4 @@
-"""Tensors onto the disk, where a full one is told as such, and back, where a damaged file is."""
+"""Write tensors to the disk and read them back; a full disk and a damaged file each get a clear error."""
 
 from __future__ import annotations
 

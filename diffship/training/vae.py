@@ -1,4 +1,4 @@
-"""Train the KL auto-encoder of `emoji`: L1 at three scales, L1 of the gradients, a whisper of KL."""
+"""Train the KL auto-encoder of `emoji`: L1 at three scales, L1 of the gradients, and a KL term of small weight."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ MOST_SATURATED, MOST_SHIFT, MOST_GAIN, MOST_SLOPE, MOST_LEFT = 0.02, 0.05, 1.2, 
 @dataclass(frozen=True)
 class Sides:
     """An auto-encoder as a pipeline uses it: `decode` makes pictures in [-1, 1], not clamped, of latents as the U-Net
-    has them; `encode` is the way back, None where it is the reference's own."""
+    has them; `encode` is the way back, None if it is the reference's own."""
 
     decode: Map
     encode: Map | None
@@ -105,7 +105,7 @@ def in_parts(made: Map, given: Tensor) -> Tensor:
 
 
 def faults(report: VaeReport) -> list[str]:
-    """What is wrong, in words; empty where nothing is."""
+    """What is wrong, in words; empty if nothing is."""
     found = []
     if report.scale != 1:
         found.append(f"wrong scale: the decoder comes nearest with latents times {report.scale:.3g}")
@@ -201,7 +201,7 @@ def _pixels(picture: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def read_report(folder: Path) -> dict[str, object]:
-    """What the last `report.json` of a run says; empty where there is none."""
+    """What the last `report.json` of a run says; empty if there is none."""
     file = folder / "report.json"
     if not file.is_file():
         return {}

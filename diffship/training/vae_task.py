@@ -160,13 +160,13 @@ class Teacher:
     decoder: Half
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Its pictures, not clamped, in float32 also where the student computes in less."""
+        """Its pictures, not clamped, in float32 also if the student computes in less."""
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return self.decoder.decode(latents)
 
 
 class VaeTeaching:
-    """One loss per turn. `encoder` is None where the student keeps its teacher's."""
+    """One loss per turn. `encoder` is None if the student keeps its teacher's."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 
 from diffship.cli.main import main
 from diffship.cli.models import half_on_cpu
+from diffship.core.precision import FP16
 from diffship.sampling.picture import read_settings
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -192,7 +193,7 @@ def test_half_precision_on_a_cpu_is_told_once(command: Any, tiny_bundle: Path, t
 
 
 def test_half_precision_on_a_gpu_is_as_it_should_be() -> None:
-    bundle = SimpleNamespace(path=Path("half"), manifest=SimpleNamespace(parts=[SimpleNamespace(precision="fp16")]))
+    bundle = SimpleNamespace(path=Path("half"), manifest=SimpleNamespace(parts=[SimpleNamespace(format=FP16)]))
     models = [SimpleNamespace(bundle=bundle, engine=engine) for engine in ("onnxruntime", "tensorrt", "onnxruntime")]
     assert len(half_on_cpu(models, SimpleNamespace(device=None, option=[]))) == 1  # type: ignore[arg-type]
     for chosen in (

@@ -160,7 +160,7 @@ def test_options_change_the_digest_of_a_graph(tiny_sd: Pipeline) -> None:
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("file", ["operators/layers.py", "capture.py", "unet.py"])
+@pytest.mark.parametrize("file", ["operators/layers.py", "capture.py", "unet.py", "core/precision.py"])
 def test_code_that_makes_a_graph_changes_its_digest(
     file: str, tiny_sd: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,9 +25,9 @@ def told(offline: bool = True) -> dict[str, str]:
 def timed(load: Callable[[], Callable[[], object]], calls: int) -> dict[str, object]:
     """Seconds of `load()`, of the first call (warm-up) and of `calls` more calls of what it returned.
 
-    Where the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others. Where this
-    process takes turns with others, `calls` is theirs to say; `turns` has what each turn took, else it is empty.
-    `cold` runs from the start of this process, as its parent told it, to the end of the first call.
+    If the first one takes `LONG_SECONDS` or more, it is the one that counts, and there are no others. If this process
+    takes turns with others, `calls` is theirs to say; `turns` has what each turn took, else it is empty. `cold` runs
+    from the start of this process, as its parent told it, to the end of the first call.
     """
     spawned = float(os.environ.get(SPAWNED) or time.time())
     started = time.perf_counter()
@@ -65,7 +65,7 @@ def device_peak(device: str) -> int | None:
 
 
 def waits(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """`call`, which returns when the GPU has finished what torch gave it; on a CPU the call itself."""
+    """`call`, made to return only when the GPU has finished what torch gave it; on a CPU, `call` itself."""
     if device == "cpu":
         return call
     import torch
@@ -105,7 +105,7 @@ def _in_turns(call: Callable[[], object]) -> Iterator[float]:
 def _turn(call: Callable[[], object]) -> float:
     """Seconds of one call; a short one has another before it, for the caches.
 
-    One, not many: where a machine is shared, a mean of many calls varies as much as a single call does (5 %, over any
+    One, not many: if a machine is shared, a mean of many calls varies as much as a single call does (5 %, over any
     window up to nine seconds), so that many short turns, side by side, are what makes a ratio sharp.
     """
     seconds = _once(call)

@@ -80,7 +80,7 @@ def _memory(good: Sequence[Outcome]) -> list[dict[str, Any]]:
 def _facts(
     case: Case, good: Sequence[Outcome], materials: Materials, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Sizes of the part, or of all parts for an image; where MACs are known, the rate that was achieved."""
+    """Sizes of the part, or of all parts for an image; if MACs are known, the rate that was achieved."""
     chosen = (
         [case.part] if case.part != IMAGE else [name for name in materials.parts if materials.roles[name] != ENCODER]
     )
@@ -178,7 +178,7 @@ def _ratio(suite: str, ours: Case, theirs: Case, measurement: Measurement) -> Ro
 
 
 def _side_by_side(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
-    """Pairs of one place, round by round; where neither shares its turns with anybody, pairs of one round."""
+    """Pairs of one place, round by round; if neither shares its turns with anybody, pairs of one round."""
     by_place = {outcome.place: outcome for outcome in theirs}
     pairs = [(outcome, by_place[outcome.place]) for outcome in ours if outcome.place in by_place]
     if not pairs and len(ours) == len(theirs):

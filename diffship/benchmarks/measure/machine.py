@@ -47,7 +47,7 @@ def hardware(env: Mapping[str, Any]) -> str:
 
 
 def threads() -> int:
-    """Threads that engines will use: OMP_NUM_THREADS where it is set, else the cores that this process may use."""
+    """Threads that engines will use: OMP_NUM_THREADS if it is set, else the cores that this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(int(asked), allowed) if asked.isdigit() and int(asked) else allowed
@@ -55,7 +55,7 @@ def threads() -> int:
 
 @cache
 def gpus() -> tuple[dict[str, Any], ...]:
-    """Name, memory and driver of every NVIDIA GPU; empty where there is none."""
+    """Name, memory and driver of every NVIDIA GPU; empty if there is none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     lines = (_output(query) or "").splitlines()
     cells = [[cell.strip() for cell in line.split(",")] for line in lines]

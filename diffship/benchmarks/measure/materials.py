@@ -52,9 +52,9 @@ class Order:
 class Materials:
     """Where things lie, and the facts of each part.
 
-    `folder` (diffusers) is None for a bundle, and where only bundles are measured. `bundles` has what each engine of
+    `folder` (diffusers) is None for a bundle, and if only bundles are measured. `bundles` has what each engine of
     ours reads, `refused` why there is nothing for it. `parts[name]` holds `parameters`, `file_bytes` by "folder" and
-    engine, and, for one row at this size, `conv_linear_macs` and `attention_macs` (None where only a bundle is known).
+    engine, and, for one row at this size, `conv_linear_macs` and `attention_macs` (None if only a bundle is known).
     `feeds[name][batch]` is a safetensors file of canonical inputs. `roles[name]` is what the part does (`core.kind`).
     """
 
@@ -179,7 +179,7 @@ def _of_bundle(order: Order) -> Materials:
 
 
 def _rows_per_image(time_cond_dim: int | None, guidance: float) -> int:
-    """Two with classifier-free guidance, one without or where guidance is an embedding."""
+    """Two with classifier-free guidance, one without or if guidance is an embedding."""
     return 2 if guidance > 1 and time_cond_dim is None else 1
 
 

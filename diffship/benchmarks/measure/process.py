@@ -48,7 +48,7 @@ class Measured:
 
     @property
     def status(self) -> str:
-        """The status of a Row: ok, OOM (also where the system's killer struck) or failed."""
+        """The status of a Row: ok, OOM (also if the system's killer struck) or failed."""
         if self.code == 0:
             return "ok"
         killed = self.code in (OVER_LIMIT_CODE, -signal.SIGKILL, 128 + signal.SIGKILL)

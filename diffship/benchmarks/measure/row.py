@@ -17,10 +17,10 @@ KINDS = ("latency", "memory", "size", "quality", "load", "training")
 @dataclass(frozen=True)
 @bounded
 class Row:
-    """`Row("parity", "sd15/unet", "max_abs", 4e-6, "", "ok")`: `value` is None where nothing was measured.
+    """`Row("parity", "sd15/unet", "max_abs", 4e-6, "", "ok")`: `value` is None if nothing was measured.
 
     `unit` is spelt out (`ms`, `bytes`, `dB`, `""` for a plain number); `environment` says where it was measured.
-    `status` is "OOM" where memory ran out and "missing" where what was to be measured is not installed; `reason` says
+    `status` is "OOM" if memory ran out and "missing" if what was to be measured is not installed; `reason` says
     why a value is None. `low` and `high` are its spread over `n` measurements (docs/benchmarks.md says which spread);
     `conditions` are what a table sorts by: model, runner, part, batch, size, steps.
     """

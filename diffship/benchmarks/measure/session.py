@@ -179,7 +179,7 @@ class Session:
         self, cases: Sequence[Case], place: tuple[int, int], materials: Mapping[Case, Materials]
     ) -> dict[Case, Outcome]:
         """Outcomes of cases that take turns. What failed before is not tried again; what went well is only taken
-        over where all of it was measured together."""
+        over if all of it was measured together."""
         context = {**self._context, "beside": [case.runner for case in cases], "set": place[1]}
         keys = {case: case.key(place[0], context) for case in cases}
         found = {case: known for case in cases if (known := self._journal.get(keys[case])) is not None}
@@ -194,7 +194,7 @@ class Session:
     def _jobs(
         self, cases: Sequence[Case], materials: Mapping[Case, Materials], found: dict[Case, Outcome]
     ) -> dict[Case, Turn]:
-        """The processes to start, none where only those are left that cannot be; `found` learns why."""
+        """The processes to start, none if only those are left that cannot be; `found` learns why."""
         jobs: dict[Case, Turn] = {}
         unknown = [case for case in cases if case not in found]
         for case in cases:
@@ -210,7 +210,7 @@ class Session:
         return jobs if any(case in jobs for case in unknown) else {}
 
     def _command(self, case: Case, materials: Materials) -> tuple[list[str], dict[str, str]]:
-        """The child's command line. Raises PeerError or UnsupportedError where this case cannot be run at all."""
+        """The child's command line. Raises PeerError or UnsupportedError if this case cannot be run at all."""
         order: dict[str, Any] = {
             "case": asdict(case),
             "folder": materials.folder,

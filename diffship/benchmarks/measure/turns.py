@@ -97,7 +97,7 @@ class _Player:
         return replace(found, code=TIMEOUT_CODE) if self._left <= 0 else found
 
     def end(self) -> None:
-        """Close what is open, and stop the process where an interruption left it."""
+        """Close what is open, and stop the process if an interruption left it."""
         self._kill()
         self._thread.join(30)
         for pipe in (self._ours, self._go, self._done, self._over):

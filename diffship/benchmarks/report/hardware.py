@@ -93,7 +93,7 @@ def _reduced(model: str) -> bool:
 
 
 def merged(results: Sequence[Results]) -> dict[str, Table]:
-    """Both forms, by name. Raises ConfigError where no file holds a whole image."""
+    """Both forms, by name. Raises ConfigError if no file holds a whole image."""
     if not cells_of(results):
         raise ConfigError("none of these files holds a whole image; measure with --parts image")
     return {"KOALA's form": koala_form(results), "LCM-LoRA's form": lcm_form(results)}

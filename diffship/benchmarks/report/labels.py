@@ -83,7 +83,7 @@ def subject(text: str) -> str:
 
 
 def shared(subjects: Sequence[str]) -> str:
-    """The words, up to a comma, with which all subjects begin: `emoji, 25 steps`; empty where there are none."""
+    """The words, up to a comma, with which all subjects begin: `emoji, 25 steps`; empty if there are none."""
     words = [text.split(", ") for text in dict.fromkeys(subjects)]
     common = []
     for place in zip(*words, strict=False):

@@ -58,7 +58,7 @@ def save(plot: Figure, stem: Path, digest: str) -> list[Path]:
 
 
 def memory_bars(results: Results) -> Figure | None:
-    """Peak memory per case, in GB; None where no row has one."""
+    """Peak memory per case, in GB; None if no row has one."""
     found = [row for metrics in cases(results.rows).values() if (row := _peak(metrics)) is not None]
     if not found:
         return None
@@ -121,7 +121,7 @@ def roofline(results: Results) -> Figure | None:
 def latency_quality(results: Results) -> Figure | None:
     """Quality over milliseconds of an image or else of a U-Net call, for subjects that have both, with their intervals.
 
-    None where none has.
+    None if none has.
     """
     pairs: dict[str, dict[str, Row]] = {}
     for row in results.rows:
@@ -158,7 +158,7 @@ def _trade(points: Sequence[tuple[str, Row, Row]]) -> str:
 
 
 def split_curve(results: Results) -> Figure | None:
-    """Judge figures over the calls of the large model, with their intervals; None where no row is of a split."""
+    """Judge figures over the calls of the large model, with their intervals; None if no row is of a split."""
     lines: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.kind == "quality" and row.unit == "share" and "cloud_calls" in row.conditions and row.value is not None:
@@ -186,7 +186,7 @@ def split_curve(results: Results) -> Figure | None:
 
 
 def differences(results: Results) -> Figure | None:
-    """Comparisons of quality with their 95 % intervals, a panel a figure; None where nothing is compared."""
+    """Comparisons of quality with their 95 % intervals, a panel a figure; None if nothing is compared."""
     panels: dict[str, list[tuple[str, float, float, float]]] = {}
     old = False
     for name, row, span in comparisons(results):

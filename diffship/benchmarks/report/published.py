@@ -13,7 +13,7 @@ LCM_LORA = "LCM-LoRA article (2023): batch 1, SDXL at 1024 px, seconds per image
 
 @dataclass(frozen=True)
 class Published:
-    """One published cell; `seconds` is None where the table says out of memory, `steps` where it does not say."""
+    """One published cell; `seconds` is None if the table says out of memory, `steps` if it does not say."""
 
     source: str
     model: str

@@ -11,7 +11,7 @@ DASH = "-"
 @dataclass(frozen=True)
 class Table:
     """A head and rows of text cells. `notes` stand below it; `origin` says on what and how it was measured; `kept` are
-    columns that are shown even where they are equal in every row."""
+    columns that are shown even if they are equal in every row."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]

@@ -94,7 +94,7 @@ def said(row: Row) -> tuple[str, str, str]:
 
 def best(results: Results) -> list[str]:
     """A line per case that several runners ran: the fastest of them, and who needed the least memory; and a last one
-    where the rounds were too few to say which is faster."""
+    if the rounds were too few to say which is faster."""
     groups: dict[tuple[Any, ...], list[dict[str, Row]]] = {}
     for key, metrics in cases(results.rows).items():
         groups.setdefault((key[0], *key[2:]), []).append(metrics)
@@ -129,7 +129,7 @@ def _within(text: str, common: str) -> str:
 
 
 def matrix_table(results: Results) -> Table:
-    """A line per subject and a column per figure, comparisons left out; quality with its interval where it has one."""
+    """A line per subject and a column per figure, comparisons left out; quality with its interval if it has one."""
     rows = [row for row in results.rows if "against" not in row.conditions]
     columns = {row.metric: row for row in rows}
     cells: dict[str, dict[str, str]] = {}
@@ -218,7 +218,7 @@ def shown(row: Row) -> str:
 
 
 def value(row: Row | None) -> str:
-    """A row's value with its unit, in three digits; its status where it has none."""
+    """A row's value with its unit, in three digits; its status if it has none."""
     if row is None:
         return DASH
     return row.status if row.value is None else figure(row.value, row.unit)
@@ -252,7 +252,7 @@ def digits(number: float) -> str:
 
 
 def labelled(conditions: Mapping[str, Any]) -> str:
-    """The model's name; "random weights" where it has no others, so that no one reads quality into it."""
+    """The model's name; "random weights" if it has no others, so that no one reads quality into it."""
     weights = str(conditions.get("weights", ""))
     return f"{conditions['model']} ({weights})" if weights.startswith("random") else str(conditions["model"])
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffship import models
+from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
@@ -78,7 +78,7 @@ class Onnx:
         return precision_of(self.precision)
 
     def of(self, component: Component) -> Onnx:
-        """The exporter of this part: itself, or one of fp32 where fp16 would overflow; bf16 has float32's range."""
+        """The exporter of this part: itself, or one of fp32 if fp16 would overflow; bf16 has float32's range."""
         fitting = self.format.for_range(component.overflows_half)
         return self if fitting is self.format else replace(self, precision=fitting.name)
 
@@ -111,7 +111,7 @@ class Onnx:
     def export(self, component: Component, out: Path, job: Job) -> Part:
         """Write `<part>/model.onnx`, its data and config below `out`; not proved yet.
 
-        A graph is made once per (architecture, options, versions) where `job` keeps a folder; only weights stream
+        A graph is made once per (architecture, options, versions) if `job` keeps a folder; only weights stream
         through the second time.
 
         Raises:
@@ -215,11 +215,12 @@ def _check_weights(component: Component) -> list[Problem]:
 
 @cache
 def _code_digest() -> str:
-    """sha256 over the source of everything that makes a graph: this room and `models`."""
+    """sha256 over the source of everything that makes a graph: this room, models, kinds, precisions and specs."""
     here, digest = Path(__file__).parent, hashlib.sha256()
-    for root in (here, Path(models.__file__).parent):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    package = here.parents[1]
+    files = [file for room in (here, package / "models", package / "kinds") for file in room.rglob("*.py")]
+    for file in sorted([*files, Path(precision.__file__), Path(spec.__file__)]):
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -66,7 +66,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _pour(part: Part, weights: Weights, folder: Path) -> None:
-    """Write a part's data file: each tensor, as float32, where its graph says that it lies."""
+    """Write a part's data file: each tensor, as float32, at the place that its graph states."""
     model, data = (folder / name for name in part.files)
     known = set(weights.names())
     with open(data, "wb") as file:

@@ -1,7 +1,7 @@
 """An exported program becomes an ONNX model: one walk over its nodes, constants folded on the way, no weight touched.
 
 torch.onnx.export decomposes the program once more and leaves shape arithmetic for each reshape; this walk takes a
-second where that takes half a minute (SD1.5's U-Net), and leaves nothing to clean up.
+second instead of half a minute (SD1.5's U-Net), and leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Translation:
         return self.graph.constant(np.array(value, dtype or self.dtype))
 
     def cast(self, value: Any, dtype: str) -> Value:
-        """`value` in `dtype`; a node only where it is another one."""
+        """`value` in `dtype`; a node only if it is another one."""
         if isinstance(value, (int, float, bool)):
             return self.value(value, dtype)
         found = self.value(value)
@@ -243,7 +243,8 @@ class Translation:
                         self._lengths[dim] = self.graph.emit("Shape", [tensor.name], "int64", (1,), **cut).name
 
     def _length(self, size: Size) -> str:
-        """The name of an int64 vector that holds the size: what a tensor before is long, or computed from that."""
+        """The name of an int64 vector of one element that holds `size`: taken from the shape of an earlier tensor, or
+        computed."""
         if size.values not in self._lengths:
             rule = rule_for(size.values, self._lengths)
             if rule is None:
@@ -289,7 +290,7 @@ class Translation:
         return ports
 
     def _name_output(self, value: Value, name: str, names: dict[str, str]) -> None:
-        """Rename the tensor itself; an Identity only where it has a name of its own: inputs, outputs, modules."""
+        """Rename the tensor itself; an Identity only if it has a name of its own: inputs, outputs, modules."""
         if value.name == name:
             return  # the output of a stage is that of its last module
         made = any(value.name in node.output for node in self.graph.nodes)

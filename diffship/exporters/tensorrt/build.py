@@ -81,7 +81,7 @@ def parsed(trt: Any, builder: Any, log: Any, onnx: str) -> tuple[Any, Any]:
 
 
 def allow_decomposition(trt: Any, network: Any) -> int:
-    """Let every attention become plain products where there is no fused kernel for its shapes; how many there are.
+    """Let every attention become plain products if there is no fused kernel for its shapes; how many there are.
 
     Without it a build ends at head widths 4, 8 and 512 in half precision, and at shapes that are not fixed.
     """

@@ -132,7 +132,7 @@ class TensorRt:
         return Onnx(precision=self.precision, opset=self.opset)
 
     def through(self, component: Component) -> Onnx:
-        """The exporter of the graph that a part's engine is built from: in float32 where float16 would overflow."""
+        """The exporter of the graph that a part's engine is built from: in float32 if float16 would overflow."""
         return self._graphs().of(component)
 
     def build(self, component: Component, pipeline: Pipeline, graph: Part, folder: Path, out: Path, job: Job) -> Part:
@@ -140,7 +140,7 @@ class TensorRt:
 
         `graph` is the ONNX part below `folder`, proved or not.
 
-        A plan is built once per (graph, weights, flags, shapes, library) where `job` keeps a folder.
+        A plan is built once per (graph, weights, flags, shapes, library) if `job` keeps a folder.
 
         Raises:
             UnsupportedError: an operator that TensorRT does not have, a build that fails, or too little memory.

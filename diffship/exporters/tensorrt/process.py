@@ -42,9 +42,9 @@ def run_build(order: Order, part: str, job: Job) -> dict[str, Any]:
 
 @contextmanager
 def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that is gone behind the block: it had its last word, or is killed for what the block raised.
+    """Start a process for a `with` block; it has ended after the block, by itself or killed.
 
-    `with Popen` would wait for it without a limit, and for its output as long as a child of its own holds that.
+    `with Popen` would wait for it without a limit, and for its output as long as a child of it holds that open.
     """
     process = subprocess.Popen(
         command,

@@ -34,7 +34,7 @@ _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"
 @bounded
 class Narrow:
     """What a KL auto-encoder's config says under `diffship`. decoder: channels of the decoder's levels, counted as
-    `block_out_channels` counts the encoder's, where it is narrower than that (the small VAE of Hybrid SD)."""
+    `block_out_channels` counts the encoder's, if it is narrower than that (the small VAE of Hybrid SD)."""
 
     decoder: tuple[int, ...] = field(metadata=bounds(1, 65536))
 
@@ -125,7 +125,7 @@ def narrower(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def check_narrow(class_name: str, config: Mapping[str, Any]) -> None:
-    """Raises SourceError where what stands under `diffship` makes no decoder."""
+    """Raises SourceError if what stands under `diffship` makes no decoder."""
     if KEY not in config:
         return
     if class_name != KL:

@@ -124,7 +124,8 @@ class Component:
 
 @contextmanager
 def reading(part: str, class_name: str) -> Iterator[None]:
-    """A config is used: what Python, diffusers or transformers make of values that cannot be becomes a SourceError."""
+    """For a block that uses a config: an error of Python, diffusers or transformers over an impossible value becomes a
+    SourceError."""
     try:
         yield
     except (DiffshipError, MemoryError):
@@ -200,7 +201,7 @@ def _refuse_computed(module: nn.Module, label: str) -> None:
 
 
 def _refuse_untied(weights: Weights, known: set[str], group: Sequence[str], tensor: torch.Tensor, label: str) -> None:
-    """Raises SourceError where the weights hold tensors under several names of `group` that are not equal."""
+    """Raises SourceError if the weights hold tensors under several names of `group` that are not equal."""
     held = [name.removeprefix(INNER) for name in group if name.removeprefix(INNER) in known]
     for other in held[1:]:
         if not torch.equal(read_tensor(weights, other), tensor):
@@ -220,7 +221,8 @@ def read_tensor(weights: Weights, name: str) -> torch.Tensor:
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Put `tensor` where `module` has the parameter or buffer `name`; what lies there then, to be shared by others."""
+    """Replace the parameter or buffer `name` of `module` by `tensor`; returns the object that is there now, which tied
+    names then share."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf not in owner._parameters:

@@ -21,7 +21,7 @@ INNER = "inner."  # every part wraps its network in an attribute of this name
 
 
 def tied(module: nn.Module) -> list[tuple[str, ...]]:
-    """Names in the state of `module`, those of one tensor together: T5's embedding is its encoder's, too."""
+    """Groups of names in the state of `module` that are one tensor: T5's table of tokens is also its encoder's."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in module.state_dict(keep_vars=True).items():
         names[id(tensor)].append(name)

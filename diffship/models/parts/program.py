@@ -23,10 +23,10 @@ Apply: TypeAlias = "Callable[..., Tensors]"  # (modules by path relative to `inn
 
 @dataclass(frozen=True)
 class Layer:
-    """The smallest thing that can be cut off.
+    """The smallest thing that can be cut off a part: `apply` computes the tensors `writes` from the tensors `reads`.
 
-    `modules` are the paths whose weights it owns. An `embedding` makes what layers everywhere are conditioned on (of
-    the timestep, say) from inputs of the part alone, so each stage may compute its own.
+    `modules` are the paths whose weights it owns. An `embedding` computes what later layers are conditioned on (the
+    embedding of the timestep, say) from inputs of the part alone, so each stage may compute its own copy.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Program:
 
 
 class Tree:
-    """Modules by path below a root; raises AttributeError where there is none at a path."""
+    """Modules by path below a root; raises AttributeError if there is none at a path."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root

@@ -21,7 +21,7 @@ else:
 
 
 class TorchRunner:
-    """Feeds by canonical name, numpy or torch or dlpack; numpy comes back where no feed was a tensor of another kind.
+    """Feeds by canonical name, numpy or torch or dlpack; numpy comes back if no feed was a tensor of another kind.
 
     A feed of one value per sample (`timestep`) may have a single one, with or without an axis.
     """
@@ -85,7 +85,7 @@ class TorchRunner:
 
 
 def check_shapes(specs: tuple[TensorSpec, ...], shapes: list[tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of the named axes; raises RunnerError where a feed does not fit. One value for all samples always fits."""
+    """Sizes of the named axes; raises RunnerError if a feed does not fit. One value for all samples always fits."""
     sizes: dict[str, int] = {}
     for spec, shape in zip(specs, shapes, strict=True):
         if spec.per_sample and shape in ((), (1,)):

@@ -45,7 +45,7 @@ class SD3Transformer(Module):
 
 
 def sd3_transformer(config: Mapping[str, Any], weights: Weights, latent_size: int = 0) -> Component:
-    """The transformer of `config`; `latent_size` is the smallest latent side, one patch where it is 0.
+    """The transformer of `config`; `latent_size` is the smallest latent side, one patch if it is 0.
 
     The table of positions is among its weights (`pos_embed.pos_embed`): pictures of any size up to
     `pos_embed_max_size` patches a side read its middle.

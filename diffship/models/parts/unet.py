@@ -82,7 +82,7 @@ class UNet(Module):
 
 
 def unet(config: Mapping[str, Any], weights: Weights, latent_size: int = 0) -> Component:
-    """The U-Net of `config`; `latent_size` is the smallest latent side, 2**(levels - 1) where it is 0.
+    """The U-Net of `config`; `latent_size` is the smallest latent side, 2**(levels - 1) if it is 0.
 
     Raises:
         UnsupportedError: the config asks for conditioning or blocks outside the SD families.
@@ -127,7 +127,7 @@ def text_time_widths(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError where the U-Net is of no family that is known here."""
+    """Raises UnsupportedError if the U-Net is of no family that is known here."""
     for key, legal in _UNSUPPORTED.items():
         if config.get(key, legal) not in (legal, None):
             raise UnsupportedError(f"unet: {key} = {config[key]!r} is not supported; legal is {legal}")

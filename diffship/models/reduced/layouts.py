@@ -133,7 +133,7 @@ def _depths(values: Sequence[Any], kinds: Sequence[str], layers: int) -> Depths:
 
 
 def student_config(layout: Layout, teacher: Config) -> dict[str, Any]:
-    """The diffusers config of `layout` on a teacher; inner widths and heads are not in it (`models.widths`).
+    """The diffusers config of `layout` on a teacher; inner widths and heads are not in it (`models.reduced.widths`).
 
     Raises:
         ConfigError: the teacher has other levels or layers, or is shallower than the layout.
@@ -253,6 +253,7 @@ def _depth_keys(shape: Shape) -> dict[str, Any]:
 
 
 def _shortest(block: Sequence[int]) -> Any:
-    """3, 3 -> 3; a block without attention takes 1, which diffusers never reads."""
+    """How many transformer blocks the layers of a block have, as configs spell it: one number if all are equal (3, 3 ->
+    3). A layer without attention counts 1, which diffusers never reads."""
     values = [value or 1 for value in block]
     return values[0] if len(set(values)) == 1 else values

@@ -3,7 +3,7 @@
 Their code (bytedance/Hybrid-SD at dcac636, compression/prune_sd/models) extends UNet2DConditionModel by three lists in
 config.json. `block_mid_channels` has the inner width of the residual blocks: one entry for each down block, then one
 for each layer of each up block. `block_selfattn_heads` and `block_crossattn_heads` have the heads in the same order, of
-the blocks with attention alone. No code of theirs is run: the lists become `models.widths.Widths`.
+the blocks with attention alone. No code of theirs is run: the lists become `models.reduced.widths.Widths`.
 """
 
 from __future__ import annotations

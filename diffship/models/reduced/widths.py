@@ -26,8 +26,8 @@ KEY = "diffship"
 
 @dataclass(frozen=True)
 class Parts:
-    """The layers around an interior: `writers` make it, so their rows (output channels) go with it; `reader` takes it,
-    so its columns do, and its bias stays."""
+    """The layers around an interior. `writers` make it: when it is narrowed, their rows (output channels) are cut.
+    `reader` takes it: its columns (input channels) are cut, and its bias stays."""
 
     writers: tuple[str, ...]
     reader: str
@@ -73,7 +73,7 @@ def widths_of(config: Mapping[str, Any]) -> Widths:
 
 
 def with_widths(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
-    """`config` with `widths` in it, or without the key where nothing is narrowed."""
+    """`config` with `widths` in it, or without the key if nothing is narrowed."""
     rest = {key: value for key, value in config.items() if key != KEY}
     return {**rest, KEY: plain(widths)} if widths else rest
 
@@ -136,10 +136,10 @@ def _narrow_resnet(block: Any, name: str, inner: int) -> None:
 
 
 class InnerNorm(GroupNorm):
-    """GroupNorm that takes a group of one value, which it leaves at its shift.
+    """GroupNorm that accepts groups of a single value, which it turns into the layer's shift (bias).
 
-    Narrow blocks have such groups in the smallest pictures; torch's own layer refuses them as if statistics were
-    learnt here, while every compiled engine computes them.
+    Narrow blocks have such groups in the smallest pictures. torch's own layer refuses them, as it does for statistics
+    that are learnt; every compiled engine computes them.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check_index(index: Mapping[str, Any], path: Path) -> None:
-    """Raises SourceError where a model_index names classes outside diffusers and transformers."""
+    """Raises SourceError if a model_index names classes outside diffusers and transformers."""
     if not isinstance(index.get("_class_name"), str):
         raise SourceError(
             f"{path}: _class_name is {str(index.get('_class_name'))[:80]}; a custom pipeline is never run"

@@ -29,7 +29,7 @@ def is_hub_id(text: str) -> bool:
 def hub_folder(name: str, revision: str | None = None, files: Iterable[str] = ()) -> tuple[Path, str]:
     """(folder in the local cache, commit) of a hub id; with HF_HUB_OFFLINE=1 only the cache is looked at.
 
-    `files` are got as well as those that a model needs, where the repository has them: a LoRA, say.
+    `files` are got as well as those that a model needs, if the repository has them: a LoRA, say.
 
     Raises:
         SourceError: no such id or revision, no network, or not in the cache.
@@ -61,7 +61,7 @@ def hub_folder(name: str, revision: str | None = None, files: Iterable[str] = ()
 def select_files(names: Iterable[str]) -> list[str]:
     """The files of a repository that are read: JSON, tokenizer text, licences, and one set of safetensors a folder.
 
-    Full precision is taken where both it and fp16 are there; whole-model checkpoints at the top are not.
+    Full precision is taken if both it and fp16 are there; whole-model checkpoints at the top are not.
     """
     names = list(names)
     wanted = [name for name in names if _is_small(PurePosixPath(name))]

@@ -43,7 +43,7 @@ def licence_of(folder: Path) -> dict[str, Any]:
 
 
 def front_matter(text: str) -> dict[str, str]:
-    """The YAML header of a model card: its texts, and its lists of texts as `a AND b`; empty where there is none, or
+    """The YAML header of a model card: its texts, and its lists of texts as `a AND b`; empty if there is none, or
     it is no YAML."""
     lines = text.lstrip("\ufeff").splitlines()
     ends = [number for number, line in enumerate(lines) if line.strip() == "---"][:2]

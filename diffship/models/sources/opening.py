@@ -74,9 +74,9 @@ def _named(folder: Path) -> dict[str, str | None]:
 
 
 def require_source(text: str, revision: str | None = None) -> None:
-    """Raises SourceError where `text` can be no source: no torch is loaded for it, and nothing is asked of the hub.
+    """Raises SourceError if `text` can be no source: no torch is loaded for it, and nothing is asked of the hub.
 
-    With a `revision` it is a hub id, also where a folder has its owner's name.
+    With a `revision` it is a hub id, also if a folder has its owner's name.
     """
     path = Path(text).expanduser()
     kind = classify(path)

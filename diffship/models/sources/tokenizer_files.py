@@ -36,7 +36,7 @@ Merges = Sequence[tuple[str, str]]
 
 
 def clip_files(size: int = 49408, pad: str = END) -> dict[str, bytes]:
-    """{file name: content} of CLIP's tokenizer, cut to its first merges where `size` is below 49,408 ids."""
+    """{file name: content} of CLIP's tokenizer, cut to its first merges if `size` is below 49,408 ids."""
     return {**_clip_vocabulary(size), **_settings(pad, CONTEXT)}
 
 

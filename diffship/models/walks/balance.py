@@ -57,7 +57,8 @@ def balanced(
 
 
 class _Rows:
-    """Least largest cost first, least bytes second, by dynamic programming over [i, j) stretches of layers."""
+    """Finds the cuts whose largest cost is least, and among them those with the fewest bytes, by dynamic programming
+    over stages of layers [i, j)."""
 
     def __init__(self, cost: F64, crossings: Sequence[Crossing]) -> None:
         self.last = len(cost) - 1

@@ -1,4 +1,4 @@
-"""Cuts: at which blocks a U-Net is cut for several devices, and which device holds which stretch.
+"""Cuts: at which blocks a U-Net is cut for several devices, and which device holds which stage.
 
 AsyncDiff (arXiv 2406.06911) published cuts for SD 1.5, SD 2.1 and SDXL; anything else is balanced by time or bytes.
 """
@@ -24,7 +24,8 @@ ON_THE_WIRE = 2  # bytes of a value: float16, as all published figures count
 
 @dataclass(frozen=True)
 class Cuts:
-    """Cut after each block of `at`; `homes` has the device of every stretch, the last one's being the highest."""
+    """Cut after each block of `at`. `homes` has the device of each stage that results; the last stage stands on the
+    device with the highest number."""
 
     at: tuple[str, ...]
     homes: tuple[int, ...]
@@ -92,7 +93,7 @@ def find_cuts(
 
 
 def usual_kind(config: Mapping[str, Any], stages: int) -> str:
-    """`published` where AsyncDiff has a cut for such a U-Net and number of stages, else `speed`."""
+    """`published` if AsyncDiff has a cut for such a U-Net and number of stages, else `speed`."""
     table = table_of(config)
     return "published" if table is not None and stages in (1, *PUBLISHED[table]) else "speed"
 
@@ -113,14 +114,15 @@ def published(config: Mapping[str, Any], stages: int) -> Cuts:
 
 
 def table_of(config: Mapping[str, Any]) -> str | None:
-    """`sd15`, `sd21` or `sdxl` where a U-Net has that model's blocks, whatever its widths; None for reduced ones."""
+    """`sd15`, `sd21` or `sdxl` if a U-Net has that model's blocks, whatever its widths; None for reduced ones."""
     whole = config.get("layers_per_block", 2) == 2 and config.get("mid_block_type", _MID) == _MID
     table = _TABLES.get(tuple(config.get("down_block_types", ()))) if whole else None
     return "sd21" if table == "sd15" and config.get("use_linear_projection") else table
 
 
 def partition(component: Component, cuts: Cuts) -> list[Stage]:
-    """The stretches as stages; each has its own time embedding, so that they may stand at different timesteps."""
+    """The stages that `cuts` makes of `component`; each computes its own time embedding, so that they may stand at
+    different timesteps."""
     return cut(component, cuts.at, embed="recompute")
 
 

@@ -64,7 +64,8 @@ def share(stage: Stage, inner: nn.Module) -> nn.Module:
 
 
 def _changes(component: Component, inner: nn.Module) -> Iterator[str]:
-    """What diffusers would run and stages would not: they call the layers, and never the blocks around them."""
+    """What diffusers would run and stages would skip, a sentence each: stages call the layers, never the blocks around
+    them."""
     if getattr(inner, "_hf_peft_config_loaded", False):
         yield "it has LoRA adapters; call pipeline.fuse_lora() and pipeline.unload_lora_weights() first"
     if getattr(inner, "encoder_hid_proj", None) is not None:

@@ -32,9 +32,9 @@ def point_paths(component: Component, inner: nn.Module) -> frozenset[str]:
 
 
 def layer_points(program: Program, containers: frozenset[str]) -> Mapping[str, Layer]:
-    """Tensors between layers that a module of the original network gives although no layer calls it as a whole.
+    """{tensor: layer} of tensors between layers that are the output of a module which no layer calls as a whole.
 
-    A transformer is run block by block, so its module never is; its output is what its last layer writes.
+    A transformer is run block by block, so its module is never called; its output is what its last layer writes.
     """
     return {
         name: layer

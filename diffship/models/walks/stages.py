@@ -1,8 +1,8 @@
 """Stages: a part cut at layer boundaries into components with explicit boundary tensors.
 
-Run one after the other they compute what the whole computes. References of a proof that is bounded in memory are
-computed so; chunks and partitioned execution place them on different files and devices. (A finished graph is cut by
-`runtimes.onnx_split`, for which blocks have no meaning.)
+Run one after the other they compute what the whole computes. The references of a proof that is bounded in memory are
+computed stage by stage; chunks and partitioned execution place stages in different files and on different devices. (A
+finished graph has no blocks: `runtimes.proof.onnx_split` cuts it, into stretches.)
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ STAGE_BYTES = 512 << 20
 @brief
 @dataclass(frozen=True)
 class Stage(Component):
-    """Layers `[first, last)` of `parent`. Inputs: what it reads from outside; outputs: what is read after it, and
-    outputs of the whole. A tensor keeps its name from the stage that writes it to all that read it. `over(inner)` is
-    the stage as a module that shares those of `inner`, a whole that is loaded already."""
+    """Some neighbouring `layers` of the part `parent`. Its inputs are the tensors that it reads from outside, its
+    outputs those that are read after it, and outputs of the whole. A tensor keeps its name from the stage that writes
+    it to all that read it. `over(inner)` builds the stage on the modules of `inner`, a whole that is loaded already."""
 
     parent: str = ""
     layers: tuple[str, ...] = ()

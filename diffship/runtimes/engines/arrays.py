@@ -15,7 +15,7 @@ Giver = Callable[[np.ndarray], Any]
 
 
 def host(name: str, array: Any) -> np.ndarray:
-    """`array` as numpy in host memory, without a copy where it lies there already.
+    """`array` as numpy in host memory, without a copy if it lies there already.
 
     Raises:
         RunnerError: it is no array, or its library refuses to hand it over (bfloat16, tracked gradients).
@@ -44,7 +44,8 @@ def _plain(name: str, value: Any) -> np.ndarray:
 
 
 def giver(feeds: Iterable[Any]) -> Giver:
-    """How outputs go back: as the first feed that is not numpy came (library and device), else as numpy."""
+    """What converts outputs: to the library and device of the first feed that is not numpy; if there is none, they stay
+    numpy."""
     for feed in feeds:
         if hasattr(feed, "__dlpack__") and not isinstance(feed, (np.ndarray, np.generic)):
             return _giver_of(feed)
@@ -68,7 +69,7 @@ def _giver_of(feed: Any) -> Giver:
 def as_dtype(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     """`array` in `dtype`, contiguous and little-endian.
 
-    Floats and integers become floats, integers become other integers where every value fits; nothing else changes
+    Floats and integers become floats, integers become other integers if every value fits; nothing else changes
     kind. Raises RunnerError with the offending value otherwise.
     """
     target = numpy_dtype(dtype)
@@ -121,7 +122,7 @@ def spread(spec: TensorSpec, array: np.ndarray, sizes: Mapping[str, int]) -> np.
 
 
 def describe_nonfinite(array: np.ndarray) -> str | None:
-    """`3 NaN and 1 infinite of 4096 values`, or None where all are finite."""
+    """`3 NaN and 1 infinite of 4096 values`, or None if all are finite."""
     if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
         return None
     nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())

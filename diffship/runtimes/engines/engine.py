@@ -40,7 +40,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """What `doctor` prints of one engine; `conflict` is set where the installed packages shadow each other."""
+    """What `doctor` prints of one engine; `conflict` is set if the installed packages shadow each other."""
 
     engine: str
     available: bool
@@ -58,7 +58,7 @@ class Opener(Protocol):
     """What opens the files of a part."""
 
     def open(self, files: Sequence[Path]) -> Session:
-        """Raises RunnerError where the engine refuses the model, MissingExtra where it is not installed."""
+        """Raises RunnerError if the engine refuses the model, MissingExtra if it is not installed."""
         ...
 
 
@@ -70,7 +70,8 @@ class Engine(Opener, Protocol):
     targets: ClassVar[frozenset[str]]
 
     def gate_bytes(self, file_bytes: int, precision: str) -> int:
-        """Memory that opening a part of this size needs, from measurements; decides what verify runs in stages."""
+        """Bytes of memory that opening a part of `file_bytes` takes, from measurements; verify runs larger parts in
+        stretches."""
         ...
 
     @classmethod
@@ -127,7 +128,7 @@ def choose_engine(target: str, asked: str | None = None) -> str:
 
 
 def probe_all() -> list[Probe]:
-    """One row per engine, for `doctor`; imports an engine only where it is installed."""
+    """One row per engine, for `doctor`; imports an engine only if it is installed."""
     return [engine_class(name).probe() for name in registry.RUNNERS]
 
 

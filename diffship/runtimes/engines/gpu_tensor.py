@@ -41,7 +41,7 @@ class GpuTensor:
         self.size = math.prod(self.shape)
 
     def as_dtype(self, name: str, dtype: str) -> GpuTensor:
-        """Contiguous and in `dtype`. Raises RunnerError where floats would become integers."""
+        """Contiguous and in `dtype`. Raises RunnerError if floats would become integers."""
         wanted = getattr(self._library, dtype)
         if wanted.is_floating_point < self.tensor.dtype.is_floating_point:
             raise RunnerError(f"feed {name} is {self.tensor.dtype}; it must be {dtype} (or losslessly become it)")

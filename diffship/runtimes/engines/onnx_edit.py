@@ -61,7 +61,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Constant:
-    """An initializer: its type number, its shape and, where it is short and lies in the graph, its integers."""
+    """An initializer: its type number, its shape and, if it is short and lies in the graph, its integers."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class Graph:
 
 
 def read_graph(data: bytes) -> Graph:
-    """Raises BundleError where `data` is not a model of one graph."""
+    """Raises BundleError if `data` is not a model of one graph."""
     try:
         model = list(fields(memoryview(data)))
         graphs = [value for number, _, value in model if number == 7 and isinstance(value, memoryview)]

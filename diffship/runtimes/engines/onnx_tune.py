@@ -22,7 +22,7 @@ _DTYPES = {FLOAT: "float32", FLOAT16: "float16"}
 
 
 def tuned(model: bytes) -> bytes | None:
-    """The rewritten model, or None where there is nothing to rewrite; raises BundleError for what is no model."""
+    """The rewritten model, or None if there is nothing to rewrite; raises BundleError for what is no model."""
     graph = read_graph(model)
     before = graph.nodes
     if graph.opset >= 21:  # until then its scale was per group, not per channel
@@ -103,7 +103,7 @@ def _heads(graph: Graph, makers: dict[str, Node], name: str) -> tuple[str, int]:
 
 
 def _tail(graph: Graph, readers: dict[str, list[Node]], name: str) -> tuple[Node, Node] | None:
-    """The Transpose and the Reshape that bring heads back into channels, where nothing else reads in between."""
+    """The Transpose and the Reshape that bring heads back into channels, if nothing else reads in between."""
     swap = _only_reader(graph, readers, name)
     merge = _only_reader(graph, readers, swap.outputs[0]) if swap is not None and _is_swap(swap) else None
     shape = _constant_shape(graph, merge)

@@ -95,7 +95,7 @@ class DeviceSession(CpuSession):
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """What is fed again and again: copied to where a graph reads it only when that holds something else."""
+    """A feed that is used again and again; it is copied to the graph's own input only if something else lies there."""
 
     array: np.ndarray
 
@@ -220,7 +220,7 @@ def _bound(session: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def require_placement(session: Any, version: str) -> None:
-    """Raises UnsupportedError where operators that move whole activations were placed on the host.
+    """Raises UnsupportedError if operators that move whole activations were placed on the host.
 
     ONNX Runtime says so in its log only: up to 1.24 it had no CUDA kernel for opset 23's Attention, and computed every
     one of them on the host (github.com/microsoft/onnxruntime/issues/28025).

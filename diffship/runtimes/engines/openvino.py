@@ -35,7 +35,7 @@ class OpenVinoRunner:
     """Options of OpenVINO.
 
     hint: "latency" for one call at a time, "throughput" for many. precision: what it computes in; OpenVINO alone would
-    choose bf16 or fp16 where the CPU has them. cache: a folder for compiled models ("" = none).
+    choose bf16 or fp16 if the CPU has them. cache: a folder for compiled models ("" = none).
     """
 
     name: ClassVar[str] = "openvino"
@@ -98,7 +98,7 @@ def _core() -> Any:
     """One for the process, never given back.
 
     OpenVINO sets an alternate signal stack for the thread that first asks a core for its devices, and unmaps it with
-    the core. Where another thread lets go of that, the first one keeps a stack that is gone, and the next Ctrl-C is a
+    the core. If another thread lets go of that, the first one keeps a stack that is gone, and the next Ctrl-C is a
     segmentation fault, for Python's handlers run on it (measured with OpenVINO 2026).
     """
     return need("openvino").Core()

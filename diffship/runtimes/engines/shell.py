@@ -40,7 +40,8 @@ def open_runner(bundle: Bundle, part: str | Part, engine: str | None = None, **o
 
 
 def steps_of(bundle: Bundle, part: Part) -> dict[str, int]:
-    """Axes of which only multiples work: the latent sides of a U-Net, say, which halves them on every level."""
+    """{axis: step} for axes whose size must be a multiple of `step`: the latent sides of a U-Net, which halves them on
+    every level."""
     family = bundle.manifest.family
     return family.kind.axis_steps(family) if part.name == family.kind.denoiser else {}
 
@@ -83,7 +84,7 @@ class PartRunner:
     def run(self, feeds: Mapping[str, Array | Handle]) -> dict[str, Array]:
         """One call; see `Runner.run`. Outputs are finite, or RunnerError names the part and the output.
 
-        A tensor that lies on the GPU of the engine does not leave it where the engine can take it there (TensorRT);
+        A tensor that lies on the GPU of the engine does not leave it if the engine can take it there (TensorRT);
         then outputs are tensors there, too.
         """
         session = self._open_session()

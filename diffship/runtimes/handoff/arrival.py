@@ -11,9 +11,9 @@ from diffship.sampling.trajectory import Trajectory
 
 
 def check_arrival(trajectory: Trajectory, model: Facts, shared_latents: bool = False) -> tuple[str, ...]:
-    """What to warn of where `model` goes on with `trajectory`; `shared_latents` as in `check_pair`.
+    """Warnings for a `model` that goes on with `trajectory`; `shared_latents` as in `check_pair`.
 
-    Where the bytes do not say which model they come from, shapes and schedule alone are compared.
+    If the bytes do not say which model they come from, only shapes and schedule are compared.
 
     Raises:
         HandoffError: the model cannot; every reason is named.

@@ -29,7 +29,7 @@ class Breaker:
         return HALF_OPEN if self.wait() == 0 else OPEN
 
     def wait(self) -> float:
-        """Seconds until a trial is admitted; 0 where one is."""
+        """Seconds until a trial is admitted; 0 if one is."""
         return 0.0 if self._opened is None else max(self._opened + self._seconds - self._clock(), 0.0)
 
     def allow(self) -> bool:
@@ -49,5 +49,5 @@ class Breaker:
         self._trial = False
 
     def abandoned(self) -> None:
-        """The one who asked left before there was an outcome."""
+        """The caller that was allowed to ask left before there was an answer."""
         self._trial = False

@@ -101,7 +101,7 @@ class QualityCurve:
         return value >= wanted if self.better == "higher" else value <= wanted
 
     def require_fit(self, cloud: str, edge: str, steps: int) -> None:
-        """Raises ConfigError where it was measured for other models or another number of steps."""
+        """Raises ConfigError if it was measured for other models or another number of steps."""
         for what, ours, asked in (("cloud", self.cloud, cloud), ("edge", self.edge, edge)):
             if ours != asked:
                 raise ConfigError(f"the quality curve is of another {what} model: {ours[:12]!a}, here is {asked[:12]}")
@@ -125,7 +125,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Choice:
-    """A split and its predicted cost; `quality` is None without a curve, or where it was not measured."""
+    """A split and its predicted cost; `quality` is None without a curve, or if it was not measured."""
 
     split: tuple[int, int]
     cloud_ms: float
@@ -163,8 +163,10 @@ def splits(
 def choose_split(
     profile: SplitProfile, steps: int, budget: Budget, curve: QualityCurve | None = None, calls: int | None = None
 ) -> Choice:
-    """The split that takes least of the cloud among those that meet the budget, or, where `cloud_ms` says what may be
-    spent, most of it: the cloud's model is the better one. `calls` as in `splits`.
+    """The split to draw with: of those that meet the budget, the one with the fewest calls of the cloud.
+
+    If the budget says how much of the cloud's time may be spent (`cloud_ms`), it is the one with the most calls of the
+    cloud, whose model is the better one. `calls` as in `splits`.
 
     Raises:
         ConfigError: `quality` without a curve for this pair; no split meets the budget: the best of each is named.

@@ -155,7 +155,7 @@ class HybridClient:
     def body(self, model: CloudModel, request: Request, calls: int, left: float) -> bytes:
         """The JSON of `/v1/handoff` for the first `calls` calls of a settled request.
 
-        Where the text encoders are the same weights the embeddings stay there: this device encodes meanwhile.
+        If the text encoders are the same weights the embeddings stay there: this device encodes meanwhile.
         """
         assert request.size is not None
         low, high = _SERVER_SECONDS
@@ -178,7 +178,7 @@ class HybridClient:
         return json.dumps(content).encode()
 
     def settled(self, request: Request, steps: int) -> Request:
-        """The request with the small model's own size and guidance where it leaves them open."""
+        """The request with the small model's own size and guidance if it leaves them open."""
         family = self.small.family
         guidance = family.guidance_default if request.guidance is None else request.guidance
         size = request.size or family.default_sides
@@ -198,8 +198,8 @@ class HybridClient:
     # this device, while the cloud draws
 
     def _prepare(self, work: Work) -> Trajectory:
-        """The picture as this device would draw it alone, encoded, its parts loaded; the first time after one call,
-        which warms the engine up, tells how long a call takes, and is of use if the cloud fails."""
+        """The trajectory that this device would draw alone, encoded, with its parts loaded. The first time it is after
+        one call: that warms the engine up, tells how long a call takes, and is not lost if the cloud fails."""
         since = time.monotonic()
         begun = start(self.small, work.request)[0]
         work.pace.encode = work.times["encode"] = time.monotonic() - since
@@ -214,7 +214,7 @@ class HybridClient:
         return begun
 
     def _same_text(self, model: CloudModel) -> bool:
-        """Whether both sides are known to encode alike."""
+        """Whether both sides are known to have text encoders of the same weights."""
         ours, theirs = self.small.digests, model.facts.digests
         known = bool(self.small.digest) and bool(model.digest)
         return known and all(ours.get(part) == theirs.get(part) for part in text_parts(self.small))
@@ -305,7 +305,7 @@ class HybridClient:
     # both
 
     def _joined(self, work: Work, arrived: Trajectory, begun: Trajectory) -> Trajectory:
-        """What arrived, with the embeddings of this device where none travelled, labelled by what we know ourselves."""
+        """What arrived, with the embeddings of this device if none travelled, labelled by what we know ourselves."""
         assert work.model is not None
         work.arrived = True
         if arrived.positive is None:

@@ -76,13 +76,13 @@ class Differences:
 
 
 def check_pair(models: Sequence[Facts], sampler: str | None = None, shared_latents: bool = False) -> tuple[str, ...]:
-    """What to warn of where `models` draw one picture with `sampler` (default: that of the first), in that order.
+    """Warnings for `models` that draw one picture in this order with `sampler` (default: that of the first).
 
-    Latents mean the same to two models where the halves of a VAE that both have are the same: one equal digest, of the
-    encoder or the decoder, is enough, for decoders are fine-tuned under a fixed encoder and only the last model
+    Latents mean the same to two models if the halves of a VAE that both have are the same. One equal digest, of the
+    encoder or of the decoder, is enough: decoders are fine-tuned under a fixed encoder, and only the last model
     decodes. `shared_latents` takes the caller's word for it (a tiny VAE made for the other's latents, an fp16 copy of
-    an fp32 one) and leaves digests, scale and shift alone: the scale belongs to the VAE, the latents that travel are
-    the U-Net's.
+    an fp32 one) and compares neither digests nor scale and shift: the scale belongs to the VAE, and the latents that
+    travel are the U-Net's.
 
     Raises:
         ConfigError: two of them cannot share a trajectory; every reason is named.

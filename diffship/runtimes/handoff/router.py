@@ -71,7 +71,7 @@ class Router:
     """
 
     def __init__(self, models: Sequence[Model], split: Sequence[int] | None = None, keep: bool = True) -> None:
-        """Raises ConfigError for a split that `check_split` refuses, UnsupportedError where a part is missing."""
+        """Raises ConfigError for a split that `check_split` refuses, UnsupportedError if a part is missing."""
         self.split = None if split is None and len(models) == 1 else tuple(split or ())
         if self.split is not None:
             check_split(self.split, len(models))
@@ -97,7 +97,7 @@ class Router:
         return outputs
 
     def place_of(self, trajectory: Trajectory) -> int:
-        """Which model makes the next call of `trajectory`; the last one where none is left.
+        """Which model makes the next call of `trajectory`; the last one if none is left.
 
         Raises:
             ConfigError: the trajectory has another number of steps than the split.

@@ -71,7 +71,7 @@ class CloudError(PeerError):
 @dataclass(frozen=True, eq=False)
 class Answer:
     """A body of an answer and what it cost: bytes of both bodies, seconds seen here, and milliseconds that the server
-    says it queued and drew (None where it does not say)."""
+    says it queued and drew (None if it does not say)."""
 
     body: bytes
     bytes_up: int
@@ -207,7 +207,7 @@ async def retried(
     on_retry: Callable[[CloudError], None] = lambda fault: None,
     draw: Callable[[], float] = random.random,
 ) -> T:
-    """`ask`, and up to RETRIES times again where its fault says that this may help and `left` seconds allow it.
+    """`ask`, and up to RETRIES times again if its fault says that this may help and `left` seconds allow it.
 
     Only for what may be asked twice. `draw` gives the jitter, in [0, 1).
 

@@ -53,10 +53,12 @@ class Work:
     warnings: list[str] = field(default_factory=list)
 
     def spare(self, deadline: float) -> float:
-        """Seconds from the begin that the cloud may take, so that this device can yet draw alone within `deadline`.
+        """Seconds from the begin that the cloud may take; after them this device can still draw alone within
+        `deadline`.
 
-        While nothing is known of its pace, half of the deadline. Where it would be late in any case, the cloud has the
-        time that this device would need for the same calls: after that it saves nothing.
+        Half of the deadline while it is not known how fast this device is. If this device alone would miss the
+        deadline, the cloud gets the time that this device would need for the same calls, because a later answer saves
+        nothing.
         """
         alone = self.pace.alone(sum(self.split))
         if alone is None or self.pace.call is None:
@@ -65,7 +67,7 @@ class Work:
         return spare if spare > 0 else self.split[0] * self.pace.call
 
     def ignore(self, fault: CloudError) -> None:
-        """Count a handoff that was answered, or would be yet, and whose answer is not used."""
+        """Count a handoff whose answer is not used, whether it came or is still to come."""
         self.ignored += self.requests > 0 and fault.kind in ("slow", "garbage", "wrong")
 
     def report(self, begun: Trajectory, cloud: str, deadline: float) -> HandoffReport:

@@ -204,7 +204,7 @@ def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check(sample: Any, multiple: int, threaded: bool) -> None:
-    """Raises UnsupportedError where stages would compute something else than the whole."""
+    """Raises UnsupportedError if stages would compute something else than the whole."""
     import torch
 
     if sample.requires_grad:

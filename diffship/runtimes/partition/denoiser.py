@@ -117,7 +117,7 @@ def threads(
     """A thread for each device. `runners` has one for each stage, or one for each (device, stage) that is run.
 
     kind: that of the model which the stages are of (`family.kind`). Engines may be mixed: a runner takes and gives what
-    the next one takes, numpy where nothing else is in common.
+    the next one takes, numpy if nothing else is in common.
     """
     scheme = scheme or Scheme()
     seated = runners if isinstance(runners, Mapping) else everywhere(placement, runners, scheme)

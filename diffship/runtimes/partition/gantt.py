@@ -29,7 +29,7 @@ def columns(table: Timetable) -> list[Column]:
 
 
 def text(table: Timetable, width: int = 110) -> str:
-    """Rows of devices, `.` where a device waits; bands of at most `width` characters."""
+    """Rows of devices, `.` if a device waits; bands of at most `width` characters."""
     cells = [_cells(table, column) for column in columns(table)]
     labels = [f"device {device}" for device in range(table.devices)] + ["predicts"]
     margin, bands, used = max(map(len, labels)), [[]], 0  # type: ignore[var-annotated]

@@ -12,7 +12,7 @@ from diffship.core.spec import TensorSpec
 
 
 class Cut(Protocol):
-    """What a placement takes of a stage: models.walks.stages.Stage has it, and so has a stage of any engine."""
+    """What a placement needs to know of a stage; `models.walks.stages.Stage` has it, and so has one on any engine."""
 
     @property
     def name(self) -> str: ...
@@ -26,8 +26,8 @@ class Cut(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A stage: the device that it stands on, and the tensors that it takes from stages before it and leaves to later
-    ones. The inputs of the whole are not among them: every device has those."""
+    """A stage on a device, with the tensors that it takes from earlier stages and leaves to later ones. Inputs of the
+    whole are not among them, because every device has those."""
 
     name: str
     home: int

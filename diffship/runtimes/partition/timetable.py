@@ -74,7 +74,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Timetable:
-    """`calls` steps of a placement. Raises ConfigError where a task reads what is not there or too old."""
+    """`calls` steps of a placement. Raises ConfigError if a task reads what is not there or too old."""
 
     placement: Placement
     scheme: Scheme
@@ -123,7 +123,7 @@ class Timetable:
         raise ConfigError(f"no round predicts step {step}; there are {self.calls}")
 
     def seconds(self, costs: Sequence[float]) -> float:
-        """Time of all rounds where piece k takes `costs[k]`; what is sent is not in it."""
+        """Time of all rounds if piece k takes `costs[k]`; what is sent is not in it."""
         total = 0.0
         for each in self.rounds:
             load = dict.fromkeys(range(self.devices), 0.0)
@@ -158,7 +158,7 @@ def timetable(placement: Placement, calls: int, scheme: Scheme | None = None) ->
     """The timetable of `calls` steps; work that nothing reads later is left out.
 
     Raises:
-        ConfigError: no step, or a time shift where nothing is stale.
+        ConfigError: no step, or a time shift if nothing is stale.
     """
     scheme = scheme or Scheme()
     if calls < 1:

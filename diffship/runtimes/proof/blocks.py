@@ -76,7 +76,7 @@ class BlockCheck:
 
 
 def check_blocks(bundle: Bundle, part: Part, engine: Engine, budget: int) -> tuple[BlockCheck, ...]:
-    """The block checks that `part` has references for; none where it was proved as a whole only.
+    """The block checks that `part` has references for; none if it was proved as a whole only.
 
     budget: bytes of memory that one stretch may take.
 

@@ -62,7 +62,7 @@ class OnnxModel:
     header: tuple[Field, ...] = field(repr=False)  # everything of the model but its graph
 
     def info(self, name: str) -> memoryview:
-        """Raises RunnerError where the file does not describe the tensor."""
+        """Raises RunnerError if the file does not describe the tensor."""
         if name not in self.infos:
             raise RunnerError(
                 f"the model does not say of which type the tensor {name[:120]} is, so it cannot be cut there"
@@ -86,7 +86,7 @@ class OnnxModel:
 
 
 def read_model(data: bytes) -> OnnxModel:
-    """Raises BundleError where `data` is not a model of one graph."""
+    """Raises BundleError if `data` is not a model of one graph."""
     try:
         entries = list(fields(memoryview(data)))
         graphs = [message(value) for number, _, value in entries if number == GRAPH]

@@ -1,12 +1,12 @@
 """Cut an ONNX model into stretches that run one after the other, so that a model larger than memory can be checked.
 
-A stretch is cut out of a finished graph, at whatever nodes its weights fill the budget and few tensors cross. It is not
-a stage (`models.stages`), which is cut out of a torch module at named blocks, and is a part of its own. A proof needs
-stretches: it must run the very nodes of the file, on machines without torch, and a stage's export would be another
-file.
+A stretch is cut out of a finished graph, at nodes where the weights fill the budget and few tensors cross. A stage
+(`models.walks.stages`) is something else: it is cut out of a torch module at named blocks, and is a part of its own. A
+proof needs stretches, because it must run the very nodes of the file, on machines without torch; a stage that is
+exported is another file.
 
-Only the graph is read; a stretch's weights are copied out of the data file when its path is asked for, and removed
-when the next one is: engines refuse data outside the model's folder, and links that lead there.
+Only the graph is read. The weights of a stretch are copied out of the data file when its path is asked for, and removed
+when the next one is asked for, because engines refuse data outside the model's folder, and links that lead there.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SplitStage:
 
 
 def load(path: str | os.PathLike[str]) -> OnnxModel:
-    """The graph of an ONNX file, whose weights stay outside; raises BundleError where it is none.
+    """The graph of an ONNX file, whose weights stay outside; raises BundleError if it is none.
 
     Types of tensors that the file leaves out are inferred by the onnx package; our own files state all of them.
     """
@@ -131,7 +131,7 @@ def split(
 
 
 def split_evenly(path: str | os.PathLike[str], count: int, folder: str | os.PathLike[str]) -> list[SplitStage]:
-    """About `count` stretches of like weight; fewer where an operator outweighs such a one, or the model is small."""
+    """About `count` stretches with equal bytes of weights; fewer if one operator has more, or if the model is small."""
     facts = _Facts(load(path))
     size = max(sum(facts.sizes.values()) // count, _LEAST, facts.heaviest)
     return _stretches(facts, size, Path(path).parent, Path(folder), False)
@@ -181,7 +181,7 @@ def _stretches(facts: _Facts, max_bytes: int, data: Path, folder: Path, widen: b
 
 
 def _cuts(facts: _Facts, max_bytes: int) -> list[int]:
-    """Ends of the stretches (exclusive node indices); each but the last is at least half full where it can be."""
+    """Ends of the stretches (exclusive node indices); each but the last is at least half full if it can be."""
     bounds: list[int] = []
     start, count = 0, len(facts.nodes)
     while start < count:

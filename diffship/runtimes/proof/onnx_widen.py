@@ -28,7 +28,7 @@ def widened_node(node: Node) -> Node:
 
 
 def widened_info(info: memoryview) -> memoryview:
-    """A ValueInfoProto whose element type is float32 where it was a 16-bit float."""
+    """A ValueInfoProto whose element type is float32 if it was a 16-bit float."""
     return memoryview(b"".join(_within(info, 2, _type)))
 
 

@@ -37,9 +37,10 @@ def look_into(bundle: Bundle, part: Part, engine: Engine, feeds: Arrays) -> tupl
 
 
 def suspects(model: Path, engine: Opener, feeds: Arrays, tolerance: Tolerance) -> tuple[str, ...]:
-    """The first stretch where `engine` leaves unoptimised ONNX Runtime when both get the same inputs, and its node.
+    """Where `engine` computes something else than unoptimised ONNX Runtime on the same inputs: the first such stretch,
+    and its first such node, as sentences.
 
-    Where no stretch does, that is said: the graph or its weights are wrong, not the engine.
+    If there is none, the sentence says so: then the graph or its weights are wrong, and not the engine.
     """
     from diffship.runtimes.proof.onnx_split import split_evenly
 
@@ -66,7 +67,7 @@ def _difference(right: Arrays, engine: Opener, stage: Any, values: Arrays, toler
 
 
 def _node(reference: Opener, engine: Opener, stage: Any, values: Arrays, tolerance: Tolerance) -> str:
-    """The first node of a stretch whose result differs, where every result is asked for."""
+    """The first node of a stretch whose result differs if every result is an output."""
     each = stage.every_node()
     right = run_stage(reference, each, values)
     try:
@@ -84,7 +85,8 @@ def _node(reference: Opener, engine: Opener, stage: Any, values: Arrays, toleran
 
 
 def tolerance_of(part: Part) -> Tolerance:
-    """The PSNR of its golden vectors; a largest error there says nothing of tensors of another scale."""
+    """The PSNR limit of the part's golden vectors. Their limit on a single error is left out: tensors inside the part
+    have other scales."""
     if part.golden is None:
         raise UnsupportedError(f"part {part.name} has no golden vectors")
     whole = part.golden.tolerance

@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 class PartCheck:
     """What verify found out about one part.
 
-    status: "passed", "failed", or "unproven" where there is nothing to compare with. stages: how many pieces the part
+    status: "passed", "failed", or "unproven" if there is nothing to compare with. stages: how many pieces the part
     was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K` and
     `NAME, one sample`. blocks: what was found inside it. note: why the proof is weaker than it could be. suspects: with
     `look`, the first stretch of the graph that computes something else, and the node in it.
@@ -100,7 +100,7 @@ class Refused(ParityError):
 @brief
 @dataclass(frozen=True)
 class VerifyReport:
-    """All of verify; `passed` only where the files are intact and every part is proved here."""
+    """All of verify; `passed` only if the files are intact and every part is proved here."""
 
     bundle: str
     engine: str
@@ -119,7 +119,7 @@ class VerifyReport:
         return not self.damage and proved and drawn
 
     def named(self, status: str) -> tuple[str, ...]:
-        """Parts of that status, and the trajectory where it is."""
+        """Parts of that status, and the trajectory if it is."""
         drawn = ("trajectory",) if self.trajectory is not None and self.trajectory.status == status else ()
         return (*(check.part for check in self.checks if check.status == status), *drawn)
 
@@ -200,7 +200,7 @@ def verify(
 def check_part(
     bundle: Bundle, part: Part, engine: Engine, max_bytes: int | None = None, look: Look | None = None
 ) -> PartCheck:
-    """Prove one part: its blocks where the engine takes a graph that can be cut, then the whole on its golden inputs.
+    """Prove one part: its blocks if the engine takes a graph that can be cut, then the whole on its golden inputs.
 
     An engine that fails is a failed check, with its words.
     """
@@ -230,7 +230,7 @@ def check_part(
 
 
 def _alone(part: Part, feeds: Arrays, expected: Arrays) -> list[tuple[Arrays, Arrays]]:
-    """The first sample of a call as a call of its own: no number of samples may be frozen in a graph."""
+    """A further call with the first sample of a call alone, which fails if a graph has a fixed number of samples."""
     alone = first_sample(part.inputs, feeds)
     return [] if alone is None else [(alone, {name: array[:1] for name, array in expected.items()})]
 
@@ -272,7 +272,7 @@ def _looked(check: PartCheck, look: Callable[[], tuple[str, ...]]) -> PartCheck:
 def _drawn(
     bundle: Bundle, golden: GoldenTrajectory, engine: Engine, checks: Sequence[PartCheck], budget: int
 ) -> TrajectoryCheck:
-    """Where the denoiser itself is wrong, its trajectory says nothing new."""
+    """The golden trajectory drawn here. It is skipped if the denoiser itself failed, as it would tell nothing new."""
     part = bundle.manifest.family.kind.denoiser
     if next(check for check in checks if check.part == part).status != "passed":
         return TrajectoryCheck("skipped", reason=f"{part} is not proved")
@@ -317,6 +317,6 @@ def _place(name: str, golden: Golden) -> tuple[int, str, str]:
 
 
 def _budget() -> int:
-    """Bytes that a part may take; where the system does not tell (macOS, Windows), every part is taken whole."""
+    """Bytes that a part may take; if the system does not tell (macOS, Windows), every part is taken whole."""
     free = available_memory()
     return sys.maxsize if free is None else free * 3 // 4

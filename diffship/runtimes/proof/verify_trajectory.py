@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 @brief
 @dataclass(frozen=True)
 class TrajectoryCheck:
-    """The golden trajectory drawn here. status: "passed", "failed", or "skipped" where `reason` says why.
+    """The golden trajectory drawn here. status: "passed", "failed", or "skipped" if `reason` says why.
 
     report: one output for each step that was drawn, `step.1` on.
     """

@@ -73,9 +73,10 @@ class Crowd:
         return works
 
     def _without_room(self, last: Generation, batch: int) -> int:
-        """How many wait, with `last`, once every one that a batch has room for is taken.
+        """How many requests, `last` included, wait once a batch has taken all for which it has room.
 
-        As a batch holds images of one size, all sizes together get the room of one: what runs is bounded too.
+        A batch holds images of one size; here all sizes together get the room of one, so that what runs is bounded,
+        too.
         """
         room = batch - sum(generation.order.images for generation in self.running)
         queued = 0

@@ -67,7 +67,7 @@ def json_bytes(content: object) -> bytes:
 
 
 def _finite(value: object) -> object:
-    """Without such fields; within a list, where places count, null stands for them."""
+    """Without such fields; within a list, whose places count, null stands for them."""
     if isinstance(value, Mapping):
         return {key: _finite(field) for key, field in value.items() if not _unwritable(field)}
     if isinstance(value, (list, tuple)):
@@ -116,7 +116,7 @@ def warnings_of(generation: Generation, drawn: Drawn) -> list[str]:
 
 
 def openai_document(generation: Generation, drawn: Drawn) -> dict[str, Any]:
-    """What OpenAI's clients read; and, where they look for it, the settings of each picture and the warnings."""
+    """What OpenAI's clients read, with the settings of each picture and the warnings where they look for them."""
     data = [{"b64_json": base64.b64encode(png).decode(), "settings": about} for png, about in drawn.pictures]
     return {"created": int(time.time()), "data": data, "warnings": warnings_of(generation, drawn)}
 

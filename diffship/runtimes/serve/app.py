@@ -49,7 +49,7 @@ _HEARTBEAT = 15.0  # seconds of silence after which a stream says that it is ali
 
 
 def application(service: Service, token: str | None = None) -> FastAPI:
-    """The FastAPI application of a service, guarded by `token` where there is one.
+    """The FastAPI application of a service, guarded by `token` if there is one.
 
     Raises:
         MissingExtra: fastapi is not installed.

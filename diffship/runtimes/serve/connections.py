@@ -32,7 +32,7 @@ _AHEAD = 1  # requests that a client may have sent before it has read the answer
 class Door(socket.socket):
     """A listening socket that gives asyncio a few connections at a time, and that lives through a lack of descriptors.
 
-    asyncio takes all that wait at once: those that it would have closed for them are still open then. And where no
+    asyncio takes all that wait at once: those that it would have closed for them are still open then. And if no
     descriptor is left, it logs that for each of them, again and again. This one has a descriptor in reserve, with which
     it takes such a connection and hangs up on it.
     """
@@ -119,7 +119,7 @@ def bind(host: str, port: int) -> Doors:
 
 
 def _bound(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> Doors:
-    """Raises OSError: of an address that is in use, or of the last one where none is of this machine."""
+    """Raises OSError: of an address that is in use, or of the last one if none is of this machine."""
     doors, foreign = Doors(), None
     try:
         for family, address in addresses:
@@ -228,7 +228,7 @@ def protocol(options: ServeOptions, connections: int) -> Any:
             super().on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
-            """Refuse what is no HTTP. Where that is the body of a request that is answered already, its answer has no
+            """Refuse what is no HTTP. If that is the body of a request that is answered already, its answer has no
             place any more: uvicorn would log the attempt to send it with a traceback."""
             if self.cycle is not None:
                 self.cycle.disconnected = True
@@ -264,7 +264,7 @@ def protocol(options: ServeOptions, connections: int) -> Any:
             return self._counted.count - self._unread()
 
         def _make_place(self) -> None:
-            """Where all places are taken, hang up on whoever does least: nobody may keep the others out."""
+            """If all places are taken, hang up on whoever does least: nobody may keep the others out."""
             if len(self.connections) < connections:
                 return
             others: list[Any] = [other for other in self.connections if other is not self]

@@ -222,7 +222,7 @@ def check_chars(form: Any) -> None:
 
 
 def check_response(response: str, images: int, previews: int) -> None:
-    """Raises ConfigError where the form of the answer cannot hold what was asked for."""
+    """Raises ConfigError if the form of the answer cannot hold what was asked for."""
     if response == "png" and images > 1:
         raise ConfigError(f"response png holds one image, and images is {images}; ask for json or events")
     if previews and response != "events":

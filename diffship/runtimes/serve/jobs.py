@@ -29,7 +29,7 @@ class ConflictError(ConfigError):
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `calls` model calls are made; `previews` are pixels, one an image, where they were asked for."""
+    """`step` of `calls` model calls are made; `previews` are pixels, one an image, if they were asked for."""
 
     step: int
     calls: int
@@ -76,7 +76,7 @@ class Generation:
         return self.deadline - self._clock()
 
     def listen(self, listener: Listener) -> None:
-        """Hear of every step and of the end; at once, where that lies behind."""
+        """Hear of every step and of the end; at once if it has ended already."""
         with self._lock:
             self._listeners.append(listener)
         if self.ended:
@@ -116,7 +116,7 @@ class Generation:
         return self._end(EXPIRED, None, DeadlineError(f"not finished within its deadline of {given:g} s"))
 
     def release(self) -> None:
-        """Let go of what the work was made of, megabytes where a trajectory came in; the result stays."""
+        """Let go of what the work was made of, megabytes if a trajectory came in; the result stays."""
         self.order = replace(self.order, begin=_spent, end=_spent)
 
     def result(self, timeout: float | None = None) -> Drawn:

@@ -87,7 +87,7 @@ def _get(summary: str, content: dict[str, Any], *errors: str) -> dict[str, Any]:
 
 
 def _named(entry: dict[str, Any]) -> dict[str, Any]:
-    """With the parameter of its path, and the answer where nothing has that name."""
+    """With the parameter of its path, and the answer if nothing has that name."""
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     none = {"404": _error("nothing has that name")}
     return {

@@ -1,4 +1,4 @@
-"""Bundles (or, where torch is, other sources) opened under the names that requests use."""
+"""Bundles (or, if torch is installed, other sources) opened under the names that requests use."""
 
 from __future__ import annotations
 

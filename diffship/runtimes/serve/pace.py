@@ -32,7 +32,8 @@ class Pace:
         self.calls[rows] = blended(self.calls.get(rows, 0.0), seconds)
 
     def call(self, rows: float) -> float:
-        """Seconds of a call of `rows`: between what was measured linear, below it the least, above it in proportion."""
+        """Seconds of a call of `rows`. Between two measured numbers of rows it is linear; below the least it is that of
+        the least; above the largest it grows in proportion."""
         known = sorted(self.calls.copy().items())  # the worker may be adding one
         at = bisect_left(known, (rows, 0.0))
         if not known or at == 0:

@@ -1,4 +1,4 @@
-"""What a picture looks like before it is done, where decoding is cheap."""
+"""What a picture looks like before it is done, if decoding is cheap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffship.sampling.trajectory import Trajectory
 
 
 def preview(model: Model, trajectory: Trajectory) -> NDArray[np.uint8] | None:
-    """Pixels of the noisy latents, scaled to unit variance as the model's own input is; None where there are none."""
+    """Pixels of the noisy latents, scaled to unit variance as the model's own input is; None if there are none."""
     now = trajectory.sampler.coefficients(trajectory.step, trajectory.steps, len(trajectory.history))
     try:
         return decode(model, trajectory.latents * now.input_scale)

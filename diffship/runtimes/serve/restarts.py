@@ -1,4 +1,4 @@
-"""When a process that died may be started anew: at once, then less and less soon, and only so often in a minute."""
+"""When a process that died may be started anew: at once, then after growing pauses, and only so often in a minute."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Service:
         return not self._draining and all(worker.ready() for worker in self.workers.values())
 
     def states(self) -> dict[str, str]:
-        """State of each model; `missing` or `replaced` where its files are no longer those that it was opened with."""
+        """State of each model; `missing` or `replaced` if its files are no longer those that it was opened with."""
         return {
             name: (worker.served.lost() if worker.state == READY else "") or worker.state
             for name, worker in self.workers.items()

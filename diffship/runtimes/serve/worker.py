@@ -36,10 +36,10 @@ _LATE_SECONDS = 0.2  # how late a deadline may be noticed while nothing is drawn
 @dataclass(frozen=True)
 class Served:
     """A model under the name that requests use. `lost()`: what its files are (missing, replaced), empty while they are
-    those that it was opened with; `loaded()` is called once all of them were read, and raises ReplacedError where one
+    those that it was opened with; `loaded()` is called once all of them were read, and raises ReplacedError if one
     was replaced meanwhile. `previews`: decoding is cheap.
 
-    Where its engine has a process of its own: `alive()`: that has not died; `restart()` makes another; `kill()` ends it
+    If its engine has a process of its own: `alive()`: that has not died; `restart()` makes another; `kill()` ends it
     for good, also in the middle of a call.
     """
 
@@ -266,7 +266,7 @@ class Worker:
             self._forget(generation)
 
     def _take(self) -> list[Generation]:
-        """What has room, in order of arrival; each is encoded here."""
+        """Take the requests for which there is room, in order of arrival, and encode each."""
         taken: list[Generation] = []
         at_once = 0  # what needs no call takes no room; without a bound it could hold up what runs
         while at_once < self._options.batch and self.served.alive() and (generation := self._next()) is not None:
@@ -292,7 +292,7 @@ class Worker:
         return None
 
     def _begin(self, generation: Generation) -> list[Strand]:
-        """Encode; none where that fails."""
+        """Encode; none if that fails."""
         since, order = self._clock(), generation.order
         generation.begin()
         if generation.ended:  # since it was taken; of such an order nothing is left

@@ -148,7 +148,7 @@ def middle32(s: float, end: float) -> float:
 
 
 def ancestral32(s: float, s_next: float) -> tuple[float, float]:
-    """`ancestral` with diffusers' roundings to float32, which show where s_next is much less than s."""
+    """`ancestral` with diffusers' roundings to float32, which show if s_next is much less than s."""
     square, next_square = np.float32(s) * np.float32(s), np.float32(s_next) * np.float32(s_next)
     up = np.sqrt(next_square * (square - next_square) / square)
     return float(np.sqrt(np.maximum(next_square - up * up, 0))), float(up)

@@ -66,7 +66,7 @@ class Respaced(BetasLevels):
         chosen_grid(self)
 
     def respaced(self, high: float, low: float, points: int) -> F64 | None:
-        """The levels of the grid that the config asks for, None where it asks for none."""
+        """The levels of the grid that the config asks for, None if it asks for none."""
         grid = chosen_grid(self)
         if grid is None:
             return None

@@ -83,7 +83,7 @@ def capability_text(sm: int) -> str:
 
 
 def advice(gpu: Gpu) -> str:
-    """What to do for a GPU, in Markdown: a plan from anywhere where there is one, else the way that needs no plan."""
+    """What to do for a GPU, in Markdown: a plan that any machine can build, or else the way without a plan."""
     if gpu.rtx != NO:
         return f"`export --to tensorrt --sm {gpu.sm}`, on any machine"
     return (

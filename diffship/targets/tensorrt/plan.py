@@ -46,7 +46,7 @@ class PlanOutput:
 class PlanFacts:
     """`version` is the library's, which an RTX engine needs exactly; `sm` the compute capabilities it was built for.
 
-    sm: empty where it was built for the GPU of its builder. weights: what a refit may replace, by name; empty where
+    sm: empty if it was built for the GPU of its builder. weights: what a refit may replace, by name; empty if
     that is not known here.
     """
 
@@ -78,7 +78,7 @@ class PlanFacts:
         return len(next(iter(self.inputs.values())).profiles)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the file beside the plan; `weights` only where a refit is possible."""
+        """The content of the file beside the plan; `weights` only if a refit is possible."""
         data: dict[str, Any] = plain(self)
         if not self.refit:
             data.pop("weights")

@@ -40,7 +40,7 @@ class Kind:
 def component_mutants(source: str, component: Component, first_text: int = 0) -> dict[str, list[Mutant]]:
     """Every mutant of a part, by kind; those of weights that would change nothing are left out.
 
-    first_text: width of what the first of two text encoders gives to a U-Net, 0 where there is one.
+    first_text: width of what the first of two text encoders gives to a U-Net, 0 if there is one.
     """
     part = component.meta
     make = partial(Mutant, MODULE, source, component.name)

@@ -38,9 +38,9 @@ class Outcome:
 
     status: "caught", "survived", "not opened" (the engine refuses the file, which is no merit of the proof) or
     "not made" (this precision has no such place, or the graph cannot be written). by: what caught it: "graph",
-    "engine", "whole", or "points" where the graph lacks a point that the proof compares. margin_db: how far the
-    closest figure stayed from its limit, negative where it missed. whole: whether the comparison of whole outputs
-    alone caught it; None where that was not computed.
+    "engine", "whole", or "points" if the graph lacks a point that the proof compares. margin_db: how far the
+    closest figure stayed from its limit, negative if it missed. whole: whether the comparison of whole outputs
+    alone caught it; None if that was not computed.
     """
 
     status: str

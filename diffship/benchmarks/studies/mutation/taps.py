@@ -63,7 +63,7 @@ class Taps:
     def effect(self, changed: onnx.NodeProto, more: Arrays | None = None) -> float:
         """By how much `changed` gives something else than the node of its name, relative to that (root mean square).
 
-        0 where it gives the same, is refused, or gives another shape. `more` holds tensors that are not in the graph.
+        0 if it gives the same, is refused, or gives another shape. `more` holds tensors that are not in the graph.
         """
         known = {**self.values, **(more or {})}
         names = list(dict.fromkeys(name for name in changed.input if name))

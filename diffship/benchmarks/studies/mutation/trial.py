@@ -46,7 +46,7 @@ def try_graph(bundle: Bundle, mutant: Mutant, work: Path) -> Outcome:
 
 
 def try_sound(pipeline: Pipeline, precision: str, work: Path) -> Outcome:
-    """Export a sound pipeline; "alarm" where that is refused as another network."""
+    """Export a sound pipeline; "alarm" if that is refused as another network."""
     with temporary_folder("mutant", work) as folder:
         return _timed(lambda: _clean(pipeline, precision, folder / "bundle"))
 

@@ -142,7 +142,7 @@ class Siblings:
 
     @cached_property
     def _beside(self) -> dict[str, Uint8]:
-        """Pictures of the first model without passes, from the same noise; none where the experiment has none."""
+        """Pictures of the first model without passes, from the same noise; none if the experiment has none."""
         bare = next((model for model in self.experiment.models if not model.passes), None)
         return {} if bare is None else {"teacher_rms": _pixels(self.drawn(bare, bare.seeds[0]))}
 

@@ -2,9 +2,9 @@
 
     python -m diffship.benchmarks reliability [--bundle out/emoji]
 
-The server is a process of its own; bad requests come over a socket. A refusal counts where the answer is a client's
-error (4xx) and the server still answers a good request afterwards; a fault counts as survived where the picture is
-the one that is drawn alone, within the deadline.
+The server is a process of its own; bad requests come over a socket. A refusal counts if the answer is a client's
+error (4xx) and the server still answers a good request afterwards; a fault counts as survived if the picture is the one
+that is drawn alone, within the deadline.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def refusals(bundle: Path) -> tuple[int, list[str]]:
 
 
 def _send(place: str, bad: Bad) -> tuple[int, bytes]:
-    """Status and body; 0 where the server closes without an answer."""
+    """Status and body; 0 if the server closes without an answer."""
     with closing(HTTPConnection(place, timeout=60)) as connection:
         try:
             connection.request(bad.method, bad.path, bad.body, {"Content-Type": bad.kind, **bad.headers})

@@ -22,7 +22,7 @@ def _binary(t: Translation, op: str, a: Any, b: Any) -> Value:
 
 
 def _same(t: Translation, a: Any, b: Any, neutral: float) -> Value | None:
-    """`a` where `b` is the neutral number and nothing else changes."""
+    """`a` if `b` is the neutral number and nothing else changes."""
     if isinstance(b, (int, float)) and b == neutral and isinstance(a, Value):
         if a.dtype == t.dtype and a.shape == t.shape:
             return a
@@ -159,7 +159,7 @@ def minimum(t: Translation, a: Any, b: Any) -> Value:
 
 @implements("aten.clamp.Tensor")
 def clamp_between(t: Translation, x: Any, low: Any = None, high: Any = None) -> Value:
-    """Where `low` is above `high`, the result is `high`."""
+    """If `low` is above `high`, the result is `high`."""
     raised = t.cast(x, t.dtype) if low is None else _binary(t, "Max", x, low)
     return raised if high is None else _binary(t, "Min", raised, high)
 

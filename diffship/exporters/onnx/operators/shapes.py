@@ -55,7 +55,7 @@ def flatten(t: Translation, x: Any, start: int = 0, end: int = -1) -> Value:
 
 
 def _reshape(t: Translation, x: Value, asked: list[Any]) -> Value:
-    """Free sizes are copied (0) where they stay in place; at most one is left to infer (-1), so most need no Shape."""
+    """Free sizes are copied (0) if they stay in place; at most one is left to infer (-1), so most need no Shape."""
     if x.shape == t.shape:
         return x
     target = [_target(dim, x.shape[i] if i < len(x.shape) else None) for i, dim in enumerate(t.shape)]
@@ -109,7 +109,7 @@ def matrix_transpose(t: Translation, x: Any) -> Value:
 
 @implements("aten.expand.default", "aten.broadcast_to.default")
 def expand(t: Translation, x: Any, sizes: Sequence[Any]) -> Value:
-    """A vector is always expanded: `timestep` may hold one value where the program saw one per sample."""
+    """A vector is always expanded: `timestep` may hold one value if the program saw one per sample."""
     found = t.value(x)
     if found.shape == t.shape and len(found.shape) != 1:
         return found
@@ -185,7 +185,7 @@ def _full(t: Translation, sizes: Sequence[Any], value: Any) -> Value:
 
 @implements("aten.full_like.default")
 def full_like(t: Translation, x: Any, value: Any) -> Value:
-    """`x` gives the shape, and the type where none is named."""
+    """`x` gives the shape, and the type if none is named."""
     return t.emit("Expand", t.value(value), t.emit("Shape", x, dtype="int64", shape=(len(t.shape),)))
 
 

@@ -36,9 +36,10 @@ class Sessions:
         self._opened: dict[int, Session] = {}
 
     def answer(self, asked: dict[str, Any], arrays: Sequence[np.ndarray]) -> Reply:
-        """What `asked` ("open", "run" or "close") gives; an error is a reply too, whichever it is.
+        """The reply to `asked` ("open", "run" or "close"); an error of any kind becomes a reply, too.
 
-        To end of one would take the other requests of the batch along, and every session that is open here.
+        If an error ended this process, the other requests of the batch would fail with it, and every open session be
+        lost.
         """
         try:
             return getattr(self, f"_{asked['do']}")(asked, arrays)  # type: ignore[no-any-return]
@@ -67,7 +68,8 @@ class Sessions:
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent has: in the middle of a call nobody would see that stdin is closed."""
+    """End this process when its parent has ended: during a call nobody reads stdin, and so nobody sees that it is
+    closed."""
     while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     os._exit(1)

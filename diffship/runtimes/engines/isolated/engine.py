@@ -45,7 +45,7 @@ class IsolatedEngine:
         self._count = 0
 
     def open(self, files: Sequence[Path]) -> Session:
-        """As `Opener.open`; further raises PeerError where the process dies of it."""
+        """As `Opener.open`; further raises PeerError if the process dies of it."""
         with self._lock:
             process = self._process or self._start()
             self._count += 1
@@ -89,7 +89,7 @@ class IsolatedEngine:
             process.kill()
 
     def close(self, session: _Session) -> None:
-        """Forget a session; the process ends with the last one, and by force where it is long in a call."""
+        """Forget a session; the process ends with the last one, and by force if it is long in a call."""
         busy = self._process
         if busy is not None:
             busy.settle()  # whoever is in a call may hold our lock too
@@ -191,7 +191,7 @@ class _Process:
         return answer, made
 
     def settle(self) -> None:
-        """Let the call that is under way end, if any, and end the process where that takes long."""
+        """Let the call that is under way end, if any, and end the process if that takes long."""
         if self._lock.acquire(timeout=_END_SECONDS):
             self._lock.release()
         else:
@@ -226,7 +226,7 @@ class _Process:
                 self._process.kill()
 
     def _gone(self, fault: BaseException) -> str:
-        """Why there will be no more answers; the process is ended where it is not."""
+        """Why there will be no more answers; the process is ended if it is not."""
         if not self._reason:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)

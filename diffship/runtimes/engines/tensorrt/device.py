@@ -107,7 +107,7 @@ class Device:
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: Any) -> Any:
-        """What was recorded, ready to be launched, or None where something in it cannot be."""
+        """What was recorded, ready to be launched, or None if something in it cannot be."""
         try:
             graph = self._call("cudaStreamEndCapture", stream)
             try:

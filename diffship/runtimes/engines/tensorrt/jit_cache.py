@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiled for this GPU, kept in memory for all contexts and, where asked for, in a file."""
+"""Kernels that TensorRT-RTX compiled for this GPU, kept in memory for all contexts and, if asked for, in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JitCache:
     """
 
     def __init__(self, config: Any, file: Path | None) -> None:
-        """Loads `file` where there is one, and puts the cache into the runtime config."""
+        """Loads `file` if there is one, and puts the cache into the runtime config."""
         self._cache = config.create_runtime_cache()
         self._file = file
         self._saved = b""
@@ -31,7 +31,7 @@ class JitCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write the file, whole or not at all, where there is something new."""
+        """Write the file, whole or not at all, if there is something new."""
         if self._file is None:
             return
         host = self._cache.serialize()

@@ -37,7 +37,7 @@ def check_version(trt: Any, facts: PlanFacts, where: str) -> None:
 
 
 def check_gpu(facts: PlanFacts, device: Device, where: str) -> None:
-    """Raises UnsupportedError where the plan holds no code for this GPU."""
+    """Raises UnsupportedError if the plan holds no code for this GPU."""
     own = device.capability()
     if facts.sm and own not in facts.sm:
         names = " and ".join(map(capability_text, facts.sm))

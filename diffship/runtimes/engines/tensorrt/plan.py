@@ -24,7 +24,7 @@ class Plan:
     """
 
     def __init__(self, trt: Any, runtime: Any, engine: Any, facts: PlanFacts, graphs: bool, cache: Path | None) -> None:
-        """Raises BundleError where the engine is not what `facts` says."""
+        """Raises BundleError if the engine is not what `facts` says."""
         self.trt = trt
         self._runtime = runtime  # must outlive its engine
         self.engine = engine
@@ -53,13 +53,14 @@ class Plan:
         return self.expect(context, "gives no execution context")
 
     def expect(self, given: Any, complaint: str) -> Any:
-        """`given`, unless it is what TensorRT says no with (None or False): then RunnerError with its last words."""
+        """`given`, unless it is None or False, by which TensorRT reports failure: then raises RunnerError with its last
+        words."""
         if given is None or given is False:
             raise RunnerError(f"{self.label} {complaint}: {journal(self.trt).words()}")
         return given
 
     def save_kernels(self) -> None:
-        """Keep what was compiled so far, where a folder for it was given."""
+        """Keep what was compiled so far, if a folder for it was given."""
         if self._jit is not None:
             self._jit.save()
 

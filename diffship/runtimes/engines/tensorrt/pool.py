@@ -1,4 +1,4 @@
-"""So many calls at once: whoever comes later waits, up to a time, for a slot that is free."""
+"""A limited number of calls at once: a further call waits, up to a time limit, for a slot that is free."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pool(Generic[T]):
 
     @contextmanager
     def alone(self) -> Iterator[tuple[T, ...]]:
-        """All slots there are, with nobody in them and nobody let in.
+        """All slots, for a `with` block during which no call runs.
 
         Raises:
             BusyError: calls under way did not end in time.
@@ -72,7 +72,7 @@ class Pool(Generic[T]):
                 self._release()
 
     def shut(self, reason: str) -> None:
-        """Let nobody in any more; the first reason stands."""
+        """Refuse every further call with `reason`; a reason that was given before stays."""
         with self._changed:
             self._closed = self._closed or reason
             self._changed.notify_all()

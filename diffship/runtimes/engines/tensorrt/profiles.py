@@ -1,4 +1,4 @@
-"""Which optimisation profile of a plan takes a call, and what to say where none does."""
+"""Which optimisation profile of a plan takes a call, and what to say if none does."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class TensorRtRunner:
     """Options of TensorRT-RTX and TensorRT.
 
     device_id: which GPU. contexts: how many calls run at once; each has its own activations on the GPU. wait_seconds:
-    how long a call waits where all are busy. graphs: CUDA graphs, one for each combination of shapes. runtime_cache: a
+    how long a call waits if all are busy. graphs: CUDA graphs, one for each combination of shapes. runtime_cache: a
     folder that keeps the kernels which TensorRT-RTX compiles for this GPU ("" = compiled anew in each process).
     weights: an ONNX bundle of the same precision (of a fine-tune, or with a fused LoRA), or a folder with
     PART.safetensors by the names of the plan: parts that are found there are refitted as they open, which a stripped
@@ -76,7 +76,7 @@ class TensorRtRunner:
         return session
 
     def gate_bytes(self, file_bytes: int, precision: str) -> int:
-        """None that decides: weights go from a memory map to the GPU, and a plan cannot be run in stages."""
+        """0, so that no part is run in stretches: weights go from a memory map to the GPU, and a plan cannot be cut."""
         return 0
 
     @classmethod

@@ -1,4 +1,5 @@
-"""An opened plan: any number of threads, so many calls at once, constants on the device, weights that can change."""
+"""An opened plan: threads share it, a limited number of calls run at once, constants stay on the device, weights can
+change."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _CLOSED = "the TensorRT model is closed; open it again"
 
 
 class TensorRtSession:
-    """A Session over a Plan. `inputs` and `outputs` say float32 where the plan has bfloat16; `takes` says that."""
+    """A Session over a Plan. `inputs` and `outputs` say float32 if the plan has bfloat16; `takes` says that."""
 
     def __init__(self, plan: Plan, device: Device, contexts: int, wait_seconds: float) -> None:
         self.inputs: Mapping[str, str] = {name: spoken_dtype(dtype) for name, dtype in plan.inputs.items()}

@@ -148,7 +148,7 @@ class Slot:
         return {name: tuple(context.get_tensor_shape(name)) for name in self._plan.outputs}
 
     def _fill(self, buffers: Buffers, name: str, feed: Any) -> None:
-        """Into the input's own memory: from the host, from a tensor, from a constant where another one lay there.
+        """Into the input's own memory: from the host, from a tensor, from a constant if another one lay there.
 
         Not bound in place: each prompt has other constants, and another address would mean another capture.
         """
@@ -180,7 +180,7 @@ class Slot:
         ready.used = True
 
     def _captured(self, context: Any) -> Any:
-        """The graph of one call, or None for good where it cannot be captured: then calls go on without one."""
+        """The graph of one call, or None for good if it cannot be captured: then calls go on without one."""
         asked = getattr(context, "is_stream_capturable", None)
         if asked is not None and not asked(int(self._stream)):
             self._plan.capture = False

@@ -1,4 +1,4 @@
-"""Values as a plan wants them: numpy has no bfloat16, so a session speaks float32 where the plan speaks that."""
+"""Values as a plan wants them: numpy has no bfloat16, so a session takes and gives float32 in its place."""
 
 from __future__ import annotations
 

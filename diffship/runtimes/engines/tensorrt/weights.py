@@ -14,7 +14,7 @@ from diffship.targets.tensorrt.plan import PlanFacts
 
 
 def read_weights(folder: Path, part: str, facts: PlanFacts) -> dict[str, np.ndarray] | None:
-    """Arrays by the plan's names from `folder/PART/model.onnx` or `folder/PART.safetensors`; None where neither is.
+    """Arrays by the plan's names from `folder/PART/model.onnx` or `folder/PART.safetensors`; None if neither is.
 
     A plan is built from an ONNX graph, whose names its weights keep: the export of a fine-tune or of a model with a
     fused LoRA, in the plan's precision and opset, has all of them.
