@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from diffship.benchmarks.catalogue import ResultsFile, of_suite
-from diffship.core.registry import EXPORTERS, PASSES, RUNNERS, SAMPLERS
+from diffship.core.registry import EXPORTERS, KINDS, PASSES, RUNNERS, SAMPLERS
 
 PACKAGE = Path(__file__).parents[1]
 # They name others, or write down what was measured: no figure depends on them.
@@ -25,6 +25,7 @@ ASIDE = {
     *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "measure.record", "entry")),
 }
 MAKES_SAMPLERS = "diffship.sampling.samplers"
+HAS_KIND = "diffship.core.family"
 # The module itself counts, what it imports does not: it serves all suites, and each uses a few of its imports.
 SHALLOW = {"diffship.benchmarks.studies.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
@@ -70,6 +71,8 @@ def modules(entry: ResultsFile, runners: Iterable[str] = (), package: Path = PAC
     found = closure([*entry.roots, *wanted], unused, package)
     if MAKES_SAMPLERS in found:  # a model's scheduler says which, so any of them
         found |= closure([target.partition(":")[0] for target in SAMPLERS.values()], unused, package)
+    if HAS_KIND in found:  # the model says which
+        found |= closure([target.partition(":")[0] for target in KINDS.values()], unused, package)
     return sorted(found)
 
 

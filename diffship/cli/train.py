@@ -78,7 +78,7 @@ def _goal(stage: str, options: TrainOptions) -> int:
     """The steps that a stage is to reach; 0 for one without."""
     from diffship.training.emoji_stages import schedule
 
-    return schedule(stage.removeprefix("emoji-"), options).steps if stage in STEPPED else 0
+    return schedule(stage, options).steps if stage in STEPPED else 0
 
 
 def told(reached: Mapping[str, Any], goal: int) -> str:

@@ -64,7 +64,10 @@ def test_weights_are_bfloat16_and_boundaries_float32(made: Made, tiny_sd: Pipeli
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == NARROW}
     kinds = {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)}
-    assert kinds <= {WIDE, onnx.TensorProto.INT64} and part.inputs == tiny_sd.components[name].inputs
+    told, given = (
+        [(s.name, s.dtype, s.shape) for s in specs] for specs in (part.inputs, tiny_sd.components[name].inputs)
+    )
+    assert kinds <= {WIDE, onnx.TensorProto.INT64} and told == given
     state = rounded(tiny_sd.components[name]).state_dict()
     found = {key: state.get(f"inner.{key}", state.get(key)) for key in stored}
     known = {key: tensor for key, tensor in found.items() if tensor is not None and tensor.dim() == 1}

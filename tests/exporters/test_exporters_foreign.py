@@ -24,8 +24,7 @@ SIZES = (
 SLOW = pytest.mark.slow
 KINDS = [
     ("rotary", "fp32", 23),
-    ("t5", "fp32", 23),
-    ("sd3", "fp32", 23),
+    *(pytest.param(name, "fp32", 23, marks=SLOW) for name in ("t5", "sd3")),
     *(pytest.param(name, "fp16", 18, marks=SLOW) for name in ("rotary", "t5", "sd3")),
 ]
 
@@ -62,6 +61,7 @@ def test_it_has_a_bfloat16_graph(name: str, tmp_path: Path) -> None:
     onnx.checker.check_model(str(tmp_path / part.files[0]), full_check=True)
 
 
+@pytest.mark.slow
 def test_tied_weights_lie_in_the_file_once_and_computed_buffers_in_the_graph(tmp_path: Path) -> None:
     parts: dict[str, tuple[Component, Part]] = {}
     for name in ("t5", "rotary"):

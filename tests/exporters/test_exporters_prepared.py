@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from diffship.core.errors import BundleError, MissingExtra, SourceError
 from diffship.exporters.onnx.exporter import Onnx
@@ -77,6 +80,18 @@ def test_only_a_proved_fp32_bundle_is_prepared(tiny_sd_fp16: object, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def _but_for_last_bits(made: bytes, shipped: bytes) -> bytes:
+    """`made` with the float constants of `shipped` if they are equal but for the last bits: exp is the processor's."""
+    ours, theirs = onnx.load_from_string(made), onnx.load_from_string(shipped)
+    kept = {one.name: one for one in theirs.graph.initializer}
+    for one in ours.graph.initializer:
+        other = kept.get(one.name)
+        if other is not None and one.raw_data and one.data_type == other.data_type == onnx.TensorProto.FLOAT:
+            if np.allclose(numpy_helper.to_array(one), numpy_helper.to_array(other), rtol=1e-6, atol=0):
+                one.raw_data = other.raw_data
+    return ours.SerializeToString(deterministic=True)
+
+
 @pytest.mark.slow
 def test_the_shipped_graphs_are_what_the_exporter_makes_today() -> None:
     pipeline = open_source("emoji")
@@ -84,4 +99,5 @@ def test_the_shipped_graphs_are_what_the_exporter_makes_today() -> None:
     assert set(recorded) == set(pipeline.components)
     for name, component in pipeline.components.items():
         assert component.digest == recorded[name]["source_digest"], "run scripts/prepare_emoji.py"
-        assert Onnx().graph(component) == (READY / name / "model.onnx").read_bytes(), "run scripts/prepare_emoji.py"
+        made, shipped = Onnx().graph(component), (READY / name / "model.onnx").read_bytes()
+        assert _but_for_last_bits(made, shipped) == shipped, "run scripts/prepare_emoji.py"

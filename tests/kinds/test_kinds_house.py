@@ -44,12 +44,8 @@ def constants(tree: ast.Module) -> set[str]:
 def users_of_part_names(package: Path) -> set[str]:
     """Files that quote a part's name, or import a constant that stands for one."""
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in package.rglob("*.py")}
-    owned = {
-        ".".join(file.relative_to(package.parent).with_suffix("").parts): constants(tree)
-        for file, tree in trees.items()
-        if literals(tree)
-    }
     found = {file for file, tree in trees.items() if literals(tree)}
+    owned = {".".join(file.relative_to(package.parent).with_suffix("").parts): constants(trees[file]) for file in found}
     for file, tree in trees.items():
         for node in ast.walk(tree):
             names = {each.name for each in node.names} if isinstance(node, ast.ImportFrom) else set()

@@ -265,12 +265,14 @@ def test_a_t5_that_the_folder_names_and_has_not_is_missing(folders: dict[str, Pa
 # ---- the bundle
 
 
+@pytest.mark.slow
 def test_every_part_and_the_trajectory_are_proved(bundle: Bundle) -> None:
     proofs = {part.name: part.proof["status"] for part in bundle.manifest.parts}
     assert proofs == dict.fromkeys(PARTS, "proved")
     assert Family.from_json(bundle.manifest.family.to_json()).kind.name == "sd3"
 
 
+@pytest.mark.slow
 def test_onnxruntime_draws_stocks_picture(bundle: Bundle, stocks: dict[str, Any]) -> None:
     with opened(bundle) as model:
         (picture,) = generate(model, asked((96, 64)))
@@ -279,6 +281,7 @@ def test_onnxruntime_draws_stocks_picture(bundle: Bundle, stocks: dict[str, Any]
     assert psnr(picture.pixels, stock_picture(stocks["with T5"], "euler", (96, 64), 7.0)) >= LEAST_DB
 
 
+@pytest.mark.slow
 def test_a_split_over_the_wire_is_the_whole(bundle: Bundle) -> None:
     from diffship.runtimes.handoff.arrival import check_arrival
     from diffship.runtimes.handoff.router import Router, begin, draw
@@ -296,6 +299,7 @@ def test_a_split_over_the_wire_is_the_whole(bundle: Bundle) -> None:
         assert np.array_equal(end.latents, whole.trajectory.latents)
 
 
+@pytest.mark.slow
 def test_the_server_draws_what_generate_draws(bundle: Bundle) -> None:
     from PIL import Image
 

@@ -235,7 +235,7 @@ class Loud:
 
 def test_a_process_whose_asker_is_gone_ends_in_silence() -> None:
     command = [sys.executable, "-m", "diffship.runtimes.engines.isolated.child", "onnxruntime", "{}"]
-    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env) as child:
         assert child.stdin is not None and child.stdout is not None and child.stderr is not None
         child.stdout.close()  # nobody reads what it answers

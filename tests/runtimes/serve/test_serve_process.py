@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 @contextmanager
 def child(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process and its URL, once it is ready; killed at the end if it still runs."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent / "sampling"), str(HERE.parents[1])])
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1] / "sampling"), str(HERE.parents[2])])
     process = subprocess.Popen(
         [sys.executable, *words],
         stderr=subprocess.PIPE,
