@@ -24,8 +24,9 @@ ASIDE = {
     "diffship.core.registry",
     *(f"diffship.benchmarks.{name}" for name in ("catalogue", "freshness", "measure.record", "entry")),
 }
-MAKES_SAMPLERS = "diffship.sampling.samplers"
-HAS_KIND = "diffship.core.family"
+# A module that loads classes of a registry by names that a model says, and the registry: any of them may count.
+CHOSEN_BY_MODELS = {"diffship.sampling.samplers": SAMPLERS, "diffship.core.family": KINDS}
+BUILDS = "diffship.models"  # what a kind imports of it serves building: no figure of what only draws depends on it
 # The module itself counts, what it imports does not: it serves all suites, and each uses a few of its imports.
 SHALLOW = {"diffship.benchmarks.studies.workbench"}
 _MODULE = re.compile(r"(diffship(?:\.\w+)+)(?::\w+)?\Z")
@@ -69,10 +70,11 @@ def modules(entry: ResultsFile, runners: Iterable[str] = (), package: Path = PAC
     wanted = {module for name, module in targets.items() if name.removeprefix("engine ") in used}
     unused = {module for module in targets.values() if module not in wanted}
     found = closure([*entry.roots, *wanted], unused, package)
-    if MAKES_SAMPLERS in found:  # a model's scheduler says which, so any of them
-        found |= closure([target.partition(":")[0] for target in SAMPLERS.values()], unused, package)
-    if HAS_KIND in found:  # the model says which
-        found |= closure([target.partition(":")[0] for target in KINDS.values()], unused, package)
+    if not any(name.startswith(f"{BUILDS}.") for name in found):
+        unused.add(BUILDS)
+    for module, table in CHOSEN_BY_MODELS.items():
+        if module in found:
+            found |= closure([target.partition(":")[0] for target in table.values()], unused, package)
     return sorted(found)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffship.core.limits import LIMITS
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -135,6 +137,10 @@ class Kind(ABC):
     def picture_size(self, family: Family, sizes: Mapping[str, int]) -> tuple[int, int]:
         """(width, height) in pixels of the picture whose denoiser has these `sizes` by axis."""
         return sizes["width"] * family.vae_factor, sizes["height"] * family.vae_factor
+
+    def least_side(self, family: Family) -> int:
+        """The smallest legal width and height of a picture, in pixels."""
+        return -(-LIMITS.size_px[0] // family.size_step) * family.size_step
 
     def axis_steps(self, family: Family) -> dict[str, int]:
         """{axis: step} for those axes of the denoiser whose size must be a multiple of `step`."""

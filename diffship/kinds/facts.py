@@ -60,7 +60,7 @@ def _facts(
     texts: Mapping[str, Config],
     pooled_of: str | None,
 ) -> dict[str, Any]:
-    from diffship.models.parts.autoencoder import KL, vae_factor
+    from diffship.models.parts.autoencoder import scaling_factor, vae_factor
     from diffship.models.parts.unet import text_time_widths, text_width
 
     lcm, factor = unet.get("time_cond_proj_dim"), vae_factor(vae_class, vae)
@@ -75,7 +75,7 @@ def _facts(
         "size_step": step,
         "default_size": width,
         "default_height": None if height == width else height,
-        "scaling_factor": float(vae.get("scaling_factor") or (0.18215 if vae_class == KL else 1.0)),
+        "scaling_factor": scaling_factor(vae_class, vae),
         "prediction_type": _prediction(scheduler),
         "text_width": text_width(unet),
         "pooled_width": pooled,
@@ -176,6 +176,11 @@ def _check_channels(unet: Config, vae: Config) -> None:
             f"unet/config.json: out_channels is {unet.get('out_channels')}; legal is {latents}, the latent_channels of "
             "vae/config.json"
         )
+    require_rgb(vae)
+
+
+def require_rgb(vae: Config) -> None:
+    """Raises UnsupportedError if a VAE reads or writes pictures of other channels than red, green and blue."""
     for key in ("in_channels", "out_channels"):
         if vae.get(key, _RGB) != _RGB:
             raise UnsupportedError(

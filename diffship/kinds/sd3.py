@@ -13,6 +13,7 @@ from diffship.core.family import Family
 from diffship.core.kind import Kind, Shape, Slot
 from diffship.core.limits import LIMITS
 from diffship.kinds import stock
+from diffship.kinds.facts import require_rgb
 from diffship.kinds.stock import INDEX, Stock
 from diffship.kinds.unet import VAE_SLOT
 from diffship.sampling.encode import penultimate, run_encoder
@@ -32,7 +33,6 @@ _T5 = Slot("text_encoder_3", ("T5EncoderModel",), "transformers", tokenizer="tok
 _TRANSFORMER = Slot("transformer", (_CLASS,), shared=False)
 _CLIPS = (_CLIP, _CLIP_2)
 _TOKENIZERS = {_T5.folder: "T5TokenizerFast"}
-_RGB = 3
 
 
 class StableDiffusion3(Kind):
@@ -132,7 +132,7 @@ class StableDiffusion3(Kind):
         return stock.notes(material.index, self.plain_class, self.from_text)
 
     def family(self, material: Material) -> Family:
-        from diffship.models.parts.autoencoder import KL, vae_factor
+        from diffship.models.parts.autoencoder import scaling_factor, vae_factor
         from diffship.models.parts.component import reading
         from diffship.models.pipeline import own_facts
 
@@ -152,7 +152,7 @@ class StableDiffusion3(Kind):
                 vae_factor=factor,
                 size_step=factor * patch,
                 default_size=int(transformer["sample_size"]) * factor,
-                scaling_factor=float(vae.get("scaling_factor") or (0.18215 if vae_class == KL else 1.0)),
+                scaling_factor=scaling_factor(vae_class, vae),
                 shift_factor=float(vae.get("shift_factor") or 0.0),
                 prediction_type="flow",
                 text_width=int(transformer["joint_attention_dim"]),
@@ -168,7 +168,7 @@ class StableDiffusion3(Kind):
         from diffship.models.parts.sd3 import sd3_transformer
         from diffship.models.parts.t5 import t5_encoder
 
-        least = -(-LIMITS.size_px[0] // family.size_step) * family.size_step
+        least = self.least_side(family)
         with reading(slot.folder, module.class_name):
             if slot == _TRANSFORMER:
                 return (sd3_transformer(module.config, module.weights, least // family.vae_factor),)
@@ -232,11 +232,8 @@ def _check_latents(transformer: Config, vae: Config) -> None:
                 f"vae/config.json: {key} is {str(vae[key])[:60]}; only latents that are scaled and shifted by one "
                 "number each (scaling_factor, shift_factor) are drawn with"
             )
+    require_rgb(vae)
     for key in ("in_channels", "out_channels"):
-        if vae.get(key, _RGB) != _RGB:
-            raise UnsupportedError(
-                f"vae/config.json: {key} is {str(vae[key])[:60]}; pictures of {_RGB} channels are run"
-            )
         if (transformer.get(key) or transformer["in_channels"]) != vae["latent_channels"]:
             raise SourceError(
                 f"transformer/config.json: {key} is {str(transformer[key])[:60]}; legal is {vae['latent_channels']}, "

@@ -36,7 +36,6 @@ TEXT_TIME = "text_time"  # `addition_embed_type` of SDXL's U-Nets
 FIRST_TEXT = Slot("text_encoder", ("CLIPTextModel",), "transformers", tokenizer="tokenizer")
 UNET_SLOT = Slot("unet", (UNET,), shared=False)
 VAE_SLOT = Slot("vae", ("AutoencoderKL", "AutoencoderTiny"), parts=("vae_encoder", "vae_decoder"))
-_SMALLEST_PX = 64  # core.limits: no request is smaller
 _OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -209,7 +208,7 @@ class UNetKind(Kind):
         from diffship.models.parts.component import reading
         from diffship.models.parts.unet import unet
 
-        least = -(-_SMALLEST_PX // family.size_step) * family.size_step
+        least = self.least_side(family)
         with reading(slot.folder, module.class_name):
             if slot == UNET_SLOT:
                 return (unet(module.config, module.weights, least // family.vae_factor),)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import tokenizers
 
 from diffship.core.errors import SourceError
-from diffship.sampling.tokenizer import Tokens, check_prompt, unseen
+from diffship.sampling.tokenizer import Tokens, tokens_of, unseen
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 LENGTH = 256  # diffusers' `max_sequence_length` for Stable Diffusion 3
@@ -46,14 +45,12 @@ class T5Tokenizer:
         Raises:
             ConfigError: a prompt is no string, or longer than the limit.
         """
-        rows, warnings = [], []
-        for prompt in map(check_prompt, prompts):
-            encoding = self._backend.encode(prompt, add_special_tokens=False)
-            ids = [*encoding.ids[: self.length - 1], self._end]
-            rows.append(ids + [self._pad] * (self.length - len(ids)))
-            warnings.append(unseen(prompt, encoding, self.length - 1))
-        told = tuple(dict.fromkeys(warning for warning in warnings if warning))
-        return Tokens(np.array(rows, np.int64).reshape(len(rows), self.length), told)
+        return tokens_of(prompts, self.length, self._row)
+
+    def _row(self, prompt: str) -> tuple[list[int], str]:
+        encoding = self._backend.encode(prompt, add_special_tokens=False)
+        ids = [*encoding.ids[: self.length - 1], self._end]
+        return ids + [self._pad] * (self.length - len(ids)), unseen(prompt, encoding, self.length - 1)
 
     def _id(self, token: str) -> int:
         found = self._backend.token_to_id(token)

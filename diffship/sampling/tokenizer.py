@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,13 +98,7 @@ class ClipTokenizer:
         Raises:
             ConfigError: a prompt is no string, or longer than the limit.
         """
-        rows, warnings = [], []
-        for prompt in prompts:
-            row, lost = self._row(check_prompt(prompt))
-            rows.append(row)
-            if lost:
-                warnings.append(lost)
-        return Tokens(np.array(rows, np.int64).reshape(len(rows), self.length), tuple(dict.fromkeys(warnings)))
+        return tokens_of(prompts, self.length, self._row)
 
     def _row(self, prompt: str) -> tuple[list[int], str]:
         prompt = self.expanded(prompt)
@@ -141,6 +135,18 @@ class ClipTokenizer:
         if found is None:
             raise SourceError(f"the tokenizer has no token {token!r}")
         return int(found)
+
+
+def tokens_of(prompts: Sequence[str], length: int, row: Callable[[str], tuple[list[int], str]]) -> Tokens:
+    """Ids of all prompts, int64 (prompts, length), each warning once. `row` gives `length` ids of one prompt and what
+    was cut off, an empty text if nothing was.
+
+    Raises:
+        ConfigError: a prompt is no string, or longer than the limit.
+    """
+    made = [row(check_prompt(prompt)) for prompt in prompts]
+    told = tuple(dict.fromkeys(lost for _, lost in made if lost))
+    return Tokens(np.array([ids for ids, _ in made], np.int64).reshape(len(made), length), told)
 
 
 def unseen(prompt: str, encoding: tokenizers.Encoding, room: int) -> str:

@@ -147,6 +147,11 @@ def _of_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_stock(config), "block_out_channels": list(decoder_widths(config))} if KEY in config else dict(config)
 
 
+def scaling_factor(class_name: str, config: Mapping[str, Any]) -> float:
+    """What latents of the VAE are multiplied by before the denoiser sees them; diffusers' default if it is not said."""
+    return float(config.get("scaling_factor") or (0.18215 if class_name == KL else 1.0))
+
+
 def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:
     """Pixels per latent, along one side."""
     widths = config.get("block_out_channels" if class_name == KL else "encoder_block_out_channels", (0, 0, 0, 0))

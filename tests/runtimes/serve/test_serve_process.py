@@ -57,11 +57,14 @@ def child(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             url = found[1] if found else ""
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
-        yield process, url
+        try:
+            yield process, url
+        finally:
+            process.kill()
+            drain.join(10)
     finally:
         process.kill()
         process.wait(10)
-        drain.join(10)
         process.stderr.close()
         process.stdout.close()
 
