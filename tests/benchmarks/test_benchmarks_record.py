@@ -127,6 +127,22 @@ def test_the_environment_names_no_host_and_no_path() -> None:
     assert set(found) >= {"cpu", "gpus", "driver", "memory_gib", "threads", "python", "packages", "commit"}
 
 
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (
+            ["processor\t: 0", "cpu family\t: 23", "model\t\t: 49", "model name\t: AMD EPYC"],
+            "AMD EPYC (family 23, model 49)",
+        ),
+        (["cpu family: 6", "model: 85", "model name: Xeon", "model name: other"], "Xeon (family 6, model 85)"),
+        (["model name\t: ARMv7 rev 4", "BogoMIPS\t: 38.4"], "ARMv7 rev 4"),
+        (["processor : 0", "no colon"], ""),
+    ],
+)
+def test_generations_of_processors_of_one_name_are_told_apart(lines: list[str], name: str) -> None:
+    assert machine.processor(lines) == name
+
+
 def test_threads_are_those_that_engines_will_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert machine.threads() == 1

@@ -85,8 +85,22 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return processor(lines) or platform.machine()
+
+
+def processor(lines: Sequence[str]) -> str:
+    """The name of the first processor of /proc/cpuinfo; empty without one.
+
+    Its family and model stand beside it where they are told: virtual machines call all generations "AMD EPYC", and
+    whose kernels are faster differs between those with and without AVX-512.
+    """
+    told: dict[str, str] = {}
+    for line in lines:
+        key, colon, value = line.partition(":")
+        if colon:
+            told.setdefault(key.strip(), value.strip())
+    name, family, model = (told.get(key, "") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})" if name and family and model else name
 
 
 def _version(package: str) -> str | None:

@@ -301,6 +301,14 @@ def test_onnxruntime_options_change_nothing_but_speed(bundle: Bundle, options: d
         np.testing.assert_allclose(runner.run(values)["out_sample"], right(values), rtol=1e-5, atol=1e-5)
 
 
+def test_workers_of_a_part_leave_the_cores_to_the_next_part(bundle: Bundle) -> None:
+    """Between operators of a call they may wait actively; after the call that would slow the next part's call."""
+    with open_runner(bundle, "unet", "onnxruntime") as runner:
+        options = runner._open_session()._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_fixed_sizes_refuse_others(bundle: Bundle) -> None:
     with (
         open_runner(bundle, "unet", "onnxruntime", sizes={"batch_size": 2}) as runner,
