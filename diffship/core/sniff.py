@@ -304,13 +304,22 @@ def _head(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def _is_safetensors(head: bytes) -> bool:
+    """A header's length and its JSON. The length may look like anything: of 640 bytes it begins as a pickle does."""
+    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 2**32
+
+
 def _is_pickle(head: bytes) -> bool:
+    if _is_safetensors(head):
+        return False
     binary = len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5
     text = head.startswith((b"cos\n", b"cposix\n", b"c__builtin__", b"cbuiltins", b"(lp", b"(dp", b"(i"))
     return binary or text or head.startswith(b"\x93NUMPY") or b"/data.pkl" in head or b"archive/data" in head
 
 
 def _archive(head: bytes) -> str:
+    if _is_safetensors(head):
+        return ""
     if head[257:262] == b"ustar":
         return "a tar archive"
     return next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), "")

@@ -14,7 +14,8 @@ from diffship.core.bundle import Bundle
 from diffship.core.document import read_json
 from diffship.core.errors import DiffshipError
 from diffship.core.safetensors_file import read_header
-from diffship.core.sniff import describe, missing, near, part_of
+from diffship.core.sniff import classify, describe, missing, near, part_of
+from diffship.core.weights import SafetensorsWeights
 from diffship.models.sources.diffusers_folder import folder_material
 from diffship.models.sources.opening import open_source
 from diffship.runtimes.engines.model import open_model
@@ -59,10 +60,13 @@ def test_every_reader_tells_what_a_file_is(name: str, kind: str, tmp_path: Path)
 
 def test_what_is_right_is_not_talked_about(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    for length in (len(header), 0x0280):  # the second begins as a pickle does
+    # the others begin as pickles and as gzip files do
+    for length in (len(header), 0x0280, 0x0380, 0x0480, 0x0580, 0x8B1F):
         text = header.ljust(length)
-        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"x")
-        assert set(read_header(tmp_path / "a.safetensors").entries) == {"a"}
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"x")
+        assert set(read_header(path).entries) == {"a"}
+        assert set(SafetensorsWeights(path).names()) == {"a"} and classify(path) == "safetensors" and not describe(path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.json").write_text("{")
     assert describe(tmp_path / "folder" / "a.json") == "" and describe(tmp_path / "folder") == ""
