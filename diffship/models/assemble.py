@@ -64,7 +64,8 @@ def _components(kind: Kind, material: Material, family: Family) -> dict[str, Com
 
 
 def _told(material: Material, notes: list[str]) -> dict[str, Any]:
-    return {**material.source, "notes": notes} if notes else dict(material.source)
+    told = [*material.source.get("notes", ()), *notes]
+    return {**material.source, "notes": told} if told else dict(material.source)
 
 
 def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:
