@@ -117,10 +117,10 @@ def _keep_what_is_there(passes: Sequence[Any]) -> None:
 def _opened(
     source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None, reading: Reading
 ) -> Pipeline:
-    from diffship.models.sources.opening import open_source
+    from diffship.compression.vae_beside import open_tried
 
     if not passes:
         raise ConfigError("no pass is given; name one with --pass NAME, or several in a recipe with --recipe FILE")
     if not isinstance(source, (str, Path)):
         return source
-    return open_source(str(source), base=base, revision=revision, reading=reading)
+    return open_tried(str(source), base, revision, reading)

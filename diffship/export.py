@@ -141,9 +141,9 @@ def _without_torch() -> NoReturn:
 def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, reading: Reading) -> Pipeline:
     if not isinstance(source, (str, Path)):
         return source
-    from diffship.models.sources.opening import open_source
+    from diffship.compression.vae_beside import open_tried
 
-    return open_source(str(source), base=base, revision=revision, reading=reading)
+    return open_tried(str(source), base, revision, reading)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

@@ -107,7 +107,7 @@ def open_clip(names: list[str], read: Read, extra_layer: bool = False) -> dict[s
             made[f"{target}.attn.in_proj_{leaf}"] = np.concatenate(fused) * (1 + (number == layers))
             made[f"{target}.attn.out_proj.{leaf}"] = read(f"{source}.self_attn.out_proj.{leaf}")
             made |= {f"{target}.{old}.{leaf}": read(f"{source}.{new}.{leaf}") for old, new in CLIP.items()}
-    made["logit_scale"] = np.float32(4.6).reshape(())
+    made["logit_scale"] = np.array(4.6, np.float32)
     return made
 
 

@@ -22,7 +22,7 @@ _SPREAD = 0.09
 
 
 def prediction_of(checkpoint: Checkpoint, unet: Weights) -> tuple[str, str]:
-    """(`epsilon` or `v_prediction`, how that is known; empty if the file says nothing and is taken for the usual one).
+    """(`epsilon` or `v_prediction`, how the file says it; empty if it does not, or was not asked).
 
     Raises:
         UnsupportedError: the model was trained on EDM's noise, whose scheduler no tensor tells.
@@ -35,7 +35,7 @@ def prediction_of(checkpoint: Checkpoint, unet: Weights) -> tuple[str, str]:
             "CosXL), whose scheduler no single file holds; pass the diffusers folder of the model"
         )
     if checkpoint.reading.prediction is not None:
-        return checkpoint.reading.prediction, "as asked"
+        return checkpoint.reading.prediction, ""
     if told := checkpoint.metadata.get(_NOTE):
         if told.lower() not in _WORDS:
             raise SourceError(
