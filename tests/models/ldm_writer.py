@@ -99,15 +99,17 @@ def open_clip(names: list[str], read: Read, extra_layer: bool = False) -> dict[s
     for leaf in ("weight", "bias"):
         made[f"ln_final.{leaf}"] = read(f"text_model.final_layer_norm.{leaf}")
     if "text_projection.weight" in names:
-        made["text_projection"] = np.ascontiguousarray(read("text_projection.weight").T)
+        made["text_projection"] = read("text_projection.weight").T
     for number in range(layers + extra_layer):
         source, target = f"{prefix}{min(number, layers - 1)}", f"transformer.resblocks.{number}"
         for leaf in ("weight", "bias"):
             fused = [read(f"{source}.self_attn.{one}_proj.{leaf}") for one in "qkv"]
-            made[f"{target}.attn.in_proj_{leaf}"] = np.concatenate(fused) * (1 + (number == layers))
+            made[f"{target}.attn.in_proj_{leaf}"] = _stacked(fused)
             made[f"{target}.attn.out_proj.{leaf}"] = read(f"{source}.self_attn.out_proj.{leaf}")
             made |= {f"{target}.{old}.{leaf}": read(f"{source}.{new}.{leaf}") for old, new in CLIP.items()}
     made["logit_scale"] = np.array(4.6, np.float32)
+    if extra_layer:  # and the projection, which SD 2 has no use for
+        made["text_projection"] = np.eye(made["positional_embedding"].shape[1], dtype=np.float32)
     return made
 
 
@@ -131,10 +133,17 @@ def checkpoint(pipeline: Any, dtype: Any = np.float32) -> dict[str, Array]:
             text = _below("model.", open_clip(names, read)) if second else _classic(names, read)
             made |= _below(f"conditioner.embedders.{place}.", text)
     made["betas"] = np.zeros(1000, np.float32)
-    return {
-        name: np.ascontiguousarray(array.astype(dtype)) if array.dtype.kind == "f" else array
-        for name, array in made.items()
-    }
+    if dtype is None:  # as they are, though they lie in no order that can be written
+        return made
+    floats = {name: np.ascontiguousarray(array, dtype) for name, array in made.items() if array.dtype.kind == "f"}
+    return {**made, **floats}
+
+
+def _stacked(parts: list[Array]) -> Array:
+    """Parts on top of each other; of arrays that take no memory, one that takes none."""
+    if any(any(part.strides) for part in parts):
+        return np.concatenate(parts)
+    return np.broadcast_to(np.float32(0), (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
 def write(path: Path, tensors: Mapping[str, Array], metadata: dict[str, str] | None = None) -> Path:
