@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
+from diffship.core.described import find
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import SourceError
 from diffship.core.lazy import lazy
-from diffship.core.weights import Derived, Weights, find, identity_of
+from diffship.core.weights import Derived, Weights, identity_of
 
 if TYPE_CHECKING:
     import numpy as np

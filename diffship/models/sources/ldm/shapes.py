@@ -28,7 +28,7 @@ def unet_config(weights: Weights, prediction: str) -> Config:
         UnsupportedError: it is built as no UNet2DConditionModel is that is run here.
     """
     found = _unet(weights)
-    varied = {key: found.pop(key) for key in ("in_channels", "time_cond_proj_dim") if key in found}
+    varied: Config = {key: found.pop(key) for key in ("in_channels", "time_cond_proj_dim") if key in found}
     names = [name for name, config in known.UNETS.items() if _fixed(config) == _fixed(found)]
     fitting = [name for name in names if known.SCHEDULERS.get(name, {}).get("prediction_type") == prediction]
     name = next(iter([*fitting, *names]), None)
