@@ -12,6 +12,7 @@ from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.problem import refuse
+from diffship.core.reading import PLAIN, Reading
 from diffship.models.saving import save
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ def compress(
     *,
     base: str | None = None,
     revision: str | None = None,
+    reading: Reading = PLAIN,
     precision: str | None = None,
     job: Job | None = None,
 ) -> Pipeline:
-    """Run `passes` over `source`, one after the other, and write the result as a diffusers folder at `out`.
+    """Run `passes` over `source`, one after the other, and write the result as a diffusers folder at `out`. The source
+    is opened as by `open_source`, with its `base`, `revision` and `reading`.
 
     Without `out` the result is only returned; its tensors are made when they are read. `precision` (float32, float16,
     bfloat16) converts the weights; None leaves them as the last pass does. A `job` with a folder keeps what long
@@ -53,7 +56,7 @@ def compress(
         require_place(Path(str(out)))
         if job.inside(str(out)):
             raise ConfigError(f"the cache lies inside the output {out}, which must be empty; name another folder")
-    pipeline = _opened(source, passes, base, revision)
+    pipeline = _opened(source, passes, base, revision, reading)
     results = Results(pipeline, passes, job)
     done, pipeline = results.latest()
     found = outlines(pipeline, passes[done:])
@@ -77,6 +80,7 @@ def foresee(
     *,
     base: str | None = None,
     revision: str | None = None,
+    reading: Reading = PLAIN,
     precision: str | None = None,
     timing: bool = True,
 ) -> Estimate:
@@ -93,7 +97,7 @@ def foresee(
     from diffship.compression.outline import outlines
     from diffship.models.pipeline import converted
 
-    pipeline = _opened(source, passes, base, revision)
+    pipeline = _opened(source, passes, base, revision, reading)
     found = outlines(pipeline, passes, check=False)
     if len(found) == len(passes):
         found[-1] = replace(found[-1], pipeline=converted(found[-1].pipeline, precision))
@@ -110,9 +114,13 @@ def _keep_what_is_there(passes: Sequence[Any]) -> None:
                 raise ConfigError(f"{entry.name} {place} exists already; choose another name, or remove it first")
 
 
-def _opened(source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None) -> Pipeline:
-    from diffship.models.sources.opening import open_source
+def _opened(
+    source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None, reading: Reading
+) -> Pipeline:
+    from diffship.compression.vae_beside import open_tried
 
     if not passes:
         raise ConfigError("no pass is given; name one with --pass NAME, or several in a recipe with --recipe FILE")
-    return open_source(str(source), base=base, revision=revision) if isinstance(source, (str, Path)) else source
+    if not isinstance(source, (str, Path)):
+        return source
+    return open_tried(str(source), base, revision, reading)

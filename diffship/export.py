@@ -19,6 +19,7 @@ from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
+from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
@@ -61,6 +62,7 @@ def export(
     trajectory: int | None = None,
     base: str | None = None,
     revision: str | None = None,
+    reading: Reading = PLAIN,
     overwrite: bool = False,
     job: Job | None = None,
     against: Pipeline | None = None,
@@ -70,7 +72,8 @@ def export(
 
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass; with
     `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
-    to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
+    to draw again (default: what the target says). `base`, `revision` and `reading` are those of `open_source`. A `job`
+    with a folder keeps graphs for the next export.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -93,9 +96,10 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()
+        usual = (parts, base, reading) == (None, None, PLAIN) and exporter == type(exporter)()
+        plain = usual and verify and not trajectory
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _opened(source, base, revision)
+    whole = _opened(source, base, revision, reading)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -134,12 +138,12 @@ def _without_torch() -> NoReturn:
     raise MissingExtra("torch", "torch,onnx")
 
 
-def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None) -> Pipeline:
+def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, reading: Reading) -> Pipeline:
     if not isinstance(source, (str, Path)):
         return source
-    from diffship.models.sources.opening import open_source
+    from diffship.compression.vae_beside import open_tried
 
-    return open_source(str(source), base=base, revision=revision)
+    return open_tried(str(source), base, revision, reading)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import existing_file, names, worded
+from diffship.cli.flags import add_source, existing_file, names, reading_fields, worded
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.precision import PRECISIONS, precision_of
+from diffship.core.reading import Reading
 from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import plain_value
@@ -33,7 +34,12 @@ STOPPED = "the same command goes on from its last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="a diffusers folder, a hub id, emoji, or arch:NAME")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the diffusers folder goes")
     parser.add_argument(
         "--pass",
@@ -54,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="FILE", type=Path, help="passes in a TOML file, and the source if it has one"
     )
-    parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
-    parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
+    add_source(parser)
     parser.add_argument(
         "--precision", choices=tuple(PRECISIONS), help="of the weights that are written (default: as they are)"
     )
@@ -97,6 +102,7 @@ def run(options: argparse.Namespace) -> Result:
             options.output,
             base=base,
             revision=options.revision,
+            reading=Reading(**reading_fields(options)),
             precision=_stored(options),
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
@@ -122,7 +128,15 @@ def _foreseen(options: argparse.Namespace) -> Result:
 
     source, base, passes = _asked(options)
     precision, timing = _stored(options), not options.no_timing
-    found = foresee(source, passes, base=base, revision=options.revision, precision=precision, timing=timing)
+    found = foresee(
+        source,
+        passes,
+        base=base,
+        revision=options.revision,
+        reading=Reading(**reading_fields(options)),
+        precision=precision,
+        timing=timing,
+    )
     last = found.steps[-1]
     result = _described(found.pipeline, None, last.after if last.part == found.pipeline.denoiser.name else None)
     plan = {"passes": [_step(step) for step in found.steps], "timed": found.timed}

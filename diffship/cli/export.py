@@ -10,26 +10,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import add_fields, flag_of, given_fields, names
+from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, names, reading_fields
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.reading import Reading
 from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
   diffship export emoji --to onnx -o out/emoji
   diffship export path/to/diffusers-folder --to onnx -o out/model
+  diffship export path/to/model.safetensors --to onnx -o out/model
   diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model-for-gpus
   diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a diffusers folder, a hub id, emoji, or arch:NAME")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the bundle goes")
     parser.add_argument("--to", choices=tuple(EXPORTERS), default="onnx", help="target (default: onnx)")
-    parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
-    parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
+    add_source(parser)
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the bundle says 'unproven'")
     parser.add_argument(
@@ -82,6 +85,7 @@ def run(options: argparse.Namespace) -> Result:
             out=options.output,
             base=options.base,
             revision=options.revision,
+            reading=Reading(**reading_fields(options)),
             parts=options.parts,
             verify=not options.no_verify,
             trajectory=options.trajectory,

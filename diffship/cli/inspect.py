@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diffship.cli import placement
-from diffship.cli.flags import size
+from diffship.cli.flags import add_source, reading_fields, size
 from diffship.cli.output import Result, size_text, table
 from diffship.core.errors import ConfigError
+from diffship.core.reading import Reading
 
 EXAMPLES = """examples:
   diffship inspect out/emoji
@@ -22,9 +23,12 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="DIR|SOURCE", help="a bundle, a diffusers folder, a hub id, emoji or arch:NAME")
-    parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
-    parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id")
+    parser.add_argument(
+        "what",
+        metavar="DIR|SOURCE",
+        help="a bundle, a diffusers folder or .safetensors file, a hub id, emoji or arch:NAME",
+    )
+    add_source(parser)
     parser.add_argument("--size", metavar="N|WxH", type=size, help="count the cost at this size (sources only)")
     placement.add_arguments(parser)
 
@@ -36,12 +40,15 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     placement.check(options)
     if is_bundle(options.what):
-        if options.size or options.base or options.revision or options.placement:
-            raise ConfigError("--size, --base, --revision and --placement are for sources; this is a bundle")
+        given = [options.size, options.base, options.revision, options.placement, *reading_fields(options).values()]
+        if any(given):
+            flags = "--size, --base, --revision, --vae, --ema, --prediction and --placement"
+            raise ConfigError(f"{flags} are for sources; this is a bundle")
         return inspect_bundle(Path(options.what))
     from diffship.models.sources.opening import open_source
 
-    pipeline = open_source(options.what, base=options.base, revision=options.revision)
+    reading = Reading(**reading_fields(options))
+    pipeline = open_source(options.what, base=options.base, revision=options.revision, reading=reading)
     return placement.inspect_placement(pipeline, options) if options.placement else inspect_source(pipeline, options)
 
 

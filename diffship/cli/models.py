@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-from diffship.cli.flags import AUTO, engine_options
+from diffship.cli.flags import AUTO, engine_options, reading_fields
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
+from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.registry import RUNNERS
 from diffship.core.strict import unknown
 from diffship.runtimes.handoff.pair import check_pair
@@ -50,10 +52,10 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
     """
     from diffship.runtimes.engines.model import open_model
 
-    engines = options.engines or [options.engine] * len(sources)
+    engines, settings = options.engines or [options.engine] * len(sources), source_options(options, sources)
     with ExitStack() as stack:
         models = [
-            stack.enter_context(open_model(source, engine, **engine_options(options)))
+            stack.enter_context(open_model(source, engine, **settings))
             for source, engine in zip(sources, engines, strict=True)
         ]
         warnings = [text for model in models for text in getattr(model, "notes", ())]
@@ -62,6 +64,19 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         for warning in warnings:
             note(f"warning: {warning}")
         yield Router(models, options.split, keep=options.memory != "low"), warnings
+
+
+def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[str, object]:
+    """Options of the engine, with those of torch that say how a source is read.
+
+    Raises:
+        ConfigError: one of the latter is given for a bundle, or for several models.
+    """
+    given = reading_fields(options) | ({} if options.base is None else {"base": options.base})
+    if given and (len(sources) > 1 or (Path(sources[0]) / MANIFEST_NAME).is_file()):
+        flags = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{flags}: for one model, and a source; give it to export, and run the bundle")
+    return engine_options(options) | given
 
 
 def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffship.cli.flags import add_engine, add_request, names, setting, split
+from diffship.cli.flags import add_engine, add_reading, add_request, names, setting, split
 from diffship.cli.output import Result
 from diffship.cli.places import FIELDS, add_overwrite, require_file_place, require_picture_place
 from diffship.core.errors import ConfigError
@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   diffship run out/emoji "red apple" --steps 25 --seed 1 --images 4 -o out/pictures
   diffship run out/emoji --prompts-file docs/demo-prompts.txt --grid out/grid.png -o out/pictures
   diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
+  diffship run path/to/model.safetensors "red apple" --steps 20 -o out/apple.png
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
   diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
@@ -24,7 +25,12 @@ _CLOUD_FLAGS = ("cloud_model", "token_file", "deadline", "budget", "quality_curv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="DIR", nargs="?", help="a bundle, or a diffusers folder where torch is there")
+    parser.add_argument(
+        "bundle",
+        metavar="DIR",
+        nargs="?",
+        help="a bundle; where torch is there, a diffusers folder or .safetensors file too",
+    )
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="what to draw")
     parser.add_argument(
         "--prompts-file", metavar="FILE", type=Path, help="one prompt a line, - for stdin; a comment is '# ...'"
@@ -50,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_models(parser)
     _add_cloud(parser)
+    source = parser.add_argument_group("a source in place of a bundle, drawn with by torch")
+    source.add_argument("--base", metavar="SOURCE", help="supplies the parts that DIR lacks")
+    add_reading(source)
     engine = add_engine(parser)
     engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")

@@ -96,7 +96,7 @@ class DistillPass(DistillOptions):
         """The teacher, no tensor read yet.
 
         Raises:
-            ConfigError: none is named, and the model's own source is a folder of which only the name is known.
+            ConfigError: none is named, and the model's own source is a folder or file of which only the name is known.
             SourceError: it cannot be read.
         """
         if self.teacher is not None:
@@ -104,9 +104,9 @@ class DistillPass(DistillOptions):
         source = pipeline.source
         base = source.get("base") or {}
         for one in (source, base):
-            if one.get("kind") == "folder":
+            if one.get("kind") in ("folder", "file"):
                 raise ConfigError(
-                    f"the model was read from a folder ({one.get('id')}); name the teacher: teacher=SOURCE"
+                    f"the model was read from a {one['kind']} ({one.get('id')}); name the teacher: teacher=SOURCE"
                 )
         return open_source(str(source["id"]), base=base.get("id"), revision=source.get("revision"))
 

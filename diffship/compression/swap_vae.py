@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.compression.outline import Outline
-from diffship.core.errors import ConfigError, DiffshipError, SourceError
+from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.problem import Problem
@@ -14,7 +14,7 @@ from diffship.core.strict import bounded, plain
 from diffship.models.assemble import with_vae
 from diffship.models.digests import remembered_digest
 from diffship.models.pipeline import OWN, Module, Pipeline, recorded
-from diffship.models.sources.opening import find_material
+from diffship.models.sources.opening import vae_of
 from diffship.training.vae_report import Sides, VaeReport, compare
 from diffship.training.vae_task import halves_of
 
@@ -33,8 +33,8 @@ _SIDE, _PICTURES = 128, 2
 class SwapVaePass:
     """Draw with the auto-encoder of another source, for the latents that the U-Net has.
 
-    vae: a source that has one: a folder, a hub id (madebyollin/taesd, say), what the pass `vae` wrote. force: put it in
-    though it makes other pictures of the same latents than the model's own one.
+    vae: a source that has one: a folder, a file, a hub id (madebyollin/taesd, say), what the pass `vae` wrote. force:
+    put it in though it makes other pictures of the same latents than the model's own one.
     """
 
     kind: ClassVar[str] = "swap-vae"
@@ -47,14 +47,14 @@ class SwapVaePass:
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """What configs alone tell: a source without one, latents of another shape."""
         try:
-            with_vae(pipeline, vae_module(self.vae))
+            with_vae(pipeline, vae_of(self.vae, pipeline.family.kind))
         except DiffshipError as fault:
             return [Problem.of("vae", fault)]
         return []
 
     def outline(self, pipeline: Pipeline) -> Outline:
         """The shapes of the other auto-encoder; a few pictures are decoded to try it, which is not counted."""
-        return Outline(with_vae(pipeline, vae_module(self.vae)))
+        return Outline(with_vae(pipeline, vae_of(self.vae, pipeline.family.kind)))
 
     def run(self, pipeline: Pipeline, job: Job) -> Pipeline:
         """The pipeline with the other auto-encoder and its scale of latents; what is odd about it is told.
@@ -63,7 +63,7 @@ class SwapVaePass:
             ConfigError: it makes other pictures of the same latents, and is not forced.
         """
         job.progress("try the VAE", 0, 1)
-        made, report = swap_vae(pipeline, vae_module(self.vae), self.force)
+        made, report = swap_vae(pipeline, vae_of(self.vae, pipeline.family.kind), self.force)
         for fault in () if report is None else report.found:
             job.progress(f"warning: {fault}", 1, 1)
         job.progress("try the VAE", 1, 1)
@@ -123,14 +123,6 @@ def latents_digest(pipeline: Pipeline) -> str:
     own = pipeline.encoder.config.get(OWN)
     said = own.get("latents") if isinstance(own, dict) else None
     return str(said) if said else remembered_digest(pipeline.encoder.weights)
-
-
-def vae_module(source: str) -> Module:
-    """The auto-encoder of a source. Raises SourceError: it has none, or cannot be read."""
-    found = find_material(source).modules.get("vae")
-    if found is None:
-        raise SourceError(f"{source}: has no VAE")
-    return found
 
 
 def _says_so(pipeline: Pipeline, vae: Module) -> bool:

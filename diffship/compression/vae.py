@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from diffship import __version__
 from diffship.compression.outline import Calls, Outline
 from diffship.compression.runs import STATE
-from diffship.compression.swap_vae import require_same_latents, vae_module
+from diffship.compression.swap_vae import require_same_latents
 from diffship.compression.trained import CADENCE, unplaced
 from diffship.compression.vae_run import VaeOptions, train_vae
 from diffship.compression.vae_students import NEW, SMALL, student_vae, trained_vae
@@ -27,6 +27,7 @@ from diffship.core.weights import SafetensorsWeights, source_digest
 from diffship.models.assemble import with_vae
 from diffship.models.parts.autoencoder import KL, decoder_widths
 from diffship.models.pipeline import Module, Pipeline, recorded
+from diffship.models.sources.opening import vae_of
 from diffship.training.checkpoint import reached
 from diffship.training.paired import PairedPictures
 from diffship.training.perceptual import NONE, Perceptual
@@ -108,7 +109,7 @@ class VaePass(VaeOptions):
             UnsupportedError: the teacher is no AutoencoderKL.
             ConfigError: its latents are of another shape.
         """
-        found = pipeline if self.teacher is None else with_vae(pipeline, vae_module(self.teacher))
+        found = pipeline if self.teacher is None else with_vae(pipeline, vae_of(self.teacher, pipeline.family.kind))
         name = found.decoder.class_name
         if name != KL:
             raise UnsupportedError(

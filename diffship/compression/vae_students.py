@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffship.compression.swap_vae import latents_digest, vae_module
+from diffship.compression.swap_vae import latents_digest
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.weights import SeededWeights, Weights, cast, joined, renamed, subset
@@ -14,6 +14,7 @@ from diffship.models.parts.component import weight_metas
 from diffship.models.pipeline import OWN, Module, Pipeline
 from diffship.models.reduced.widths import KEY
 from diffship.models.sources.arch_configs import tiny_vae
+from diffship.models.sources.opening import vae_of
 from diffship.training.vae_task import averages_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def student_vae(kind: str, teacher: Pipeline, width: int, decoder: Sequence[int]
     elif kind == SMALL:
         found = _small(teacher, tuple(decoder), seed)
     else:
-        found = _with_encoder_of(teacher, vae_module(kind), kind)
+        found = _with_encoder_of(teacher, vae_of(kind, teacher.family.kind), kind)
     return Module(found.class_name, {**found.config, OWN: {"latents": latents_digest(teacher)}}, found.weights)
 
 

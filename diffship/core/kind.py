@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffship.core.spec import TensorSpec
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Material, Module
+    from diffship.models.sources.ldm.checkpoint import Checkpoint
     from diffship.sampling.model import Model
     from diffship.sampling.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ class Kind(ABC):
     exact_conditions: those that 16 bits do not hold. patch: latent values a side of one
     token, by which flow matching shifts with the size. classes: the diffusers pipelines whose pictures are drawn.
     foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
+    file_texts: how the names of each text encoder's tensors begin in checkpoints of one file, by its folder.
+    vae_facts: keys of the config of its published VAE that no tensor tells.
     """
 
     name: ClassVar[str]
@@ -77,6 +80,8 @@ class Kind(ABC):
     patch: ClassVar[int] = 2
     classes: ClassVar[Mapping[str, Any]] = {}
     foreign: ClassVar[tuple[str, ...]] = ()
+    file_texts: ClassVar[Mapping[str, str]] = {}
+    vae_facts: ClassVar[Mapping[str, Any]] = {}
 
     # ---- parts
 
@@ -197,6 +202,16 @@ class Kind(ABC):
     @abstractmethod
     def recognises(self, modules: Mapping[str, Module]) -> bool:
         """Whether these modules, by folder, are of this kind. Of several kinds the first in the registry wins."""
+
+    def of_checkpoint(self, checkpoint: Checkpoint) -> Material | None:
+        """What a checkpoint in one file holds of a model of this kind; None if its denoiser is of another kind, or it
+        has none. A kind that reads no such files leaves this out.
+
+        Raises:
+            SourceError: its tensors do not make the networks that their names are of.
+            UnsupportedError: they make networks that are not run here.
+        """
+        return None
 
     @abstractmethod
     def missing(self, material: Material) -> list[str]:

@@ -63,7 +63,7 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             size = status.st_size
             raw = _read_raw_header(file, size, path)
@@ -86,11 +86,11 @@ def read_tensor(header: Header, name: str) -> NDArray[np.generic]:
         raise SourceError(f"{header.path}: there is no tensor {name!r}")
     array = np.empty(entry.meta.shape, entry.meta.storage)
     try:
-        with _open_regular(header.path) as file:
+        with open_regular(header.path) as file:
             if _changed(file, header):
                 raise SourceError(f"{header.path}: was changed since it was opened; start again")
             file.seek(entry.offset)
-            _fill(file, array, header.path)
+            read_into(file, array, header.path)
             if _changed(file, header):
                 raise SourceError(f"{header.path}: was changed while it was read; start again")
     except OSError as fault:
@@ -134,7 +134,8 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> IO[bytes]:
+    """A file opened for reading without a buffer. Raises SourceError for anything but a regular file."""
     # O_NONBLOCK: opening a FIFO must not hang. Links are followed: a hub cache consists of them.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -143,7 +144,8 @@ def _open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def _fill(file: IO[bytes], array: NDArray[np.generic], path: Path) -> None:
+def read_into(file: IO[bytes], array: NDArray[np.generic], path: Path) -> None:
+    """Fill `array` with the next bytes of `file`. Raises SourceError if it ends before."""
     view = as_bytes(array)
     done = 0
     while done < len(view):

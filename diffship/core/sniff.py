@@ -20,8 +20,9 @@ Kind = Literal["folder", "safetensors", "pickle", "archive", "unknown"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".nemo", ".mar")
 CONVERT = (
-    "On a machine where you trust the file, load it and save_pretrained(DIR, safe_serialization=True) with diffusers, "
-    "or use https://huggingface.co/spaces/safetensors/convert"
+    "Look for a .safetensors file of the same model. Or, on a machine where you trust the file, load it and "
+    "save_pretrained(DIR, safe_serialization=True) with diffusers, or use "
+    "https://huggingface.co/spaces/safetensors/convert"
 )
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",
@@ -34,7 +35,7 @@ _ARCHIVES = {
     b"Rar!": "a rar archive",
 }
 _FORMATS = {
-    b"GGUF": "a GGUF file, quantised for other programs; get the safetensors of the model",
+    b"GGUF": "a GGUF file: a model in one file, which export, compress, inspect and run take as NAME.gguf",
     b"\x89HDF": "an HDF5 file of Keras or TensorFlow; get the safetensors of the model",
     b"\x89PNG": "a picture (PNG)",
     b"\xff\xd8\xff": "a picture (JPEG)",
@@ -277,14 +278,9 @@ def _describe_other_folder(folder: Path, names: set[str]) -> str:
         return f"the model lies one folder further down; pass {folder / inside[0]}"
     if "adapter_config.json" in names or any(name.endswith("_lora_weights.safetensors") for name in names):
         return "it is a LoRA; fuse it into its model: diffship compress MODEL --pass lora --set files=FILE.safetensors"
-    if any(name.endswith(".gguf") for name in names):
-        return "it holds GGUF files, which are quantised for other programs; pass the diffusers folder of the model"
-    single = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt")))
+    single = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".gguf")))
     if single and "config.json" not in names:
-        return (
-            f"it holds {single[0]}, a checkpoint in one file; convert it once with diffusers: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
-        )
+        return f"it holds {single[0]}, a checkpoint in one file; pass that file: {folder / single[0]}"
     return ""
 
 

@@ -30,6 +30,9 @@ class StableDiffusion(UNetKind):
         masks_class: Stock(7.5, 50, scheduler=(_OFFSET, ("skip_prk_steps", True)), sample_size=True),
         LCM_CLASS: Stock(8.5, LCM_STEPS),
     }
+    file_texts: ClassVar[Mapping[str, str]] = {FIRST_TEXT.folder: "cond_stage_model."}
+    file_schedules: ClassVar[Mapping[str, str]] = {"": "sd15", "v_prediction": "sd21"}
+    vae_facts: ClassVar[Mapping[str, Any]] = {"scaling_factor": 0.18215}
     from_text = (
         *("StableDiffusionImg2ImgPipeline", "LatentConsistencyModelImg2ImgPipeline"),
         *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),

@@ -26,6 +26,7 @@ _SECOND_TEXT = Slot(
     tokenizer="tokenizer_2",
     aliases=("CLIPTextModel",),  # training scripts save it under its base class
 )
+_EMBEDDERS = "conditioner.embedders."  # of generative-models, in the order in which it lists them
 _IMAGE_CLASS = "StableDiffusionXLImg2ImgPipeline"
 _AESTHETIC = (6.0, 2.5)  # the refiner's score for the positive and the negative prompt, as diffusers has them
 
@@ -49,6 +50,12 @@ class StableDiffusionXl(UNetKind):
         *("StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
         "StableDiffusionXLControlNetInpaintPipeline",
     )
+    file_texts: ClassVar[Mapping[str, str]] = {
+        FIRST_TEXT.folder: f"{_EMBEDDERS}0.",
+        _SECOND_TEXT.folder: f"{_EMBEDDERS}1.",
+    }
+    file_schedules: ClassVar[Mapping[str, str]] = {"": "sdxl"}
+    vae_facts: ClassVar[Mapping[str, Any]] = {"scaling_factor": 0.13025, "force_upcast": True}
     time_ids: ClassVar[int] = 6
     options: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
 
@@ -104,6 +111,7 @@ class Refiner(StableDiffusionXl):
     plain_class = masks_class = _IMAGE_CLASS
     classes: ClassVar[Mapping[str, Stock]] = {_IMAGE_CLASS: Stock(5.0, 50, upcasts=True)}
     from_text: ClassVar[tuple[str, ...]] = ()
+    file_texts: ClassVar[Mapping[str, str]] = {_SECOND_TEXT.folder: f"{_EMBEDDERS}0."}
     time_ids: ClassVar[int] = 5
     options: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
 

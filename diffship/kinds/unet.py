@@ -28,6 +28,7 @@ from diffship.sampling.tokenizer import ClipTokenizer
 if TYPE_CHECKING:
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Material, Module
+    from diffship.models.sources.ldm.checkpoint import Checkpoint
 
 Config = Mapping[str, Any]
 UNET = "UNet2DConditionModel"
@@ -46,7 +47,8 @@ class UNetKind(Kind):
     be drawn from the prompt alone. plain_class, masks_class: what diffusers calls the pipeline of such a U-Net, and of
     one that fills masks. penultimate: whether text embeddings are the states before the encoders' last layer. zeros:
     whether a negative prompt that was not given is zeros, unless the model_index says otherwise. pooled_part: the
-    encoder whose pooled states the U-Net takes.
+    encoder whose pooled states the U-Net takes. file_schedules: the published architecture whose scheduler a checkpoint
+    in one file gets, by what its U-Net predicts; `""` of the rest.
     """
 
     denoiser = "unet"
@@ -59,6 +61,7 @@ class UNetKind(Kind):
     penultimate: ClassVar[bool] = False
     zeros: ClassVar[bool] = False
     pooled_part: ClassVar[str | None] = None
+    file_schedules: ClassVar[Mapping[str, str]]
 
     def conditions(self, family: Family) -> dict[str, Shape]:
         return {"encoder_hidden_states": (None, family.text_width)}
@@ -87,6 +90,42 @@ class UNetKind(Kind):
             return False
         with reading(self.denoiser, UNET):
             return self.draws(completed(UNET, found.config))
+
+    def of_checkpoint(self, checkpoint: Checkpoint) -> Material | None:
+        from diffship.models.pipeline import Material
+        from diffship.models.sources.arch_configs import SCHEDULERS
+        from diffship.models.sources.ldm import prediction, reading
+
+        tensors = reading.find_unet(checkpoint)
+        if tensors is None:
+            return None
+        told, why = prediction.prediction_of(checkpoint, tensors)
+        modules = {self.denoiser: reading.unet_module(tensors, told)}
+        if not self.recognises(modules):
+            return None
+        texts = self._texts_of(checkpoint)
+        vae = reading.find_vae(checkpoint, self.vae_facts)
+        modules |= texts | ({VAE_SLOT.folder: vae} if vae else {})
+        own = SCHEDULERS[self.file_schedules.get(told, self.file_schedules[""])]
+        where = str(checkpoint.path)
+        return Material(
+            source={"notes": [f"the U-Net predicts {told}: {why}; --prediction says another"]} if why else {},
+            modules=modules,
+            tokenizers={self.tokenizer_of(name): reading.tokenizer_of(module, where) for name, module in texts.items()},
+            scheduler=self.scheduler_from(prediction.schedule(checkpoint, own, told), modules),
+            index=self.new_index(modules),
+        )
+
+    def _texts_of(self, checkpoint: Checkpoint) -> dict[str, Module]:
+        """The text encoders that a checkpoint in one file has, by folder."""
+        from diffship.models.sources.ldm.reading import find_text
+
+        found: dict[str, Module] = {}
+        for folder, prefix in self.file_texts.items():
+            projected = self.slot_of(folder).classes != FIRST_TEXT.classes
+            text = find_text(checkpoint, prefix, projected, not self.penultimate)
+            found |= {folder: text} if text else {}
+        return found
 
     @abstractmethod
     def draws(self, unet: Config) -> bool:

@@ -38,8 +38,8 @@ def assemble(material: Material) -> Pipeline:
     missing = kind.missing(material)
     if missing:
         raise SourceError(
-            f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: export, compress and "
-            "inspect take --base SOURCE (a folder, a hub id, emoji or arch:NAME)"
+            f"{material.source.get('id')}: has no {', '.join(missing)}. Name a model that has: export, compress, "
+            "inspect and run take --base SOURCE (a folder, a file, a hub id, emoji or arch:NAME)"
         )
     material = kind.repaired(material)
     family = kind.family(material)
@@ -64,7 +64,8 @@ def _components(kind: Kind, material: Material, family: Family) -> dict[str, Com
 
 
 def _told(material: Material, notes: list[str]) -> dict[str, Any]:
-    return {**material.source, "notes": notes} if notes else dict(material.source)
+    told = [*material.source.get("notes", ()), *notes]
+    return {**material.source, "notes": told} if told else dict(material.source)
 
 
 def _history(index: Mapping[str, Any]) -> tuple[Any, ...]:

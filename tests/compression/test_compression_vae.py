@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from vae_cases import STUDENTS, TURNS, options_for, task_of
 
-from diffship.compression.swap_vae import SwapVaePass, drawn_pictures, swap_vae, vae_module
+from diffship.compression.swap_vae import SwapVaePass, drawn_pictures, swap_vae
 from diffship.compression.vae import VaePass
 from diffship.core.errors import ConfigError, DiffshipError, SourceError
 from diffship.core.job import Job
@@ -31,7 +31,7 @@ from diffship.models.parts.component import weight_metas
 from diffship.models.pipeline import Module, Pipeline
 from diffship.models.saving import save
 from diffship.models.sources.arch_configs import VAES, tiny_vae
-from diffship.models.sources.opening import open_source
+from diffship.models.sources.opening import open_source, vae_of
 from diffship.models.walks.cost import cost
 from diffship.sampling.decode import decode, to_pixels
 from diffship.training.adversarial import augmented, hinge
@@ -263,7 +263,7 @@ def kl_decoder(pipeline: Pipeline) -> Any:
 def test_a_swapped_vae_is_drawn_with_by_its_own_scale(tmp_path: Path) -> None:
     """Stock diffusers divides by the scaling factor of the VAE that is in the folder: 0.18215, or a tiny one's 1."""
     source = open_source("arch:tiny-sd")
-    made, report = swap_vae(source, vae_module("arch:tiny-sd+taesd"))
+    made, report = swap_vae(source, vae_of("arch:tiny-sd+taesd", source.family.kind))
     assert report is None and (source.family.scaling_factor, made.family.scaling_factor) == (0.18215, 1.0)
     folder = save(made, tmp_path / "model")
     stock = diffusers.AutoencoderTiny.from_pretrained(folder / "vae")

@@ -262,14 +262,14 @@ def test_pickles_are_never_opened(folder: Path, name: str) -> None:
     assert not canary.exists()
 
 
-def test_single_files_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
-    file = tmp_path / "v1-5.ckpt"
-    file.write_bytes(pickle.dumps({"state_dict": 1}))
-    with pytest.raises(SourceError, match="safetensors/convert"):
-        open_source(str(file))
-    write_safetensors(tmp_path / "one.safetensors", {}, lambda name: np.zeros(0))
-    with pytest.raises(SourceError, match="from_single_file"):
-        open_source(str(tmp_path / "one.safetensors"))
+def test_pickled_checkpoints_are_refused_with_what_to_look_for(tmp_path: Path) -> None:
+    for name in ("v1-5.ckpt", "v1-5.bin", "v1-5.pt", "v1-5.safetensors"):  # whatever it is called
+        (tmp_path / name).write_bytes(pickle.dumps({"state_dict": 1}))
+        with pytest.raises(SourceError, match=r"can run code.*never.*Look for a .safetensors file of the same model"):
+            open_source(str(tmp_path / name))
+    (tmp_path / "model.dat").write_bytes(b"\1\2\3")
+    with pytest.raises(SourceError, match=r"legal: a file that ends in .safetensors or .gguf, or a diffusers folder"):
+        open_source(str(tmp_path / "model.dat"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?\Z")
 _SMALL = (".json", ".txt")
 _STEMS = ("diffusion_pytorch_model", "model")
 _SECONDS = 20.0
-LEGAL = "legal: a diffusers folder, a hub id, emoji, arch:NAME; where a model is run, a bundle too"
+LEGAL = (
+    "legal: a diffusers folder, a .safetensors or .gguf file, a hub id, emoji, arch:NAME; where a model is run, a "
+    "bundle too"
+)
 
 
 def is_hub_id(text: str) -> bool:

@@ -12,7 +12,7 @@ from diffship.core.lazy import lazy
 yaml = lazy("yaml")  # comes with huggingface_hub
 
 _TEXTS = ("license", "licence", "notice", "copying")
-_MAX_BYTES, _MAX_FILES = 256 << 10, 8
+_MAX_BYTES, _MAX_FILES, _NAME_CHARS = 256 << 10, 8, 200
 _AND = " AND "
 # families of use-based restrictions; their text must go with every derivative (Attachment A, paragraph 4a and 5)
 _PASS_ON = "its use-based restrictions bind every user and must be passed on"
@@ -109,3 +109,17 @@ def _text(path: Path) -> str:
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return ""
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def terms(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """id, name, link, restrictions and notices of a single file, as its header says them (ModelSpec's keys)."""
+    name = metadata.get("modelspec.license", "").strip()[:_NAME_CHARS]
+    identity = name.lower().replace(" ", "-")
+    known = identity in _RESTRICTED
+    return {
+        "id": identity if known else "",
+        "name": name,
+        "link": "",
+        "restrictions": _restriction(identity),
+        "notices": [],
+    }

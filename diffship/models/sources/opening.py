@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from diffship.core.errors import SourceError
-from diffship.core.kind import Slot
+from diffship.core.errors import ConfigError, SourceError
+from diffship.core.kind import Kind, Slot
 from diffship.core.manifest import MANIFEST_NAME
+from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import kinds
 from diffship.core.sniff import classify, describe, missing, near, part_of, refuse_unsafe
 from diffship.models.assemble import assemble, kind_of
-from diffship.models.pipeline import Material, Pipeline
+from diffship.models.parts.autoencoder import KL
+from diffship.models.pipeline import Material, Module, Pipeline
 from diffship.models.sources.arch import PREFIX, arch_material
 from diffship.models.sources.diffusers_folder import folder_material
 from diffship.models.sources.hub import LEGAL, hub_folder, is_hub_id
 from diffship.models.sources.licences import joined
+from diffship.models.sources.single_file import SUFFIXES, file_material, is_single_file
 
 _PACKAGED = re.compile(r"emoji(-[a-z0-9]+)*\Z")
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)\Z")
@@ -26,35 +30,54 @@ _EMOJI = "emoji"
 _MODELS = Path(__file__).parents[1]
 
 
-def open_source(text: str, *, base: str | None = None, revision: str | None = None) -> Pipeline:
+def open_source(
+    text: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    reading: Reading = PLAIN,
+) -> Pipeline:
     """A path that exists, a hub id, `emoji` or its sibling `emoji-small`, or `arch:NAME[+lcm][+taesd]`, as a
-    Pipeline; `+small-vae` in place of `+taesd`.
+    Pipeline; `+small-vae` in place of `+taesd`. A path leads to a diffusers folder or to a checkpoint in one file.
 
-    No tensor is read yet.
+    No tensor is read yet, but for one small one of a Stable Diffusion 2 checkpoint, which tells what it predicts.
 
     `base`, another source, supplies the parts that this one lacks (a folder with a U-Net alone, say). `revision` is a
-    branch, tag or commit of a hub id; the commit is recorded.
+    branch, tag or commit of a hub id; the commit is recorded. `reading` names another VAE, and says what a checkpoint
+    in one file does not.
 
     Raises:
         SourceError: nothing readable is there, parts are missing or do not fit, or only pickles or code are on offer.
         UnsupportedError: a class or family that is not known here.
+        ConfigError: an option for single files, and the source is none.
     """
     path = Path(text).expanduser()
     if base is None and (told := part_of(path)):
         completed = ", or complete this part: export, compress and inspect take --base SOURCE"
         raise SourceError(f"{text}: {told}{'' if (path.parent / MANIFEST_NAME).exists() else completed}")
-    material = find_material(text, revision)
+    material = find_material(text, revision, reading)
     if base is not None:
-        material = with_base(material, find_material(base, None))
+        material = with_base(material, find_material(base))
+    if reading.vae is not None:
+        material = with_vae_of(material, reading.vae)
     return assemble(material)
 
 
-def find_material(text: str, revision: str | None = None) -> Material:
+def find_material(text: str, revision: str | None = None, reading: Reading = PLAIN) -> Material:
     """What one source yields, whole or not."""
+    path = Path(text).expanduser()
+    if is_single_file(path):
+        require_source(text, revision)
+        return file_material(path, reading)
+    for flag, given in (("--ema", reading.ema), ("--prediction", reading.prediction)):
+        if given:
+            raise ConfigError(
+                f"{flag} is for a checkpoint in one file, and {text} is none; a folder's scheduler and "
+                "weights say it themselves"
+            )
     if text.startswith(PREFIX):
         return arch_material(text)
     require_source(text, revision)
-    path = Path(text).expanduser()
     if path.is_dir():
         return folder_material(path, _named(path.resolve()))
     if (home := packaged(text)) is not None:
@@ -82,9 +105,12 @@ def require_source(text: str, revision: str | None = None) -> None:
     kind = classify(path)
     if kind == "folder" and (path / MANIFEST_NAME).is_file():
         raise SourceError(f"{path} is a bundle already; export and compress take a source; {LEGAL}")
-    if kind != "folder" and (kind != "unknown" or path.is_file()):
-        raise _not_a_folder(path)
-    if kind == "folder" or text.startswith(PREFIX) or packaged(text):
+    single = is_single_file(path)
+    if single:
+        refuse_unsafe(path)
+    elif kind != "folder" and (kind != "unknown" or path.is_file()):
+        raise _not_a_source(path)
+    if single or kind == "folder" or text.startswith(PREFIX) or packaged(text):
         return
     gone = "" if revision and is_hub_id(text) else missing(text)
     if not gone and not (is_hub_id(text) and "/" in text):  # no model of ours is on the hub without an owner
@@ -124,15 +150,63 @@ def with_base(material: Material, base: Material) -> Material:
     )
 
 
+def with_vae_of(material: Material, text: str) -> Material:
+    """`material` with the auto-encoder of the source `text`, which is recorded.
+
+    Raises:
+        SourceError: there is none, or its latents are of another family, as far as configs tell.
+    """
+    kind = kind_of(material.modules)
+    if kind is None:
+        raise SourceError(f"{material.source.get('id')}: has no denoiser that --vae could draw for")
+    folder, found = kind.slot_of(kind.decoder).folder, vae_of(text, kind)
+    own = material.modules.get(folder)
+    _require_alike(text, found, {**kind.vae_facts, **(own.config if own else {})})
+    notes = [*material.source.get("notes", ()), f"the VAE is that of {text}"]
+    return replace(
+        material,
+        source={**material.source, "vae": Path(text).stem, "notes": notes},
+        modules={**material.modules, folder: found},
+    )
+
+
+def vae_of(text: str, kind: Kind) -> Module:
+    """The auto-encoder of a source, for a model of this kind; a file of tensors does not say how latents are scaled,
+    so it is as the published models of the kind have it.
+
+    Raises:
+        SourceError: it has none, or cannot be read.
+    """
+    material = find_material(text)
+    found = material.modules.get(kind.slot_of(kind.decoder).folder)
+    if found is None:
+        raise SourceError(f"{text}: has no VAE")
+    return found if "scaling_factor" in found.config else replace(found, config=_stated(material, found, kind))
+
+
+def _stated(material: Material, vae: Module, kind: Kind) -> dict[str, Any]:
+    """The config with what no tensor tells; that of a folder has diffusers' defaults."""
+    return {**vae.config, **(kind.vae_facts if material.source.get("kind") == "file" else {})}
+
+
+def _require_alike(text: str, vae: Module, model: Mapping[str, Any]) -> None:
+    """Raises SourceError if two KL auto-encoders have latents of other channels or another scale."""
+    for key, usual in (("latent_channels", 4), ("scaling_factor", 0.18215)):
+        ours, theirs = model.get(key) or usual, vae.config.get(key) or usual
+        if ours != theirs and (key == "latent_channels" or vae.class_name == KL):
+            raise SourceError(
+                f"--vae {text}: its {key} is {theirs}, and that of the model {ours}: latents of another family"
+            )
+
+
 def _text_slots() -> list[Slot]:
     return list(dict.fromkeys(slot for kind in kinds().values() for slot in kind.text_slots))
 
 
-def _not_a_folder(path: Path) -> SourceError:
+def _not_a_source(path: Path) -> SourceError:
     refuse_unsafe(path)
     if told := describe(path):
         return SourceError(f"{path}: {told}")
     return SourceError(
-        f"{path}: is one file; a diffusers folder is read. Convert a single-file checkpoint once with diffusers: "
-        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+        f"{path}: is not read; legal: a file that ends in {' or '.join(SUFFIXES)}, or a diffusers folder"
     )

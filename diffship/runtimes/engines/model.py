@@ -118,7 +118,7 @@ def _open(path: Path, source: str, engine: str | None, options: Mapping[str, Any
     if (path / MANIFEST_NAME).is_file():
         return BundleModel(Bundle.open(path), engine, **options)
     known = ("model_index.json", "config.json", "*/config.json")  # of a pipeline, of one component, of several
-    if path.exists() and not any(next(path.glob(name), None) for name in known):
+    if path.exists() and not path.is_file() and not any(next(path.glob(name), None) for name in known):
         lacking = f"{path} holds neither {MANIFEST_NAME} nor model_index.json"
         raise SourceError(f"{lacking}; {foreign(path, 'it is no bundle and no model')}")
     if gone := missing(source):

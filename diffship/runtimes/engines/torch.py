@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 from diffship.core.errors import MissingExtra, UnsupportedError
 from diffship.core.lazy import need
+from diffship.core.reading import PREDICTIONS, Reading
 from diffship.core.strict import bounded, bounds, choices
 from diffship.runtimes.engines.engine import Probe, Session, first_line, installed, package_version
 from diffship.sampling.model import Model
@@ -17,7 +18,8 @@ from diffship.sampling.model import Model
 @dataclass(frozen=True)
 @bounded
 class TorchRunner:
-    """Options of torch. `threads`: 0 leaves torch's own choice, which holds for the whole process."""
+    """Options of torch. `threads`: 0 leaves torch's own choice, which holds for the whole process. `base` supplies the
+    parts that a source lacks; the last three say how it is read (`core.reading.Reading`)."""
 
     name: ClassVar[str] = "torch"
     extra: ClassVar[str] = "torch"
@@ -25,12 +27,16 @@ class TorchRunner:
 
     device: str = field(default="cpu", metadata=choices("cpu", "cuda", "mps"))
     threads: int = field(default=0, metadata=bounds(0, 1024))
+    base: str | None = None
+    vae: str | None = None
+    ema: bool = False
+    prediction: str | None = field(default=None, metadata=choices(*PREDICTIONS))
 
     def open(self, files: Sequence[Path]) -> Session:
         raise UnsupportedError("engine torch opens a diffusers folder as a whole; pass that folder to open_model")
 
     def open_model(self, source: str) -> Model:
-        """A diffusers folder, hub id or `arch:NAME` as a Model.
+        """A diffusers folder, a checkpoint in one file, a hub id or `arch:NAME` as a Model.
 
         Raises:
             MissingExtra: torch or diffusers is not installed.
@@ -51,7 +57,8 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = PipelineModel(open_source(source), self.device)
+        reading = Reading(self.vae, self.ema, self.prediction)
+        model = PipelineModel(open_source(source, base=self.base, reading=reading), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 
