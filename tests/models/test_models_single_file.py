@@ -361,6 +361,12 @@ def test_a_wrong_vae_is_refused(tmp_path: Path, folder: Path) -> None:
         open_source("arch:tiny-sd", reading=Reading(vae=str(changed(tmp_path, {}, without=VAE))))
 
 
+def test_a_file_inside_a_folder_is_not_read_without_its_config(tmp_path: Path) -> None:
+    saved = save(arch("tiny-sd"), tmp_path / "sd")
+    with pytest.raises(DiffshipError, match=r"config.json says how that is built; pass the folder: .*/sd/vae"):
+        open_source("arch:tiny-sd", reading=Reading(vae=str(saved / "vae" / "diffusion_pytorch_model.safetensors")))
+
+
 @pytest.mark.slow
 def test_a_vae_of_other_latents_is_found_by_its_pictures(tmp_path: Path, folder: Path) -> None:
     """SD's and SDXL's have equal shapes, so only what they draw tells."""

@@ -47,6 +47,7 @@ def file_material(path: Path, reading: Reading) -> Material:
         SourceError: it is damaged, or no checkpoint: a LoRA, say; or it has no averaged weights and they are asked for.
         UnsupportedError: its weights are quantised in a form that is not read, or its networks are not run here.
     """
+    _refuse_part(path)
     checkpoint = read_checkpoint(path, reading)
     refuse_foreign(path, checkpoint.weights.names())
     for kind in kinds().values():
@@ -67,6 +68,15 @@ def read_checkpoint(path: Path, reading: Reading) -> Checkpoint:
         return Checkpoint(path, GgufWeights(path), {}, reading)
     weights = SafetensorsWeights(path)
     return Checkpoint(path, weights, weights.metadata, reading)
+
+
+def _refuse_part(path: Path) -> None:
+    """Raises SourceError for the weights of a component folder, whose config says more than shapes do."""
+    if path.stem.split(".")[0] in ("diffusion_pytorch_model", "model") and (path.parent / "config.json").is_file():
+        raise SourceError(
+            f"{path}: is the weights file of one part, and {path.parent / 'config.json'} says how that is built; pass "
+            f"the folder: {path.parent}"
+        )
 
 
 def _vae_alone(checkpoint: Checkpoint) -> Mapping[str, Module]:
