@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
+from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.problem import refuse
-from diffship.core.reading import PLAIN, Reading
 from diffship.models.saving import save
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ def compress(
     *,
     base: str | None = None,
     revision: str | None = None,
-    reading: Reading = PLAIN,
+    loading: LoadOptions = AS_SAID,
     precision: str | None = None,
     job: Job | None = None,
 ) -> Pipeline:
     """Run `passes` over `source`, one after the other, and write the result as a diffusers folder at `out`. The source
-    is opened as by `open_source`, with its `base`, `revision` and `reading`.
+    is opened as by `open_source`, with its `base`, `revision` and `loading`.
 
     Without `out` the result is only returned; its tensors are made when they are read. `precision` (float32, float16,
     bfloat16) converts the weights; None leaves them as the last pass does. A `job` with a folder keeps what long
@@ -56,7 +56,7 @@ def compress(
         require_place(Path(str(out)))
         if job.inside(str(out)):
             raise ConfigError(f"the cache lies inside the output {out}, which must be empty; name another folder")
-    pipeline = _opened(source, passes, base, revision, reading)
+    pipeline = _opened(source, passes, base, revision, loading)
     results = Results(pipeline, passes, job)
     done, pipeline = results.latest()
     found = outlines(pipeline, passes[done:])
@@ -80,7 +80,7 @@ def foresee(
     *,
     base: str | None = None,
     revision: str | None = None,
-    reading: Reading = PLAIN,
+    loading: LoadOptions = AS_SAID,
     precision: str | None = None,
     timing: bool = True,
 ) -> Estimate:
@@ -97,7 +97,7 @@ def foresee(
     from diffship.compression.outline import outlines
     from diffship.models.pipeline import converted
 
-    pipeline = _opened(source, passes, base, revision, reading)
+    pipeline = _opened(source, passes, base, revision, loading)
     found = outlines(pipeline, passes, check=False)
     if len(found) == len(passes):
         found[-1] = replace(found[-1], pipeline=converted(found[-1].pipeline, precision))
@@ -115,7 +115,7 @@ def _keep_what_is_there(passes: Sequence[Any]) -> None:
 
 
 def _opened(
-    source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None, reading: Reading
+    source: str | Path | Pipeline, passes: Sequence[Any], base: str | None, revision: str | None, loading: LoadOptions
 ) -> Pipeline:
     from diffship.compression.vae_beside import open_tried
 
@@ -123,4 +123,4 @@ def _opened(
         raise ConfigError("no pass is given; name one with --pass NAME, or several in a recipe with --recipe FILE")
     if not isinstance(source, (str, Path)):
         return source
-    return open_tried(str(source), base, revision, reading)
+    return open_tried(str(source), base, revision, loading)

@@ -17,9 +17,9 @@ from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityE
 from diffship.core.job import Job, available_memory, require_disk, require_memory
 from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
+from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
-from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
@@ -62,7 +62,7 @@ def export(
     trajectory: int | None = None,
     base: str | None = None,
     revision: str | None = None,
-    reading: Reading = PLAIN,
+    loading: LoadOptions = AS_SAID,
     overwrite: bool = False,
     job: Job | None = None,
     against: Pipeline | None = None,
@@ -72,7 +72,7 @@ def export(
 
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass; with
     `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
-    to draw again (default: what the target says). `base`, `revision` and `reading` are those of `open_source`. A `job`
+    to draw again (default: what the target says). `base`, `revision` and `loading` are those of `open_source`. A `job`
     with a folder keeps graphs for the next export.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
@@ -96,10 +96,10 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        usual = (parts, base, reading) == (None, None, PLAIN) and exporter == type(exporter)()
+        usual = (parts, base, loading) == (None, None, AS_SAID) and exporter == type(exporter)()
         plain = usual and verify and not trajectory
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _opened(source, base, revision, reading)
+    whole = _opened(source, base, revision, loading)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -138,12 +138,12 @@ def _without_torch() -> NoReturn:
     raise MissingExtra("torch", "torch,onnx")
 
 
-def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, reading: Reading) -> Pipeline:
+def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, loading: LoadOptions) -> Pipeline:
     if not isinstance(source, (str, Path)):
         return source
     from diffship.compression.vae_beside import open_tried
 
-    return open_tried(str(source), base, revision, reading)
+    return open_tried(str(source), base, revision, loading)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

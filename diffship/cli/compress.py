@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import add_source, existing_file, names, reading_fields, worded
+from diffship.cli.flags import add_source, existing_file, load_fields, names, worded
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
+from diffship.core.load_options import LoadOptions
 from diffship.core.precision import PRECISIONS, precision_of
-from diffship.core.reading import Reading
 from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import plain_value
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> Result:
             options.output,
             base=base,
             revision=options.revision,
-            reading=Reading(**reading_fields(options)),
+            loading=LoadOptions(**load_fields(options)),
             precision=_stored(options),
             job=Job(options.cache or work_folder(options.output), progress=stages),
         )
@@ -133,7 +133,7 @@ def _foreseen(options: argparse.Namespace) -> Result:
         passes,
         base=base,
         revision=options.revision,
-        reading=Reading(**reading_fields(options)),
+        loading=LoadOptions(**load_fields(options)),
         precision=precision,
         timing=timing,
     )

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, names, reading_fields
+from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.reading import Reading
+from diffship.core.load_options import LoadOptions
 from diffship.core.registry import EXPORTERS, load
 
 EXAMPLES = """examples:
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> Result:
             out=options.output,
             base=options.base,
             revision=options.revision,
-            reading=Reading(**reading_fields(options)),
+            loading=LoadOptions(**load_fields(options)),
             parts=options.parts,
             verify=not options.no_verify,
             trajectory=options.trajectory,

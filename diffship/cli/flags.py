@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import ConfigError
-from diffship.core.reading import PREDICTIONS, Reading
+from diffship.core.load_options import PREDICTIONS, LoadOptions
 from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS
 from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
@@ -71,11 +71,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """What else a source is read from and how: for the verbs that take one."""
     parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")
     parser.add_argument("--revision", metavar="COMMIT", help="revision of a hub id; the resolved commit is recorded")
-    add_reading(parser)
+    add_load_options(parser)
 
 
-def add_reading(group: argparse._ActionsContainer) -> None:
-    """The fields of a Reading."""
+def add_load_options(group: argparse._ActionsContainer) -> None:
+    """The fields of LoadOptions."""
     group.add_argument("--vae", metavar="SOURCE", help="its VAE takes the place of the model's own: a file or folder")
     group.add_argument(
         "--ema", action="store_true", default=None, help="of a single file: the averaged weights of the U-Net"
@@ -85,9 +85,9 @@ def add_reading(group: argparse._ActionsContainer) -> None:
     )
 
 
-def reading_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Reading that the command line set."""
-    return given_fields(options, Reading)
+def load_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of LoadOptions that the command line set."""
+    return given_fields(options, LoadOptions)
 
 
 REQUEST_FIELDS = (

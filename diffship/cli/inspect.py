@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diffship.cli import placement
-from diffship.cli.flags import add_source, reading_fields, size
+from diffship.cli.flags import add_source, load_fields, size
 from diffship.cli.output import Result, size_text, table
 from diffship.core.errors import ConfigError
-from diffship.core.reading import Reading
+from diffship.core.load_options import LoadOptions
 
 EXAMPLES = """examples:
   diffship inspect out/emoji
@@ -40,15 +40,15 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     placement.check(options)
     if is_bundle(options.what):
-        given = [options.size, options.base, options.revision, options.placement, *reading_fields(options).values()]
+        given = [options.size, options.base, options.revision, options.placement, *load_fields(options).values()]
         if any(given):
             flags = "--size, --base, --revision, --vae, --ema, --prediction and --placement"
             raise ConfigError(f"{flags} are for sources; this is a bundle")
         return inspect_bundle(Path(options.what))
     from diffship.models.sources.opening import open_source
 
-    reading = Reading(**reading_fields(options))
-    pipeline = open_source(options.what, base=options.base, revision=options.revision, reading=reading)
+    loading = LoadOptions(**load_fields(options))
+    pipeline = open_source(options.what, base=options.base, revision=options.revision, loading=loading)
     return placement.inspect_placement(pipeline, options) if options.placement else inspect_source(pipeline, options)
 
 

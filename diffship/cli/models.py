@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from diffship.cli.flags import AUTO, engine_options, reading_fields
+from diffship.cli.flags import AUTO, engine_options, load_fields
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
 from diffship.core.manifest import MANIFEST_NAME
@@ -72,7 +72,7 @@ def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[
     Raises:
         ConfigError: one of the latter is given for a bundle, or for several models.
     """
-    given = reading_fields(options) | ({} if options.base is None else {"base": options.base})
+    given = load_fields(options) | ({} if options.base is None else {"base": options.base})
     if given and (len(sources) > 1 or (Path(sources[0]) / MANIFEST_NAME).is_file()):
         flags = ", ".join(f"--{name}" for name in given)
         raise ConfigError(f"{flags}: for one model, and a source; give it to export, and run the bundle")

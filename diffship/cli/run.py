@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffship.cli.flags import add_engine, add_reading, add_request, names, setting, split
+from diffship.cli.flags import add_engine, add_load_options, add_request, names, setting, split
 from diffship.cli.output import Result
 from diffship.cli.places import FIELDS, add_overwrite, require_file_place, require_picture_place
 from diffship.core.errors import ConfigError
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_cloud(parser)
     source = parser.add_argument_group("a source in place of a bundle, drawn with by torch")
     source.add_argument("--base", metavar="SOURCE", help="supplies the parts that DIR lacks")
-    add_reading(source)
+    add_load_options(source)
     engine = add_engine(parser)
     engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")

@@ -16,7 +16,7 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 
 from diffship.core.errors import ConfigError, DiffshipError
-from diffship.core.reading import Reading
+from diffship.core.load_options import LoadOptions
 from diffship.core.registry import kinds
 from diffship.core.weights import TensorMeta, Weights
 from diffship.models.pipeline import Pipeline
@@ -229,15 +229,15 @@ def test_averaged_weights_are_taken_if_they_are_asked_for(tmp_path: Path) -> Non
     flat = {f"model_ema.{'diffusion_model.' + key.removeprefix(UNET)}": value * 2 for key, value in unet.items()}
     averaged = {f"model_ema.{key.removeprefix('model_ema.').replace('.', '')}": value for key, value in flat.items()}
     path = changed(tmp_path, {**averaged, "model_ema.decay": np.array(0.9999, np.float32)})
-    plain, ema = open_source(str(path)), open_source(str(path), reading=Reading(ema=True))
+    plain, ema = open_source(str(path)), open_source(str(path), loading=LoadOptions(ema=True))
     assert any("--ema takes them" in note for note in plain.source["notes"]) and "notes" not in ema.source
     assert plain.denoiser.digest == drawn("tiny-sd")["unet"]
     for name in ("conv_in.weight", "up_blocks.3.resnets.0.conv1.bias"):
         assert np.array_equal(ema.denoiser.weights.read(name), 2 * plain.denoiser.weights.read(name))
     with pytest.raises(DiffshipError, match=r"686 of 686 averaged \(EMA\) weights are not in it"):
-        open_source(str(changed(tmp_path, {})), reading=Reading(ema=True))
+        open_source(str(changed(tmp_path, {})), loading=LoadOptions(ema=True))
     with pytest.raises(ConfigError, match="--ema is for a checkpoint in one file"):
-        open_source("arch:tiny-sd", reading=Reading(ema=True))
+        open_source("arch:tiny-sd", loading=LoadOptions(ema=True))
 
 
 # ---- what is predicted
@@ -296,7 +296,7 @@ def test_what_sd2_predicts_is_told(
     made = open_source(path)
     assert made.family.prediction_type == prediction and told in made.source["notes"][0]
     other = next(name for name in ("epsilon", "v_prediction") if name != prediction)
-    asked = open_source(path, reading=Reading(prediction=other))
+    asked = open_source(path, loading=LoadOptions(prediction=other))
     assert asked.family.prediction_type == other and "notes" not in asked.source
 
 
@@ -334,7 +334,7 @@ def test_a_separate_vae_takes_the_place_of_the_models(prefix: str, tmp_path: Pat
     own = {f"{prefix}{key}": value for key, value in vae_of("tiny-sd", 2).items()}
     path = writer.write(tmp_path / "vae.safetensors", {**own, f"{prefix}loss.logvar": np.zeros(1, np.float32)})
     for source in (str(file_of(folder, "tiny-sd")), "arch:tiny-sd"):
-        made = open_source(source, reading=Reading(vae=str(path)))
+        made = open_source(source, loading=LoadOptions(vae=str(path)))
         read = made.decoder.weights.read("decoder.conv_in.weight")
         assert np.array_equal(read, 2 * arch("tiny-sd").decoder.weights.read("decoder.conv_in.weight"))
         assert made.family == arch("tiny-sd").family and made.source["vae"] == "vae"
@@ -342,29 +342,29 @@ def test_a_separate_vae_takes_the_place_of_the_models(prefix: str, tmp_path: Pat
 
 def test_a_vae_file_gets_the_scale_of_the_model_that_it_is_for(tmp_path: Path) -> None:
     path = writer.write(tmp_path / "vae.safetensors", vae_of("tiny-sdxl"))
-    assert open_source("arch:tiny-sdxl", reading=Reading(vae=str(path))).family == arch("tiny-sdxl").family
+    assert open_source("arch:tiny-sdxl", loading=LoadOptions(vae=str(path))).family == arch("tiny-sdxl").family
     named = {name: arch("tiny-sd").decoder.weights.read(name) for name in arch("tiny-sd").decoder.weights.names()}
     named |= {name: arch("tiny-sd").encoder.weights.read(name) for name in arch("tiny-sd").encoder.weights.names()}
     path = writer.write(tmp_path / "diffusers.safetensors", named)
-    assert digests(open_source("arch:tiny-sd", reading=Reading(vae=str(path)))) == drawn("tiny-sd")
+    assert digests(open_source("arch:tiny-sd", loading=LoadOptions(vae=str(path)))) == drawn("tiny-sd")
 
 
 def test_a_wrong_vae_is_refused(tmp_path: Path, folder: Path) -> None:
     saved = save(arch("tiny-sdxl"), tmp_path / "xl")
     with pytest.raises(DiffshipError, match=r"scaling_factor is 0.13025, and that of the model 0.18215"):
-        open_source("arch:tiny-sd", reading=Reading(vae=str(saved)))
+        open_source("arch:tiny-sd", loading=LoadOptions(vae=str(saved)))
     wide = {key: a.repeat(4, axis=1) if key == "decoder.conv_in.weight" else a for key, a in vae_of("tiny-sd").items()}
     path = writer.write(tmp_path / "wide.safetensors", wide)
     with pytest.raises(DiffshipError, match=r"latent_channels is 16, and that of the model 4"):
-        open_source("arch:tiny-sd", reading=Reading(vae=str(path)))
+        open_source("arch:tiny-sd", loading=LoadOptions(vae=str(path)))
     with pytest.raises(DiffshipError, match="has no VAE"):
-        open_source("arch:tiny-sd", reading=Reading(vae=str(changed(tmp_path, {}, without=VAE))))
+        open_source("arch:tiny-sd", loading=LoadOptions(vae=str(changed(tmp_path, {}, without=VAE))))
 
 
 def test_a_file_inside_a_folder_is_not_read_without_its_config(tmp_path: Path) -> None:
     saved = save(arch("tiny-sd"), tmp_path / "sd")
     with pytest.raises(DiffshipError, match=r"config.json says how that is built; pass the folder: .*/sd/vae"):
-        open_source("arch:tiny-sd", reading=Reading(vae=str(saved / "vae" / "diffusion_pytorch_model.safetensors")))
+        open_source("arch:tiny-sd", loading=LoadOptions(vae=str(saved / "vae" / "diffusion_pytorch_model.safetensors")))
 
 
 @pytest.mark.slow
@@ -374,14 +374,14 @@ def test_a_vae_of_other_latents_is_found_by_its_pictures(tmp_path: Path, folder:
 
     source = str(file_of(folder, "tiny-sd"))
     same = str(writer.write(tmp_path / "same.safetensors", vae_of("tiny-sd")))
-    assert open_tried(source, None, None, Reading(vae=same)).source["vae"] == "same"
+    assert open_tried(source, None, None, LoadOptions(vae=same)).source["vae"] == "same"
     rolled = {
         key: np.roll(a, 1, axis=1) if key.startswith("post_quant") and a.ndim == 4 else a
         for key, a in vae_of("tiny-sd").items()
     }
     other = str(writer.write(tmp_path / "other.safetensors", rolled))
     with pytest.raises(ConfigError, match="does not fit the model's latents"):
-        open_tried(source, None, None, Reading(vae=other))
+        open_tried(source, None, None, LoadOptions(vae=other))
 
 
 # ---- what is no such file

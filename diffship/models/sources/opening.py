@@ -11,8 +11,8 @@ from typing import Any
 
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.kind import Kind, Slot
+from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import MANIFEST_NAME
-from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import kinds
 from diffship.core.sniff import classify, describe, missing, near, part_of, refuse_unsafe
 from diffship.models.assemble import assemble, kind_of
@@ -35,7 +35,7 @@ def open_source(
     *,
     base: str | None = None,
     revision: str | None = None,
-    reading: Reading = PLAIN,
+    loading: LoadOptions = AS_SAID,
 ) -> Pipeline:
     """A path that exists, a hub id, `emoji` or its sibling `emoji-small`, or `arch:NAME[+lcm][+taesd]`, as a
     Pipeline; `+small-vae` in place of `+taesd`. A path leads to a diffusers folder or to a checkpoint in one file.
@@ -43,7 +43,7 @@ def open_source(
     No tensor is read yet, but for one small one of a Stable Diffusion 2 checkpoint, which tells what it predicts.
 
     `base`, another source, supplies the parts that this one lacks (a folder with a U-Net alone, say). `revision` is a
-    branch, tag or commit of a hub id; the commit is recorded. `reading` names another VAE, and says what a checkpoint
+    branch, tag or commit of a hub id; the commit is recorded. `loading` names another VAE, and says what a checkpoint
     in one file does not.
 
     Raises:
@@ -55,21 +55,21 @@ def open_source(
     if base is None and (told := part_of(path)):
         completed = ", or complete this part: export, compress and inspect take --base SOURCE"
         raise SourceError(f"{text}: {told}{'' if (path.parent / MANIFEST_NAME).exists() else completed}")
-    material = find_material(text, revision, reading)
+    material = find_material(text, revision, loading)
     if base is not None:
         material = with_base(material, find_material(base))
-    if reading.vae is not None:
-        material = with_vae_of(material, reading.vae)
+    if loading.vae is not None:
+        material = with_vae_of(material, loading.vae)
     return assemble(material)
 
 
-def find_material(text: str, revision: str | None = None, reading: Reading = PLAIN) -> Material:
+def find_material(text: str, revision: str | None = None, loading: LoadOptions = AS_SAID) -> Material:
     """What one source yields, whole or not."""
     path = Path(text).expanduser()
     if is_single_file(path):
         require_source(text, revision)
-        return file_material(path, reading)
-    for flag, given in (("--ema", reading.ema), ("--prediction", reading.prediction)):
+        return file_material(path, loading)
+    for flag, given in (("--ema", loading.ema), ("--prediction", loading.prediction)):
         if given:
             raise ConfigError(
                 f"{flag} is for a checkpoint in one file, and {text} is none; a folder's scheduler and "

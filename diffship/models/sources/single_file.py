@@ -11,8 +11,8 @@ from typing import Any
 
 from diffship.core.errors import SourceError
 from diffship.core.gguf_file import GgufWeights, is_gguf
+from diffship.core.load_options import LoadOptions
 from diffship.core.pieces import Pieced
-from diffship.core.reading import Reading
 from diffship.core.registry import kinds
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.parts.component import SHOWN
@@ -40,7 +40,7 @@ def is_single_file(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
-def file_material(path: Path, reading: Reading) -> Material:
+def file_material(path: Path, loading: LoadOptions) -> Material:
     """What a checkpoint in one file holds: a whole model, a denoiser without text encoders, or a VAE alone.
 
     Raises:
@@ -48,7 +48,7 @@ def file_material(path: Path, reading: Reading) -> Material:
         UnsupportedError: its weights are quantised in a form that is not read, or its networks are not run here.
     """
     _refuse_part(path)
-    checkpoint = read_checkpoint(path, reading)
+    checkpoint = read_checkpoint(path, loading)
     refuse_foreign(path, checkpoint.weights.names())
     for kind in kinds().values():
         material = kind.of_checkpoint(checkpoint)
@@ -57,7 +57,7 @@ def file_material(path: Path, reading: Reading) -> Material:
     return _described(Material({}, modules=_vae_alone(checkpoint)), checkpoint, [])
 
 
-def read_checkpoint(path: Path, reading: Reading) -> Checkpoint:
+def read_checkpoint(path: Path, loading: LoadOptions) -> Checkpoint:
     """The tensors of one file, none read yet.
 
     Raises:
@@ -65,9 +65,9 @@ def read_checkpoint(path: Path, reading: Reading) -> Checkpoint:
         UnsupportedError: a GGUF file with blocks that are not read.
     """
     if is_gguf(path):
-        return Checkpoint(path, GgufWeights(path), {}, reading)
+        return Checkpoint(path, GgufWeights(path), {}, loading)
     weights = SafetensorsWeights(path)
-    return Checkpoint(path, weights, weights.metadata, reading)
+    return Checkpoint(path, weights, weights.metadata, loading)
 
 
 def _refuse_part(path: Path) -> None:
@@ -98,7 +98,7 @@ def _described(material: Material, checkpoint: Checkpoint, left: list[str]) -> M
     if left:
         first = ", ".join(left[:SHOWN])
         notes.append(f"{len(left)} tensors of {checkpoint.path.name} belong to no part and are not read: {first}")
-    if not checkpoint.reading.ema and any(
+    if not checkpoint.loading.ema and any(
         name.startswith(f"{EMA}diffusion_model") for name in checkpoint.weights.names()
     ):
         notes.append(f"{checkpoint.path.name} also holds averaged (EMA) weights, which are not read; --ema takes them")

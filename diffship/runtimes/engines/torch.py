@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 
 from diffship.core.errors import MissingExtra, UnsupportedError
 from diffship.core.lazy import need
-from diffship.core.reading import PREDICTIONS, Reading
+from diffship.core.load_options import PREDICTIONS, LoadOptions
 from diffship.core.strict import bounded, bounds, choices
 from diffship.runtimes.engines.engine import Probe, Session, first_line, installed, package_version
 from diffship.sampling.model import Model
@@ -19,7 +19,7 @@ from diffship.sampling.model import Model
 @bounded
 class TorchRunner:
     """Options of torch. `threads`: 0 leaves torch's own choice, which holds for the whole process. `base` supplies the
-    parts that a source lacks; the last three say how it is read (`core.reading.Reading`)."""
+    parts that a source lacks; the last three say how it is read (`core.load_options.LoadOptions`)."""
 
     name: ClassVar[str] = "torch"
     extra: ClassVar[str] = "torch"
@@ -57,8 +57,8 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        reading = Reading(self.vae, self.ema, self.prediction)
-        model = PipelineModel(open_source(source, base=self.base, reading=reading), self.device)
+        loading = LoadOptions(self.vae, self.ema, self.prediction)
+        model = PipelineModel(open_source(source, base=self.base, loading=loading), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffship.core.brief import brief
 from diffship.core.errors import SourceError, UnsupportedError
+from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.pieces import Piece, Pieced
-from diffship.core.reading import PLAIN, Reading
 from diffship.core.weights import Weights
 from diffship.models.parts.component import SHOWN
 
@@ -26,7 +26,7 @@ class Checkpoint:
     path: Path
     weights: Weights = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
-    reading: Reading = PLAIN
+    loading: LoadOptions = AS_SAID
 
     def __contains__(self, name: object) -> bool:
         return name in self.weights.names()

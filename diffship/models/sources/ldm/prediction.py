@@ -8,7 +8,7 @@ import numpy as np
 
 from diffship.core.dtype import to_float32
 from diffship.core.errors import SourceError, UnsupportedError
-from diffship.core.reading import PREDICTIONS
+from diffship.core.load_options import PREDICTIONS
 from diffship.core.weights import Weights
 from diffship.models.sources.ldm.checkpoint import Checkpoint
 
@@ -34,8 +34,8 @@ def prediction_of(checkpoint: Checkpoint, unet: Weights) -> tuple[str, str]:
             f"{checkpoint.path}: its tensor {edm[0]} says that the model was trained on EDM's noise (Playground 2.5, "
             "CosXL), whose scheduler no single file holds; pass the diffusers folder of the model"
         )
-    if checkpoint.reading.prediction is not None:
-        return checkpoint.reading.prediction, ""
+    if checkpoint.loading.prediction is not None:
+        return checkpoint.loading.prediction, ""
     if told := checkpoint.metadata.get(_NOTE):
         if told.lower() not in _WORDS:
             raise SourceError(

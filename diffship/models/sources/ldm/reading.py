@@ -44,7 +44,7 @@ def find_unet(checkpoint: Checkpoint) -> Pieced | None:
         local = checkpoint.under(prefix)
         if is_ldm_unet(local):
             local = local if prefix else _beginning(local, _LDM_TOPS)
-            local = checkpoint.averaged(local, "diffusion_model") if checkpoint.reading.ema else local
+            local = checkpoint.averaged(local, "diffusion_model") if checkpoint.loading.ema else local
             return checkpoint.pieced(local, _ldm_unet, "U-Net")
         if {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"} <= set(local):
             return checkpoint.pieced(local, _as_named, "U-Net")

@@ -1,4 +1,4 @@
-"""Reading: how the weights of a source are read, beside what the source says itself."""
+"""Load options: how the weights of a source are read, beside what the source says itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 @bounded
-class Reading:
+class LoadOptions:
     """What whoever opens a source may ask for.
 
     vae: a source whose auto-encoder takes the place of the model's own. The others are for checkpoints in one file.
@@ -24,4 +24,4 @@ class Reading:
     prediction: str | None = field(default=None, metadata=choices(*PREDICTIONS))
 
 
-PLAIN = Reading()  # as the source says
+AS_SAID = LoadOptions()  # as the source says
