@@ -62,6 +62,7 @@ def export(
     base: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    clip_skip: int | None = None,
     job: Job | None = None,
     against: Pipeline | None = None,
     **options: Any,
@@ -71,6 +72,9 @@ def export(
     Options are the fields of the exporter (`precision`, `opset`). Nothing appears at `out` unless all parts pass; with
     `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
     to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
+
+    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, so that pictures
+    can be drawn with clip-skip up to N; those of SDXL and SD3 always do.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -93,9 +97,10 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()
+        changes = (parts, base, clip_skip, trajectory or None)
+        plain = all(one is None for one in changes) and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _opened(source, base, revision)
+    whole = _with_clip_skip(_opened(source, base, revision), clip_skip)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -103,7 +108,7 @@ def export(
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = against or whole
+        truth = whole if against is None else _with_clip_skip(against, clip_skip)
         feeds = GoldenFeeds(truth, gate // 2)
         work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
         made = [_made(work, component, verify) for component in pipeline.components.values()]
@@ -140,6 +145,12 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.models.sources.opening import open_source
 
     return open_source(str(source), base=base, revision=revision)
+
+
+def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:
+    from diffship.models.clip_skip import with_clip_skip
+
+    return pipeline if layers is None else with_clip_skip(pipeline, layers)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.core.errors import ConfigError
-from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS
+from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS, SYNTAXES
 from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
 
@@ -68,6 +68,7 @@ def worded(text: str) -> tuple[str, str]:
 
 REQUEST_FIELDS = (
     *("negative", "steps", "size", "guidance", "sampler", "spacing", "strength", "seed", "rng", "images", "memory"),
+    *("prompt_syntax", "clip_skip"),
 )
 
 
@@ -75,6 +76,12 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What is drawn, beside the prompt; what is not given is the model's own choice."""
     group = parser.add_argument_group("picture")
     group.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    group.add_argument(
+        "--prompt-syntax",
+        choices=SYNTAXES,
+        help="a1111, compel: weights, and any length (default: plain)",
+    )
+    group.add_argument("--clip-skip", metavar="N", type=int, help="last layers of CLIP to leave out (default: 0)")
     group.add_argument("--steps", metavar="N", type=int, help="denoising steps (default: the model's)")
     group.add_argument("--size", metavar="N|WxH", type=size, help="pixels (default: the model's)")
     group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")

@@ -18,7 +18,13 @@ from diffship.sampling.request import Request, settle
 from diffship.sampling.trajectory import Trajectory
 
 Fields = Mapping[str, str]
-_MARKS = {"steps": "{}steps", "guidance": "g{}", "negative": "no-{}", "strength": "strength{}"}  # others stand alone
+_MARKS = {  # others stand alone
+    "steps": "{}steps",
+    "guidance": "g{}",
+    "negative": "no-{}",
+    "strength": "strength{}",
+    "clip_skip": "skip{}",
+}
 OWN = "own"  # the spacing of a sampler whose scheduler has no such key
 _FREE = ("seed", "images")  # told by the name's beginning
 

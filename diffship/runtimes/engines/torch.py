@@ -37,6 +37,7 @@ class TorchRunner:
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
+        from diffship.models.clip_skip import with_clip_skip
         from diffship.models.model import PipelineModel
         from diffship.models.parts.component import unused
         from diffship.models.sources.opening import open_source, require_source
@@ -51,7 +52,7 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = PipelineModel(open_source(source), self.device)
+        model = PipelineModel(with_clip_skip(open_source(source)), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 
