@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffship.cli.flags import existing_file, request_fields
+from diffship.cli.like import told_of_others
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
 from diffship.cli.output import Result
@@ -53,6 +54,7 @@ def draw(options: argparse.Namespace) -> Result:
         require_something(source)
     with Stages(options.quiet) as stages, open_router(options, sources) as (router, noted):
         pace.opened()
+        noted += told_of_others(options, router.models)
         files = iter(places or settled_places(names, work, router))
         drawn = []
         for number, piece in enumerate(work):

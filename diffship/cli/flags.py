@@ -68,7 +68,7 @@ def worded(text: str) -> tuple[str, str]:
 
 REQUEST_FIELDS = (
     *("negative", "steps", "size", "guidance", "sampler", "spacing", "strength", "seed", "rng", "images", "memory"),
-    *("prompt_syntax", "clip_skip"),
+    *("prompt_syntax", "clip_skip", "first_image"),
 )
 
 

@@ -26,7 +26,7 @@ _MARKS = {  # others stand alone
     "clip_skip": "skip{}",
 }
 OWN = "own"  # the spacing of a sampler whose scheduler has no such key
-_FREE = ("seed", "images")  # told by the name's beginning
+_FREE = ("seed", "images", "first_image")  # told by the name's beginning
 
 
 class Names:
@@ -150,7 +150,7 @@ def _marks(options: argparse.Namespace) -> list[str]:
     """What the command line sets beside prompt, seed and model, in words that a file name takes."""
     marks = []
     for name, value in request_fields(options).items():
-        if name not in _FREE:
+        if name not in (*_FREE, *(options.liked.filled if options.liked else ())):
             text = "x".join(map(str, value)) if isinstance(value, tuple) else _mark(value)
             marks.append(_MARKS.get(name, "{}").format(text))
     if options.split is not None:
@@ -158,6 +158,7 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += options.engines or ([options.engine] if options.engine else [])
     marks += [slug(options.device)] if options.device else []
     marks += [f"of-{slug(file.stem, 24)}" for file in (options.image, options.mask) if file]
+    marks += [f"like-{slug(options.like.stem, 24)}"] if options.like else []
     return [*marks, *(["resumed"] if options.resume else [])]
 
 

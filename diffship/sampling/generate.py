@@ -111,7 +111,7 @@ def start(
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance, request.reading)
     ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
     made = []
-    for i in range(request.first, request.first + request.images):
+    for i in range(request.first_image, request.first_image + request.images):
         latents, noise = _initial(model, settled, i, image)
         trajectory = Trajectory(
             latents=latents,
@@ -222,7 +222,7 @@ def _initial(model: Model, settled: Settled, i: int, image: NDArray[np.uint8] | 
     noise, given = make_noise(settled.request.rng, settled.request.seed, i), settled.request.latents
     sigma = np.float32(settled.sampler.init_noise_sigma(settled.steps))
     if given is not None:
-        return as_numpy(given[i - settled.request.first]) * sigma, noise
+        return as_numpy(given[i - settled.request.first_image]) * sigma, noise
     if image is None or settled.strength == 1.0:
         drawn, noise = noise.draw(settled.latent_shape, INITIAL)
         return drawn * sigma, noise

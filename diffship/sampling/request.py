@@ -36,7 +36,7 @@ class Request:
     students are made for trailing, whatever their folders say. `strength` is for models that fill masks: below 1 they
     begin with the image under that share of the noise, and leave out the first calls. `prompt_syntax` (plain, a1111,
     compel) says how the prompts are written, and `clip_skip` how many of the last layers of the CLIP text encoders are
-    left out, as diffusers counts (docs/prompts.md). With `first` images begin at that number in place of 0: image 2 of
+    left out, as diffusers counts (docs/prompts.md). With `first_image` images begin at that number in place of 0: image 2 of
     four is drawn again by itself.
     """
 
@@ -56,7 +56,7 @@ class Request:
     latents: Array | None = None
     prompt_syntax: str = PLAIN.syntax
     clip_skip: int = PLAIN.clip_skip
-    first: int = 0
+    first_image: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", check_prompt(self.prompt))
@@ -69,8 +69,8 @@ class Request:
         if self.strength is not None:
             check_range("strength", self.strength, *LIMITS.strength)
         check_range("images", self.images, *LIMITS.images)
-        check_range("first", self.first, 0, LIMITS.images[1] - self.images)
-        check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images - self.first + 1)
+        check_range("first_image", self.first_image, 0, LIMITS.images[1] - self.images)
+        check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images - self.first_image + 1)
         if self.batch is not None:
             check_range("batch", self.batch, 1, LIMITS.images[1])
         _check_choice("rng", self.rng, NOISES)

@@ -317,7 +317,7 @@ def test_how_prompts_are_read_travels(model: PipelineModel) -> None:
 
 def test_one_image_of_four_by_its_number(model: PipelineModel) -> None:
     four = Request("a cat", rng="philox", images=4, batch=1, **SMALL)
-    one = replace(four, images=1, first=2)
+    one = replace(four, images=1, first_image=2)
     assert np.array_equal(generate(model, one)[0].pixels, generate(model, four)[2].pixels)
     with pytest.raises(ConfigError, match="first"):
-        replace(four, first=1)
+        replace(four, first_image=1)

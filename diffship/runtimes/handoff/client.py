@@ -190,7 +190,7 @@ class HybridClient:
     def _begin(self, request: Request, split: Sequence[int]) -> Work:
         begin = time.monotonic()
         steps = check_split(split, 2, request.steps)
-        if request.images != 1 or request.latents is not None:
+        if request.images != 1 or request.first_image or request.latents is not None:
             raise ConfigError("a handoff is of one image, with its own noise: ask for images one by one, by seed")
         settled = self.settled(request, steps)
         assert settled.size is not None and settled.guidance is not None
