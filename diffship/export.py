@@ -63,6 +63,7 @@ def export(
     revision: str | None = None,
     overwrite: bool = False,
     clip_skip: int | None = None,
+    embeddings: Sequence[str] = (),
     job: Job | None = None,
     against: Pipeline | None = None,
     **options: Any,
@@ -74,7 +75,8 @@ def export(
     to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
 
     With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, so that pictures
-    can be drawn with clip-skip up to N; those of SDXL and SD3 always do.
+    can be drawn with clip-skip up to N; those of SDXL and SD3 always do. `embeddings` are textual inversions, FILE or
+    WORD=FILE, whose words prompts of the bundle may use.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -97,10 +99,10 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        changes = (parts, base, clip_skip, trajectory or None)
+        changes = (parts, base, clip_skip, trajectory or None, embeddings or None)
         plain = all(one is None for one in changes) and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _with_clip_skip(_opened(source, base, revision), clip_skip)
+    whole = _with_clip_skip(_with_words(_opened(source, base, revision), embeddings), clip_skip)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -108,7 +110,7 @@ def export(
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = whole if against is None else _with_clip_skip(against, clip_skip)
+        truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
         feeds = GoldenFeeds(truth, gate // 2)
         work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
         made = [_made(work, component, verify) for component in pipeline.components.values()]
@@ -145,6 +147,12 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.models.sources.opening import open_source
 
     return open_source(str(source), base=base, revision=revision)
+
+
+def _with_words(pipeline: Pipeline, embeddings: Sequence[str]) -> Pipeline:
+    from diffship.models.inversions import read_inversion, with_inversions
+
+    return with_inversions(pipeline, [read_inversion(text) for text in embeddings])
 
 
 def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:

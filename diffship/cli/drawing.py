@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffship.cli.flags import existing_file, request_fields
+from diffship.cli.flags import existing_file, request_fields, requests_of
 from diffship.cli.like import told_of_others
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
@@ -85,7 +85,7 @@ def asked(options: argparse.Namespace) -> list[Work]:
         ConfigError: a prompt, file or value that is not legal.
     """
     prompts = read_prompts(options)
-    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    requests = requests_of(options, prompts)
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     image, mask = _read_image(options.image), _read_mask(options.mask)

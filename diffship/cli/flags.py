@@ -6,13 +6,17 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS, SYNTAXES
 from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
+
+if TYPE_CHECKING:
+    from diffship.sampling.request import Request
 
 
 def size(text: str) -> tuple[int, int]:
@@ -75,7 +79,9 @@ REQUEST_FIELDS = (
 def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What is drawn, beside the prompt; what is not given is the model's own choice."""
     group = parser.add_argument_group("picture")
-    group.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    group.add_argument(
+        "--negative", metavar="TEXT", action="append", help="what to keep away from; repeat: one for each prompt"
+    )
     group.add_argument(
         "--prompt-syntax",
         choices=SYNTAXES,
@@ -92,10 +98,28 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def request_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of a Request: what the command line set."""
+def request_fields(options: argparse.Namespace, prompt: int = 0) -> dict[str, Any]:
+    """Keyword arguments of the Request of prompt number `prompt`: what the command line set."""
     values = {name: getattr(options, name, None) for name in REQUEST_FIELDS}
+    if values["negative"] is not None:
+        values["negative"] = values["negative"][prompt if len(values["negative"]) > 1 else 0]
     return {name: value for name, value in values.items() if value is not None}
+
+
+def requests_of(options: argparse.Namespace, prompts: Sequence[str]) -> list[Request]:
+    """One request a prompt.
+
+    Raises:
+        ConfigError: a value that is not legal, or more than one negative prompt and not one for each prompt.
+    """
+    from diffship.sampling.request import Request
+
+    negatives = len(options.negative or ())
+    if negatives not in (0, 1, len(prompts)):
+        raise ConfigError(
+            f"{negatives} negative prompts for {len(prompts)} prompts; give --negative once for all, or once for each"
+        )
+    return [Request(prompt, **request_fields(options, index)) for index, prompt in enumerate(prompts)]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -41,7 +41,7 @@ def fill(options: argparse.Namespace) -> None:
         fields.pop("steps", None)  # the split says how many
     filled = [name for name in fields if getattr(options, name) is None]
     for name in filled:
-        setattr(options, name, fields[name])
+        setattr(options, name, [fields[name]] if name == "negative" else fields[name])
     if not options.prompts and options.prompts_file is None:
         options.prompts = [prompt]
     options.liked = Liked(options.like, like, frozenset(filled))

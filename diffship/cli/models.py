@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from diffship.cli.flags import AUTO, engine_options
 from diffship.cli.progress import note
@@ -13,6 +13,7 @@ from diffship.core.registry import RUNNERS
 from diffship.core.strict import unknown
 from diffship.runtimes.handoff.pair import check_pair
 from diffship.runtimes.handoff.router import Router, check_split
+from diffship.sampling.model import Model
 
 CPU_ENGINES = ("onnxruntime", "openvino")  # unless --device names a GPU
 _SHORT = "one number of model calls per model, such as --split 10,15"
@@ -48,12 +49,10 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
     Raises:
         ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
     """
-    from diffship.runtimes.engines.model import open_model
-
     engines = options.engines or [options.engine] * len(sources)
     with ExitStack() as stack:
         models = [
-            stack.enter_context(open_model(source, engine, **engine_options(options)))
+            stack.enter_context(_opened(options, source, engine))
             for source, engine in zip(sources, engines, strict=True)
         ]
         warnings = [text for model in models for text in getattr(model, "notes", ())]
@@ -62,6 +61,18 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         for warning in warnings:
             note(f"warning: {warning}")
         yield Router(models, options.split, keep=options.memory != "low"), warnings
+
+
+def _opened(options: argparse.Namespace, source: str, engine: str | None) -> AbstractContextManager[Model]:
+    """A model, with the LoRAs and the textual inversions of the command line."""
+    if not options.lora and not options.embedding:
+        from diffship.runtimes.engines.model import open_model
+
+        return open_model(source, engine, **engine_options(options))
+    from diffship.adapted import lora_of, open_adapted
+
+    loras = [lora_of(text) for text in options.lora]
+    return open_adapted(source, loras, options.embedding, engine, **engine_options(options))
 
 
 def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[str]:

@@ -151,6 +151,7 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks = []
     for name, value in request_fields(options).items():
         if name not in (*_FREE, *(options.liked.filled if options.liked else ())):
+            value = "each" if name == "negative" and len(options.negative) > 1 else value
             text = "x".join(map(str, value)) if isinstance(value, tuple) else _mark(value)
             marks.append(_MARKS.get(name, "{}").format(text))
     if options.split is not None:
@@ -158,6 +159,7 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += options.engines or ([options.engine] if options.engine else [])
     marks += [slug(options.device)] if options.device else []
     marks += [f"of-{slug(file.stem, 24)}" for file in (options.image, options.mask) if file]
+    marks += [slug(Path(text).stem if ":" not in text else text.rpartition("/")[2], 24) for text in options.lora]
     marks += [f"like-{slug(options.like.stem, 24)}"] if options.like else []
     return [*marks, *(["resumed"] if options.resume else [])]
 

@@ -54,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument(
         "--strength", metavar="X", type=float, help="share of noise, 0 to 1 (inpainting models; default: the model's)"
     )
+    picture.add_argument(
+        "--lora",
+        metavar="FILE[:X]",
+        action="append",
+        default=[],
+        help="add a LoRA, weighted (torch); repeat",
+    )
+    picture.add_argument(
+        "--embedding", metavar="[WORD=]FILE", action="append", default=[], help="a textual inversion (torch); repeat"
+    )
     _add_models(parser)
     _add_cloud(parser)
     engine = add_engine(parser)

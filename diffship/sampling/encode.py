@@ -193,7 +193,7 @@ def _skipped(model: Model, part: str, names: set[str], clip_skip: int) -> str:
     has = f"its outputs go to clip_skip {most}" if most else "it was exported without the states of earlier layers"
     raise UnsupportedError(
         f"clip_skip is {clip_skip}, and {part} of {model.name} cannot: {has}. Export the model again with --clip-skip "
-        f"{clip_skip} (diffship export SOURCE --clip-skip {clip_skip} -o DIR), or run SOURCE itself in torch"
+        f"{clip_skip} (diffship export {model.name} --clip-skip {clip_skip} -o DIR), or run the source itself in torch"
     )
 
 

@@ -71,9 +71,8 @@ def _own(settings: Mapping[str, Any]) -> Likeness:
             fields["memory"] = "low"
         split = tuple((str(one["model"]), int(one["steps"])) for one in settings.get("split", ()))
     except (KeyError, TypeError, ValueError) as fault:
-        raise ConfigError(
-            f"its settings are not those of a picture: {type(fault).__name__} {str(fault)[:80]}"
-        ) from None
+        reason = f"{type(fault).__name__}: {str(fault)[:80]}"
+        raise ConfigError(f"its settings are not those of a picture ({reason})") from None
     return Likeness(fields, (), True, str(settings.get("model", "")), str(settings.get("model_digest", "")), split)
 
 

@@ -36,8 +36,8 @@ class Request:
     students are made for trailing, whatever their folders say. `strength` is for models that fill masks: below 1 they
     begin with the image under that share of the noise, and leave out the first calls. `prompt_syntax` (plain, a1111,
     compel) says how the prompts are written, and `clip_skip` how many of the last layers of the CLIP text encoders are
-    left out, as diffusers counts (docs/prompts.md). With `first_image` images begin at that number in place of 0: image 2 of
-    four is drawn again by itself.
+    left out, as diffusers counts (docs/prompts.md). With `first_image` images begin at that number in place of 0: so
+    image 2 of four is drawn again by itself.
     """
 
     prompt: str

@@ -274,7 +274,7 @@ def with_skipped_states(model: PipelineModel, pipe: Any) -> PipelineModel:
 
 
 def test_clip_skip_that_a_model_cannot_names_the_command(model: PipelineModel, xl: PipelineModel) -> None:
-    with pytest.raises(UnsupportedError, match="diffship export SOURCE --clip-skip 1"):
+    with pytest.raises(UnsupportedError, match="diffship export tiny --clip-skip 1"):
         start(model, Request("a cat", clip_skip=1, **SMALL))
     with pytest.raises(ConfigError, match="legal is from 0 to 1"):
         start(xl, Request("a cat", clip_skip=2, **SMALL))

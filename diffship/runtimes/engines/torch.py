@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -29,8 +29,8 @@ class TorchRunner:
     def open(self, files: Sequence[Path]) -> Session:
         raise UnsupportedError("engine torch opens a diffusers folder as a whole; pass that folder to open_model")
 
-    def open_model(self, source: str) -> Model:
-        """A diffusers folder, hub id or `arch:NAME` as a Model.
+    def open_model(self, source: str, change: Callable[[Any], Any] | None = None) -> Model:
+        """A diffusers folder, hub id or `arch:NAME` as a Model; `change` makes another pipeline of its pipeline.
 
         Raises:
             MissingExtra: torch or diffusers is not installed.
@@ -52,7 +52,8 @@ class TorchRunner:
             raise UnsupportedError(f"this torch has no {self.device}; it has {', '.join(_devices(torch))}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = PipelineModel(with_clip_skip(open_source(source)), self.device)
+        pipeline = open_source(source)
+        model = PipelineModel(with_clip_skip(change(pipeline) if change else pipeline), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 

@@ -89,7 +89,7 @@ def compel_chunks(tokenizer: ClipTokenizer, pieces: Sequence[Piece]) -> list[Chu
 
 def _groups(tokenizer: ClipTokenizer, text: str, room: int) -> list[tuple[int, ...]]:
     """Tokens that stay together; of a textual inversion that no chunk holds, each vector by itself."""
-    found = []
+    found = list[tuple[int, ...]]()
     for group in tokenizer.groups(text):
         found += [group] if len(group) <= room else [(token,) for token in group]
     return found
