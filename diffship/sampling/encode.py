@@ -22,7 +22,7 @@ from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
 from diffship.sampling.trajectory import Conditioning, as_numpy
 
 Floats = NDArray[np.float32]
-_LAYER, _LAST = "hidden_states.", "last_hidden_state"
+_LAYER, LAST = "hidden_states.", "last_hidden_state"
 
 
 @brief
@@ -116,8 +116,15 @@ def require_text(model: Model) -> tuple[str, ...]:
     return parts
 
 
-def run_encoder(model: Model, part: str, prompt: str, reading: Reading = PLAIN, penultimate: bool = False) -> Encoding:
-    """What the text encoder `part` gives for one prompt; `penultimate` as in `states_output`.
+def run_encoder(
+    model: Model,
+    part: str,
+    prompt: str,
+    reading: Reading = PLAIN,
+    penultimate: bool = False,
+    output: str = LAST,
+) -> Encoding:
+    """What the text encoder `part` gives for one prompt, the states from `output`; `penultimate` as in `states_output`.
 
     Raises:
         UnsupportedError: the model has no tokenizer for it, or the encoder not the layer that the reading wants.
@@ -127,7 +134,7 @@ def run_encoder(model: Model, part: str, prompt: str, reading: Reading = PLAIN, 
     if name not in model.tokenizers:
         raise UnsupportedError(f"{model.name} has no {name}, which {part} needs")
     tokenizer, runner = model.tokenizers[name], model.use(part)
-    layer = states_output(model, part, reading.clip_skip, penultimate)
+    layer = states_output(model, part, reading.clip_skip, penultimate, output)
     if reading.syntax != PLAIN.syntax:
         return _weighted(part, _clip(model, tokenizer, part, reading), runner, prompt, layer, reading)
     tokens = tokenizer([prompt])
@@ -161,8 +168,8 @@ def _clip(model: Model, tokenizer: Tokenizer, part: str, reading: Reading) -> Cl
     return tokenizer
 
 
-def states_output(model: Model, part: str, clip_skip: int = 0, penultimate: bool = False) -> str:
-    """The output of a CLIP text encoder that holds the states of a prompt.
+def states_output(model: Model, part: str, clip_skip: int = 0, penultimate: bool = False, output: str = LAST) -> str:
+    """The output of a text encoder that holds the states of a prompt: `output`, but of CLIP where layers are left out.
 
     clip_skip: how many of the last layers are left out. penultimate: the model takes the states before the last layer
     (SDXL, SD3), so that one more is left out, and the final norm with it.
@@ -173,7 +180,7 @@ def states_output(model: Model, part: str, clip_skip: int = 0, penultimate: bool
     """
     names = {spec.name for spec in model.use(part).outputs}
     if not penultimate:
-        return _LAST if clip_skip == 0 else _skipped(model, part, names, clip_skip)
+        return output if clip_skip == 0 else _skipped(model, part, names, clip_skip)
     layers = sorted(int(name[len(_LAYER) :]) for name in names if name.startswith(_LAYER))
     if len(layers) < 2:
         raise UnsupportedError("this text encoder gives no hidden_states, which the model needs: export it again")
@@ -186,10 +193,10 @@ def states_output(model: Model, part: str, clip_skip: int = 0, penultimate: bool
 
 
 def _skipped(model: Model, part: str, names: set[str], clip_skip: int) -> str:
-    wanted = f"{_LAST}.{clip_skip}"
+    wanted = f"{LAST}.{clip_skip}"
     if wanted in names:
         return wanted
-    most = max((int(name[len(_LAST) + 1 :]) for name in names if name.startswith(f"{_LAST}.")), default=0)
+    most = max((int(name[len(LAST) + 1 :]) for name in names if name.startswith(f"{LAST}.")), default=0)
     has = f"its outputs go to clip_skip {most}" if most else "it was exported without the states of earlier layers"
     raise UnsupportedError(
         f"clip_skip is {clip_skip}, and {part} of {model.name} cannot: {has}. Export the model again with --clip-skip "

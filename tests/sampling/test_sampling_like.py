@@ -61,7 +61,8 @@ def test_samplers_by_their_names_there(text: str) -> None:
 
 def test_odd_texts() -> None:
     like = read_parameters(
-        'two\nlines <lora:moss:0.8>\nNegative prompt: bad\nworse\nSteps: 4, Seed: 2, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
+        "two\nlines <lora:moss:0.8>\nNegative prompt: bad\nworse\n"
+        'Steps: 4, Seed: 2, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
     )
     assert like.fields["prompt"] == "two\nlines " and like.fields["negative"] == "bad\nworse"
     assert like.fields["clip_skip"] == 1 and like.unused == ("Lora hashes: a: 1, b: 2", "<lora:moss:0.8>")
