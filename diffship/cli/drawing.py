@@ -118,7 +118,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
         ConfigError: something else was asked for too, or there is no such file.
         HandoffError: the file is damaged.
     """
-    given = [f"--{name}" for name in request_fields(options) if name != "memory"]
+    given = [f"--{name.replace('_', '-')}" for name in request_fields(options) if name != "memory"]
     given += ["a prompt"] * bool(options.prompts or options.prompts_file)
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:

@@ -106,8 +106,8 @@ def request_fields(options: argparse.Namespace, prompt: int = 0) -> dict[str, An
     return {name: value for name, value in values.items() if value is not None}
 
 
-def requests_of(options: argparse.Namespace, prompts: Sequence[str]) -> list[Request]:
-    """One request a prompt.
+def requests_of(options: argparse.Namespace, prompts: Sequence[str], **more: Any) -> list[Request]:
+    """One request a prompt, with `more` keyword arguments.
 
     Raises:
         ConfigError: a value that is not legal, or more than one negative prompt and not one for each prompt.
@@ -119,7 +119,7 @@ def requests_of(options: argparse.Namespace, prompts: Sequence[str]) -> list[Req
         raise ConfigError(
             f"{negatives} negative prompts for {len(prompts)} prompts; give --negative once for all, or once for each"
         )
-    return [Request(prompt, **request_fields(options, index)) for index, prompt in enumerate(prompts)]
+    return [Request(prompt, **request_fields(options, index), **more) for index, prompt in enumerate(prompts)]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +57,20 @@ def fill(options: argparse.Namespace) -> None:
         )
 
 
-def told_of_others(options: argparse.Namespace, models: Iterable[Model]) -> list[str]:
-    """A warning, which is also told, if none of `models` has the weights that drew the picture of --like."""
-    if options.liked is None or not options.liked.like.digest:
+def told_of_others(options: argparse.Namespace, models: Sequence[Model]) -> list[str]:
+    """Warnings, which are also told: none of `models` has the weights that drew the picture of --like, or they take its
+    clip-skip in another way."""
+    if options.liked is None:
         return []
-    like, file = options.liked.like, options.liked.file
-    if like.digest in [model.digest for model in models]:
-        return []
-    warning = f"{file} was drawn with other weights than these ({like.model}, {like.digest[:10]})"
-    note(f"warning: {warning}")
-    return [warning]
+    like, file, found = options.liked.like, options.liked.file, list[str]()
+    if like.digest and like.digest not in [model.digest for model in models]:
+        found.append(f"{file} was drawn with other weights than these ({like.model}, {like.digest[:10]})")
+    twice = any(model.family.pooled_width is not None for model in models)  # SDXL: the last layer is left out anyway
+    if not like.ours and twice and options.clip_skip and "clip_skip" in options.liked.filled:
+        found.append(f"{file}: A1111 leaves no more layers out of SDXL; to draw as there, pass --clip-skip 0")
+    for warning in found:
+        note(f"warning: {warning}")
+    return found
 
 
 def _read(file: Path) -> Likeness:
