@@ -64,6 +64,8 @@ def export(
     revision: str | None = None,
     loading: LoadOptions = AS_SAID,
     overwrite: bool = False,
+    clip_skip: int | None = None,
+    embeddings: Sequence[str] = (),
     job: Job | None = None,
     against: Pipeline | None = None,
     **options: Any,
@@ -74,6 +76,10 @@ def export(
     `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
     to draw again (default: what the target says). `base`, `revision` and `loading` are those of `open_source`. A `job`
     with a folder keeps graphs for the next export.
+
+    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, so that pictures
+    can be drawn with clip-skip up to N; those of SDXL and SD3 always do. `embeddings` are textual inversions, FILE or
+    WORD=FILE, whose words prompts of the bundle may use.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -96,10 +102,11 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        usual = (parts, base, loading) == (None, None, AS_SAID) and exporter == type(exporter)()
-        plain = usual and verify and not trajectory
+        changes = (parts, base, clip_skip, trajectory or None, embeddings or None)
+        usual = all(one is None for one in changes) and loading == AS_SAID
+        plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _opened(source, base, revision, loading)
+    whole = _with_clip_skip(_with_words(_opened(source, base, revision, loading), embeddings), clip_skip)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -107,7 +114,7 @@ def export(
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = against or whole
+        truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
         feeds = GoldenFeeds(truth, gate // 2)
         work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
         made = [_made(work, component, verify) for component in pipeline.components.values()]
@@ -144,6 +151,18 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.compression.vae_beside import open_tried
 
     return open_tried(str(source), base, revision, loading)
+
+
+def _with_words(pipeline: Pipeline, embeddings: Sequence[str]) -> Pipeline:
+    from diffship.models.inversions import read_inversion, with_inversions
+
+    return with_inversions(pipeline, [read_inversion(text) for text in embeddings])
+
+
+def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:
+    from diffship.models.clip_skip import with_clip_skip
+
+    return pipeline if layers is None else with_clip_skip(pipeline, layers)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

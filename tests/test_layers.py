@@ -24,8 +24,9 @@ BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"]
 BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
 BELOW["side_by_side"] = {"runtimes", "models", *BELOW["runtimes"]}
+BELOW["adapted"] = {"compression", "runtimes", *BELOW["compression"], *BELOW["runtimes"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
-BELOW["cli"] = {"benchmarks", "reduce", "side_by_side", *BELOW["benchmarks"]}
+BELOW["cli"] = {"benchmarks", "adapted", "reduce", "side_by_side", *BELOW["benchmarks"]}
 
 # Among the rooms of `runtimes`. "engines.model" is a bundle opened as a Model: who draws needs no more of an engine.
 RUNTIMES = {

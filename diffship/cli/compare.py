@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffship.cli.flags import add_engine, add_request, engine_options, names, request_fields
+from diffship.cli.flags import add_engine, add_request, engine_options, names, requests_of
 from diffship.cli.output import Result, figure, table
 from diffship.cli.places import add_overwrite, refuse_taken, require_file_place
 from diffship.cli.progress import Stages
@@ -46,11 +46,10 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     from diffship import side_by_side
-    from diffship.sampling.generate import Request
 
     _check(options)
     prompts = options.prompts or list(PROMPTS)
-    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    requests = requests_of(options, prompts)
     settings = engine_options(options)
     with (
         Stages(options.quiet) as stages,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from diffship.cli.flags import existing_file, request_fields
+from diffship.cli.flags import existing_file, request_fields, requests_of
+from diffship.cli.like import told_of_others
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
 from diffship.cli.output import Result
@@ -53,6 +54,7 @@ def draw(options: argparse.Namespace) -> Result:
         require_something(source)
     with Stages(options.quiet) as stages, open_router(options, sources) as (router, noted):
         pace.opened()
+        noted += told_of_others(options, router.models)
         files = iter(places or settled_places(names, work, router))
         drawn = []
         for number, piece in enumerate(work):
@@ -83,7 +85,7 @@ def asked(options: argparse.Namespace) -> list[Work]:
         ConfigError: a prompt, file or value that is not legal.
     """
     prompts = read_prompts(options)
-    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    requests = requests_of(options, prompts)
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     image, mask = _read_image(options.image), _read_mask(options.mask)
@@ -116,7 +118,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
         ConfigError: something else was asked for too, or there is no such file.
         HandoffError: the file is damaged.
     """
-    given = [f"--{name}" for name in request_fields(options) if name != "memory"]
+    given = [f"--{name.replace('_', '-')}" for name in request_fields(options) if name != "memory"]
     given += ["a prompt"] * bool(options.prompts or options.prompts_file)
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:

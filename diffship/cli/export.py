@@ -38,6 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trajectory", metavar="N", type=int, help="steps that lie in the bundle for verify to draw again"
     )
+    parser.add_argument(
+        "--clip-skip", metavar="N", type=int, help="let run skip up to N layers of CLIP (SDXL and SD3 always can)"
+    )
+    parser.add_argument(
+        "--embedding",
+        metavar="[WORD=]FILE",
+        action="append",
+        default=[],
+        help="a textual inversion; repeat",
+    )
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep graphs here: the next export only adds weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
@@ -90,6 +100,8 @@ def run(options: argparse.Namespace) -> Result:
             verify=not options.no_verify,
             trajectory=options.trajectory,
             overwrite=options.overwrite,
+            clip_skip=options.clip_skip,
+            embeddings=options.embedding,
             job=Job(options.cache, progress=stages),
             **chosen,
         )

@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import ConfigError
 from diffship.core.load_options import PREDICTIONS, LoadOptions
-from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS
+from diffship.core.registry import RUNNERS, SAMPLERS, SPACINGS, SYNTAXES
 from diffship.core.sniff import also
 from diffship.core.strict import key_text, plain_value
+
+if TYPE_CHECKING:
+    from diffship.sampling.request import Request
 
 
 def size(text: str) -> tuple[int, int]:
@@ -92,13 +96,22 @@ def load_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 REQUEST_FIELDS = (
     *("negative", "steps", "size", "guidance", "sampler", "spacing", "strength", "seed", "rng", "images", "memory"),
+    *("prompt_syntax", "clip_skip", "first_image"),
 )
 
 
 def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What is drawn, beside the prompt; what is not given is the model's own choice."""
     group = parser.add_argument_group("picture")
-    group.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    group.add_argument(
+        "--negative", metavar="TEXT", action="append", help="what to keep away from; repeat: one for each prompt"
+    )
+    group.add_argument(
+        "--prompt-syntax",
+        choices=SYNTAXES,
+        help="a1111, compel: weights, and any length (default: plain)",
+    )
+    group.add_argument("--clip-skip", metavar="N", type=int, help="last layers of CLIP to leave out (default: 0)")
     group.add_argument("--steps", metavar="N", type=int, help="denoising steps (default: the model's)")
     group.add_argument("--size", metavar="N|WxH", type=size, help="pixels (default: the model's)")
     group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")
@@ -109,10 +122,28 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def request_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of a Request: what the command line set."""
+def request_fields(options: argparse.Namespace, prompt: int = 0) -> dict[str, Any]:
+    """Keyword arguments of the Request of prompt number `prompt`: what the command line set."""
     values = {name: getattr(options, name, None) for name in REQUEST_FIELDS}
+    if values["negative"] is not None:
+        values["negative"] = values["negative"][prompt if len(values["negative"]) > 1 else 0]
     return {name: value for name, value in values.items() if value is not None}
+
+
+def requests_of(options: argparse.Namespace, prompts: Sequence[str], **more: Any) -> list[Request]:
+    """One request a prompt, with `more` keyword arguments.
+
+    Raises:
+        ConfigError: a value that is not legal, or more than one negative prompt and not one for each prompt.
+    """
+    from diffship.sampling.request import Request
+
+    negatives = len(options.negative or ())
+    if negatives not in (0, 1, len(prompts)):
+        raise ConfigError(
+            f"{negatives} negative prompts for {len(prompts)} prompts; give --negative once for all, or once for each"
+        )
+    return [Request(prompt, **request_fields(options, index), **more) for index, prompt in enumerate(prompts)]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.cli.drawing import Drawn, reporter, require_something, result, save, wanted, write_grid
-from diffship.cli.flags import AUTO, engine_options, request_fields
+from diffship.cli.flags import AUTO, engine_options, requests_of
 from diffship.cli.models import half_on_cpu
 from diffship.cli.naming import Names, settled_fields
 from diffship.cli.output import Result
@@ -77,7 +77,7 @@ def check_flags(options: argparse.Namespace) -> None:
     """Raises ConfigError: flags that do not go with --cloud, or with each other."""
     if options.bundle is None:
         raise ConfigError("DIR is missing: the small bundle that finishes what the cloud begins")
-    others = ("large", "models", "engines", "resume", "image", "mask", "strength")
+    others = ("large", "models", "engines", "resume", "image", "mask", "strength", "lora", "embedding")
     given = [f"--{name}" for name in others if getattr(options, name) not in (None, False, [])]
     if given:
         why = "; --resume finishes on this device alone" if options.resume else ""
@@ -129,7 +129,7 @@ def asked(options: argparse.Namespace) -> tuple[list[Request], list[dict[str, st
         ConfigError: a prompt, file or value that is not legal.
     """
     prompts = read_prompts(options)
-    whole = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    whole = requests_of(options, prompts)
     images, seed = whole[0].images, whole[0].seed
     if images > 1 and whole[0].rng != "torch":
         raise ConfigError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffship.cli.flags import AUTO, engine_options, load_fields
 from diffship.cli.progress import note
@@ -15,6 +16,7 @@ from diffship.core.registry import RUNNERS
 from diffship.core.strict import unknown
 from diffship.runtimes.handoff.pair import check_pair
 from diffship.runtimes.handoff.router import Router, check_split
+from diffship.sampling.model import Model
 
 CPU_ENGINES = ("onnxruntime", "openvino")  # unless --device names a GPU
 _SHORT = "one number of model calls per model, such as --split 10,15"
@@ -50,12 +52,10 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
     Raises:
         ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
     """
-    from diffship.runtimes.engines.model import open_model
-
     engines, settings = options.engines or [options.engine] * len(sources), source_options(options, sources)
     with ExitStack() as stack:
         models = [
-            stack.enter_context(open_model(source, engine, **settings))
+            stack.enter_context(_opened(options, source, engine, settings))
             for source, engine in zip(sources, engines, strict=True)
         ]
         warnings = [text for model in models for text in getattr(model, "notes", ())]
@@ -66,7 +66,7 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         yield Router(models, options.split, keep=options.memory != "low"), warnings
 
 
-def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[str, object]:
+def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[str, Any]:
     """Options of the engine, with those of torch that say how a source is read.
 
     Raises:
@@ -77,6 +77,20 @@ def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[
         flags = ", ".join(f"--{name}" for name in given)
         raise ConfigError(f"{flags}: for one model, and a source; give it to export, and run the bundle")
     return engine_options(options) | given
+
+
+def _opened(
+    options: argparse.Namespace, source: str, engine: str | None, settings: Mapping[str, Any]
+) -> AbstractContextManager[Model]:
+    """A model, with the LoRAs and the textual inversions of the command line."""
+    if not options.lora and not options.embedding:
+        from diffship.runtimes.engines.model import open_model
+
+        return open_model(source, engine, **settings)
+    from diffship.adapted import lora_of, open_adapted
+
+    loras = [lora_of(text) for text in options.lora]
+    return open_adapted(source, loras, options.embedding, engine, **settings)
 
 
 def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[str]:

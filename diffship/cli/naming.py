@@ -18,9 +18,15 @@ from diffship.sampling.request import Request, settle
 from diffship.sampling.trajectory import Trajectory
 
 Fields = Mapping[str, str]
-_MARKS = {"steps": "{}steps", "guidance": "g{}", "negative": "no-{}", "strength": "strength{}"}  # others stand alone
+_MARKS = {  # others stand alone
+    "steps": "{}steps",
+    "guidance": "g{}",
+    "negative": "no-{}",
+    "strength": "strength{}",
+    "clip_skip": "skip{}",
+}
 OWN = "own"  # the spacing of a sampler whose scheduler has no such key
-_FREE = ("seed", "images")  # told by the name's beginning
+_FREE = ("seed", "images", "first_image")  # told by the name's beginning
 
 
 class Names:
@@ -144,7 +150,8 @@ def _marks(options: argparse.Namespace) -> list[str]:
     """What the command line sets beside prompt, seed and model, in words that a file name takes."""
     marks = []
     for name, value in request_fields(options).items():
-        if name not in _FREE:
+        if name not in (*_FREE, *(options.liked.filled if options.liked else ())):
+            value = "each" if name == "negative" and len(options.negative) > 1 else value
             text = "x".join(map(str, value)) if isinstance(value, tuple) else _mark(value)
             marks.append(_MARKS.get(name, "{}").format(text))
     if options.split is not None:
@@ -152,6 +159,8 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += options.engines or ([options.engine] if options.engine else [])
     marks += [slug(options.device)] if options.device else []
     marks += [f"of-{slug(file.stem, 24)}" for file in (options.image, options.mask) if file]
+    marks += [slug(Path(text).stem if ":" not in text else text.rpartition("/")[2], 24) for text in options.lora]
+    marks += [f"like-{slug(options.like.stem, 24)}"] if options.like else []
     return [*marks, *(["resumed"] if options.resume else [])]
 
 

@@ -19,6 +19,8 @@ EXAMPLES = """examples:
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
   diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
+  diffship run out/emoji "a (red:1.3) apple" --prompt-syntax a1111 -o out/apple.png
+  diffship run out/emoji --like out/apple.png -o out/again.png
 """
 EXAMPLES += "\nfields of a template:\n" + "\n".join(f"  {name:<9} {what}" for name, what in FIELDS.items()) + "\n"
 _CLOUD_FLAGS = ("cloud_model", "token_file", "deadline", "budget", "quality_curve", "profile")
@@ -46,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="FILE", type=Path, help="go on from such a file; it knows prompt and settings"
     )
+    parser.add_argument(
+        "--like", metavar="FILE", type=Path, help="take the settings of a PNG; other flags and prompts win over them"
+    )
+    parser.set_defaults(liked=None, first_image=None)
     parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG files")
     picture = add_request(parser)
     picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
@@ -53,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
     picture.add_argument(
         "--strength", metavar="X", type=float, help="share of noise, 0 to 1 (inpainting models; default: the model's)"
+    )
+    picture.add_argument(
+        "--lora",
+        metavar="FILE[:X]",
+        action="append",
+        default=[],
+        help="add a LoRA, weighted (torch); repeat",
+    )
+    picture.add_argument(
+        "--embedding", metavar="[WORD=]FILE", action="append", default=[], help="a textual inversion (torch); repeat"
     )
     _add_models(parser)
     _add_cloud(parser)
@@ -101,6 +117,12 @@ def run(options: argparse.Namespace) -> Result:
     for flag, file in (("--grid", options.grid), ("--save-trajectory", options.save_trajectory)):
         if file is not None:
             require_file_place(file, flag)
+    if options.models and options.bundle is not None:  # with --models the first word is a prompt
+        options.prompts, options.bundle = [options.bundle, *options.prompts], None
+    if options.like is not None:
+        from diffship.cli.like import fill
+
+        fill(options)
     if options.cloud is not None:
         from diffship.cli.hybrid import draw as draw_hybrid
 
@@ -110,6 +132,4 @@ def run(options: argparse.Namespace) -> Result:
     stray = [f"--{name.replace('_', '-')}" for name in _CLOUD_FLAGS if getattr(options, name)]
     if stray:
         raise ConfigError(f"{', '.join(stray)} means nothing without --cloud URL")
-    if options.models and options.bundle is not None:  # with --models the first word is a prompt
-        options.prompts, options.bundle = [options.bundle, *options.prompts], None
     return draw(options)

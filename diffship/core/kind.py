@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.core.limits import LIMITS
+from diffship.core.reading import PLAIN, Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,14 +159,21 @@ class Kind(ABC):
 
     @abstractmethod
     def encode(
-        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+        self,
+        model: Model,
+        prompt: str,
+        size: tuple[int, int],
+        negative: bool = False,
+        reading: Reading = PLAIN,
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         """Conditioning of one prompt (or negative prompt), float32 arrays by name, and warnings.
 
-        size: of the picture, (width, height) in pixels.
+        size: of the picture, (width, height) in pixels. reading: how the prompt is written and which layers of the
+        encoders are used; by default every character is text, and the model's own layers.
 
         Raises:
-            UnsupportedError: the model has no text encoder or tokenizer.
+            UnsupportedError: the model has no text encoder or tokenizer, or cannot encode so.
+            ConfigError: a prompt that its syntax does not allow.
             RunnerError: an encoder's output is not finite.
         """
 

@@ -18,6 +18,9 @@ class Limits:
     """Bounds of requests (per image), of bundles and of weight files; ranges are inclusive."""
 
     prompt_chars: int = 2000
+    prompt_chunks: int = 32  # of 77 tokens
+    prompt_weight: float = 100.0
+    clip_skip: tuple[int, int] = (0, 31)
     steps: tuple[int, int] = (1, 150)
     guidance: tuple[float, float] = (0.0, 35.0)
     strength: tuple[float, float] = (0.0, 1.0)

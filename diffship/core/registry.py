@@ -85,6 +85,8 @@ STAGES: dict[str, str] = {
 }
 # Values of flags, here so that `--help` needs no numpy: how timesteps are spread (diffusers' `timestep_spacing`).
 SPACINGS = ("linspace", "leading", "trailing")
+# How prompts are written; the first one, in which every character is text, is the default.
+SYNTAXES = ("plain", "a1111", "compel")
 
 
 def load(table: Mapping[str, str], name: str, what: str = "name") -> Any:

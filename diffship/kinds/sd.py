@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from diffship.core.reading import PLAIN, Reading
 from diffship.kinds.stock import Stock
 from diffship.kinds.unet import FIRST_TEXT, LCM_CLASS, LCM_STEPS, TEXT_TIME, UNET_SLOT, VAE_SLOT, UNetKind
 from diffship.sampling.encode import require_text, run_encoder
@@ -40,11 +41,16 @@ class StableDiffusion(UNetKind):
     )
 
     def encode(
-        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+        self,
+        model: Model,
+        prompt: str,
+        size: tuple[int, int],
+        negative: bool = False,
+        reading: Reading = PLAIN,
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         (part,) = require_text(model)
-        made = run_encoder(model, part, prompt)
-        return {"encoder_hidden_states": made["last_hidden_state"]}, made.warnings
+        made = run_encoder(model, part, prompt, reading)
+        return {"encoder_hidden_states": made.states}, made.warnings
 
     def without_prompt(
         self, model: Model, positive: Mapping[str, Any], size: tuple[int, int]

@@ -12,11 +12,12 @@ from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
 from diffship.core.kind import Kind, Shape, Slot
 from diffship.core.limits import LIMITS
+from diffship.core.reading import PLAIN, Reading
 from diffship.kinds import stock
 from diffship.kinds.facts import require_rgb
 from diffship.kinds.stock import INDEX, Stock
 from diffship.kinds.unet import VAE_SLOT
-from diffship.sampling.encode import penultimate, run_encoder
+from diffship.sampling.encode import run_encoder
 from diffship.sampling.t5_tokenizer import LENGTH, T5Tokenizer, require_fast
 from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
 
@@ -64,13 +65,19 @@ class StableDiffusion3(Kind):
         return {"encoder_hidden_states": (None, family.text_width), "pooled_projections": (family.pooled_width,)}
 
     def encode(
-        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+        self,
+        model: Model,
+        prompt: str,
+        size: tuple[int, int],
+        negative: bool = False,
+        reading: Reading = PLAIN,
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         _require_clips(model)
+        _require_plain(reading)
         states, pooled, told = [], [], {}
         for slot in _CLIPS:
-            made = run_encoder(model, slot.folder, prompt)
-            states.append(made[penultimate(model.use(slot.folder))])
+            made = run_encoder(model, slot.folder, prompt, reading, penultimate=True)
+            states.append(made.states)
             pooled.append(made["text_embeds"])
             told[slot.folder] = made.warnings
         short = np.concatenate(states, -1)
@@ -201,11 +208,20 @@ def _require_clips(model: Model) -> None:
         )
 
 
+def _require_plain(reading: Reading) -> None:
+    """Weights scale the states of CLIP; of a text that T5 reads beside it, nobody has said what they should do."""
+    if reading.syntax != PLAIN.syntax:
+        raise UnsupportedError(
+            f"prompt syntax {reading.syntax} is for models whose text encoders are all CLIP (SD1, SD2, SDXL), and this "
+            "is Stable Diffusion 3. Write the prompt without weights: --prompt-syntax plain"
+        )
+
+
 def _long_text(model: Model, prompt: str) -> tuple[Any, tuple[str, ...]]:
     """T5's states of a prompt, float32 (256, text width), or zeros of this shape; and warnings."""
     if _T5.folder in model.parts:
         made = run_encoder(model, _T5.folder, prompt)
-        return made["last_hidden_state"], made.warnings
+        return made.states, made.warnings
     left_out = (f"the model has a tokenizer for it and not the part: drawn without {_T5.folder}",)
     told = left_out if _T5.tokenizer in model.tokenizers else ()
     return np.zeros((LENGTH, model.family.text_width), np.float32), told

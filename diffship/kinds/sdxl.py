@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from diffship.core.kind import Shape, Slot
+from diffship.core.reading import PLAIN, Reading
 from diffship.kinds.stock import Stock
 from diffship.kinds.unet import FIRST_TEXT, TEXT_TIME, UNET_SLOT, VAE_SLOT, UNetKind
-from diffship.sampling.encode import penultimate, require_text, run_encoder
+from diffship.sampling.encode import require_text, run_encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,13 +68,17 @@ class StableDiffusionXl(UNetKind):
         }
 
     def encode(
-        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+        self,
+        model: Model,
+        prompt: str,
+        size: tuple[int, int],
+        negative: bool = False,
+        reading: Reading = PLAIN,
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         states, pooled, warnings = [], None, []
         for part in require_text(model):
-            layer = penultimate(model.use(part))
-            made = run_encoder(model, part, prompt)
-            states.append(made[layer])
+            made = run_encoder(model, part, prompt, reading, penultimate=True)
+            states.append(made.states)
             pooled = made["text_embeds"] if "text_embeds" in made.outputs else pooled
             warnings += [warning for warning in made.warnings if warning not in warnings]
         arrays = {"encoder_hidden_states": np.concatenate(states, -1)}

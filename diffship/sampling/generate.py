@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
+from diffship.core.reading import Reading
 from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_tiles
 from diffship.sampling.encode import encode, text_parts
-from diffship.sampling.guidance import unheeded
+from diffship.sampling.guidance import Key, group_key, unheeded
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, denoiser_of
 from diffship.sampling.model import Model
@@ -88,7 +89,7 @@ def draw(
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
     denoiser: Denoiser | None = None
-    for places in _chunks(batch, at_once or (1 if low else len(batch))):
+    for places in _chunks(done, at_once or (1 if low else len(batch))):
         if all(done[place].done for place in places):
             continue  # a denoiser is not opened for what is drawn already
         denoiser = denoiser or checked_denoiser(model)
@@ -107,10 +108,10 @@ def start(
     _require(model, image, mask)
     settled = settle(request, model.family, model.scheduler)
     pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
-    encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
+    encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance, request.reading)
     ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
     made = []
-    for i in range(request.images):
+    for i in range(request.first_image, request.first_image + request.images):
         latents, noise = _initial(model, settled, i, image)
         trajectory = Trajectory(
             latents=latents,
@@ -126,6 +127,7 @@ def start(
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
             facts=_facts(model, settled, i, encoded.warnings + ignored),
             origin=_origin(model),
+            reading=request.reading,
         )
         made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
     return made
@@ -135,7 +137,8 @@ def conditioned(model: Model, trajectory: Trajectory) -> Trajectory:
     """The trajectory with embeddings: its own, or its prompts encoded by `model` if they did not travel."""
     if trajectory.positive is not None or trajectory.done:
         return trajectory
-    made = encode(model, trajectory.prompt, trajectory.negative_prompt, trajectory.size, trajectory.guidance)
+    prompts = trajectory.prompt, trajectory.negative_prompt
+    made = encode(model, *prompts, trajectory.size, trajectory.guidance, trajectory.reading)
     return replace(trajectory, positive=made.positive, negative=made.negative)
 
 
@@ -171,11 +174,18 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.name,
         **({"spacing": trajectory.sampler.spacing} if trajectory.sampler.spacing else {}),
+        **({"negative_given": True} if trajectory.negative_prompt == "" else {}),
+        **_reading(trajectory.reading),
         "guidance": trajectory.guidance,
         "width": width,
         "height": height,
         **trajectory.facts,
     }
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    """What of it is not at its default, under the names that a Request has."""
+    return {{"syntax": "prompt_syntax"}.get(name, name): value for name, value in reading.to_json().items()}
 
 
 def checked_denoiser(model: Model) -> Denoiser:
@@ -200,9 +210,9 @@ def checked(denoiser: Denoiser, part: str) -> Denoiser:
 
 
 def _chunks(batch: Sequence[Trajectory], at_once: int) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Key, list[int]] = {}
     for place, trajectory in enumerate(batch):
-        groups.setdefault(tuple(trajectory.latents.shape), []).append(place)
+        groups.setdefault(group_key(trajectory), []).append(place)
     return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
 
 
@@ -212,7 +222,7 @@ def _initial(model: Model, settled: Settled, i: int, image: NDArray[np.uint8] | 
     noise, given = make_noise(settled.request.rng, settled.request.seed, i), settled.request.latents
     sigma = np.float32(settled.sampler.init_noise_sigma(settled.steps))
     if given is not None:
-        return as_numpy(given[i]) * sigma, noise
+        return as_numpy(given[i - settled.request.first_image]) * sigma, noise
     if image is None or settled.strength == 1.0:
         drawn, noise = noise.draw(settled.latent_shape, INITIAL)
         return drawn * sigma, noise

@@ -19,6 +19,7 @@ from diffship.core.runner import Runner
 from diffship.sampling.kernel import Array, as_float32
 from diffship.sampling.trajectory import Conditioning, Trajectory
 
+Key = tuple[Any, ...]
 _COND_FREQUENCY = 10_000.0
 _LCM_LORA_GUIDANCE = 2.0  # up to here, as its authors recommend (arXiv 2311.05556)
 
@@ -64,6 +65,22 @@ def guide(batch: Sequence[Trajectory], rows: Array) -> list[Array]:
             positive = negative + (positive - negative) * float(trajectory.guidance)
         out.append(positive)
     return out
+
+
+def group_key(trajectory: Trajectory) -> Key:
+    """Equal for trajectories that may share a model call; the latents' shape comes first."""
+    return (
+        tuple(trajectory.latents.shape),
+        trajectory.mask is not None,
+        _shapes(trajectory.positive),
+        _shapes(trajectory.negative) or _shapes(trajectory.positive),
+    )
+
+
+def _shapes(condition: Conditioning | None) -> Key:
+    if condition is None:
+        return ()
+    return tuple((name, tuple(array.shape)) for name, array in sorted(condition.items()))
 
 
 class FeedMaker:

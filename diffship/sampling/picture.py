@@ -27,7 +27,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FILE_BYTES = 64 << 20
 _TEXT_BYTES = 64 << 10
 _TEXT_CHUNKS = 16
-_A1111 = {
+A1111_SAMPLERS = {
     "ddim": "DDIM",
     "deis": "DEIS",
     "dpmpp-2m": "DPM++ 2M",
@@ -84,13 +84,14 @@ def parameters(settings: Mapping[str, Any]) -> str:
     """The text that A1111 and its readers know: prompt, negative prompt, one line of values."""
     values = {
         "Steps": settings.get("steps"),
-        "Sampler": _A1111.get(str(settings.get("sampler")), settings.get("sampler")),
+        "Sampler": A1111_SAMPLERS.get(str(settings.get("sampler")), settings.get("sampler")),
         "CFG scale": _short(settings.get("guidance")),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}" if "width" in settings else None,
         "Model hash": str(settings.get("model_digest", ""))[:10] or None,
         "Model": settings.get("model"),
         "RNG": {"torch": "CPU", "philox": "Philox"}.get(str(settings.get("rng"))),
+        "Clip skip": settings["clip_skip"] + 1 if "clip_skip" in settings else None,
         "Version": "diffship",
     }
     negative = settings.get("negative_prompt")

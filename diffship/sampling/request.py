@@ -12,7 +12,8 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
-from diffship.core.registry import SPACINGS
+from diffship.core.reading import PLAIN, Reading
+from diffship.core.registry import SPACINGS, SYNTAXES
 from diffship.core.strict import unknown
 from diffship.sampling.kernel import Array
 from diffship.sampling.rng import NOISES
@@ -33,7 +34,10 @@ class Request:
     normal, so that two clients can start from the same. `batch` is how many images share a model call (default: all, or
     one with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
     students are made for trailing, whatever their folders say. `strength` is for models that fill masks: below 1 they
-    begin with the image under that share of the noise, and leave out the first calls.
+    begin with the image under that share of the noise, and leave out the first calls. `prompt_syntax` (plain, a1111,
+    compel) says how the prompts are written, and `clip_skip` how many of the last layers of the CLIP text encoders are
+    left out, as diffusers counts (docs/prompts.md). With `first_image` images begin at that number in place of 0: so
+    image 2 of four is drawn again by itself.
     """
 
     prompt: str
@@ -50,6 +54,9 @@ class Request:
     memory: str = "normal"
     batch: int | None = None
     latents: Array | None = None
+    prompt_syntax: str = PLAIN.syntax
+    clip_skip: int = PLAIN.clip_skip
+    first_image: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", check_prompt(self.prompt))
@@ -62,7 +69,8 @@ class Request:
         if self.strength is not None:
             check_range("strength", self.strength, *LIMITS.strength)
         check_range("images", self.images, *LIMITS.images)
-        check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images + 1)
+        check_range("first_image", self.first_image, 0, LIMITS.images[1] - self.images)
+        check_range("seed", self.seed, LIMITS.seed[0], LIMITS.seed[1] - self.images - self.first_image + 1)
         if self.batch is not None:
             check_range("batch", self.batch, 1, LIMITS.images[1])
         _check_choice("rng", self.rng, NOISES)
@@ -71,7 +79,14 @@ class Request:
             _check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.spacing is not None:
             _check_choice("spacing", self.spacing, SPACINGS)
+        _check_choice("prompt_syntax", self.prompt_syntax, SYNTAXES)
+        check_range("clip_skip", self.clip_skip, *LIMITS.clip_skip)
         _check_size(self.size)
+
+    @property
+    def reading(self) -> Reading:
+        """How its prompts are read."""
+        return Reading(self.prompt_syntax, self.clip_skip)
 
 
 @brief

@@ -103,10 +103,37 @@ class ClipTokenizer:
     def _row(self, prompt: str) -> tuple[list[int], str]:
         prompt = self.expanded(prompt)
         encoding = self._backend.encode(prompt, add_special_tokens=False)
-        room = self.length - 2
-        ids = [self._start, *encoding.ids[:room], self._end]
-        ids += [self._pad] * (self.length - len(ids))
-        return ids, unseen(prompt, encoding, room)
+        return self.framed(encoding.ids), unseen(prompt, encoding, self.length - 2)
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """At most 75 tokens of text with start, end and padding, 77 in all."""
+        row = [self._start, *ids[: self.length - 2], self._end]
+        return row + [self._pad] * (self.length - len(row))
+
+    def groups(self, text: str) -> list[tuple[int, ...]]:
+        """All tokens of a text, however many, without start, end and padding; the vectors of one textual inversion are
+        one group, every other token stands alone.
+
+        Raises:
+            ConfigError: as `expanded`.
+        """
+        encoding = self._backend.encode(self.expanded(text), add_special_tokens=False)
+        ids, words, found, place = encoding.ids, encoding.tokens, list[tuple[int, ...]](), 0
+        while place < len(ids):
+            further = self._further(words[place]) if words[place] in self._added else []
+            end = place + 1 + (len(further) if words[place + 1 : place + 1 + len(further)] == further else 0)
+            found.append(tuple(ids[place:end]))
+            place = end
+        return found
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, such as `cat</w>`; None if there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def token_of(self, number: int) -> str:
+        """The token of an id, such as `cat</w>`; an empty text if there is none."""
+        return self._backend.id_to_token(number) or ""
 
     def expanded(self, prompt: str) -> str:
         """`prompt` with each word of a textual inversion followed by the words of its further vectors, as diffusers'

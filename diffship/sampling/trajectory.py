@@ -12,6 +12,7 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.core.kind import Shape
+from diffship.core.reading import PLAIN, Reading
 from diffship.sampling.rng import Noise
 from diffship.sampling.sampler import Sampler
 
@@ -84,6 +85,7 @@ class Trajectory:
     negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
     origin: Origin | None = None
+    reading: Reading = PLAIN  # how `prompt` and `negative_prompt` are read
 
     @property
     def calls(self) -> int:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import ConfigError, DiffshipError, HandoffError
 from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
+from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import kinds
 from diffship.core.strict import unknown
 from diffship.sampling.matrix import MAX_HISTORY
@@ -37,6 +38,7 @@ _DIGITS = slice(8 + len(_FRONT), 8 + len(_FRONT) + 64)
 _HEADER_BYTES = 256 << 10
 _FACTS_BYTES = 16 << 10
 _KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_prompt", "facts", "noise", "origin"}
+_LATER = {"reading"}  # there only if prompts are read in another way than all readers of schema 3 know
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
 _CODES = {dtype.newbyteorder("="): code for code, dtype in _DTYPES.items()}
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -84,6 +86,7 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
         "facts": _facts(trajectory.facts),
         "noise": noise,
         "origin": _origin_out(trajectory.origin),
+        **({"reading": trajectory.reading.to_json()} if trajectory.reading != PLAIN else {}),
     }
     return _seal(about, tensors)
 
@@ -147,7 +150,7 @@ def _open(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     if schema not in READ:
         _refuse(f"its schema is {str(schema)[:20]!r}; this version reads {' and '.join(map(repr, READ))}")
     about = _json(metadata["trajectory"])
-    if not isinstance(about, dict) or set(about) != _KEYS:
+    if not isinstance(about, dict) or set(about) - _LATER != _KEYS:
         _refuse("its header does not have the keys of a trajectory")
     table = _from_schema_2(table) if schema == "2" else table
     return about, _arrays(table, memoryview(data)[8 + length :])
@@ -248,6 +251,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         negative_prompt=None if about["negative_prompt"] is None else check_prompt(about["negative_prompt"]),
         facts=_facts(about["facts"]),
         origin=_origin_in(about["origin"]),
+        reading=Reading.from_json(about.get("reading", {})),
     )
 
 

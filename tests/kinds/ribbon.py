@@ -10,6 +10,7 @@ from diffship.core.errors import ConfigError, SourceError
 from diffship.core.family import Family
 from diffship.core.kind import Kind, Shape, Slot
 from diffship.core.lazy import lazy, lazy_base
+from diffship.core.reading import PLAIN, Reading
 from diffship.core.spec import TensorSpec
 from diffship.sampling.encode import require_text, run_encoder
 from diffship.sampling.tokenizer import ClipTokenizer, Tokenizer
@@ -62,11 +63,16 @@ class Ribbon(Kind):
         return {"encoder_hidden_states": (None, family.text_width)}
 
     def encode(
-        self, model: Model, prompt: str, size: tuple[int, int], negative: bool = False
+        self,
+        model: Model,
+        prompt: str,
+        size: tuple[int, int],
+        negative: bool = False,
+        reading: Reading = PLAIN,
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         (part,) = require_text(model)
-        made = run_encoder(model, part, prompt)
-        return {"encoder_hidden_states": made["states"]}, made.warnings
+        made = run_encoder(model, part, prompt, reading, output="states")
+        return {"encoder_hidden_states": made.states}, made.warnings
 
     def tokenizer(self, folder: str, files: Mapping[str, bytes]) -> Tokenizer:
         return ClipTokenizer.from_files(files, folder)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diffship.core.errors import UnsupportedError
+from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
+from diffship.core.limits import check_range
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights, renamed
 from diffship.models.parts.clip_names import LEGACY_END, classic_map, end_id
@@ -24,11 +26,16 @@ else:
     Module = lazy_base("torch.nn", "Module")
 
 PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+LAST, CLIP_TYPE = "last_hidden_state", "clip_text_model"
 _EMBEDDINGS, _FINAL = "text_model.embeddings", "text_model.final_layer_norm"
 
 
 class TextEncoder(Module):
-    """(input_ids,) -> ([text_embeds,] last_hidden_state[, pooler_output][, hidden_states.0 .. hidden_states.N]).
+    """(input_ids,) -> ([text_embeds,] last_hidden_state[, pooler_output][, hidden_states.0 .. hidden_states.N]
+    [, last_hidden_state.1 .. last_hidden_state.K]).
+
+    `last_hidden_state.k` is the last hidden state without the last k of N layers (`skips` is K): the final norm of
+    hidden state N - k, which diffusers takes with clip_skip k.
 
     Runs the layers itself: positions are computed (no index buffer to load), the causal mask stays a flag of the
     attention (a graph needs no mask tensor), and hidden states are those before the final norm, as CLIP gives them.
@@ -36,7 +43,7 @@ class TextEncoder(Module):
 
     inner: Any
 
-    def __init__(self, config: Mapping[str, Any], projected: bool, hidden_states: bool) -> None:
+    def __init__(self, config: Mapping[str, Any], projected: bool, hidden_states: bool, skips: int = 0) -> None:
         super().__init__()
         clip_config = clip_text_config(config)
         self.inner = nn.Module()
@@ -47,6 +54,7 @@ class TextEncoder(Module):
             self.inner.text_projection = nn.Linear(clip_config.hidden_size, clip_config.projection_dim, bias=False)
         self.projected = projected
         self.hidden_states = hidden_states
+        self.skips = skips
         self.end_id = end_id(config)
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -57,7 +65,8 @@ class TextEncoder(Module):
         last = model.final_layer_norm(states[-1])
         pooled = pool(last, input_ids, self.end_id)
         head = (self.inner.text_projection(pooled), last) if self.projected else (last, pooled)
-        return (*head, *states) if self.hidden_states else head
+        skipped = [normed(model.final_layer_norm, states[-1 - k]) for k in range(1, self.skips + 1)]
+        return (*head, *(states if self.hidden_states else ()), *skipped)
 
 
 def embed(embeddings: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -72,6 +81,11 @@ def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """One encoder layer with causal attention."""
     out: torch.Tensor | tuple[torch.Tensor, ...] = layer(states, attention_mask=None, is_causal=True)
     return out[0] if isinstance(out, tuple) else out
+
+
+def normed(norm: Any, states: torch.Tensor) -> torch.Tensor:
+    """What a layer norm makes of `states`, without calling the module: its output is a point of the proof, once."""
+    return nn.functional.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def pool(last: torch.Tensor, input_ids: torch.Tensor, end: int) -> torch.Tensor:
@@ -107,8 +121,33 @@ def text_encoder(
         outputs,
         sizes,
         walk=clip_layers,
-        text_type="clip_text_model",
+        text_type=CLIP_TYPE,
     )
+
+
+def skipping(component: Component, layers: int) -> Component:
+    """A CLIP text encoder with the outputs `last_hidden_state.1` to `last_hidden_state.LAYERS` (clip-skip) beside its
+    own. One that gives all hidden states (SDXL, SD3) needs none, and is given back as it is.
+
+    Raises:
+        ConfigError: it has fewer layers, or is no CLIP text encoder.
+    """
+    if component.text_type != CLIP_TYPE:
+        raise ConfigError(f"{component.name} ({component.class_name}) is no CLIP text encoder: it has no clip-skip")
+    most = layer_count(component.config)
+    check_range("clip_skip", layers, 1, most)
+    if any(spec.name.startswith("hidden_states.") for spec in component.outputs):
+        return component
+    last = next(spec for spec in component.outputs if spec.name == LAST)
+    more = tuple(replace(last, name=f"{LAST}.{k}") for k in range(1, layers + 1))
+    projected = component.class_name == PROJECTED
+    build = partial(TextEncoder, dict(component.config), projected, False, layers)
+    return replace(component, build=build, outputs=(*component.outputs, *more))
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """How many layers a CLIP text encoder of this config has."""
+    return int(config.get("num_hidden_layers", transformers.CLIPTextConfig().num_hidden_layers))
 
 
 def clip_text_config(config: Mapping[str, Any]) -> transformers.CLIPTextConfig:
@@ -130,8 +169,7 @@ def _outputs(config: Mapping[str, Any], projected: bool, hidden_states: bool) ->
     else:
         specs = [last, TensorSpec("pooler_output", "float32", ("batch_size", width))]
     if hidden_states:
-        count = int(config.get("num_hidden_layers", defaults.num_hidden_layers)) + 1
-        specs += [TensorSpec(f"hidden_states.{i}", "float32", state) for i in range(count)]
+        specs += [TensorSpec(f"hidden_states.{i}", "float32", state) for i in range(layer_count(config) + 1)]
     return tuple(specs)
 
 
@@ -139,9 +177,10 @@ def clip_layers(component: Component, inner: Any) -> Program:
     """The layers of a CLIP text encoder: embeddings, encoder layers, then final norm, pooling and projection as one."""
     builder = Builder(component.inputs, component.outputs)
     outputs = [spec.name for spec in component.outputs]
-    state = next(spec.shape for spec in component.outputs if spec.name == "last_hidden_state")
+    skips = [name for name in outputs if name.startswith(f"{LAST}.")]
+    state = next(spec.shape for spec in component.outputs if spec.name == LAST)
     paths = [_EMBEDDINGS, *(f"text_model.encoder.layers.{i}" for i in range(len(inner.text_model.encoder.layers)))]
-    hidden = "input_ids"
+    hidden, seen = "input_ids", list[str]()
     for i, path in enumerate(paths):
         written = [builder.tensor(f"{path}.out", *state)]
         if f"hidden_states.{i}" in outputs:
@@ -149,10 +188,12 @@ def clip_layers(component: Component, inner: Any) -> Program:
         call = partial(_embed if i == 0 else _layer, path, len(written))
         builder.add(path, (hidden,), written, (path,), call)
         hidden = written[0]
+        seen.append(hidden)
     projected = hasattr(inner, "text_projection")
     modules = (_FINAL, "text_projection") if projected else (_FINAL,)
     last = partial(_finish, projected, end_id(component.config))
-    builder.add(_FINAL, (hidden, "input_ids"), outputs[:2], modules, last)
+    earlier = seen[-2 : -2 - len(skips) : -1]  # without the last layer, the last two, ...
+    builder.add(_FINAL, (hidden, "input_ids", *earlier), [*outputs[:2], *skips], modules, last)
     return builder.program()
 
 
@@ -164,7 +205,10 @@ def _layer(path: str, copies: int, tree: Tree, states: torch.Tensor) -> Tensors:
     return (run_layer(tree[path], states),) * copies
 
 
-def _finish(projected: bool, end: int, tree: Tree, states: torch.Tensor, input_ids: torch.Tensor) -> Tensors:
+def _finish(
+    projected: bool, end: int, tree: Tree, states: torch.Tensor, input_ids: torch.Tensor, *earlier: torch.Tensor
+) -> Tensors:
     last = tree[_FINAL](states)
     pooled = pool(last, input_ids, end)
-    return (tree["text_projection"](pooled), last) if projected else (last, pooled)
+    head = (tree["text_projection"](pooled), last) if projected else (last, pooled)
+    return (*head, *(normed(tree[_FINAL], one) for one in earlier))

@@ -88,6 +88,21 @@ def completed(found: Mapping[str, bytes], where: str) -> dict[str, bytes]:
     return {**derived, **found}
 
 
+def with_added(files: Mapping[str, bytes], more: Sequence[Added]) -> dict[str, bytes]:
+    """All files of the tokenizer of `files` with more tokens.
+
+    Raises:
+        SourceError: their ids are not the next free ones.
+    """
+    vocabulary, merges = _read(files)
+    return tokenizer_files(vocabulary, merges, pad_token(files), added=(*added_tokens(files), *more))
+
+
+def vocabulary_in(files: Mapping[str, bytes]) -> dict[str, int]:
+    """{token: id} of CLIP's vocabulary in these files, without added tokens."""
+    return _read(files)[0]
+
+
 def parse_merges(text: str) -> list[tuple[str, str]]:
     """Pairs of a merges.txt, header line and blank lines left out; ValueError for any other line."""
     pairs = []

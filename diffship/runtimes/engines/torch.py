@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -35,14 +35,16 @@ class TorchRunner:
     def open(self, files: Sequence[Path]) -> Session:
         raise UnsupportedError("engine torch opens a diffusers folder as a whole; pass that folder to open_model")
 
-    def open_model(self, source: str) -> Model:
-        """A diffusers folder, a checkpoint in one file, a hub id or `arch:NAME` as a Model.
+    def open_model(self, source: str, change: Callable[[Any], Any] | None = None) -> Model:
+        """A diffusers folder, a checkpoint in one file, a hub id or `arch:NAME` as a Model; `change` makes another
+        pipeline of its pipeline.
 
         Raises:
             MissingExtra: torch or diffusers is not installed.
             UnsupportedError: this torch has no such device.
             SourceError: the source cannot be read.
         """
+        from diffship.models.clip_skip import with_clip_skip
         from diffship.models.model import PipelineModel
         from diffship.models.parts.component import unused
         from diffship.models.sources.opening import open_source, require_source
@@ -58,7 +60,8 @@ class TorchRunner:
         if self.threads:
             torch.set_num_threads(self.threads)
         loading = LoadOptions(self.vae, self.ema, self.prediction)
-        model = PipelineModel(open_source(source, base=self.base, loading=loading), self.device)
+        pipeline = open_source(source, base=self.base, loading=loading)
+        model = PipelineModel(with_clip_skip(change(pipeline) if change else pipeline), self.device)
         model.notes = (*model.notes, *unused(model.pipeline.components.values()))
         return cast(Model, model)
 

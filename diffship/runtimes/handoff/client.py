@@ -18,6 +18,7 @@ from typing import Any
 
 from diffship.core.errors import Cancelled, ConfigError, HandoffError, UnsupportedError
 from diffship.core.limits import check_range
+from diffship.core.reading import PLAIN
 from diffship.runtimes.engines.model import open_model
 from diffship.runtimes.handoff.arrival import check_arrival, require_answer
 from diffship.runtimes.handoff.breaker import Breaker
@@ -171,6 +172,7 @@ class HybridClient:
             "rng": request.rng,
             "sampler": request.sampler,
             "spacing": request.spacing,
+            **_reading(request),
             "split": calls,
             "embeddings": not self._same_text(model),
             "deadline_seconds": min(max(left, low), high),
@@ -188,7 +190,7 @@ class HybridClient:
     def _begin(self, request: Request, split: Sequence[int]) -> Work:
         begin = time.monotonic()
         steps = check_split(split, 2, request.steps)
-        if request.images != 1 or request.latents is not None:
+        if request.images != 1 or request.first_image or request.latents is not None:
             raise ConfigError("a handoff is of one image, with its own noise: ask for images one by one, by seed")
         settled = self.settled(request, steps)
         assert settled.size is not None and settled.guidance is not None
@@ -341,6 +343,12 @@ class HybridClient:
         if len(stamps) > 1:  # the first one may have loaded the U-Net
             work.pace.call = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
         return picture
+
+
+def _reading(request: Request) -> dict[str, Any]:
+    """What of it is not at its default: a server that does not know the fields yet takes every other request."""
+    told = {"prompt_syntax": request.prompt_syntax, "clip_skip": request.clip_skip}
+    return told if request.reading != PLAIN else {}
 
 
 def _counting(work: Work | None) -> Callable[[CloudError], None]:

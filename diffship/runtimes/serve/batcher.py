@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from diffship.sampling.guidance import Key, group_key
 from diffship.sampling.loop import Denoiser, advance
-from diffship.sampling.trajectory import Conditioning, Trajectory
-
-Key = tuple[Any, ...]
+from diffship.sampling.trajectory import Trajectory
 
 
 @dataclass(eq=False)
@@ -95,19 +94,3 @@ class Batcher:
             return
         for strand, trajectory in zip(strands, moved, strict=True):
             strand.trajectory = trajectory
-
-
-def group_key(trajectory: Trajectory) -> Key:
-    """Equal for trajectories that may share a model call; the latents' shape comes first."""
-    return (
-        tuple(trajectory.latents.shape),
-        trajectory.mask is not None,
-        _shapes(trajectory.positive),
-        _shapes(trajectory.negative) or _shapes(trajectory.positive),
-    )
-
-
-def _shapes(condition: Conditioning | None) -> Key:
-    if condition is None:
-        return ()
-    return tuple((name, tuple(array.shape)) for name, array in sorted(condition.items()))

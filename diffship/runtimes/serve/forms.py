@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.registry import SPACINGS
+from diffship.core.reading import PLAIN
+from diffship.core.registry import SPACINGS, SYNTAXES
 from diffship.core.strict import bounded, bounds, choices, load
 from diffship.runtimes.serve.options import DEADLINE_SECONDS
 from diffship.sampling.rng import NOISES
@@ -42,6 +43,8 @@ class Drawing:
     rng: str = field(default="torch", metadata=choices(*NOISES))
     sampler: str | None = field(default=None, metadata=choices(*SAMPLERS))
     spacing: str | None = field(default=None, metadata=choices(*SPACINGS))
+    prompt_syntax: str = field(default=PLAIN.syntax, metadata=choices(*SYNTAXES))
+    clip_skip: int = field(default=PLAIN.clip_skip, metadata=bounds(*LIMITS.clip_skip))
     deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
 
     def __post_init__(self) -> None:

@@ -159,6 +159,8 @@ def _settled(form: Drawing, model: Model, images: int) -> Settled:
         rng=form.rng,
         sampler=form.sampler,
         spacing=form.spacing,
+        prompt_syntax=form.prompt_syntax,
+        clip_skip=form.clip_skip,
         images=images,
     )
     return settle(request, model.family, model.scheduler)

@@ -204,6 +204,20 @@ def test_a_deadline_ends_a_stream_with_its_error() -> None:
     assert b"deadline_exceeded" in chunks[-1]
 
 
+def test_how_prompts_are_read_is_asked_by_name_and_refused_in_words() -> None:
+    body = {"prompt": "a (red:1.3) cat", "steps": 2}
+    with toy_service() as service:
+        plain = ask(service, "POST", "/v1/generate", json={**body, "prompt_syntax": "plain", "clip_skip": 0})
+        assert plain.content == drawn_alone("a (red:1.3) cat", steps=2)[0]
+        unread = ask(service, "POST", "/v1/generate", json={**body, "prompt_syntax": "b1111"})
+        assert "a1111" in error_of(unread, 422, "invalid_request")
+        for field, said in (({"clip_skip": 1}, "clip_skip is 1"), ({"prompt_syntax": "a1111"}, "all CLIP")):
+            for route in ("/v1/generate", "/v1/handoff"):
+                more = {"split": 1} if route.endswith("handoff") else {}
+                answer = ask(service, "POST", route, json={**body, **field, **more})
+                assert said in error_of(answer, 422, "invalid_request")
+
+
 def test_openai_form() -> None:
     with toy_service() as service:
         body = {"prompt": "cat", "n": 2, "size": "128x64", "seed": 3}

@@ -11,8 +11,9 @@ import pytest
 from sampling_toy import ToyModel
 
 from diffship.core.errors import RunnerError
-from diffship.runtimes.serve.batcher import Batcher, Strand, group_key
+from diffship.runtimes.serve.batcher import Batcher, Strand
 from diffship.sampling.generate import Request, start
+from diffship.sampling.guidance import group_key
 from diffship.sampling.loop import denoise, denoiser_of
 from diffship.sampling.trajectory import Conditioning, Trajectory
 
