@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffship.cli.flags import existing_file, request_fields
 from diffship.cli.models import open_router, report, sources_of
 from diffship.cli.naming import Names, asked_fields, resumed_fields, settled_fields
@@ -40,6 +38,7 @@ class Work:
     begun: Callable[[Router], list[Trajectory]]
     pictures: list[dict[str, str]]
     settled: Callable[[Router, Sequence[str]], dict[str, str]]
+    told: tuple[str, ...] = ()  # warnings of what the command line names
 
 
 def draw(options: argparse.Namespace) -> Result:
@@ -48,6 +47,8 @@ def draw(options: argparse.Namespace) -> Result:
     sources = sources_of(options)
     names = Names(options)
     work = resumed(options) if options.resume else asked(options)
+    for warning in work[0].told:
+        note(f"warning: {warning}")
     places = names.places([picture for piece in work for picture in piece.pictures])
     for source in sources:
         require_something(source)
@@ -60,7 +61,7 @@ def draw(options: argparse.Namespace) -> Result:
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
             pictures = draw_batch(router, batch, reporter(stages, label, options.save_trajectory))
             drawn += [save(picture, next(files), options) for picture in pictures]
-        models = report(router, sources)
+        models, noted = report(router, sources), [*noted, *work[0].told]
         told = pace.told(router.models, len(drawn))
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
@@ -83,16 +84,12 @@ def asked(options: argparse.Namespace) -> list[Work]:
         ConfigError: a prompt, file or value that is not legal.
     """
     prompts = read_prompts(options)
-    requests = [Request(prompt, **request_fields(options)) for prompt in prompts]
+    images, told = images_of(options)
+    requests = [Request(prompt, **request_fields(options), **images) for prompt in prompts]
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
-    image, mask = _read_image(options.image), _read_mask(options.mask)
     return [
-        Work(
-            partial(begin_request, request=request, image=image, mask=mask),
-            wanted(options, request, index),
-            partial(_settled, request),
-        )
+        Work(partial(begin_request, request=request), wanted(options, request, index), partial(_settled, request), told)
         for index, request in enumerate(requests)
     ]
 
@@ -214,18 +211,17 @@ def reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequenc
     return report
 
 
-def _read_image(file: Path | None) -> Any:
-    from diffship.sampling.picture import read_pixels
+def images_of(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`image` and `mask` of a request, as far as they are given, and warnings.
 
-    return None if file is None else read_pixels(file)
+    Raises:
+        ConfigError: a file that is missing or no picture.
+    """
+    from diffship.sampling.picture import grey, read_image
 
-
-def _read_mask(file: Path | None) -> Any:
-    """Grey as diffusers takes it of a coloured mask: ITU-R 601."""
-    from PIL import Image
-
-    pixels = _read_image(file)
-    return None if pixels is None else np.asarray(Image.fromarray(pixels).convert("L"))
+    read = {name: read_image(file) for name in ("image", "mask") if (file := getattr(options, name)) is not None}
+    found = {name: grey(pixels) if name == "mask" else pixels for name, (pixels, _) in read.items()}
+    return found, tuple(warning for _, warnings in read.values() for warning in warnings)
 
 
 def result(

@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   diffship run out/emoji "black cat" --engine openvino --size 128 --sampler euler -o out/cat.png
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
   diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
+  diffship run out/emoji "green apple" --image out/apple.png --strength 0.7 -o out/green.png
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
 """
 EXAMPLES += "\nfields of a template:\n" + "\n".join(f"  {name:<9} {what}" for name, what in FIELDS.items()) + "\n"
@@ -43,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG files")
     picture = add_request(parser)
     picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
-    picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
-    picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
+    picture.add_argument("--image", metavar="FILE", type=Path, help="picture to begin with; with --mask, to fill in")
+    picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw; elsewhere --image stays")
     picture.add_argument(
-        "--strength", metavar="X", type=float, help="share of noise, 0 to 1 (inpainting models; default: the model's)"
+        "--strength", metavar="X", type=float, help="share of noise over --image, 0 to 1 (default: the model's)"
     )
     _add_models(parser)
     _add_cloud(parser)

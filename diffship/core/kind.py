@@ -60,7 +60,9 @@ class Kind(ABC):
     decoder, encoder: canonical part names. sample_input, time_input, output: names of the denoiser's latents, timesteps
     and prediction. condition_names: the denoiser's inputs that come of the prompt;
     exact_conditions: those that 16 bits do not hold. patch: latent values a side of one
-    token, by which flow matching shifts with the size. classes: the diffusers pipelines whose pictures are drawn.
+    token, by which flow matching shifts with the size. image_strength, mask_strength: share of the noise that stock
+    pipelines begin with if they are given an image, and a mask too. classes: the diffusers pipelines whose pictures are
+    drawn.
     foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
     """
 
@@ -75,6 +77,8 @@ class Kind(ABC):
     condition_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     exact_conditions: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
+    image_strength: ClassVar[float] = 0.8
+    mask_strength: ClassVar[float] = 1.0
     classes: ClassVar[Mapping[str, Any]] = {}
     foreign: ClassVar[tuple[str, ...]] = ()
 
@@ -173,6 +177,12 @@ class Kind(ABC):
     ) -> Mapping[str, Any] | None:
         """Conditioning that stands for a negative prompt if none was given; None: the empty prompt is encoded."""
         return None
+
+    def strength_default(self, family: Family, masked: bool) -> float:
+        """Share of the noise that a picture begins with if a request gives an image, or (`masked`) a mask too."""
+        if family.fills_masks:
+            return family.strength_default
+        return self.mask_strength if masked else self.image_strength
 
     def takes_guidance(self, family: Family) -> bool:
         """Whether the denoiser takes the guidance scale as an input, instead of a second row of a batch."""

@@ -49,6 +49,7 @@ class StableDiffusion3(Kind):
     encoder, decoder = VAE_SLOT.parts
     sample_input, output = "hidden_states", "out_hidden_states"
     condition_names = ("encoder_hidden_states", "pooled_projections")
+    image_strength, mask_strength = 0.6, 0.6
     foreign = ("unet", "prior")
     plain_class: ClassVar[str] = "StableDiffusion3Pipeline"
     classes: ClassVar[Mapping[str, Stock]] = {plain_class: Stock(7.0, 28)}

@@ -49,6 +49,7 @@ class StableDiffusionXl(UNetKind):
         *("StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
         "StableDiffusionXLControlNetInpaintPipeline",
     )
+    image_strength, mask_strength = 0.3, 0.9999
     time_ids: ClassVar[int] = 6
     options: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
 

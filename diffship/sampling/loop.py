@@ -99,4 +99,20 @@ def _apply(trajectory: Trajectory, output: Array) -> Trajectory:
         fresh, noise = noise.draw(tuple(trajectory.latents.shape), trajectory.step + 1)
         fresh = like(fresh, trajectory.latents)
     latents, *history = apply_matrix(now.matrix, trajectory.latents, output, fresh, trajectory.history)
-    return at_step(trajectory, latents, tuple(history), noise)
+    return at_step(trajectory, _blended(trajectory, latents), tuple(history), noise)
+
+
+def _blended(trajectory: Trajectory, latents: Array) -> Array:
+    """`latents` after a call with the image put back where the mask is 0, under the noise of the next call.
+
+    As diffusers' StableDiffusionInpaintPipeline does for a denoiser that reads no mask.
+    """
+    mask, clean, noise = trajectory.mask, trajectory.init_latents, trajectory.init_noise
+    if mask is None or clean is None or noise is None:
+        return latents
+    now, kept = trajectory.step + 1, like(clean, latents)
+    if now < trajectory.calls:
+        signal, spread = trajectory.sampler.noising(now, trajectory.steps)
+        kept = kept * signal + like(noise, latents) * spread
+    drawn = like(mask, latents)
+    return kept * (1 - drawn) + latents * drawn

@@ -42,7 +42,14 @@ _CODES = {dtype.newbyteorder("="): code for code, dtype in _DTYPES.items()}
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 _SIDES = ("positive", "negative")
 _KEY = "noise.key"
-_LATENTS = ("latents", "mask", "masked_latents", "init_latents", *(f"history.{i}" for i in range(MAX_HISTORY)))
+_LATENTS = (
+    "latents",
+    "mask",
+    "masked_latents",
+    "init_latents",
+    "init_noise",
+    *(f"history.{i}" for i in range(MAX_HISTORY)),
+)
 _CONDITION = re.compile(rf"({'|'.join(_SIDES)})\.([a-z][a-z0-9_]{{0,63}})\Z")
 _MOST_CONDITIONS = 16  # on both sides together
 _RANKS = (2, 4)  # of latents; those of a video have four axes
@@ -244,6 +251,7 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         mask=tensors.get("mask"),
         masked_latents=tensors.get("masked_latents"),
         init_latents=tensors.get("init_latents"),
+        init_noise=tensors.get("init_noise"),
         prompt=check_prompt(about["prompt"]),
         negative_prompt=None if about["negative_prompt"] is None else check_prompt(about["negative_prompt"]),
         facts=_facts(about["facts"]),
@@ -264,6 +272,7 @@ def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
         "mask": trajectory.mask,
         "masked_latents": trajectory.masked_latents,
         "init_latents": trajectory.init_latents,
+        "init_noise": trajectory.init_noise,
     }
     for side, condition in (("positive", trajectory.positive), ("negative", trajectory.negative)):
         named |= {f"{side}.{name}": array for name, array in (condition or {}).items()}

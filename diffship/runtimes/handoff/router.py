@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.sampling.encode import text_parts
@@ -23,7 +20,7 @@ from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
-from diffship.sampling.request import Request
+from diffship.sampling.request import Request, drawn_size
 from diffship.sampling.trajectory import Trajectory
 
 
@@ -139,23 +136,21 @@ class Router:
         return self._denoisers[place]
 
 
-def begin(
-    router: Router, request: Request, image: NDArray[np.uint8] | None = None, mask: NDArray[np.uint8] | None = None
-) -> list[Trajectory]:
+def begin(router: Router, request: Request) -> list[Trajectory]:
     """The trajectories of a request before the first model call, as `generate.start` by the router's first model.
 
     Raises:
         ConfigError: steps that are not those of the split, a size that one of the models cannot draw, and as `start`.
     """
     if router.split is None:
-        return start(router.starter, request, image, mask)
+        return start(router.starter, request)
     steps = check_split(router.split, len(router.models), request.steps)
-    size = request.size or router.starter.family.default_sides
+    size = drawn_size(request, router.starter.family)
     facts = []
     for model, share in zip(router.models, router.split, strict=True):
         model.family.check_size(*size)
         facts.append({"model": model.name, "model_digest": model.digest, "steps": share})
-    batch = start(router.starter, replace(request, steps=steps, size=size), image, mask)
+    batch = start(router.starter, replace(request, steps=steps, size=size))
     return [replace(trajectory, facts={**trajectory.facts, "split": facts}) for trajectory in batch]
 
 
