@@ -64,6 +64,7 @@ def export(
     overwrite: bool = False,
     job: Job | None = None,
     against: Pipeline | None = None,
+    controlnets: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -74,6 +75,9 @@ def export(
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
+
+    `controlnets` are folders or hub ids by the name that each gets in the bundle. Its denoiser is then there twice, as it was and
+    as a graph over the same weights that takes their residuals.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -93,9 +97,10 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()
+        asked = (parts, base, controlnets)
+        plain = all(one is None for one in asked) and verify and not trajectory and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _opened(source, base, revision)
+    whole = _controlled(_opened(source, base, revision), controlnets or {}, exporter)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -142,6 +147,18 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     return open_source(str(source), base=base, revision=revision)
 
 
+def _controlled(
+    pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph
+) -> Pipeline:
+    if not controlnets:
+        return pipeline
+    if exporter.name != "onnx":
+        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
+    from diffship.models.sources.controlnet import with_controlnets
+
+    return with_controlnets(pipeline, controlnets)
+
+
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     if parts is None:
         return pipeline
@@ -151,7 +168,11 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
             raise ConfigError(unknown("part", name, pipeline.components))
     if not wanted:
         raise ConfigError(f"no part is chosen; this source has {', '.join(pipeline.components)}")
-    return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
+    chosen = {name: part for name, part in pipeline.components.items() if name in wanted}
+    for part in chosen.values():
+        if part.shares is not None and part.shares not in chosen:
+            raise ConfigError(f"part {part.name} lies over the data of {part.shares}: name both in --parts, or neither")
+    return replace(pipeline, components=chosen)
 
 
 def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:
