@@ -76,8 +76,8 @@ def export(
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
 
-    `controlnets` are folders or hub ids by the name that each gets in the bundle. Its denoiser is then there twice, as it was and
-    as a graph over the same weights that takes their residuals.
+    `controlnets` are folders or hub ids by the name that each gets in the bundle. Its denoiser is then there twice: as
+    it was, and as a graph over the same weights that takes their residuals.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -147,9 +147,7 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     return open_source(str(source), base=base, revision=revision)
 
 
-def _controlled(
-    pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph
-) -> Pipeline:
+def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph) -> Pipeline:
     if not controlnets:
         return pipeline
     if exporter.name != "onnx":

@@ -25,6 +25,7 @@ from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
 from diffship.runtimes.handoff.router import begin as begin_request
 from diffship.runtimes.handoff.router import draw as draw_batch
+from diffship.sampling.control import Control
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory, warnings_in
@@ -115,6 +116,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     """
     given = [f"--{name}" for name in request_fields(options) if name != "memory"]
     given += ["a prompt"] * bool(options.prompts or options.prompts_file)
+    given += ["--control"] * bool(options.control)
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:
         raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
@@ -220,8 +222,34 @@ def images_of(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, .
     from diffship.sampling.picture import grey, read_image
 
     read = {name: read_image(file) for name in ("image", "mask") if (file := getattr(options, name)) is not None}
-    found = {name: grey(pixels) if name == "mask" else pixels for name, (pixels, _) in read.items()}
-    return found, tuple(warning for _, warnings in read.values() for warning in warnings)
+    found: dict[str, Any] = {name: grey(pixels) if name == "mask" else pixels for name, (pixels, _) in read.items()}
+    controls, told = controls_of(options)
+    if controls or options.guess:
+        found |= {"controls": controls, "guess": options.guess}
+    return found, tuple(warning for _, warnings in read.values() for warning in warnings) + told
+
+
+def controls_of(options: argparse.Namespace) -> tuple[tuple[Control, ...], tuple[str, ...]]:
+    """The controls of a request, and warnings.
+
+    Raises:
+        ConfigError: a value without its --control, or a file that is missing or no picture.
+    """
+    from diffship.sampling.picture import read_image
+
+    count, made, told = len(options.control), [], []
+    values = {name: getattr(options, f"control_{name}") for name in ("scale", "start", "end")}
+    for name, given in values.items():
+        if len(given) not in {0, count} | ({1} if count else set()):
+            raise ConfigError(
+                f"--control-{name} is given {len(given)} times for {count} --control; give one, or one for each"
+            )
+    for place, (name, file) in enumerate(options.control):
+        pixels, warnings = read_image(Path(file))
+        own = {key: given[place] if len(given) == count else given[0] for key, given in values.items() if given}
+        made.append(Control(name, pixels, **own))
+        told += warnings
+    return tuple(made), tuple(told)
 
 
 def result(

@@ -18,6 +18,7 @@ from diffship.sampling.request import Request, settle
 from diffship.sampling.trajectory import Trajectory
 
 Fields = Mapping[str, str]
+_SHARES = ("scale", "start", "end")  # of controls
 _MARKS = {"steps": "{}steps", "guidance": "g{}", "negative": "no-{}", "strength": "strength{}"}  # others stand alone
 OWN = "own"  # the spacing of a sampler whose scheduler has no such key
 _FREE = ("seed", "images")  # told by the name's beginning
@@ -152,6 +153,9 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += options.engines or ([options.engine] if options.engine else [])
     marks += [slug(options.device)] if options.device else []
     marks += [f"of-{slug(file.stem, 24)}" for file in (options.image, options.mask) if file]
+    marks += [f"{slug(name, 24)}-{slug(Path(file).stem, 24)}" for name, file in options.control]
+    marks += [f"{name}{value:g}" for name in _SHARES for value in getattr(options, f"control_{name}")]
+    marks += ["guess"] * options.guess
     return [*marks, *(["resumed"] if options.resume else [])]
 
 

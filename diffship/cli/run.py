@@ -49,11 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument(
         "--strength", metavar="X", type=float, help="share of noise over --image, 0 to 1 (default: the model's)"
     )
+    _add_control(parser)
     _add_models(parser)
     _add_cloud(parser)
     engine = add_engine(parser)
     engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ControlNets (bundles that were exported with --controlnet NAME=SOURCE)")
+    group.add_argument(
+        "--control", metavar=("NAME", "IMAGE"), nargs=2, action="append", default=[],
+        help="a ControlNet and the picture that it sees (edges, depth, ...); repeat for several",
+    )  # fmt: skip
+    for flag, what in (("scale", "weight (default: 1)"), ("start", "share of the calls before it acts (0)"),
+                       ("end", "share of the calls after which it stops (1)")):  # fmt: skip
+        group.add_argument(
+            f"--control-{flag}", metavar="X", type=float, action="append", default=[],
+            help=f"{what}; one for all, or one for each --control in order",
+        )  # fmt: skip
+    group.add_argument("--guess", action="store_true", help="they act on the prompt alone: a picture without a prompt")
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"  # roles, which no model calls its parts
 CONTROLNET = "controlnet_"  # and the name that its owner gave it: what such a part is called
 CONTROL_IMAGE = "controlnet_cond"  # its input that takes the picture, (3, height, width) in [0, 1]
-RESIDUAL = "additional_residual_"  # what it gives and the denoiser takes, and a number (apple/ml-stable-diffusion's names)
+RESIDUAL = (
+    "additional_residual_"  # what it gives and the denoiser takes, and a number (apple/ml-stable-diffusion's names)
+)
 Shape = tuple[int | None, ...]  # None: an axis of any size
 
 

@@ -43,8 +43,8 @@ class GoldenFeeds:
         self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
 
     def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
-        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a denoiser or a ControlNet, one
-        of others.
+        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a denoiser or a ControlNet,
+        one of others.
 
         A part of another kind (a stage) gets the example feeds that it states itself.
         """

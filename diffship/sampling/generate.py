@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from diffship.core.errors import Cancelled, RunnerError, UnsupportedError
+from diffship.sampling.controlled import denoising_parts, require_controls
 from diffship.sampling.decode import OVERLAP, TILE, decode, takes_tiles
 from diffship.sampling.encode import encode, text_parts
 from diffship.sampling.guidance import unheeded
-from diffship.sampling.init_image import Canvas, begun
+from diffship.sampling.init_image import Canvas, begun, controlled
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, denoiser_of
 from diffship.sampling.model import Model
@@ -91,7 +92,8 @@ def draw(
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory
     if low:
-        model.release(model.family.kind.denoiser)
+        for part in denoising_parts(model):
+            model.release(part)
     return finish(model, done, low, cancel)
 
 
@@ -100,10 +102,11 @@ def start(model: Model, request: Request) -> list[Trajectory]:
     kind = model.family.kind
     settled = settle(request, model.family, model.scheduler)
     require_parts(model, kind.denoiser, *(() if request.image is None else (kind.encoder,)))
-    canvas = Canvas.of(settled)
+    require_controls(model, [control.name for control in request.controls])
+    canvas, (controls, steered) = Canvas.of(settled), controlled(settled)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
     told = encoded.warnings + unheeded(model.family, model.scheduler, settled.guidance, request.negative)
-    told += () if canvas is None else canvas.warnings
+    told += steered if canvas is None else canvas.warnings + steered
     made = []
     for i in range(request.images):
         trajectory = Trajectory(
@@ -118,6 +121,7 @@ def start(model: Model, request: Request) -> list[Trajectory]:
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
             facts=_facts(model, settled, i, told),
             origin=_origin(model),
+            controls=controls,
             **begun(model, settled, i, make_noise(request.rng, request.seed, i), canvas),
         )
         made.append(trajectory)
@@ -207,6 +211,11 @@ def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) 
         facts["image"] = image
     if request.image is not None:
         facts |= {"mode": "image-to-image" if request.mask is None else "inpainting", "strength": settled.strength}
+    if request.controls:
+        facts["controls"] = [
+            {"name": one.name, "scale": one.scale, "start": one.start, "end": one.end} for one in request.controls
+        ]
+        facts |= {"guess": True} if request.guess else {}
     return {**facts, "warnings": list(warnings)} if warnings else facts
 
 

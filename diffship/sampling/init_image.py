@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffship.core.brief import brief
+from diffship.sampling.control import Controlled
 from diffship.sampling.decode import moments_of, sampled
 from diffship.sampling.kernel import Array
 from diffship.sampling.model import Model
@@ -84,6 +85,20 @@ def begun(model: Model, settled: Settled, place: int, source: Noise, canvas: Can
             # what comes next in the noise's stream is stock's only after this draw, whose latents nobody reads
             _, source = sampled(model.family, moments, source, VAE_STEP)
     return {**fields, "noise": source}
+
+
+def controlled(settled: Settled) -> tuple[tuple[Controlled, ...], tuple[str, ...]]:
+    """The controls of a settled request in the size of the picture, and warnings."""
+    request, calls = settled.request, settled.sampler.calls(settled.steps)
+    made, told = [], []
+    for control in request.controls:
+        told += _resizing(f"image of control {control.name}", control.image, settled.size)
+        first, stop = control.acts(settled.begin, calls)
+        if first == stop:
+            told.append(f"control {control.name} acts on no call: none of {calls} lies between its start and its end")
+        pixels = _resized(control.image, settled.size).transpose(2, 0, 1).astype(np.float32)
+        made.append(Controlled(control.name, pixels, float(control.scale), first, stop, request.guess))
+    return tuple(made), tuple(told)
 
 
 def _first(settled: Settled, noise: NDArray[np.float32], clean: NDArray[np.float32] | None) -> Array:

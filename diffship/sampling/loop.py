@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.kind import Kind
 from diffship.core.runner import Runner
+from diffship.sampling.controlled import ControlledDenoiser
 from diffship.sampling.guidance import FeedMaker, guide, like
 from diffship.sampling.kernel import Array, apply_matrix
 from diffship.sampling.model import Model
@@ -83,8 +84,10 @@ def plain(runner: Runner, kind: Kind) -> Denoiser:
 
 
 def denoiser_of(model: Model) -> Denoiser:
-    """The Denoiser of a model's own denoiser, which is opened now."""
+    """The Denoiser of a model's own denoiser, which is opened now; of one with ControlNets, when it is called."""
     kind = model.family.kind
+    if kind.controlled in model.parts:
+        return ControlledDenoiser(model, lambda: plain(model.use(kind.denoiser), kind))
     return plain(model.use(kind.denoiser), kind)
 
 

@@ -15,6 +15,7 @@ from diffship.core.family import Family
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.registry import SPACINGS
 from diffship.core.strict import unknown
+from diffship.sampling.control import Control
 from diffship.sampling.kernel import Array
 from diffship.sampling.rng import NOISES
 from diffship.sampling.sampler import Sampler
@@ -39,6 +40,9 @@ class Request:
     and the first calls are left out (image-to-image; SDEdit, Meng et al. 2021). With `mask` too (uint8 (height, width))
     only what the mask covers, 128 and above, is drawn anew (inpainting). Both are resized to the picture, whose size is
     the image's own, rounded down to what the model draws, unless `size` says another.
+
+    `controls` are ControlNets of the bundle with the pictures that they see. With `guess` they lead without a prompt:
+    they act on the positive row of guidance alone.
     """
 
     prompt: str
@@ -57,6 +61,8 @@ class Request:
     latents: Array | None = None
     image: NDArray[np.uint8] | None = None
     mask: NDArray[np.uint8] | None = None
+    controls: tuple[Control, ...] = ()
+    guess: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", check_prompt(self.prompt))
@@ -81,8 +87,17 @@ class Request:
         _check_size(self.size)
         _check_pixels("image", self.image, 3)
         _check_pixels("mask", self.mask, 2)
+        self._check_controls()
         if self.mask is not None and self.image is None:
             raise ConfigError("there is a mask and no image; give the image that the mask is for")
+
+    def _check_controls(self) -> None:
+        if len(self.controls) > LIMITS.controls:
+            raise ConfigError(f"there are {len(self.controls)} controls; at most {LIMITS.controls} act at once")
+        for control in self.controls:
+            _check_pixels(f"image of control {control.name}", control.image, 3)
+        if self.guess and not self.controls:
+            raise ConfigError("guess is on, and there is no control that could guess")
 
 
 @brief
@@ -130,9 +145,10 @@ def drawn_size(request: Request, family: Family) -> tuple[int, int]:
     """
     if request.size is not None:
         return request.size
-    if request.image is None:
+    image = request.controls[0].image if request.image is None and request.controls else request.image
+    if image is None:
         return family.default_sides
-    height, width = request.image.shape[:2]
+    height, width = image.shape[:2]
     step = family.size_step
     size = width // step * step, height // step * step
     try:

@@ -12,6 +12,7 @@ from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.core.kind import Shape
+from diffship.sampling.control import Controlled
 from diffship.sampling.rng import Noise
 from diffship.sampling.sampler import Sampler
 
@@ -81,6 +82,7 @@ class Trajectory:
     masked_latents: Array | None = None  # as the latents, for models that read them
     init_latents: Array | None = None  # as the latents: what is put back where the mask is 0, under `init_noise`
     init_noise: Array | None = None  # as the latents, standard normal
+    controls: tuple[Controlled, ...] = ()
     prompt: str = ""
     negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
@@ -109,6 +111,12 @@ class Trajectory:
         _same("latents", tuple(self.latents.shape), shape)
         _same("prediction type", self.sampler.process.prediction, family.prediction_type)
         self._require_mask(family.fills_masks)
+        if self.controls and family.kind.controlled is None:
+            raise HandoffError(
+                f"the trajectory does not fit this model: a ControlNet acts on it, and {family.name} has none"
+            )
+        for control in self.controls:
+            _same(f"picture of control {control.name}", tuple(control.image.shape), (3, *self.size[::-1]))
         for condition in (self.positive, self.negative):
             if condition is not None:
                 _same("conditioning", sorted(condition), sorted(legal))

@@ -1,7 +1,8 @@
-"""ControlNet (Zhang et al. 2023, arXiv 2302.05543): the `controlnet_NAME` part, and the U-Net that takes what it gives.
+"""ControlNet (Zhang et al. 2023, arXiv 2302.05543): the `controlnet_NAME` part, and a U-Net that takes what it gives.
 
-A ControlNet is a copy of the first half of a U-Net that also sees a picture (edges, depth, a pose). What it computes is added
-to the U-Net's skip connections and to its middle: `additional_residual_0` to the last one, which is the middle's.
+A ControlNet is a copy of the first half of a U-Net that also sees a picture (edges, depth, a pose). What it computes is
+added to the U-Net's skip connections and to its middle: `additional_residual_0` and so on, the last one being the
+middle's.
 """
 
 from __future__ import annotations
@@ -99,12 +100,12 @@ def controlled_unet(unet: Component, name: str) -> Component:
         raise UnsupportedError(f"{unet.name}: it has no middle block, and a ControlNet controls one")
     inputs = (*unet.inputs, *residual_specs(inner))
     build = partial(ControlledUNet, dict(unet.config))
-    return replace(unet, name=name, build=build, inputs=inputs, walk=_controlled_layers, template=None, shares=unet.name)
+    return replace(
+        unet, name=name, build=build, inputs=inputs, walk=_controlled_layers, template=None, shares=unet.name
+    )
 
 
-def controlnet(
-    name: str, config: Mapping[str, Any], weights: Weights, unet: Component, factor: int
-) -> Component:
+def controlnet(name: str, config: Mapping[str, Any], weights: Weights, unet: Component, factor: int) -> Component:
     """The ControlNet of `config` as the part `name`, for a U-Net whose latents are `factor` pixels wide.
 
     Raises:
@@ -118,7 +119,9 @@ def controlnet(
     inputs, _ = unet_specs(config)
     halvings = len(config.get("conditioning_embedding_out_channels") or _EMBEDDING_CHANNELS) - 1
     if 2**halvings != factor:
-        raise SourceError(f"{name}: it makes one of {2**halvings} pixels, the model's VAE one of {factor}: another family")
+        raise SourceError(
+            f"{name}: it makes one of {2**halvings} pixels, the model's VAE one of {factor}: another family"
+        )
     plane = scaled("height", halvings), scaled("width", halvings)
     picture = TensorSpec(CONTROL_IMAGE, "float32", ("batch_size", 3, *plane))
     part = Component(name, CLASS, dict(config), build, weights, (*inputs, picture), (), unet.smallest)
@@ -156,7 +159,7 @@ def _controlled_layers(component: Component, inner: Any) -> Program:
 
 
 class _ControlledWalk(UNetWalk):
-    """Residuals are read where skips are: by the residual blocks on the way up, and the middle's by the first of them."""
+    """Residuals are read where skips are, by the residual blocks on the way up; the middle's by the first of them."""
 
     def __init__(self, component: Component, inner: Any) -> None:
         super().__init__(component, inner)

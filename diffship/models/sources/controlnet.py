@@ -10,7 +10,7 @@ from pathlib import Path
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.kind import Slot
 from diffship.core.sniff import missing, near
-from diffship.models.pipeline import Module, Pipeline
+from diffship.models.pipeline import Pipeline
 from diffship.models.sources.diffusers_folder import read_module
 from diffship.models.sources.hub import hub_folder, is_hub_id
 from diffship.models.sources.licences import joined, licence_of
@@ -20,8 +20,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}\Z")
 
 
 def with_controlnets(pipeline: Pipeline, sources: Mapping[str, str]) -> Pipeline:
-    """`pipeline` with a part for each of `sources` (name: folder or hub id), and its denoiser as one more that takes their
-    residuals.
+    """`pipeline` with a part for each of `sources` (name: folder or hub id), and one more: its denoiser, which takes
+    their residuals.
 
     Raises:
         ConfigError: a name that no part can have, or no denoiser among the parts.
@@ -48,7 +48,7 @@ def controlnet_folder(text: str) -> Path:
     if not path.is_dir():
         if not (is_hub_id(text) and "/" in text) or missing(text):
             raise SourceError(
-                f"{text[:200]!r} is no folder with a ControlNet and no hub id; give one that diffusers saved{near(text)}"
+                f"{text[:200]!r} is no folder with a ControlNet and no hub id; name what diffusers saved{near(text)}"
             )
         path, _ = hub_folder(text, None)
     inside = path / SLOT.folder

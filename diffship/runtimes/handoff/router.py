@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
+from diffship.sampling.controlled import denoising_parts
 from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import checked_denoiser, conditioned, finish, start
 from diffship.sampling.kernel import Array
@@ -113,7 +114,8 @@ class Router:
     def release(self, place: int) -> None:
         """Free the denoiser of one model; its next call loads it again."""
         if self._denoisers.pop(place, None) is not None:
-            self.models[place].release(self.models[place].family.kind.denoiser)
+            for part in denoising_parts(self.models[place]):
+                self.models[place].release(part)
 
     def _share(self, place: int) -> bool:
         """Whether this model makes any call."""
