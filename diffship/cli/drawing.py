@@ -237,7 +237,7 @@ def controls_of(options: argparse.Namespace) -> tuple[tuple[Control, ...], tuple
     """
     from diffship.sampling.picture import read_image
 
-    count, made, told = len(options.control), [], []
+    count, made, told = len(options.control), list[Control](), list[str]()
     values = {name: getattr(options, f"control_{name}") for name in ("scale", "start", "end")}
     for name, given in values.items():
         if len(given) not in {0, count} | ({1} if count else set()):

@@ -44,8 +44,8 @@ def write_trajectory(
     model = GatedModel(pipeline, max_bytes)
     try:
         guidance = None if sizes["batch_size"] > 1 or pipeline.family.takes_guidance else 1.0
-        asked = {"steps": steps, "size": size, "seed": SEED, "rng": "philox", "guidance": guidance}
-        (trajectory,) = start(model, Request(PROMPT, NEGATIVE, **asked, **_picture(pipeline, size)))
+        request = Request(PROMPT, NEGATIVE, steps, guidance, size, SEED, "philox", **_picture(pipeline, size))
+        (trajectory,) = start(model, request)
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
         found = latents_by_step(trajectory, denoiser_of(model))

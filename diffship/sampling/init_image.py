@@ -90,7 +90,8 @@ def begun(model: Model, settled: Settled, place: int, source: Noise, canvas: Can
 def controlled(settled: Settled) -> tuple[tuple[Controlled, ...], tuple[str, ...]]:
     """The controls of a settled request in the size of the picture, and warnings."""
     request, calls = settled.request, settled.sampler.calls(settled.steps)
-    made, told = [], []
+    made: list[Controlled] = []
+    told: list[str] = []
     for control in request.controls:
         told += _resizing(f"image of control {control.name}", control.image, settled.size)
         first, stop = control.acts(settled.begin, calls)

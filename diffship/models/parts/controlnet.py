@@ -68,8 +68,15 @@ class ControlNet(Module):
         return (*down, middle)
 
 
-class ControlledUNet(UNet):
+class ControlledUNet(Module):
     """A U-Net that takes residuals after its other inputs."""
+
+    inner: Any
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        plain = UNet(config)
+        self.inner, self.conditions = plain.inner, plain.conditions
 
     def forward(self, *feeds: torch.Tensor) -> tuple[torch.Tensor]:
         plain = 3 + len(self.conditions)

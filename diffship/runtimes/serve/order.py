@@ -173,7 +173,7 @@ def _settled(form: Drawing, model: Model, images: int) -> tuple[Settled, tuple[s
         strength=form.strength,
     )
     read = {name: _picture(name, text) for name in ("image", "mask") if (text := getattr(form, name)) is not None}
-    pixels = {name: grey(found) if name == "mask" else found for name, (found, _) in read.items()}
+    pixels: dict[str, Any] = {name: grey(found) if name == "mask" else found for name, (found, _) in read.items()}
     settled = settle(replace(request, **pixels), model.family, model.scheduler)
     if settled.request.image is not None:
         require_parts(model, model.family.kind.encoder)
