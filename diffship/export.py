@@ -166,11 +166,12 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
             raise ConfigError(unknown("part", name, pipeline.components))
     if not wanted:
         raise ConfigError(f"no part is chosen; this source has {', '.join(pipeline.components)}")
-    chosen = {name: part for name, part in pipeline.components.items() if name in wanted}
-    for part in chosen.values():
-        if part.shares is not None and part.shares not in chosen:
+    chosen = [pipeline.components[name] for name in wanted]
+    for part in chosen:
+        if part.shares is not None and part.shares not in wanted:
             raise ConfigError(f"part {part.name} lies over the data of {part.shares}: name both in --parts, or neither")
-    return replace(pipeline, components=chosen)
+    chosen.sort(key=lambda part: part.shares is not None)  # after the part whose data it is over
+    return replace(pipeline, components={part.name: part for part in chosen})
 
 
 def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:

@@ -143,9 +143,18 @@ class Trajectory:
 _MASKS = ("mask", "masked_latents", "init_latents", "init_noise")
 
 
+def conditions_fit(condition: Conditioning, family: Family) -> bool:
+    """Whether a denoiser of `family` takes these conditions."""
+    legal = family.kind.conditions(family)
+    return set(condition) == set(legal) and all(_fits(tuple(condition[name].shape), legal[name]) for name in legal)
+
+
+def _fits(shape: tuple[int, ...], legal: Shape) -> bool:
+    return len(shape) == len(legal) and all(side in (None, ours) for ours, side in zip(shape, legal, strict=True))
+
+
 def _require_shape(name: str, shape: tuple[int, ...], legal: Shape) -> None:
-    fits = len(shape) == len(legal) and all(side in (None, ours) for ours, side in zip(shape, legal, strict=True))
-    if not fits:
+    if not _fits(shape, legal):
         _same(name, shape, tuple("any" if side is None else side for side in legal))
 
 
