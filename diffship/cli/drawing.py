@@ -18,7 +18,7 @@ from diffship.cli.progress import Stages, note
 from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file, write_new
 from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
-from diffship.core.limits import LIMITS
+from diffship.core.limits import LIMITS, check_range
 from diffship.core.sniff import also, missing, near
 from diffship.runtimes.engines.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
@@ -26,6 +26,7 @@ from diffship.runtimes.handoff.router import Router
 from diffship.runtimes.handoff.router import begin as begin_request
 from diffship.runtimes.handoff.router import draw as draw_batch
 from diffship.sampling.control import Control
+from diffship.sampling.hires import STRENGTH, enlarged
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory, warnings_in
@@ -40,6 +41,7 @@ class Work:
     pictures: list[dict[str, str]]
     settled: Callable[[Router, Sequence[str]], dict[str, str]]
     told: tuple[str, ...] = ()  # warnings of what the command line names
+    second: Callable[[Router, Picture, int], list[Trajectory]] | None = None  # how a second pass begins
 
 
 def draw(options: argparse.Namespace) -> Result:
@@ -61,6 +63,8 @@ def draw(options: argparse.Namespace) -> Result:
             batch = piece.begun(router)
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
             pictures = draw_batch(router, batch, reporter(stages, label, options.save_trajectory))
+            if piece.second is not None:
+                pictures = _second_pass(router, piece.second, pictures, reporter(stages, f"{label} hires", None))
             drawn += [save(picture, next(files), options) for picture in pictures]
         models, noted = report(router, sources), [*noted, *work[0].told]
         told = pace.told(router.models, len(drawn))
@@ -84,15 +88,55 @@ def asked(options: argparse.Namespace) -> list[Work]:
     Raises:
         ConfigError: a prompt, file or value that is not legal.
     """
+    require_hires(options)
     prompts = read_prompts(options)
     images, told = images_of(options)
     requests = [Request(prompt, **request_fields(options), **images) for prompt in prompts]
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     return [
-        Work(partial(begin_request, request=request), wanted(options, request, index), partial(_settled, request), told)
+        Work(
+            partial(begin_request, request=request),
+            wanted(options, request, index),
+            partial(_settled, request),
+            told,
+            None if options.hires is None else partial(_second, request, options),
+        )
         for index, request in enumerate(requests)
     ]
+
+
+def require_hires(options: argparse.Namespace) -> None:
+    """Raises ConfigError for values of the second pass that are not legal, before the first one is drawn."""
+    if options.hires is None:
+        if options.hires_strength is not None:
+            raise ConfigError("--hires-strength is of the second pass: give --hires SCALE too")
+        return
+    check_range("--hires", options.hires, *LIMITS.hires)
+    if options.mask is not None:
+        raise ConfigError("--hires draws the whole picture anew, also where --mask keeps it: leave one of them out")
+    if options.hires_strength is not None:
+        check_range("--hires-strength", options.hires_strength, *LIMITS.strength)
+
+
+def _second(
+    request: Request, options: argparse.Namespace, router: Router, picture: Picture, place: int
+) -> list[Trajectory]:
+    strength = STRENGTH if options.hires_strength is None else options.hires_strength
+    made = enlarged(request, picture, place, router.starter.family, options.hires, strength)
+    facts = {"hires": {"scale": options.hires, "strength": strength}}
+    return [replace(begun, facts={**begun.facts, **facts}) for begun in begin_request(router, made)]
+
+
+def _second_pass(
+    router: Router,
+    second: Callable[[Router, Picture, int], list[Trajectory]],
+    pictures: Sequence[Picture],
+    report: Callable[[Sequence[Trajectory]], None],
+) -> list[Picture]:
+    """Each picture enlarged and drawn on, one after the other: they are large now."""
+    begun = (second(router, picture, place) for place, picture in enumerate(pictures))
+    return [drawn for batch in begun for drawn in draw_batch(router, batch, report)]
 
 
 def wanted(options: argparse.Namespace, request: Request, index: int) -> list[dict[str, str]]:
@@ -116,6 +160,7 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     """
     given = [f"--{name}" for name in request_fields(options) if name != "memory"]
     given += ["a prompt"] * bool(options.prompts or options.prompts_file)
+    given += ["--hires"] * (options.hires is not None)
     given += ["--control"] * bool(options.control)
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:

@@ -156,6 +156,8 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += [f"{slug(name, 24)}-{slug(Path(file).stem, 24)}" for name, file in options.control]
     marks += [f"{name}{value:g}" for name in _SHARES for value in getattr(options, f"control_{name}")]
     marks += ["guess"] * options.guess
+    marks += [f"hires{options.hires:g}"] if options.hires is not None else []
+    marks += [f"hires-strength{options.hires_strength:g}"] if options.hires_strength is not None else []
     return [*marks, *(["resumed"] if options.resume else [])]
 
 

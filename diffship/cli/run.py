@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument(
         "--strength", metavar="X", type=float, help="share of noise over --image, 0 to 1 (default: the model's)"
     )
+    picture.add_argument("--hires", metavar="SCALE", type=float, help="enlarge the picture so and draw on from it")
+    picture.add_argument(
+        "--hires-strength", metavar="X", type=float, help="share of noise of that second pass (default: 0.5)"
+    )
     _add_control(parser)
     _add_models(parser)
     _add_cloud(parser)
