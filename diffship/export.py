@@ -68,6 +68,7 @@ def export(
     embeddings: Sequence[str] = (),
     job: Job | None = None,
     against: Pipeline | None = None,
+    controlnets: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -83,6 +84,9 @@ def export(
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
+
+    `controlnets` are folders or hub ids by the name that each gets in the bundle. Its denoiser is then there twice: as
+    it was, and as a graph over the same weights that takes their residuals.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -102,11 +106,12 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        changes = (parts, base, clip_skip, trajectory or None, embeddings or None)
+        changes = (parts, base, clip_skip, trajectory or None, embeddings or None, controlnets)
         usual = all(one is None for one in changes) and loading == AS_SAID
         plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
     whole = _with_clip_skip(_with_words(_opened(source, base, revision, loading), embeddings), clip_skip)
+    whole = _controlled(whole, controlnets or {}, exporter)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -165,6 +170,16 @@ def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:
     return pipeline if layers is None else with_clip_skip(pipeline, layers)
 
 
+def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph) -> Pipeline:
+    if not controlnets:
+        return pipeline
+    if exporter.name != "onnx":
+        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
+    from diffship.models.sources.controlnet import with_controlnets
+
+    return with_controlnets(pipeline, controlnets)
+
+
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     if parts is None:
         return pipeline
@@ -174,7 +189,12 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
             raise ConfigError(unknown("part", name, pipeline.components))
     if not wanted:
         raise ConfigError(f"no part is chosen; this source has {', '.join(pipeline.components)}")
-    return replace(pipeline, components={name: pipeline.components[name] for name in wanted})
+    chosen = [pipeline.components[name] for name in wanted]
+    for part in chosen:
+        if part.shares is not None and part.shares not in wanted:
+            raise ConfigError(f"part {part.name} lies over the data of {part.shares}: name both in --parts, or neither")
+    chosen.sort(key=lambda part: part.shares is not None)  # after the part whose data it is over
+    return replace(pipeline, components={part.name: part for part in chosen})
 
 
 def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffship.cli.flags import existing_file, request_fields, requests_of
 from diffship.cli.like import told_of_others
 from diffship.cli.models import open_router, report, sources_of
@@ -21,13 +19,15 @@ from diffship.cli.progress import Stages, note
 from diffship.cli.prompts import read_prompts
 from diffship.core.atomic import write_file, write_new
 from diffship.core.errors import ConfigError, HandoffError, SourceError, UnsupportedError
-from diffship.core.limits import LIMITS
+from diffship.core.limits import LIMITS, check_range
 from diffship.core.sniff import also, missing, near
 from diffship.runtimes.engines.engine import installed
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.handoff.router import Router
 from diffship.runtimes.handoff.router import begin as begin_request
 from diffship.runtimes.handoff.router import draw as draw_batch
+from diffship.sampling.control import Control
+from diffship.sampling.hires import STRENGTH, enlarged
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory, warnings_in
@@ -41,6 +41,8 @@ class Work:
     begun: Callable[[Router], list[Trajectory]]
     pictures: list[dict[str, str]]
     settled: Callable[[Router, Sequence[str]], dict[str, str]]
+    told: tuple[str, ...] = ()  # warnings of what the command line names
+    second: Callable[[Router, Picture, int], list[Trajectory]] | None = None  # how a second pass begins
 
 
 def draw(options: argparse.Namespace) -> Result:
@@ -49,6 +51,8 @@ def draw(options: argparse.Namespace) -> Result:
     sources = sources_of(options)
     names = Names(options)
     work = resumed(options) if options.resume else asked(options)
+    for warning in work[0].told:
+        note(f"warning: {warning}")
     places = names.places([picture for piece in work for picture in piece.pictures])
     for source in sources:
         require_something(source)
@@ -61,8 +65,10 @@ def draw(options: argparse.Namespace) -> Result:
             batch = piece.begun(router)
             label = f"{number + 1}/{len(work)} {batch[0].prompt[:40]}"
             pictures = draw_batch(router, batch, reporter(stages, label, options.save_trajectory))
+            if piece.second is not None:
+                pictures = _second_pass(router, piece.second, pictures, reporter(stages, f"{label} hires", None))
             drawn += [save(picture, next(files), options) for picture in pictures]
-        models = report(router, sources)
+        models, noted = report(router, sources), [*noted, *work[0].told]
         told = pace.told(router.models, len(drawn))
     if options.grid:
         write_grid(options.grid, [entry.pixels for entry in drawn], [entry.prompt for entry in drawn])
@@ -84,19 +90,55 @@ def asked(options: argparse.Namespace) -> list[Work]:
     Raises:
         ConfigError: a prompt, file or value that is not legal.
     """
+    require_hires(options)
     prompts = read_prompts(options)
-    requests = requests_of(options, prompts)
+    images, told = images_of(options)
+    requests = requests_of(options, prompts, images)
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
-    image, mask = _read_image(options.image), _read_mask(options.mask)
     return [
         Work(
-            partial(begin_request, request=request, image=image, mask=mask),
+            partial(begin_request, request=request),
             wanted(options, request, index),
             partial(_settled, request),
+            told,
+            None if options.hires is None else partial(_second, request, options),
         )
         for index, request in enumerate(requests)
     ]
+
+
+def require_hires(options: argparse.Namespace) -> None:
+    """Raises ConfigError for values of the second pass that are not legal, before the first one is drawn."""
+    if options.hires is None:
+        if options.hires_strength is not None:
+            raise ConfigError("--hires-strength is of the second pass: give --hires SCALE too")
+        return
+    check_range("--hires", options.hires, *LIMITS.hires)
+    if options.mask is not None:
+        raise ConfigError("--hires draws the whole picture anew, also where --mask keeps it: leave one of them out")
+    if options.hires_strength is not None:
+        check_range("--hires-strength", options.hires_strength, *LIMITS.strength)
+
+
+def _second(
+    request: Request, options: argparse.Namespace, router: Router, picture: Picture, place: int
+) -> list[Trajectory]:
+    strength = STRENGTH if options.hires_strength is None else options.hires_strength
+    made = enlarged(request, picture, place, router.starter.family, options.hires, strength)
+    facts = {"hires": {"scale": options.hires, "strength": strength}}
+    return [replace(begun, facts={**begun.facts, **facts}) for begun in begin_request(router, made)]
+
+
+def _second_pass(
+    router: Router,
+    second: Callable[[Router, Picture, int], list[Trajectory]],
+    pictures: Sequence[Picture],
+    report: Callable[[Sequence[Trajectory]], None],
+) -> list[Picture]:
+    """Each picture enlarged and drawn on, one after the other: they are large now."""
+    begun = (second(router, picture, place) for place, picture in enumerate(pictures))
+    return [drawn for batch in begun for drawn in draw_batch(router, batch, report)]
 
 
 def wanted(options: argparse.Namespace, request: Request, index: int) -> list[dict[str, str]]:
@@ -120,6 +162,8 @@ def resumed(options: argparse.Namespace) -> list[Work]:
     """
     given = [f"--{name.replace('_', '-')}" for name in request_fields(options) if name != "memory"]
     given += ["a prompt"] * bool(options.prompts or options.prompts_file)
+    given += ["--hires"] * (options.hires is not None)
+    given += ["--control"] * bool(options.control)
     given += ["--image"] * bool(options.image) + ["--mask"] * bool(options.mask)
     if given:
         raise ConfigError(f"--resume goes on with what its file says; leave {', '.join(given)} out")
@@ -216,18 +260,43 @@ def reporter(stages: Stages, label: str, kept: Path | None) -> Callable[[Sequenc
     return report
 
 
-def _read_image(file: Path | None) -> Any:
-    from diffship.sampling.picture import read_pixels
+def images_of(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`image` and `mask` of a request, as far as they are given, and warnings.
 
-    return None if file is None else read_pixels(file)
+    Raises:
+        ConfigError: a file that is missing or no picture.
+    """
+    from diffship.sampling.picture import grey, read_image
+
+    read = {name: read_image(file) for name in ("image", "mask") if (file := getattr(options, name)) is not None}
+    found: dict[str, Any] = {name: grey(pixels) if name == "mask" else pixels for name, (pixels, _) in read.items()}
+    controls, told = controls_of(options)
+    if controls or options.guess:
+        found |= {"controls": controls, "guess": options.guess}
+    return found, tuple(warning for _, warnings in read.values() for warning in warnings) + told
 
 
-def _read_mask(file: Path | None) -> Any:
-    """Grey as diffusers takes it of a coloured mask: ITU-R 601."""
-    from PIL import Image
+def controls_of(options: argparse.Namespace) -> tuple[tuple[Control, ...], tuple[str, ...]]:
+    """The controls of a request, and warnings.
 
-    pixels = _read_image(file)
-    return None if pixels is None else np.asarray(Image.fromarray(pixels).convert("L"))
+    Raises:
+        ConfigError: a value without its --control, or a file that is missing or no picture.
+    """
+    from diffship.sampling.picture import read_image
+
+    count, made, told = len(options.control), list[Control](), list[str]()
+    values = {name: getattr(options, f"control_{name}") for name in ("scale", "start", "end")}
+    for name, given in values.items():
+        if len(given) not in {0, count} | ({1} if count else set()):
+            raise ConfigError(
+                f"--control-{name} is given {len(given)} times for {count} --control; give one, or one for each"
+            )
+    for place, (name, file) in enumerate(options.control):
+        pixels, warnings = read_image(Path(file))
+        own = {key: given[place] if len(given) == count else given[0] for key, given in values.items() if given}
+        made.append(Control(name, pixels, **own))
+        told += warnings
+    return tuple(made), tuple(told)
 
 
 def result(

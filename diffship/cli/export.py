@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names
+from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names, worded
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
@@ -34,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=tuple(EXPORTERS), default="onnx", help="target (default: onnx)")
     add_source(parser)
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
+    parser.add_argument(
+        "--controlnet", metavar="NAME=SOURCE", type=worded, action="append", default=[],
+        help="a ControlNet (folder or hub id) that run --control NAME draws with; repeat for several",
+    )  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the bundle says 'unproven'")
     parser.add_argument(
         "--trajectory", metavar="N", type=int, help="steps that lie in the bundle for verify to draw again"
@@ -87,6 +91,8 @@ def run(options: argparse.Namespace) -> Result:
 
     if options.parts is not None and not options.parts:
         raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
+    if len(names := [name for name, _ in options.controlnet]) != len(set(names)):
+        raise ConfigError(f"--controlnet gives one name twice: {', '.join(names)}")
     chosen = given_fields(options, load(EXPORTERS, options.to, "target"))
     with made_parents(options.output), Stages(options.quiet) as stages:
         bundle = export(
@@ -102,6 +108,7 @@ def run(options: argparse.Namespace) -> Result:
             overwrite=options.overwrite,
             clip_skip=options.clip_skip,
             embeddings=options.embedding,
+            controlnets=dict(options.controlnet) or None,
             job=Job(options.cache, progress=stages),
             **chosen,
         )

@@ -77,7 +77,19 @@ def check_flags(options: argparse.Namespace) -> None:
     """Raises ConfigError: flags that do not go with --cloud, or with each other."""
     if options.bundle is None:
         raise ConfigError("DIR is missing: the small bundle that finishes what the cloud begins")
-    others = ("large", "models", "engines", "resume", "image", "mask", "strength", "lora", "embedding")
+    others = (
+        "large",
+        "models",
+        "engines",
+        "resume",
+        "image",
+        "mask",
+        "strength",
+        "lora",
+        "embedding",
+        "control",
+        "hires",
+    )
     given = [f"--{name}" for name in others if getattr(options, name) not in (None, False, [])]
     if given:
         why = "; --resume finishes on this device alone" if options.resume else ""

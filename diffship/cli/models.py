@@ -59,7 +59,7 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
             for source, engine in zip(sources, engines, strict=True)
         ]
         warnings = [text for model in models for text in getattr(model, "notes", ())]
-        warnings += check_pair(models, options.sampler, options.shared_latents)
+        warnings += check_pair(models, options.sampler, options.shared_latents, encode=True)
         warnings += half_on_cpu(models, options)
         for warning in warnings:
             note(f"warning: {warning}")

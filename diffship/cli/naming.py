@@ -18,6 +18,7 @@ from diffship.sampling.request import Request, settle
 from diffship.sampling.trajectory import Trajectory
 
 Fields = Mapping[str, str]
+_SHARES = ("scale", "start", "end")  # of controls
 _MARKS = {  # others stand alone
     "steps": "{}steps",
     "guidance": "g{}",
@@ -161,6 +162,11 @@ def _marks(options: argparse.Namespace) -> list[str]:
     marks += [f"of-{slug(file.stem, 24)}" for file in (options.image, options.mask) if file]
     marks += [slug(Path(text).stem if ":" not in text else text.rpartition("/")[2], 24) for text in options.lora]
     marks += [f"like-{slug(options.like.stem, 24)}"] if options.like else []
+    marks += [f"{slug(name, 24)}-{slug(Path(file).stem, 24)}" for name, file in options.control]
+    marks += [f"{name}{value:g}" for name in _SHARES for value in getattr(options, f"control_{name}")]
+    marks += ["guess"] * options.guess
+    marks += [f"hires{options.hires:g}"] if options.hires is not None else []
+    marks += [f"hires-strength{options.hires_strength:g}"] if options.hires_strength is not None else []
     return [*marks, *(["resumed"] if options.resume else [])]
 
 

@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   diffship run path/to/model.safetensors "red apple" --steps 20 -o out/apple.png
   diffship run out/small "red apple" --large out/emoji --split 10,15 -o out/apple.png
   diffship run out/small "red apple" --cloud http://127.0.0.1:8765 --split 10,15 -o out/apple.png
+  diffship run out/emoji "green apple" --image out/apple.png --strength 0.7 -o out/green.png
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
   diffship run out/emoji "a (red:1.3) apple" --prompt-syntax a1111 -o out/apple.png
   diffship run out/emoji --like out/apple.png -o out/again.png
@@ -55,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG files")
     picture = add_request(parser)
     picture.add_argument("--images", metavar="N", type=int, help="pictures per prompt (default: 1)")
-    picture.add_argument("--image", metavar="FILE", type=Path, help="picture to fill in (inpainting models)")
-    picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw (inpainting models)")
+    picture.add_argument("--image", metavar="FILE", type=Path, help="picture to begin with; with --mask, to fill in")
+    picture.add_argument("--mask", metavar="FILE", type=Path, help="white where to draw; elsewhere --image stays")
     picture.add_argument(
-        "--strength", metavar="X", type=float, help="share of noise, 0 to 1 (inpainting models; default: the model's)"
+        "--strength", metavar="X", type=float, help="share of noise over --image, 0 to 1 (default: the model's)"
     )
     picture.add_argument(
         "--lora",
@@ -70,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument(
         "--embedding", metavar="[WORD=]FILE", action="append", default=[], help="a textual inversion (torch); repeat"
     )
+    picture.add_argument("--hires", metavar="SCALE", type=float, help="enlarge the picture so and draw on from it")
+    picture.add_argument(
+        "--hires-strength", metavar="X", type=float, help="share of noise of that second pass (default: 0.5)"
+    )
+    _add_control(parser)
     _add_models(parser)
     _add_cloud(parser)
     source = parser.add_argument_group("a source in place of a bundle, drawn with by torch")
@@ -78,6 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = add_engine(parser)
     engine.add_argument("--engines", metavar="A,B", type=names, help="one per model, in the order of --split")
     engine.add_argument("--memory", choices=("normal", "low"), help="low: one part at a time, tiles")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ControlNets (bundles that were exported with --controlnet NAME=SOURCE)")
+    group.add_argument(
+        "--control", metavar=("NAME", "IMAGE"), nargs=2, action="append", default=[],
+        help="a ControlNet and the picture that it sees (edges, depth, ...); repeat for several",
+    )  # fmt: skip
+    for flag, what in (("scale", "weight (default: 1)"), ("start", "share of the calls before it acts (0)"),
+                       ("end", "share of the calls after which it stops (1)")):  # fmt: skip
+        group.add_argument(
+            f"--control-{flag}", metavar="X", type=float, action="append", default=[],
+            help=f"{what}; one for all, or one for each --control in order",
+        )  # fmt: skip
+    group.add_argument("--guess", action="store_true", help="they act on the prompt alone: a picture without a prompt")
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:

@@ -18,10 +18,10 @@ from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.models.model import PipelineModel
 from diffship.models.pipeline import Pipeline
-from diffship.sampling.decode import encode_image
+from diffship.sampling.decode import moments_of, sampled
 from diffship.sampling.encode import encode
 from diffship.sampling.process import cumulative
-from diffship.sampling.rng import Noise, TorchNoise
+from diffship.sampling.rng import VAE_STEP, Noise, TorchNoise
 from diffship.sampling.samplers import noise_schedule
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def examples(
         source: Noise = TorchNoise.seeded(seed)
         latents = []
         for pixels in pictures.pixels(rows):
-            made, source = encode_image(model, pixels, np.ones(pixels.shape[:2], np.float32), source)
+            made, source = sampled(model.family, moments_of(model, pixels), source, VAE_STEP)
             latents.append(made)
         clean = np.stack(latents)
         noise, _ = source.draw(clean.shape, 0)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffship.core.errors import UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.core.reading import PLAIN, Reading
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from diffship.sampling.tokenizer import Tokenizer
 
 TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"  # roles, which no model calls its parts
+CONTROLNET = "controlnet_"  # and the name that its owner gave it: what such a part is called
+CONTROL_IMAGE = "controlnet_cond"  # its input that takes the picture, (3, height, width) in [0, 1]
+RESIDUAL = (
+    "additional_residual_"  # what it gives and the denoiser takes, and a number (apple/ml-stable-diffusion's names)
+)
 Shape = tuple[int | None, ...]  # None: an axis of any size
 
 
@@ -60,9 +66,12 @@ class Kind(ABC):
 
     name: of the family in manifests, and in the registry. slots: in the order in which the parts run. denoiser,
     decoder, encoder: canonical part names. sample_input, time_input, output: names of the denoiser's latents, timesteps
-    and prediction. condition_names: the denoiser's inputs that come of the prompt;
+    and prediction. controlled: canonical name of the denoiser as the part that also takes the residuals of ControlNets;
+    None: there are none for this kind. condition_names: the denoiser's inputs that come of the prompt;
     exact_conditions: those that 16 bits do not hold. patch: latent values a side of one
-    token, by which flow matching shifts with the size. classes: the diffusers pipelines whose pictures are drawn.
+    token, by which flow matching shifts with the size. image_strength, mask_strength: share of the noise that stock
+    pipelines begin with if they are given an image, and a mask too. classes: the diffusers pipelines whose pictures are
+    drawn.
     foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
     file_texts: how the names of each text encoder's tensors begin in checkpoints of one file, by its folder.
     vae_facts: keys of the config of its published VAE that no tensor tells.
@@ -76,9 +85,12 @@ class Kind(ABC):
     sample_input: ClassVar[str] = "sample"
     time_input: ClassVar[str] = "timestep"
     output: ClassVar[str] = "out_sample"
+    controlled: ClassVar[str | None] = None
     condition_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     exact_conditions: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
+    image_strength: ClassVar[float] = 0.8
+    mask_strength: ClassVar[float] = 1.0
     classes: ClassVar[Mapping[str, Any]] = {}
     foreign: ClassVar[tuple[str, ...]] = ()
     file_texts: ClassVar[Mapping[str, str]] = {}
@@ -114,6 +126,11 @@ class Kind(ABC):
         """What a part does, whatever it is called: `text`, `denoiser`, `decoder` or `encoder`."""
         roles = {self.part_of(role): role for role in (DENOISER, DECODER, ENCODER)}
         return roles.get(part, TEXT)
+
+    def denoises(self, part: str) -> bool:
+        """Whether a part is called at every step, with latents, timesteps and conditions: the denoiser, in both forms,
+        or a ControlNet."""
+        return part in (self.denoiser, self.controlled) or part.startswith(CONTROLNET)
 
     def slot_of(self, part: str) -> Slot:
         """The slot that a part is made of; KeyError if there is none."""
@@ -186,6 +203,12 @@ class Kind(ABC):
     ) -> Mapping[str, Any] | None:
         """Conditioning that stands for a negative prompt if none was given; None: the empty prompt is encoded."""
         return None
+
+    def strength_default(self, family: Family, masked: bool) -> float:
+        """Share of the noise that a picture begins with if a request gives an image, or (`masked`) a mask too."""
+        if family.fills_masks:
+            return family.strength_default
+        return self.mask_strength if masked else self.image_strength
 
     def takes_guidance(self, family: Family) -> bool:
         """Whether the denoiser takes the guidance scale as an input, instead of a second row of a batch."""
@@ -270,6 +293,18 @@ class Kind(ABC):
         Raises:
             SourceError, UnsupportedError: its config makes none.
         """
+
+    def with_controlnets(
+        self, denoiser: Component, family: Family, modules: Mapping[str, Module]
+    ) -> tuple[Component, ...]:
+        """`denoiser` as the part `controlled`, then a part for each ControlNet of `modules`, by the name that its owner
+        gave it.
+
+        Raises:
+            UnsupportedError: there are no ControlNets for this kind of model, or not such ones.
+            SourceError: one was trained for another family.
+        """
+        raise UnsupportedError(f"ControlNets control U-Nets here; this model is of the kind {self.name}")
 
     @abstractmethod
     def index(self, material: Material, family: Family) -> dict[str, Any]:

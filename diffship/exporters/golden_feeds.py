@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.core.kind import CONTROL_IMAGE
 from diffship.exporters.gated import GatedModel
 from diffship.exporters.golden import SEED
 from diffship.models.parts.component import Component
@@ -42,14 +43,15 @@ class GoldenFeeds:
         self._encoded: dict[tuple[int, int], list[Conditioning]] = {}
 
     def calls(self, component: Component, sizes: Mapping[str, int]) -> list[Arrays]:
-        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a denoiser, one of others.
+        """The feeds of each golden call of `component` at `sizes` (by axis): two calls of a denoiser or a ControlNet,
+        one of others.
 
         A part of another kind (a stage) gets the example feeds that it states itself.
         """
         kind = self._kind
         if component.name in kind.text_parts:
             return [self._tokens(component, sizes)]
-        if component.name == kind.denoiser:
+        if kind.denoises(component.name):
             return [self._denoising(component, sizes, call) for call in range(len(TIMESTEPS))]
         if component.name in (kind.encoder, kind.decoder):
             return [self._pictures(component, sizes)]
@@ -92,6 +94,8 @@ class GoldenFeeds:
         times = np.resize(np.array(TIMESTEPS[call], np.float32), rows)
         feeds[self._kind.time_input] = times
         feeds[self._kind.sample_input] = self._latents(feeds[self._kind.sample_input], times, SEED + call)
+        if CONTROL_IMAGE in feeds:
+            feeds[CONTROL_IMAGE] = (np.tanh(_smooth(feeds[CONTROL_IMAGE].shape, SEED + call)) + 1) / 2
         size = self._kind.picture_size(self._pipeline.family, known)
         conditions = [self._conditions(size)[row % len(PROMPTS)] for row in range(rows)]
         for name in self._kind.condition_names:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import meta_of
@@ -44,11 +44,8 @@ def write_trajectory(
     model = GatedModel(pipeline, max_bytes)
     try:
         guidance = None if sizes["batch_size"] > 1 or pipeline.family.takes_guidance else 1.0
-        strength = 1.0 if pipeline.family.fills_masks else None  # every step counts
-        request = Request(
-            PROMPT, NEGATIVE, steps=steps, size=size, seed=SEED, rng="philox", guidance=guidance, strength=strength
-        )
-        (trajectory,) = start(model, request, *_picture(pipeline, size))
+        request = Request(PROMPT, NEGATIVE, steps, guidance, size, SEED, "philox", **_picture(pipeline, size))
+        (trajectory,) = start(model, request)
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
         found = latents_by_step(trajectory, denoiser_of(model))
@@ -82,18 +79,20 @@ def why_not(pipeline: Pipeline, sizes: Mapping[str, int], steps: int = 0) -> str
         return f"the engine's least shapes are not a legal picture size: {fault}"
     try:
         if steps:
-            settle(Request(PROMPT, steps=steps, size=size), pipeline.family, pipeline.scheduler)
+            request = Request(PROMPT, steps=steps, size=size, **_picture(pipeline, size))
+            settle(request, pipeline.family, pipeline.scheduler)
     except (ConfigError, UnsupportedError) as fault:
         return f"the model's own scheduler does not draw it: {fault}"
     return "" if sizes["batch_size"] in (1, 2) else f"{kind.denoiser} takes neither one row nor two"
 
 
-def _picture(pipeline: Pipeline, size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """A grey ramp whose right half is to be drawn, for models that fill masks."""
+def _picture(pipeline: Pipeline, size: tuple[int, int]) -> dict[str, Any]:
+    """`image` and `mask` of a request: a grey ramp whose right half is to be drawn, for models that fill masks; with
+    all of the noise, so that every step counts."""
     if not pipeline.family.fills_masks:
-        return None, None
+        return {}
     width, height = size
     ramp = np.linspace(0, 255, width, dtype=np.uint8)
     image = np.repeat(np.repeat(ramp[None, :, None], height, 0), 3, 2)
     mask = np.repeat(np.where(np.arange(width) < width // 2, 0, 255).astype(np.uint8)[None], height, 0)
-    return image, mask
+    return {"image": image, "mask": mask, "strength": 1.0}

@@ -50,6 +50,7 @@ class StableDiffusion3(Kind):
     encoder, decoder = VAE_SLOT.parts
     sample_input, output = "hidden_states", "out_hidden_states"
     condition_names = ("encoder_hidden_states", "pooled_projections")
+    image_strength, mask_strength = 0.6, 0.6
     foreign = ("unet", "prior")
     vae_facts: ClassVar[Mapping[str, Any]] = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "force_upcast": True}
     plain_class: ClassVar[str] = "StableDiffusion3Pipeline"

@@ -57,6 +57,7 @@ class StableDiffusionXl(UNetKind):
     }
     file_schedules: ClassVar[Mapping[str, str]] = {"": "sdxl"}
     vae_facts: ClassVar[Mapping[str, Any]] = {"scaling_factor": 0.13025, "force_upcast": True}
+    image_strength, mask_strength = 0.3, 0.9999
     time_ids: ClassVar[int] = 6
     options: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
 

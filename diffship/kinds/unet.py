@@ -51,7 +51,7 @@ class UNetKind(Kind):
     in one file gets, by what its U-Net predicts; `""` of the rest.
     """
 
-    denoiser = "unet"
+    denoiser, controlled = "unet", "unet_controlled"
     foreign = ("transformer", "text_encoder_3", "prior")
     encoder, decoder = VAE_SLOT.parts
     classes: ClassVar[Mapping[str, Stock]]
@@ -254,6 +254,22 @@ class UNetKind(Kind):
             if slot == VAE_SLOT:
                 return autoencoder(module.class_name, module.config, module.weights, least)
             return (text_encoder(slot.folder, module.class_name, module.config, module.weights, self.penultimate),)
+
+    def with_controlnets(
+        self, denoiser: Component, family: Family, modules: Mapping[str, Module]
+    ) -> tuple[Component, ...]:
+        from diffship.core.kind import CONTROLNET
+        from diffship.models.parts.component import reading
+        from diffship.models.parts.controlnet import controlled_unet, controlnet
+        from diffship.models.sources.defaults import completed
+
+        parts = [controlled_unet(denoiser, self.controlled)]
+        for name, module in modules.items():
+            part = f"{CONTROLNET}{name}"
+            with reading(part, module.class_name):
+                config = completed(module.class_name, module.config)
+                parts.append(controlnet(part, config, module.weights, denoiser, family.vae_factor))
+        return tuple(parts)
 
     def index(self, material: Material, family: Family) -> dict[str, Any]:
         index = {key: value for key, value in material.index.items() if not isinstance(value, list)}

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError, RunnerError
+from diffship.core.family import Family
 from diffship.core.runner import Runner
 from diffship.sampling.encode import finite
 from diffship.sampling.model import Model
-from diffship.sampling.rng import VAE_STEP, Noise
+from diffship.sampling.rng import Noise
 from diffship.sampling.trajectory import as_numpy
 
 Floats = NDArray[np.float32]
@@ -76,29 +77,39 @@ def decode_tiled(
     return np.asarray(total / weight, np.float32)
 
 
-def encode_image(
-    model: Model, image: NDArray[np.uint8], keep: Floats, noise: Noise, draw: int = VAE_STEP
-) -> tuple[Floats, Noise]:
-    """(latents, noise source after the draw) of `image` (height, width, 3) uint8.
+def moments_of(model: Model, image: NDArray[np.uint8], keep: Floats | None = None) -> Floats:
+    """What the encoder gives for `image` (height, width, 3): mean and log variance of its latents, side by side along
+    the channels, or the latents themselves (a tiny VAE).
 
-    `keep` (height, width) is 1 for pixels that stay and 0 for pixels that are made grey before encoding. `draw` names
-    the draw of noise.
+    `keep` (height, width) is 1 for pixels that stay and 0 for pixels that are made grey first; None: all stay.
 
-    A KL encoder's posterior is sampled (Kingma and Welling 2014), as diffusers does; a tiny VAE gives its latents.
+    Raises:
+        RunnerError: they are not finite.
+        ConfigError: their number is neither that of the latents' channels nor twice that.
     """
-    signed = (image.astype(np.float32) / np.float32(127.5) - np.float32(1)) * keep[..., None]
+    signed = image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    signed = signed if keep is None else signed * keep[..., None]
     feeds = {"sample": np.ascontiguousarray(signed.transpose(2, 0, 1)[None])}
     part = model.family.kind.encoder
     parameters = finite(part, as_numpy(model.use(part).run(feeds)["latent_parameters"])[0])
     channels = model.family.latent_channels
     if len(parameters) not in (channels, 2 * channels):
         raise ConfigError(f"{part} gives {len(parameters)} channels; {channels} or {2 * channels} are known")
-    latents = parameters[:channels]
-    if len(parameters) == 2 * channels:
-        deviation = np.exp(np.float32(0.5) * np.clip(parameters[channels:], -30, 20))
+    return parameters
+
+
+def sampled(family: Family, moments: Floats, noise: Noise, draw: int) -> tuple[Floats, Noise]:
+    """(scaled latents, noise source after the draw) of `moments_of`; `draw` names the draw of noise.
+
+    A KL encoder's posterior is sampled (Kingma and Welling 2014), as diffusers does; a tiny VAE's latents need no draw.
+    """
+    channels = family.latent_channels
+    latents = moments[:channels]
+    if len(moments) == 2 * channels:
+        deviation = np.exp(np.float32(0.5) * np.clip(moments[channels:], -30, 20))
         drawn, noise = noise.draw(latents.shape, draw)
         latents = latents + deviation * drawn
-    return (latents - np.float32(model.family.shift_factor)) * np.float32(model.family.scaling_factor), noise
+    return (latents - np.float32(family.shift_factor)) * np.float32(family.scaling_factor), noise
 
 
 def _call(runner: Runner) -> Callable[[Floats], Floats]:

@@ -7,20 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
+from diffship.core.errors import Cancelled, RunnerError, UnsupportedError
 from diffship.core.reading import Reading
-from diffship.sampling.decode import OVERLAP, TILE, decode, encode_image, takes_tiles
+from diffship.sampling.controlled import denoising_parts, require_controls
+from diffship.sampling.decode import OVERLAP, TILE, decode, takes_tiles
 from diffship.sampling.encode import encode, text_parts
 from diffship.sampling.guidance import Key, group_key, unheeded
+from diffship.sampling.init_image import Canvas, begun, controlled
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise, denoiser_of
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request as Request
 from diffship.sampling.request import Settled, settle
-from diffship.sampling.rng import INITIAL, WHOLE_STEP, Noise, make_noise
+from diffship.sampling.rng import make_noise
 from diffship.sampling.tokenizer import check_prompt
 from diffship.sampling.trajectory import Origin, Trajectory, as_numpy, warnings_in
 
@@ -28,14 +29,9 @@ Cancel = Callable[[], bool]
 
 
 def generate(
-    model: Model,
-    request: Request,
-    on_step: OnStep | None = None,
-    cancel: Cancel | None = None,
-    image: NDArray[np.uint8] | None = None,
-    mask: NDArray[np.uint8] | None = None,
+    model: Model, request: Request, on_step: OnStep | None = None, cancel: Cancel | None = None
 ) -> list[Picture]:
-    """Pictures of a request; `image` and `mask` (255: draw here) are for models with nine input channels.
+    """Pictures of a request.
 
     `on_step` sees the trajectories that share a model call after every call.
 
@@ -46,7 +42,7 @@ def generate(
         Cancelled: `cancel()` was true between two calls.
     """
     require_parts(model, model.family.kind.decoder)
-    return draw(model, start(model, request, image, mask), request.memory == "low", request.batch, on_step, cancel)
+    return draw(model, start(model, request), request.memory == "low", request.batch, on_step, cancel)
 
 
 def generate_many(
@@ -97,39 +93,40 @@ def draw(
         for place, trajectory in zip(places, active, strict=True):
             done[place] = trajectory
     if low:
-        model.release(model.family.kind.denoiser)
+        for part in denoising_parts(model):
+            model.release(part)
     return finish(model, done, low, cancel)
 
 
-def start(
-    model: Model, request: Request, image: NDArray[np.uint8] | None = None, mask: NDArray[np.uint8] | None = None
-) -> list[Trajectory]:
+def start(model: Model, request: Request) -> list[Trajectory]:
     """The trajectories of a request before the first model call."""
-    _require(model, image, mask)
+    kind = model.family.kind
     settled = settle(request, model.family, model.scheduler)
-    pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
+    require_parts(model, kind.denoiser, *(() if request.image is None else (kind.encoder,)))
+    require_controls(model, [control.name for control in request.controls])
+    canvas, (controls, steered) = Canvas.of(settled), controlled(settled)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance, request.reading)
-    ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
+    told = encoded.warnings + unheeded(model.family, model.scheduler, settled.guidance, request.negative)
+    told += steered if canvas is None else canvas.warnings + steered
     made = []
     for i in range(request.first_image, request.first_image + request.images):
-        latents, noise = _initial(model, settled, i, image)
         trajectory = Trajectory(
-            latents=latents,
             step=settled.begin,
             steps=settled.steps,
             sampler=settled.sampler,
-            noise=noise,
             size=settled.size,
             guidance=settled.guidance,
             positive=encoded.positive,
             negative=encoded.negative,
             prompt=check_prompt(request.prompt),  # as it is encoded, so that files can hold it
             negative_prompt=None if request.negative is None else check_prompt(request.negative),
-            facts=_facts(model, settled, i, encoded.warnings + ignored),
+            facts=_facts(model, settled, i, told),
             origin=_origin(model),
             reading=request.reading,
+            controls=controls,
+            **begun(model, settled, i, make_noise(request.rng, request.seed, i), canvas),
         )
-        made.append(trajectory if pixels is None else _inpaint(model, trajectory, *pixels))
+        made.append(trajectory)
     return made
 
 
@@ -216,30 +213,19 @@ def _chunks(batch: Sequence[Trajectory], at_once: int) -> list[list[int]]:
     return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
 
 
-def _initial(model: Model, settled: Settled, i: int, image: NDArray[np.uint8] | None) -> tuple[Array, Noise]:
-    """(latents, noise source): noise, or, below strength 1, the image under noise; both drawn in diffusers' order.
-    Latents that the request gives count as noise."""
-    noise, given = make_noise(settled.request.rng, settled.request.seed, i), settled.request.latents
-    sigma = np.float32(settled.sampler.init_noise_sigma(settled.steps))
-    if given is not None:
-        return as_numpy(given[i - settled.request.first_image]) * sigma, noise
-    if image is None or settled.strength == 1.0:
-        drawn, noise = noise.draw(settled.latent_shape, INITIAL)
-        return drawn * sigma, noise
-    clean, noise = encode_image(model, image, np.ones(image.shape[:2], np.float32), noise, WHOLE_STEP)
-    drawn, noise = noise.draw(settled.latent_shape, INITIAL)
-    kept, added = map(np.float32, settled.sampler.noising(settled.begin, settled.steps))
-    return clean * kept + drawn * added, noise
-
-
 def _facts(model: Model, settled: Settled, image: int, warnings: Sequence[str]) -> dict[str, Any]:
     request = settled.request
     seed = request.seed + image if request.rng == "torch" else request.seed
     facts: dict[str, Any] = {"seed": seed, "rng": request.rng, "model": model.name, "model_digest": model.digest}
     if request.rng != "torch":
         facts["image"] = image
-    if model.family.fills_masks:
-        facts["strength"] = settled.strength
+    if request.image is not None:
+        facts |= {"mode": "image-to-image" if request.mask is None else "inpainting", "strength": settled.strength}
+    if request.controls:
+        facts["controls"] = [
+            {"name": one.name, "scale": one.scale, "start": one.start, "end": one.end} for one in request.controls
+        ]
+        facts |= {"guess": True} if request.guess else {}
     return {**facts, "warnings": list(warnings)} if warnings else facts
 
 
@@ -251,39 +237,11 @@ def _origin(model: Model) -> Origin:
     return Origin(model.family, digests)
 
 
-def _require(model: Model, image: object, mask: object) -> None:
-    inpaint = model.family.fills_masks
-    if inpaint and (image is None or mask is None):
-        raise ConfigError(f"{model.name} fills masks: give it both an image and a mask")
-    if not inpaint and (image is not None or mask is not None):
-        raise UnsupportedError(f"{model.name} takes no image or mask; an inpainting model does (arch:sd15-inpaint)")
-    kind = model.family.kind
-    require_parts(model, kind.denoiser, *((kind.encoder,) if inpaint else ()))
-
-
 def require_parts(model: Model, *names: str) -> None:
     """Raises UnsupportedError for parts that the model lacks."""
     missing = set(names) - set(model.parts)
     if missing:
         raise UnsupportedError(f"{model.name} has no {', '.join(sorted(missing))}; export with --parts, or --base")
-
-
-def _check_images(
-    image: NDArray[np.uint8], mask: NDArray[np.uint8], size: tuple[int, int]
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    width, height = size
-    if image.dtype != np.uint8 or image.shape != (height, width, 3):
-        raise ConfigError(f"the image is {image.dtype} {image.shape}; this request needs uint8 ({height}, {width}, 3)")
-    if mask.dtype != np.uint8 or mask.shape != (height, width):
-        raise ConfigError(f"the mask is {mask.dtype} {mask.shape}; this request needs uint8 ({height}, {width})")
-    return image, (mask >= 128).astype(np.float32)
-
-
-def _inpaint(model: Model, trajectory: Trajectory, image: NDArray[np.uint8], mask: NDArray[np.float32]) -> Trajectory:
-    masked, noise = encode_image(model, image, 1 - mask, trajectory.noise)
-    factor = model.family.vae_factor
-    small = np.ascontiguousarray(mask[None, ::factor, ::factor])
-    return replace(trajectory, mask=small, masked_latents=masked, noise=noise)
 
 
 def _stop_if(cancel: Cancel | None) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
-from diffship.core.kind import Kind
+from diffship.core.kind import CONTROL_IMAGE, RESIDUAL, Kind
 from diffship.core.runner import Runner
 from diffship.sampling.kernel import Array, as_float32
 from diffship.sampling.trajectory import Conditioning, Trajectory
@@ -94,6 +94,7 @@ class FeedMaker:
         self._kind = kind
         names = {spec.name for spec in runner.inputs}
         self._conditions = [name for name in kind.condition_names if name in names]
+        self._steered = any(name == CONTROL_IMAGE or name.startswith(RESIDUAL) for name in names)
         # what the last call's feeds were made of, and those feeds: one attribute, so that threads may share it
         self._last: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
@@ -103,6 +104,10 @@ class FeedMaker:
         Raises:
             ConfigError: sizes differ within the batch, or a condition that the model takes is missing.
         """
+        if not self._steered and any(t.controls for t in batch):
+            raise ConfigError(
+                "a ControlNet acts on the trajectory, and this denoiser takes no residuals: open one that does"
+            )
         order = [*(t for t in batch if guided(t)), *batch]
         conditions = [*(t.negative for t in batch if guided(t)), *(t.positive for t in batch)]
         times = [t.sampler.coefficients(t.step, t.steps, len(t.history)).timestep for t in order]

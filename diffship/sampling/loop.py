@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import Cancelled, ConfigError
 from diffship.core.kind import Kind
 from diffship.core.runner import Runner
+from diffship.sampling.controlled import ControlledDenoiser
 from diffship.sampling.guidance import FeedMaker, guide, like
 from diffship.sampling.kernel import Array, apply_matrix
 from diffship.sampling.model import Model
@@ -83,8 +84,10 @@ def plain(runner: Runner, kind: Kind) -> Denoiser:
 
 
 def denoiser_of(model: Model) -> Denoiser:
-    """The Denoiser of a model's own denoiser, which is opened now."""
+    """The Denoiser of a model's own denoiser, which is opened now; of one with ControlNets, when it is called."""
     kind = model.family.kind
+    if kind.controlled in model.parts:
+        return ControlledDenoiser(model, lambda: plain(model.use(kind.denoiser), kind))
     return plain(model.use(kind.denoiser), kind)
 
 
@@ -99,4 +102,20 @@ def _apply(trajectory: Trajectory, output: Array) -> Trajectory:
         fresh, noise = noise.draw(tuple(trajectory.latents.shape), trajectory.step + 1)
         fresh = like(fresh, trajectory.latents)
     latents, *history = apply_matrix(now.matrix, trajectory.latents, output, fresh, trajectory.history)
-    return at_step(trajectory, latents, tuple(history), noise)
+    return at_step(trajectory, _blended(trajectory, latents), tuple(history), noise)
+
+
+def _blended(trajectory: Trajectory, latents: Array) -> Array:
+    """`latents` after a call with the image put back where the mask is 0, under the noise of the next call.
+
+    As diffusers' StableDiffusionInpaintPipeline does for a denoiser that reads no mask.
+    """
+    mask, clean, noise = trajectory.mask, trajectory.init_latents, trajectory.init_noise
+    if mask is None or clean is None or noise is None:
+        return latents
+    now, kept = trajectory.step + 1, like(clean, latents)
+    if now < trajectory.calls:
+        signal, spread = trajectory.sampler.noising(now, trajectory.steps)
+        kept = kept * signal + like(noise, latents) * spread
+    drawn = like(mask, latents)
+    return kept * (1 - drawn) + latents * drawn

@@ -86,6 +86,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Steps": settings.get("steps"),
         "Sampler": A1111_SAMPLERS.get(str(settings.get("sampler")), settings.get("sampler")),
         "CFG scale": _short(settings.get("guidance")),
+        "Denoising strength": _short(settings.get("strength")),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}" if "width" in settings else None,
         "Model hash": str(settings.get("model_digest", ""))[:10] or None,
@@ -120,23 +121,56 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """RGB pixels (height, width, 3) of an image file, its EXIF rotation applied; its size is checked before decoding.
+    """The pixels of `read_image`."""
+    return read_image(path)[0]
+
+
+def read_image(path: str | Path) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """RGB pixels (height, width, 3) of an image file, its EXIF rotation applied, and warnings.
 
     Raises:
-        ConfigError: not a PNG, JPEG or WebP file, or larger than the limits.
+        ConfigError: not a PNG, JPEG or WebP file, several pictures in one file, or larger than the limits.
     """
-    data = _bounded(path)
+    return image_in(_bounded(path), str(path))
+
+
+def image_in(data: bytes, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """`read_image` of bytes, which errors call `name`; the picture's size is checked before it is decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > LIMITS.decoded_pixels:
-                raise ConfigError(
-                    f"{path}: is {image.width}x{image.height}; at most {LIMITS.decoded_pixels} pixels are decoded"
-                )
-            return np.array(eight_bits(_upright(image)).convert("RGB"), np.uint8)
+            _require_one(image, name)
+            clear = _transparent(image)
+            pixels = np.array(eight_bits(_upright(image)).convert("RGB"), np.uint8)
     except ConfigError:
         raise
     except Exception as fault:  # Pillow's decoders raise many kinds
-        raise ConfigError(f"{path}: cannot be read as PNG, JPEG or WebP: {undecoded(fault, data)}") from None
+        raise ConfigError(f"{name}: cannot be read as PNG, JPEG or WebP: {undecoded(fault, data)}") from None
+    told = f"{name}: its transparency is left out, and the colours below it are used, as in stock pipelines"
+    return pixels, (told,) if clear else ()
+
+
+def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB pixels (height, width, 3) as grey (height, width) by ITU-R 601, as diffusers takes a coloured mask."""
+    return np.asarray(Image.fromarray(pixels).convert("L"))
+
+
+def _require_one(image: Image.Image, name: str) -> None:
+    """Raises ConfigError for a picture of too many pixels, or one of several; a camera's previews (MPO) are none."""
+    if image.width * image.height > LIMITS.decoded_pixels:
+        raise ConfigError(
+            f"{name}: is {image.width}x{image.height}; at most {LIMITS.decoded_pixels} pixels are decoded"
+        )
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise ConfigError(f"{name}: is animated ({frames} frames); save the frame that you mean as a picture")
+
+
+def _transparent(image: Image.Image) -> bool:
+    """Whether any pixel lets through what is behind it."""
+    if not image.has_transparency_data:
+        return False
+    least = image.convert("RGBA").getchannel("A").getextrema()[0]
+    return isinstance(least, (int, float)) and least < 255
 
 
 def decoder_fault(fault: Exception) -> str:

@@ -109,6 +109,14 @@ class Sampler(ABC):
             )
         return (steps - left) * self.calls_a_step
 
+    def begun(self, call: int) -> Self:
+        """The sampler for a picture whose first call is `call`: the same, unless its calls count from there.
+
+        Raises:
+            ConfigError: it cannot begin there.
+        """
+        return self
+
     def coefficients(self, step: int, steps: int, age: int = 0) -> Coefficients:
         """Coefficients of call `step` (from 0) of `calls(steps)`, with `age` history entries at hand.
 

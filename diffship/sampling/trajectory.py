@@ -13,6 +13,7 @@ from diffship.core.errors import ConfigError, HandoffError
 from diffship.core.family import Family
 from diffship.core.kind import Shape
 from diffship.core.reading import PLAIN, Reading
+from diffship.sampling.control import Controlled
 from diffship.sampling.rng import Noise
 from diffship.sampling.sampler import Sampler
 
@@ -79,8 +80,10 @@ class Trajectory:
     negative: Conditioning | None = None
     history: tuple[Array, ...] = ()
     mask: Array | None = None  # as the latents with one channel, 1 = draw here
-    masked_latents: Array | None = None  # as the latents
-    init_latents: Array | None = None  # as the latents, what img2img started from
+    masked_latents: Array | None = None  # as the latents, for models that read them
+    init_latents: Array | None = None  # as the latents: what is put back where the mask is 0, under `init_noise`
+    init_noise: Array | None = None  # as the latents, standard normal
+    controls: tuple[Controlled, ...] = ()
     prompt: str = ""
     negative_prompt: str | None = None  # None: none was given, which SDXL encodes as zeros
     facts: dict[str, Any] = field(default_factory=dict)  # settings that only label the picture
@@ -109,17 +112,51 @@ class Trajectory:
             raise HandoffError(f"the trajectory does not fit this model: {fault}") from None
         _same("latents", tuple(self.latents.shape), shape)
         _same("prediction type", self.sampler.process.prediction, family.prediction_type)
-        _same("mask present", self.mask is not None and self.masked_latents is not None, family.fills_masks)
+        self._require_mask(family.fills_masks)
+        if self.controls and family.kind.controlled is None:
+            raise HandoffError(
+                f"the trajectory does not fit this model: a ControlNet acts on it, and {family.name} has none"
+            )
+        for control in self.controls:
+            _same(f"picture of control {control.name}", tuple(control.image.shape), (3, *self.size[::-1]))
         for condition in (self.positive, self.negative):
             if condition is not None:
                 _same("conditioning", sorted(condition), sorted(legal))
                 for name, array in condition.items():
                     _require_shape(name, tuple(array.shape), legal[name])
 
+    @property
+    def blends(self) -> bool:
+        """Whether the image is put back, after every call, where the mask is 0: the denoiser knows of no mask then."""
+        return self.init_latents is not None
+
+    def _require_mask(self, read: bool) -> None:
+        """Raises HandoffError unless there is all that a mask needs: if the denoiser reads it (`read`), masked latents;
+        otherwise either nothing, or the image and its noise."""
+        given = [name for name in _MASKS if getattr(self, name) is not None]
+        legal = (["mask", "masked_latents"],) if read else ([], ["mask", "init_latents", "init_noise"])
+        if given not in legal:
+            _same("of a mask present", given or "nothing", " or ".join(str(names or "nothing") for names in legal))
+        for name in given:
+            channels = 1 if name == "mask" else self.latents.shape[0]
+            _same(name, tuple(getattr(self, name).shape), (channels, *self.latents.shape[1:]))
+
+
+_MASKS = ("mask", "masked_latents", "init_latents", "init_noise")
+
+
+def conditions_fit(condition: Conditioning, family: Family) -> bool:
+    """Whether a denoiser of `family` takes these conditions."""
+    legal = family.kind.conditions(family)
+    return set(condition) == set(legal) and all(_fits(tuple(condition[name].shape), legal[name]) for name in legal)
+
+
+def _fits(shape: tuple[int, ...], legal: Shape) -> bool:
+    return len(shape) == len(legal) and all(side in (None, ours) for ours, side in zip(shape, legal, strict=True))
+
 
 def _require_shape(name: str, shape: tuple[int, ...], legal: Shape) -> None:
-    fits = len(shape) == len(legal) and all(side in (None, ours) for ours, side in zip(shape, legal, strict=True))
-    if not fits:
+    if not _fits(shape, legal):
         _same(name, shape, tuple("any" if side is None else side for side in legal))
 
 

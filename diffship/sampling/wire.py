@@ -24,6 +24,7 @@ from diffship.core.limits import LIMITS, check_range
 from diffship.core.reading import PLAIN, Reading
 from diffship.core.registry import kinds
 from diffship.core.strict import unknown
+from diffship.sampling.control import Controlled
 from diffship.sampling.matrix import MAX_HISTORY
 from diffship.sampling.rng import Noise, Philox, TorchGenerator, TorchNoise
 from diffship.sampling.samplers import make_sampler
@@ -38,14 +39,23 @@ _DIGITS = slice(8 + len(_FRONT), 8 + len(_FRONT) + 64)
 _HEADER_BYTES = 256 << 10
 _FACTS_BYTES = 16 << 10
 _KEYS = {"step", "steps", "sampler", "size", "guidance", "prompt", "negative_prompt", "facts", "noise", "origin"}
-_LATER = {"reading"}  # there only if prompts are read in another way than all readers of schema 3 know
+_CONTROLS = "controls"
+_LATER = {"reading", _CONTROLS}  # there only if prompts are read in another way, and if a ControlNet acts
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
 _CODES = {dtype.newbyteorder("="): code for code, dtype in _DTYPES.items()}
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 _SIDES = ("positive", "negative")
 _KEY = "noise.key"
-_LATENTS = ("latents", "mask", "masked_latents", "init_latents", *(f"history.{i}" for i in range(MAX_HISTORY)))
+_LATENTS = (
+    "latents",
+    "mask",
+    "masked_latents",
+    "init_latents",
+    "init_noise",
+    *(f"history.{i}" for i in range(MAX_HISTORY)),
+)
 _CONDITION = re.compile(rf"({'|'.join(_SIDES)})\.([a-z][a-z0-9_]{{0,63}})\Z")
+_CONTROL = re.compile(r"control\.[0-9]\Z")
 _MOST_CONDITIONS = 16  # on both sides together
 _RANKS = (2, 4)  # of latents; those of a video have four axes
 _CONDITION_RANKS = (1, 3)
@@ -88,6 +98,8 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
         "origin": _origin_out(trajectory.origin),
         **({"reading": trajectory.reading.to_json()} if trajectory.reading != PLAIN else {}),
     }
+    if trajectory.controls:
+        about[_CONTROLS] = [_control_out(control) for control in trajectory.controls]
     return _seal(about, tensors)
 
 
@@ -204,6 +216,8 @@ def _legal_rank(name: str, rank: int, latents: int) -> bool:
     """Whether a tensor of this name may be there and have so many axes; `latents` is how many those have."""
     if name == _KEY:
         return rank == 1
+    if _CONTROL.match(name):
+        return rank == 3
     if name in _LATENTS:
         return _RANKS[0] <= rank <= _RANKS[1] and rank == latents
     return _CONDITION.match(name) is not None and _CONDITION_RANKS[0] <= rank <= _CONDITION_RANKS[1]
@@ -247,6 +261,8 @@ def _build(about: Mapping[str, Any], tensors: dict[str, NDArray[Any]]) -> Trajec
         mask=tensors.get("mask"),
         masked_latents=tensors.get("masked_latents"),
         init_latents=tensors.get("init_latents"),
+        init_noise=tensors.get("init_noise"),
+        controls=_controls_in(about.get(_CONTROLS, []), tensors, sampler.calls(steps)),
         prompt=check_prompt(about["prompt"]),
         negative_prompt=None if about["negative_prompt"] is None else check_prompt(about["negative_prompt"]),
         facts=_facts(about["facts"]),
@@ -268,7 +284,9 @@ def _tensors(trajectory: Trajectory) -> dict[str, NDArray[Any]]:
         "mask": trajectory.mask,
         "masked_latents": trajectory.masked_latents,
         "init_latents": trajectory.init_latents,
+        "init_noise": trajectory.init_noise,
     }
+    named |= {f"control.{i}": control.image for i, control in enumerate(trajectory.controls)}
     for side, condition in (("positive", trajectory.positive), ("negative", trajectory.negative)):
         named |= {f"{side}.{name}": array for name, array in (condition or {}).items()}
     return {name: as_numpy(array) for name, array in named.items() if array is not None}
@@ -286,6 +304,30 @@ def _condition(side: str, tensors: Mapping[str, NDArray[Any]]) -> Conditioning |
     matches = {name: _CONDITION.match(name) for name in tensors}
     found = {match[2]: tensors[name] for name, match in matches.items() if match is not None and match[1] == side}
     return Conditioning(found) if found else None
+
+
+def _control_out(control: Controlled) -> dict[str, Any]:
+    keys = ("name", "scale", "first", "stop", "guess")
+    return {key: getattr(control, key) for key in keys}
+
+
+def _controls_in(entries: object, tensors: Mapping[str, NDArray[Any]], calls: int) -> tuple[Controlled, ...]:
+    pictures = sorted(name for name in tensors if _CONTROL.match(name))
+    if not isinstance(entries, list) or pictures != [f"control.{i}" for i in range(len(entries))]:
+        _refuse("its controls are not a list with a picture each")
+    if len(entries) > LIMITS.controls:
+        _refuse(f"it has {len(entries)} controls; at most {LIMITS.controls} act at once")
+    return tuple(_control_in(entry, tensors[name], calls) for entry, name in zip(entries, pictures, strict=True))
+
+
+def _control_in(entry: Any, image: NDArray[Any], calls: int) -> Controlled:
+    if not isinstance(entry, dict) or set(entry) != {"name", "scale", "first", "stop", "guess"}:
+        _refuse("a control does not have the keys of one")
+    if not (isinstance(entry["name"], str) and 0 < len(entry["name"]) <= 32 and isinstance(entry["guess"], bool)):
+        _refuse("a control has no name of at most 32 characters, or its guess is neither true nor false")
+    scale = float(check_range("control scale", entry["scale"], *LIMITS.control_scale))
+    first, stop = (check_range(f"control {key}", entry[key], 0, calls) for key in ("first", "stop"))
+    return Controlled(entry["name"], image, scale, first, stop, entry["guess"])
 
 
 def _noise_out(noise: Noise) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

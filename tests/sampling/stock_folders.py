@@ -166,8 +166,9 @@ CASES = (
     Case("SDXL inpainting: DPM-Solver++", "sdxl-inpaint", (_DPM, {})),
     Case("SDXL inpainting: Euler ancestral, strength 0.5", "sdxl-inpaint", (_ANCESTRAL, {}), ask={"strength": 0.5}),
     Case("SDXL inpainting: Heun, strength 0.5", "sdxl-inpaint", ("HeunDiscreteScheduler", {}), ask={"strength": 0.5}),
-    Case("SDXL inpainting: PNDM, whose first calls need each other", "sdxl-inpaint", _pndm(),
-         refused=("pndm", "strength")),
+    Case("SDXL inpainting: PNDM, which begins with its second call", "sdxl-inpaint", _pndm()),
+    Case("SDXL inpainting: PNDM with Runge-Kutta, whose first calls need each other", "sdxl-inpaint",
+         _pndm(skip_prk_steps=False), refused=("pndm", "strength")),
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffship.core.errors import ConfigError
-from diffship.sampling.picture import Picture, parameters, read_pixels, read_settings
+from diffship.sampling.picture import Picture, parameters, read_image, read_pixels, read_settings
 
 SETTINGS: dict[str, Any] = {
     "prompt": "a red äpfel, 😀",
@@ -144,3 +144,43 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     pixels = read_pixels(tmp_path / "ramp.png")
     assert np.array_equal(pixels[..., 0].ravel(), np.arange(256)) and np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def saved(path: Path, image: Image.Image, **how: object) -> Path:
+    image.save(path, **how)  # type: ignore[arg-type]
+    return path
+
+
+def test_palette_cmyk_and_alpha_give_the_colours_that_stock_pipelines_see(tmp_path: Path) -> None:
+    """The oracle is Pillow's own conversion, which diffusers' load_image makes."""
+    flat = np.zeros((24, 32, 3), np.uint8)
+    flat[:, :16], flat[:, 16:] = (200, 30, 60), (10, 220, 90)
+    image, clear = Image.fromarray(flat), Image.fromarray(flat).convert("RGBA")
+    clear.putalpha(Image.fromarray((flat[..., 0] // 2).astype(np.uint8)))
+    files = [
+        saved(tmp_path / "palette.png", image.convert("P", palette=Image.Palette.ADAPTIVE)),
+        saved(tmp_path / "cmyk.jpg", image.convert("CMYK"), quality=100),
+        saved(tmp_path / "alpha.png", clear),
+        saved(tmp_path / "grey.webp", image.convert("L"), lossless=True),
+    ]
+    for file in files:
+        pixels, told = read_image(file)
+        assert np.array_equal(pixels, np.asarray(Image.open(file).convert("RGB")))
+        assert [("transparency" in text) for text in told] == ([True] if file.stem == "alpha" else [])
+    assert np.abs(read_pixels(tmp_path / "cmyk.jpg").astype(int) - flat).max() < 12
+    opaque = saved(tmp_path / "opaque.png", image.convert("RGBA"))
+    assert read_image(opaque)[1] == ()
+
+
+@pytest.mark.parametrize("end", ["png", "webp"])
+def test_an_animated_picture_is_refused(tmp_path: Path, end: str) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 100, 200)]
+    file = saved(tmp_path / f"a.{end}", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(ConfigError, match=r"is animated \(3 frames\)"):
+        read_pixels(file)
+
+
+def test_a_camera_s_preview_behind_its_picture_is_no_animation(tmp_path: Path) -> None:
+    first, preview = (Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200))
+    file = saved(tmp_path / "a.jpg", first, format="MPO", save_all=True, append_images=[preview])
+    assert read_pixels(file).max() < 20

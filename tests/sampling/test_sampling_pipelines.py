@@ -79,12 +79,12 @@ def compare(pipe: Any, folder: Path, sampler: str, images: int = 1, given: Any =
         seed=7,
         sampler=sampler,
         images=images,
+        **(given or {}),
     )
     ours = generate(
         PipelineModel(pipe, folder),
         request,
         lambda now: seen.append(np.stack([t.latents for t in now])),
-        **(given or {}),
     )
     assert len(seen) == len(expected)
     for step, (a, b) in enumerate(zip(seen, expected, strict=True)):

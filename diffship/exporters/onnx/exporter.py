@@ -21,8 +21,8 @@ from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
-from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
-from diffship.exporters.onnx.pour import data_bytes, pour
+from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, beside, write_part_config, write_pipeline_files
+from diffship.exporters.onnx.pour import data_bytes, place_in, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
 from diffship.models.parts.component import SHOWN, Component, unexpected
 from diffship.models.parts.filling import INNER, computed, sources
@@ -101,6 +101,8 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
+        if component.shares is not None:
+            return 4 << 20
         return component.parameters * self.of(component).format.weight_bytes + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
@@ -124,6 +126,8 @@ class Onnx:
         cached = job.once(self.graph_digest(component), lambda path: path.write_bytes(self.graph(component)))
         job.progress(f"graph {component.name}", 1, 1)
         model = onnx.load(str(cached), load_external_data=False)
+        if component.shares is not None:
+            return self._beside(component, component.shares, model, out)
         folder = out / component.name
         folder.mkdir(parents=True)
         done, total = 0, Bytes(component.weights.nbytes)
@@ -154,6 +158,26 @@ class Onnx:
             precision=self.precision,
             source_digest=digest,
             extra=extra,
+        )
+
+    def _beside(self, component: Component, owner: str, model: onnx.ModelProto, out: Path) -> Part:
+        """Write the graph of a part into the folder of `owner`, whose data it reads: `unet/model_controlled.onnx`.
+
+        Raises:
+            SourceError: the graph holds a weight in a form that the data does not have.
+        """
+        name = beside(component.name, owner)
+        whole = onnx.load(str(out / owner / MODEL_FILE), load_external_data=False)
+        place_in(model, whole, component.name)
+        (out / owner / name).write_bytes(model.SerializeToString(deterministic=True))
+        return Part(
+            name=component.name,
+            files=(f"{owner}/{name}", f"{owner}/{DATA_FILE}"),
+            inputs=tuple(map(self.format.port, component.inputs)),
+            outputs=tuple(map(self.format.port, component.outputs)),
+            precision=self.precision,
+            source_digest=component.digest,
+            extra={"opset": self.opset, "nodes": len(model.graph.node), "shares": owner},
         )
 
     def finish(self, pipeline: Pipeline, out: Path) -> None:

@@ -15,6 +15,11 @@ DATA_FILE = "model.onnx_data"  # hub clients skip *.bin and *.safetensors beside
 _STATED = ("time_cond_proj_dim", "scaling_factor")
 
 
+def beside(part: str, owner: str) -> str:
+    """The file of a part that lies in the folder of another one, over whose data it is: `model_controlled.onnx`."""
+    return f"model_{part.removeprefix(owner).strip('_')}.onnx"
+
+
 def write_part_config(component: Component, folder: Path) -> None:
     """config.json of a part; both halves of a VAE get the whole VAE's."""
     config = folder_config(component)

@@ -59,6 +59,23 @@ def data_bytes(model: onnx.ModelProto) -> int:
     return max((place.end for group in _places(model).values() for place in group), default=0)
 
 
+def place_in(model: onnx.ModelProto, whole: onnx.ModelProto, part: str) -> None:
+    """Let the weights of `model` lie where those of the same names and forms of `whole` do.
+
+    Raises:
+        SourceError: `whole` has no such one.
+    """
+    held = {tensor.name: tensor for tensor in whole.graph.initializer if tensor.external_data}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        other = held.get(tensor.name)
+        if other is None or (other.data_type, list(other.dims)) != (tensor.data_type, list(tensor.dims)):
+            raise SourceError(f"{part}: its graph holds {tensor.name} in a form that the data of the other graph lacks")
+        del tensor.external_data[:]
+        tensor.external_data.extend(other.external_data)
+
+
 class _Place:
     """Where and how one initialiser is stored."""
 

@@ -40,6 +40,8 @@ class Component:
     `inner.` + the name in `weights`. `smallest` holds the least legal size of every named axis. `text_type` is the
     `model_type` of a part that transformers reads; None for one of diffusers.
 
+    `shares` names a part with the very same weights, in whose folder and over whose data a target may store this one.
+
     `walk(component, inner)` gives the layers of `inner` (the network below `inner.`, on any device) in the order in
     which they run; a part without one is never cut. Run one after the other, they compute what the part computes.
     """
@@ -55,6 +57,7 @@ class Component:
     template: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
     walk: Callable[[Component, nn.Module], Program] | None = field(default=None, repr=False, compare=False)
     text_type: str | None = None
+    shares: str | None = None
 
     @property
     def meta(self) -> nn.Module:

@@ -44,7 +44,7 @@ _UNSUPPORTED = {
     "attention_type": "default",
 }
 _EMBEDDING = "time_embedding"
-_EMB = f"{_EMBEDDING}.out"
+EMB = f"{_EMBEDDING}.out"
 _TEXT = "encoder_hidden_states"
 
 
@@ -92,7 +92,7 @@ def unet(config: Mapping[str, Any], weights: Weights, latent_size: int = 0) -> C
     step = 2 ** (len(config["block_out_channels"]) - 1)
     side = latent_size or step
     sizes = {"batch_size": 1, "height": side, "width": side, "sequence_length": 77}
-    inputs, outputs = _specs(config)
+    inputs, outputs = unet_specs(config)
     build = partial(UNet, dict(config))
     return Component("unet", CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=unet_layers)
 
@@ -148,7 +148,8 @@ def _constructor_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != KEY}
 
 
-def _specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def unet_specs(config: Mapping[str, Any]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a U-Net of this config."""
     width = text_width(config)
     inputs = [
         TensorSpec("sample", "float32", ("batch_size", int(config.get("in_channels", 4)), "height", "width")),
@@ -171,10 +172,12 @@ def unet_layers(component: Component, inner: Any) -> Program:
 
     Transformers are cut at every block: SDXL's have ten, 1.4 GB of float32 weights in one `attentions` module.
     """
-    return _Walk(component, inner).program()
+    return UNetWalk(component, inner).program()
 
 
-class _Walk:
+class UNetWalk:
+    """Collects the layers of a U-Net; subclasses say what parts that are made like one read and write beside it."""
+
     def __init__(self, component: Component, inner: Any) -> None:
         self.inner = inner
         self.conditions = condition_names(component.config)
@@ -185,65 +188,65 @@ class _Walk:
 
     def program(self) -> Program:
         inner = self.inner
-        self._embedding()
-        self._conv("conv_in", inner.conv_in.out_channels)
-        self._push()
+        self.embedding()
+        self.conv("conv_in", inner.conv_in.out_channels)
+        self.push()
         for i, block in enumerate(inner.down_blocks):
-            self._down(f"down_blocks.{i}", block)
+            self.down(f"down_blocks.{i}", block)
         if inner.mid_block is not None:
-            self._mid("mid_block", inner.mid_block)
+            self.mid("mid_block", inner.mid_block)
         for i, block in enumerate(inner.up_blocks):
-            self._up(f"up_blocks.{i}", block)
+            self.up(f"up_blocks.{i}", block)
         modules = [name for name in ("conv_norm_out", "conv_act", "conv_out") if getattr(inner, name) is not None]
         self.flow.module("conv_out", 0, apply=partial(_finish, modules), modules=modules, out="out_sample")
         return self.builder.program()
 
-    def _embedding(self) -> None:
+    def embedding(self) -> None:
         inner = self.inner
         width = inner.time_embedding.linear_2.out_features
         timed = "time_ids" in self.conditions
         modules = ["time_proj", _EMBEDDING, *(("add_time_proj", "add_embedding") if timed else ())]
         reads = ("timestep", _TEXT, *self.conditions)
-        out = self.builder.tensor(_EMB, "batch_size", width)
+        out = self.builder.tensor(EMB, "batch_size", width)
         self.builder.add(_EMBEDDING, reads, out, modules, partial(_embed, self.conditions), True)
 
-    def _down(self, path: str, block: Any) -> None:
+    def down(self, path: str, block: Any) -> None:
         for j, resnet in enumerate(block.resnets):
-            self._resnet(f"{path}.resnets.{j}", resnet)
-            self._attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
-            self._push()
+            self.resnet(f"{path}.resnets.{j}", resnet)
+            self.attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
+            self.push()
         for j, sampler in enumerate(block.downsamplers or ()):
             self.flow.scale -= 1
-            self._conv(f"{path}.downsamplers.{j}", sampler.out_channels)
-            self._push()
+            self.conv(f"{path}.downsamplers.{j}", sampler.out_channels)
+            self.push()
 
-    def _mid(self, path: str, block: Any) -> None:
-        self._resnet(f"{path}.resnets.0", block.resnets[0])
+    def mid(self, path: str, block: Any) -> None:
+        self.resnet(f"{path}.resnets.0", block.resnets[0])
         for j, resnet in enumerate(block.resnets[1:]):
-            self._attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
-            self._resnet(f"{path}.resnets.{j + 1}", resnet)
+            self.attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
+            self.resnet(f"{path}.resnets.{j + 1}", resnet)
 
-    def _up(self, path: str, block: Any) -> None:
+    def up(self, path: str, block: Any) -> None:
         for j, resnet in enumerate(block.resnets):
-            self._resnet(f"{path}.resnets.{j}", resnet, self.skips.pop())
-            self._attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
+            self.resnet(f"{path}.resnets.{j}", resnet, self.skips.pop())
+            self.attention(f"{path}.attentions.{j}", _item(block, "attentions", j))
         for j, sampler in enumerate(block.upsamplers or ()):
             self.flow.scale += 1
-            self._conv(f"{path}.upsamplers.{j}", sampler.out_channels)
+            self.conv(f"{path}.upsamplers.{j}", sampler.out_channels)
 
-    def _conv(self, path: str, channels: int) -> None:
+    def conv(self, path: str, channels: int) -> None:
         self.channels = channels
         self.flow.module(path, channels)
 
-    def _push(self) -> None:
+    def push(self) -> None:
         self.skips.append(self.flow.hidden)
 
-    def _resnet(self, path: str, resnet: Any, skip: str | None = None) -> None:
+    def resnet(self, path: str, resnet: Any, skip: str | None = None) -> None:
         self.channels = resnet.out_channels
-        more, call = ((skip, _EMB), _joined) if skip else ((_EMB,), _plain)
+        more, call = ((skip, EMB), joined) if skip else ((EMB,), _plain)
         self.flow.module(path, self.channels, more, partial(call, path))
 
-    def _attention(self, path: str, module: Any) -> None:
+    def attention(self, path: str, module: Any) -> None:
         if module is None:
             return
         if isinstance(module, attention_processor.Attention):
@@ -290,7 +293,7 @@ def _plain(path: str, tree: Tree, hidden: torch.Tensor, emb: torch.Tensor) -> Te
     return (tree[path](hidden, emb),)
 
 
-def _joined(path: str, tree: Tree, hidden: torch.Tensor, skip: torch.Tensor, emb: torch.Tensor) -> Tensors:
+def joined(path: str, tree: Tree, hidden: torch.Tensor, skip: torch.Tensor, emb: torch.Tensor) -> Tensors:
     return (tree[path](torch.cat([hidden, skip], dim=1), emb),)
 
 

@@ -26,6 +26,7 @@ _FACTS = {  # of the family: what a trajectory's arrays are made of and what the
     "time_cond_dim": "width of timestep_cond",
     "unet_channels": "U-Net input channels",
 }
+_TEXT = ("text_width", "pooled_width", "time_ids")  # of _FACTS: what a model that encodes the prompt itself may have
 _SCALE = {"scaling_factor": "latent scale", "shift_factor": "latent shift"}
 
 
@@ -75,14 +76,17 @@ class Differences:
     warnings: tuple[str, ...]
 
 
-def check_pair(models: Sequence[Facts], sampler: str | None = None, shared_latents: bool = False) -> tuple[str, ...]:
+def check_pair(
+    models: Sequence[Facts], sampler: str | None = None, shared_latents: bool = False, encode: bool = False
+) -> tuple[str, ...]:
     """Warnings for `models` that draw one picture in this order with `sampler` (default: that of the first).
 
     Latents mean the same to two models if the halves of a VAE that both have are the same. One equal digest, of the
     encoder or of the decoder, is enough: decoders are fine-tuned under a fixed encoder, and only the last model
     decodes. `shared_latents` takes the caller's word for it (a tiny VAE made for the other's latents, an fp16 copy of
     an fp32 one) and compares neither digests nor scale and shift: the scale belongs to the VAE, and the latents that
-    travel are the U-Net's.
+    travel are the U-Net's. With `encode` each model reads the prompt itself if it takes other embeddings, as SDXL's
+    refiner does.
 
     Raises:
         ConfigError: two of them cannot share a trajectory; every reason is named.
@@ -90,16 +94,19 @@ def check_pair(models: Sequence[Facts], sampler: str | None = None, shared_laten
     """
     first, warnings = models[0], []
     for other in models[1:]:
-        found = differences(first, other, sampler, shared_latents)
+        found = differences(first, other, sampler, shared_latents, encode)
         if found.reasons:
             raise ConfigError(f"{first.name} and {other.name} cannot share a trajectory: {'; '.join(found.reasons)}")
         warnings += [f"{first.name} and {other.name}: {warning}" for warning in found.warnings]
     return tuple(dict.fromkeys(warnings))
 
 
-def differences(first: Facts, other: Facts, sampler: str | None = None, shared_latents: bool = False) -> Differences:
+def differences(
+    first: Facts, other: Facts, sampler: str | None = None, shared_latents: bool = False, encode: bool = False
+) -> Differences:
     """All that `check_pair` has to say of two models."""
     named = _FACTS if shared_latents else _FACTS | _SCALE
+    named = {key: label for key, label in named.items() if not (encode and key in _TEXT)}
     reasons = [
         f"{label} is {getattr(first.family, key)} and {getattr(other.family, key)}"
         for key, label in named.items()

@@ -12,19 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
-from diffship.sampling.encode import text_parts
+from diffship.sampling.controlled import denoising_parts
+from diffship.sampling.encode import require_text, text_parts
 from diffship.sampling.generate import checked_denoiser, conditioned, finish, start
 from diffship.sampling.kernel import Array
 from diffship.sampling.loop import Denoiser, OnStep, denoise
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
-from diffship.sampling.request import Request
-from diffship.sampling.trajectory import Trajectory
+from diffship.sampling.request import Request, drawn_size
+from diffship.sampling.trajectory import Trajectory, conditions_fit
 
 
 def check_split(split: Sequence[int], models: int, steps: int | None = None) -> int:
@@ -116,7 +114,8 @@ class Router:
     def release(self, place: int) -> None:
         """Free the denoiser of one model; its next call loads it again."""
         if self._denoisers.pop(place, None) is not None:
-            self.models[place].release(self.models[place].family.kind.denoiser)
+            for part in denoising_parts(self.models[place]):
+                self.models[place].release(part)
 
     def _share(self, place: int) -> bool:
         """Whether this model makes any call."""
@@ -139,23 +138,21 @@ class Router:
         return self._denoisers[place]
 
 
-def begin(
-    router: Router, request: Request, image: NDArray[np.uint8] | None = None, mask: NDArray[np.uint8] | None = None
-) -> list[Trajectory]:
+def begin(router: Router, request: Request) -> list[Trajectory]:
     """The trajectories of a request before the first model call, as `generate.start` by the router's first model.
 
     Raises:
         ConfigError: steps that are not those of the split, a size that one of the models cannot draw, and as `start`.
     """
     if router.split is None:
-        return start(router.starter, request, image, mask)
+        return start(router.starter, request)
     steps = check_split(router.split, len(router.models), request.steps)
-    size = request.size or router.starter.family.default_sides
+    size = drawn_size(request, router.starter.family)
     facts = []
     for model, share in zip(router.models, router.split, strict=True):
         model.family.check_size(*size)
         facts.append({"model": model.name, "model_digest": model.digest, "steps": share})
-    batch = start(router.starter, replace(request, steps=steps, size=size), image, mask)
+    batch = start(router.starter, replace(request, steps=steps, size=size))
     return [replace(trajectory, facts={**trajectory.facts, "split": facts}) for trajectory in batch]
 
 
@@ -171,12 +168,14 @@ def draw(
     before it loads the next, and decodes in tiles. Raises as `generate`.
     """
     low = not router.keep
+    _require_readers(router, batch)
     done = [conditioned(router.models[router.place_of(trajectory)], trajectory) for trajectory in batch]
     if low:
         for model in router.models:
             for part in (*text_parts(model), model.family.kind.encoder):
                 model.release(part)
     for place, until in enumerate(_stops(router)):
+        done = [_told_again(router, place, trajectory) for trajectory in done]
         for group in [[i] for i in range(len(done))] if low else [list(range(len(done)))]:
             active = denoise([done[i] for i in group], router, until, on_step, cancel)
             for i, trajectory in zip(group, active, strict=True):
@@ -184,6 +183,33 @@ def draw(
         if low:
             router.release(place)
     return finish(router.models[-1], done, low, cancel)
+
+
+def takes(model: Model, trajectory: Trajectory) -> bool:
+    """Whether the denoiser of `model` takes the trajectory's embeddings; it does if there are none yet."""
+    return trajectory.positive is None or conditions_fit(trajectory.positive, model.family)
+
+
+def _told_again(router: Router, place: int, trajectory: Trajectory) -> Trajectory:
+    """The trajectory with its prompt encoded by model `place`, if that one goes on and takes other embeddings.
+
+    The sampler begins without history there, as stock diffusers does where SDXL's refiner goes on.
+    """
+    model = router.models[place]
+    if trajectory.done or router.place_of(trajectory) != place or takes(model, trajectory):
+        return trajectory
+    told = conditioned(model, trajectory.without_conditioning())
+    if not router.keep:
+        for part in text_parts(model):
+            model.release(part)
+    return replace(told, history=())
+
+
+def _require_readers(router: Router, batch: Sequence[Trajectory]) -> None:
+    """Raises UnsupportedError, before anything is computed, for a model that must read the prompt and cannot."""
+    for place, model in enumerate(router.models):
+        if router._share(place) and not all(takes(model, trajectory) for trajectory in batch):
+            require_text(model)
 
 
 def _stops(router: Router) -> list[int | None]:

@@ -135,7 +135,7 @@ class Routes:
         return await self._reply(request, await self._accepted(request, self._resume, TRAJECTORY))
 
     async def images(self, request: Request) -> Response:
-        accepted = await self._accepted(request, self._images)
+        accepted = await self._accepted(request, self._images, short=True)
         drawn = await ended(request, accepted.generation, accepted.follower)
         document = await asyncio.to_thread(openai_document, accepted.generation, drawn)
         return _json(document, 200, headers_of(accepted.generation, drawn))
@@ -175,7 +175,11 @@ class Routes:
         return await (_png if accepted.response == "png" else _document)(generation, drawn)
 
     async def _accepted(
-        self, request: Request, ask: Callable[[Request, bytes], Asked], media: str = "application/json"
+        self,
+        request: Request,
+        ask: Callable[[Request, bytes], Asked],
+        media: str = "application/json",
+        short: bool = False,
     ) -> Accepted:
         """The body read, understood and put in the queue; none of it is held any longer then.
 
@@ -188,8 +192,8 @@ class Routes:
         if key is not None and not (0 < len(key) <= _KEY_CHARS and key.isascii() and key.isprintable()):
             raise ConfigError(f"Idempotency-Key has {len(key)} characters; legal is 1 to {_KEY_CHARS} of plain ASCII")
         _check_content(request, media)
-        async with self.bodies.reading(request, json=media != TRAJECTORY) as body:
-            # megabytes are hashed, schedules computed: not on the event loop
+        async with self.bodies.reading(request, short) as body:
+            # megabytes are hashed, pictures decoded, schedules computed: not on the event loop
             worker, order, response = await asyncio.to_thread(ask, request, body)
             content = b"\n".join((request.url.path.encode(), str(request.url.query).encode(), body))
             follower = Follower()

@@ -24,14 +24,15 @@ class Bodies:
         self._held = 0
 
     @asynccontextmanager
-    async def reading(self, request: Request, json: bool) -> AsyncIterator[bytes]:
-        """The body, which counts as held until the end of an `async with` block; `json` ones are short.
+    async def reading(self, request: Request, short: bool) -> AsyncIterator[bytes]:
+        """The body, which counts as held until the end of an `async with` block; `short` ones hold neither a picture
+        nor a trajectory.
 
         Raises:
             Refusal: more bytes than the limit, slower than the limit, or more than may be held of all together; the
                 client left.
         """
-        most = min(self._options.body_bytes, self._options.json_bytes) if json else self._options.body_bytes
+        most = min(self._options.body_bytes, self._options.json_bytes) if short else self._options.body_bytes
         body = bytearray()
         try:
             try:

@@ -24,13 +24,19 @@ from diffship.sampling.wire import DTYPES
 T = TypeVar("T")
 MOST_CALLS = 2 * LIMITS.steps[1]  # of samplers with two calls a step; PNDM's nine more are fewer
 _SIDE = bounds(*LIMITS.size_px)
+_PICTURE_CHARS = 6 << 20  # in base64; a body of the usual limit holds one, or two that are smaller
+_SEPARATORS = 1 << 16  # of JSON values in a body, which bound what it takes to read it; texts may hold them too
 _SEEDS = 1 << 32  # of those that the server draws; every client holds such a number exactly
 
 
 @dataclass(frozen=True, kw_only=True)
 @bounded
 class Drawing:
-    """What is drawn; what is not given is the model's own choice. `width` and `height` come together."""
+    """What is drawn; what is not given is the model's own choice. `width` and `height` come together.
+
+    `image` is a PNG, JPEG or WebP file in base64 that the picture begins with, under the share `strength` of the noise;
+    `mask` is another, white where the image is drawn anew.
+    """
 
     prompt: str = field(metadata={"chars": (1, LIMITS.prompt_chars)})
     negative_prompt: str | None = field(default=None, metadata={"chars": (0, LIMITS.prompt_chars)})
@@ -43,6 +49,9 @@ class Drawing:
     rng: str = field(default="torch", metadata=choices(*NOISES))
     sampler: str | None = field(default=None, metadata=choices(*SAMPLERS))
     spacing: str | None = field(default=None, metadata=choices(*SPACINGS))
+    image: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
+    mask: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
+    strength: float | None = field(default=None, metadata=bounds(*LIMITS.strength))
     prompt_syntax: str = field(default=PLAIN.syntax, metadata=choices(*SYNTAXES))
     clip_skip: int = field(default=PLAIN.clip_skip, metadata=bounds(*LIMITS.clip_skip))
     deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
@@ -158,8 +167,11 @@ def read_body(cls: type[T], data: bytes) -> T:
     """A form out of a JSON body.
 
     Raises:
-        ConfigError: not JSON, a key twice, NaN, nesting, or whatever the form refuses; the legal range is named.
+        ConfigError: not JSON, a key twice, NaN, nesting, more values than a form can have, or whatever the form
+            refuses; the legal range is named.
     """
+    if sum(map(data.count, (b",", b"[", b"{", b":"))) > _SEPARATORS:
+        raise ConfigError(f"the body has more than {_SEPARATORS} commas, colons and brackets: no form takes so many")
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
     except UnicodeDecodeError as fault:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.serve.forms import Drawing, GenerateForm, HandoffForm, ResumeForm
 from diffship.sampling.generate import conditioned, finish, require_parts, start
+from diffship.sampling.init_image import Canvas
 from diffship.sampling.model import Model
-from diffship.sampling.picture import Picture
+from diffship.sampling.picture import Picture, grey, image_in
 from diffship.sampling.request import Request, Settled, settle
 from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack, unpack
@@ -83,33 +88,37 @@ def generate_order(form: GenerateForm, model: Model) -> Order:
         UnsupportedError: a sampler option that is not built; the model has no decoder.
     """
     require_parts(model, model.family.kind.decoder)
-    settled = _settled(form, model, form.images)
+    settled, warnings = _settled(form, model, form.images)
     return Order(
         begin=lambda opened: start(opened, settled.request),
         end=_pictures,
-        calls=settled.sampler.calls(settled.steps),
+        calls=settled.sampler.calls(settled.steps) - settled.begin,
         images=form.images,
         shape=settled.latent_shape,
         deadline=form.deadline_seconds,
         previews=form.previews,
+        warnings=warnings,
         guided=_guided(settled.guidance, model),
     )
 
 
 def handoff_order(form: HandoffForm, model: Model) -> Order:
     """The first `split` calls of a prompt, as a trajectory. Raises as `generate_order`."""
-    settled = _settled(form, model, 1)
-    calls = settled.sampler.calls(settled.steps)
-    if form.split > calls:
-        raise ConfigError(f"split is {form.split}; {settled.steps} steps are {calls} calls: legal is from 0 to {calls}")
+    settled, warnings = _settled(form, model, 1)
+    calls, begin = settled.sampler.calls(settled.steps), settled.begin
+    if not begin <= form.split <= calls:
+        raise ConfigError(
+            f"split is {form.split}; {settled.steps} steps are {calls} calls: legal is from {begin} to {calls}"
+        )
     return Order(
         begin=lambda opened: start(opened, settled.request),
         end=_packing(form),
-        calls=form.split,
+        calls=form.split - begin,
         images=1,
         shape=settled.latent_shape,
         until=form.split,
         deadline=form.deadline_seconds,
+        warnings=warnings,
         decodes=False,
         guided=_guided(settled.guidance, model),
     )
@@ -147,7 +156,8 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
     )
 
 
-def _settled(form: Drawing, model: Model, images: int) -> Settled:
+def _settled(form: Drawing, model: Model, images: int) -> tuple[Settled, tuple[str, ...]]:
+    """The settled request, whose image and mask have the picture's size already, and warnings of them."""
     size = None if form.width is None or form.height is None else (form.width, form.height)
     request = Request(
         form.prompt,
@@ -162,8 +172,31 @@ def _settled(form: Drawing, model: Model, images: int) -> Settled:
         prompt_syntax=form.prompt_syntax,
         clip_skip=form.clip_skip,
         images=images,
+        strength=form.strength,
     )
-    return settle(request, model.family, model.scheduler)
+    read = {name: _picture(name, text) for name in ("image", "mask") if (text := getattr(form, name)) is not None}
+    pixels: dict[str, Any] = {name: grey(found) if name == "mask" else found for name, (found, _) in read.items()}
+    settled = settle(replace(request, **pixels), model.family, model.scheduler)
+    if settled.request.image is not None:
+        require_parts(model, model.family.kind.encoder)
+    canvas = Canvas.of(settled)
+    told = tuple(warning for _, warnings in read.values() for warning in warnings)
+    if canvas is None:
+        return settled, told
+    # a queue of requests holds pictures of the size that is drawn, whatever came
+    mask = None if canvas.mask is None else (canvas.mask * 255).astype(np.uint8)
+    return replace(settled, request=replace(settled.request, image=canvas.image, mask=mask)), told + canvas.warnings
+
+
+def _picture(name: str, text: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Pixels of a file in base64, and warnings. Raises ConfigError: it is neither."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ConfigError(
+            f"{name} is not base64; give a PNG, JPEG or WebP file in base64, without data: before"
+        ) from None
+    return image_in(data, name)
 
 
 def _guided(guidance: float, model: Model) -> bool:

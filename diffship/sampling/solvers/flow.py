@@ -75,6 +75,11 @@ class FlowSampler(LevelSampler):
         self.check_steps(steps)
         return self.calls_a_step * (steps - 1) + 1
 
+    def begins_at(self, strength: float, steps: int) -> int:
+        super().begins_at(strength, steps)
+        # pipelines of flow matching round the first step down, those of betas the number of steps that are left
+        return int(max(steps - min(steps * strength, steps), 0)) * self.calls_a_step
+
     def timesteps(self, steps: int) -> F64:
         times = self.process.times(np.array(self.noise_levels(steps)[:-1]))
         return np.concatenate([times[:1], np.repeat(times[1:], self.calls_a_step)])

@@ -35,12 +35,9 @@ class LevelSampler(Sampler):
     def noise_levels(self, steps: int) -> list[float]:
         """The level before each step, and after the last."""
 
-    def at_step(self, call: int) -> int:
-        """The step that a call begins or goes on with."""
-        return call // self.calls_a_step
-
     def noising(self, step: int, steps: int) -> tuple[float, float]:
-        level = self.process.level(self.noise_levels(steps)[self.at_step(step)])
+        # diffusers counts the sample between the two calls of a step as at the next level, whatever the second sees
+        level = self.process.level(self.noise_levels(steps)[-(-step // self.calls_a_step)])
         return level.alpha, level.sigma
 
 

@@ -7,13 +7,13 @@ group, the sum of its stages so far.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import numpy as np
 
 from diffship.core.errors import ConfigError
-from diffship.core.strict import choices
+from diffship.core.strict import bounded, bounds, choices
 from diffship.sampling.matrix import HISTORY, OUTPUT, Coefficients, X, as_matrix, unit
 from diffship.sampling.process import cumulative, split_rows
 from diffship.sampling.sampler import BetasSampler, times_of
@@ -25,12 +25,18 @@ _STAGE = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 @dataclass(frozen=True)
+@bounded
 class Pndm(BetasSampler):
-    """diffusers' PNDMScheduler: n + 1 calls with `skip_prk_steps` (Stable Diffusion), n + 9 without."""
+    """diffusers' PNDMScheduler: n + 1 calls with `skip_prk_steps` (Stable Diffusion), n + 9 without.
+
+    `first_call` is no key of diffusers' configs. It is the first call of a picture that begins with an image: as in
+    diffusers, the second call after it redoes its step, although the list of timesteps has no repeated one there.
+    """
 
     prediction_type: str = field(default="epsilon", metadata=choices("epsilon", "v_prediction"))
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False
+    first_call: int | None = field(default=None, metadata=bounds(0, 1000))
 
     diffusers_class: ClassVar[str] = "PNDMScheduler"
     refused: ClassVar[Mapping[str, bool]] = {}
@@ -49,18 +55,18 @@ class Pndm(BetasSampler):
         start = [time + shift for time in times[:4] for shift in (half, 0)][1:]  # t0, t1 + half, t1, t2 + half, ...
         return np.concatenate([np.repeat(start, 2)[1:-1], times[3:]])
 
-    def begins_at(self, strength: float, steps: int) -> int:
-        begin = super().begins_at(strength, steps)
-        if begin:
+    def begun(self, call: int) -> Self:
+        if call and not self.skip_prk_steps:
             raise ConfigError(
-                f"pndm cannot begin at strength {strength:g}: its first calls need each other. Give strength 1, or "
-                "another sampler, such as ddim"
+                f"pndm with skip_prk_steps off cannot begin at call {call}: its first calls need each other. Give "
+                "strength 1, or another sampler, such as ddim"
             )
-        return begin
+        return replace(self, first_call=call) if call else self
 
     def memory(self, step: int, steps: int) -> int:
         if self.skip_prk_steps:
-            return (0, 2)[step] if step < 2 else min(step - 1, 3)
+            made = step - (self.first_call or 0)
+            return (0, 2)[max(made, 0)] if made < 2 else min(made - 1, 3)
         group, stage = divmod(step, 4)
         return min(3, group + 3 * (stage > 0)) if step >= _RUNGE_KUTTA else group + 3 * (stage > 0)
 
@@ -68,7 +74,7 @@ class Pndm(BetasSampler):
         t = int(times_of(self, steps)[step])
         if not self.skip_prk_steps and step < _RUNGE_KUTTA:
             rows = self._runge_kutta(step, steps, t, age)
-        elif self.skip_prk_steps and step == 1:
+        elif self.skip_prk_steps and step == 1 + (self.first_call or 0):
             rows = self._second_call(steps, t, age)
         else:
             rows = self._adams(step, steps, t, age)
@@ -79,7 +85,7 @@ class Pndm(BetasSampler):
         weights = _ADAMS[len(epsilons) - 1]
         mean = sum((w * e for w, e in zip(weights, epsilons, strict=True)), np.zeros(HISTORY + age))
         x = unit(X, age)
-        kept = [epsilons[0], x] if step == 0 else epsilons[:3]
+        kept = [epsilons[0], x] if step == (self.first_call or 0) else epsilons[:3]
         return self._transfer(x, mean, t, t - self._ratio(steps)), *kept
 
     def _second_call(self, steps: int, t: int, age: int) -> Sequence[F64]:

@@ -138,14 +138,26 @@ def test_sdxl_and_its_embeddings() -> None:
 
 
 def test_a_mask_and_its_latents_travel() -> None:
-    request, pair = asked(steps=3, sampler="ddim"), [large("tiny-inpaint"), large("tiny-inpaint")]
+    pair = [large("tiny-inpaint"), large("tiny-inpaint")]
     image, mask = np.full((64, 64, 3), 90, np.uint8), np.eye(64, dtype=np.uint8) * 255
-    whole = generate(pair[0], request, image=image, mask=mask)[0]
+    request = asked(steps=3, sampler="ddim", image=image, mask=mask)
+    whole = generate(pair[0], request)[0]
     router = Router(pair, (1, 2))
-    half = denoise(begin(router, request, image, mask), router, until=1)
+    half = denoise(begin(router, request), router, until=1)
     assert_equal(draw(router, [unpack(pack(half[0]))])[0], whole)
     with pytest.raises(ConfigError, match="both an image and a mask"):
-        begin(router, request)
+        begin(router, asked(steps=3, sampler="ddim"))
+
+
+@pytest.mark.parametrize("mask", [None, np.eye(64, dtype=np.uint8) * 255])
+def test_an_image_and_what_is_put_back_of_it_travel(mask: Any) -> None:
+    pair = [large(), large()]
+    request = asked(steps=4, sampler="euler-a", image=np.full((64, 64, 3), 90, np.uint8), mask=mask, strength=0.8)
+    whole = generate(pair[0], request)[0]
+    router = Router(pair, (2, 2))
+    half = denoise(begin(router, request), router, until=2)
+    assert half[0].step == 2 and half[0].blends == (mask is not None)
+    assert_equal(draw(router, [unpack(pack(half[0]))])[0], whole)
 
 
 def test_half_precision_is_close_and_not_equal() -> None:

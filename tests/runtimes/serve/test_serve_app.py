@@ -283,13 +283,16 @@ def test_a_compressed_body_is_told_as_such() -> None:
 
 
 def test_json_has_a_limit_of_its_own() -> None:
-    """A prompt of 2000 characters takes 24 kB at most; megabytes are for trajectories."""
+    """A prompt of 2000 characters takes 24 kB at most; megabytes are for pictures and trajectories."""
     with toy_service() as service:
         fits = {"prompt": "\U0001f60a" * 2000, "negative_prompt": "\U0001f60a" * 2000, "steps": 1}
         assert len(json.dumps(fits)) > 48_000
         assert ask(service, "POST", "/v1/generate", json=fits).status_code == 200
-        long = ask(service, "POST", "/v1/generate", content=b" " * 70_000, headers={"content-type": "application/json"})
+        kind = {"headers": {"content-type": "application/json"}}
+        long = ask(service, "POST", "/v1/images/generations", content=b" " * 70_000, **kind)
         assert "at most 65536" in error_of(long, 413, "body_too_large")
+        much = ask(service, "POST", "/v1/generate", content=b" " * (8 << 20) + b" ", **kind)
+        assert f"at most {8 << 20}" in error_of(much, 413, "body_too_large")
 
 
 def test_bodies_of_all_requests_together_are_bounded() -> None:
