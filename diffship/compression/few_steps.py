@@ -7,6 +7,8 @@ from dataclasses import replace
 from diffship.models.pipeline import OWN, Pipeline, own_facts
 from diffship.models.sources.arch_configs import lcm_scheduler
 
+FEW_STEPS = ("LCMScheduler", "TCDScheduler")  # of models that were distilled to a few steps
+
 
 def as_lcm(pipeline: Pipeline, steps: int, guidance: float, original_steps: int = 50) -> Pipeline:
     """`pipeline` with the LCM sampler over its own betas, drawing `steps` steps with `guidance` unless told otherwise.

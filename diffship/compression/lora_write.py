@@ -37,11 +37,15 @@ FORMS = f"{DIFFUSERS}, {FOLDER_OF_PEFT}/adapter_model.safetensors with {ADAPTER}
 
 @dataclass(frozen=True)
 class TrainedLora:
-    """LoRA layers of a U-Net: `weights` holds tensors as peft names them, `alpha` is what they were trained with."""
+    """LoRA layers of a U-Net: `weights` holds tensors as peft names them, `alpha` is what they were trained with.
+
+    targets: how the names of the changed layers end.
+    """
 
     weights: Weights
     rank: int
     alpha: float
+    targets: tuple[str, ...] = TARGETS
 
     @property
     def layers(self) -> list[str]:
@@ -88,7 +92,7 @@ def write_lora(lora: TrainedLora, folder: Path, dtype: str, base: str) -> None:
         folder / FOLDER_OF_PEFT / "adapter_model.safetensors",
         _named(pairs, f"{PEFT}{{}}.lora_A.weight", f"{PEFT}{{}}.lora_B.weight"),
     )
-    write_file(folder / FOLDER_OF_PEFT / ADAPTER, _adapter_config(lora.rank, base))
+    write_file(folder / FOLDER_OF_PEFT / ADAPTER, _adapter_config(lora, base))
     _write(folder / "kohya" / KOHYA, _of_kohya(pairs, lora.rank))
 
 
@@ -105,9 +109,10 @@ def _of_kohya(pairs: Mapping[str, tuple[NDArray[Any], ...]], rank: int) -> dict[
     return named | {f"{layer}.alpha": np.array(rank, down.dtype) for layer, (down, _) in flat.items()}
 
 
-def _adapter_config(rank: int, base: str) -> str:
+def _adapter_config(lora: TrainedLora, base: str) -> str:
+    rank, layers = lora.rank, list(lora.targets)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(TARGETS), base_model_name_or_path=base, inference_mode=True
+        r=rank, lora_alpha=rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
     )
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
