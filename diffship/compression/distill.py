@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffship.compression.distill_run import DistillOptions, train_student
-from diffship.compression.few_steps import FEW_STEPS
 from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.trained import require_agreement, run_key, trained_weights, untrainable, unweighed
@@ -24,6 +23,7 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.models.assemble import with_denoiser
 from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources.opening import open_source
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.training.checkpoint import reached
 from diffship.training.distillation_pairs import feature_pairs
 from diffship.training.distillation_report import last_figures
@@ -142,7 +142,7 @@ def _require_kin(student: Pipeline, teacher: Pipeline, default: bool) -> None:
             "the LoRA (--pass lora -o DIR) and name it: teacher=DIR"
         )
     ours, theirs = (str(one.scheduler.get("_class_name")) for one in (student, teacher))
-    if ours in FEW_STEPS and theirs not in FEW_STEPS:
+    if ours in CONSISTENCY and theirs not in CONSISTENCY:
         raise ConfigError(
             f"the model draws in few steps ({ours}), and its teacher {teacher.source.get('id')} does not ({theirs}): "
             "what learns from it needs all steps again. Distill first and make it an LCM afterwards"

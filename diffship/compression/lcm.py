@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffship.compression.few_steps import FEW_STEPS, as_lcm
+from diffship.compression.few_steps import FewSteps, as_few_steps
 from diffship.compression.lcm_run import FULL, LcmOptions, embedded, train_consistency
+from diffship.compression.lora_sampler import header_of
 from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.trained import (
@@ -33,12 +34,11 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.models.assemble import with_denoiser
 from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources.opening import open_source
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.training.checkpoint import reached
 from diffship.training.consistency import PREDICTIONS
 from diffship.training.distillation_report import last_figures
 from diffship.training.paired import PairedPictures
-
-_STEPS_DEFAULT = 4
 
 
 class LcmPass(LcmOptions):
@@ -108,13 +108,15 @@ class LcmPass(LcmOptions):
         teacher = self.teacher_of(pipeline)
         low, high = self.guidances(teacher)
         own = float(np.clip(teacher.family.guidance_default, low + 1, high + 1))
-        return as_lcm(made, _STEPS_DEFAULT, own if self.form == FULL else 1.0, self.original_steps)
+        guidance = own if self.form == FULL else 1.0
+        return as_few_steps(made, FewSteps(guidance=guidance, original_steps=self.original_steps))
 
     def _trained(self, student: Pipeline, state: SafetensorsWeights, entry: dict[str, Any]) -> Pipeline:
         unet = student.denoiser
         if self.form == FULL:
             return with_denoiser(student, unet.config, trained_weights(state, unet.weights.names()), entry)
-        return with_lora(student, lora_of(self, state), self, entry)
+        header = header_of(FewSteps(original_steps=self.original_steps))
+        return with_lora(student, lora_of(self, state, header=header), self, entry)
 
     def _entry(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
         teacher = self.teacher_of(pipeline)
@@ -129,7 +131,7 @@ class LcmPass(LcmOptions):
         family = pipeline.family
         if family.time_cond_dim:
             yield Problem(pipeline.family.kind.denoiser, "takes guidance as an embedding: it is an LCM already")
-        elif (sampler := pipeline.scheduler.get("_class_name")) in FEW_STEPS:
+        elif (sampler := pipeline.scheduler.get("_class_name")) in CONSISTENCY:
             yield Problem(pipeline.family.kind.denoiser, f"has the {sampler}: it was made for a few steps already")
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,14 @@ FORMS = f"{DIFFUSERS}, {FOLDER_OF_PEFT}/adapter_model.safetensors with {ADAPTER}
 class TrainedLora:
     """LoRA layers of a U-Net: `weights` holds tensors as peft names them, `alpha` is what they were trained with.
 
-    targets: how the names of the changed layers end.
+    targets: how the names of the changed layers end. header: what the headers of its files say beside their format.
     """
 
     weights: Weights
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
@@ -87,13 +88,14 @@ def write_lora(lora: TrainedLora, folder: Path, dtype: str, base: str) -> None:
     }
     for below in (FOLDER_OF_PEFT, "kohya"):
         (folder / below).mkdir(parents=True, exist_ok=True)
-    _write(folder / DIFFUSERS, _named(pairs, "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"))
+    _write(folder / DIFFUSERS, _named(pairs, "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"), lora.header)
     _write(
         folder / FOLDER_OF_PEFT / "adapter_model.safetensors",
         _named(pairs, f"{PEFT}{{}}.lora_A.weight", f"{PEFT}{{}}.lora_B.weight"),
+        lora.header,
     )
     write_file(folder / FOLDER_OF_PEFT / ADAPTER, _adapter_config(lora, base))
-    _write(folder / "kohya" / KOHYA, _of_kohya(pairs, lora.rank))
+    _write(folder / "kohya" / KOHYA, _of_kohya(pairs, lora.rank), lora.header)
 
 
 def _named(pairs: Mapping[str, tuple[NDArray[Any], ...]], down: str, up: str) -> dict[str, NDArray[Any]]:
@@ -118,6 +120,6 @@ def _adapter_config(lora: TrainedLora, base: str) -> str:
     return json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], header: Mapping[str, str]) -> None:
     with replacing(path) as file:
-        file.write(tensor_file.save(dict(tensors), {"format": "pt"}))
+        file.write(tensor_file.save(dict(tensors), {"format": "pt", **header}))

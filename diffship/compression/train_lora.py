@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffship.compression.few_steps import FEW_STEPS
 from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.train_lora_run import LAYERS, TrainLoraOptions, train_lora
@@ -23,6 +22,7 @@ from diffship.core.job import Job
 from diffship.core.problem import Problem, met
 from diffship.core.weights import SafetensorsWeights
 from diffship.models.pipeline import Pipeline, converted
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.training.checkpoint import reached
 from diffship.training.distillation_report import last_figures
 from diffship.training.paired import PairedPictures
@@ -77,11 +77,11 @@ class TrainLoraPass(TrainLoraOptions):
 
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
         part = pipeline.family.kind.denoiser
-        if pipeline.family.time_cond_dim or pipeline.scheduler.get("_class_name") in FEW_STEPS:
+        if pipeline.family.time_cond_dim or pipeline.scheduler.get("_class_name") in CONSISTENCY:
             yield Problem(
                 part,
                 "draws in few steps, and this loss would train that away; train on the model that it was made of, and "
-                "add both LoRAs to that one: --pass lora --set files=STYLE,LCM --set sampler=lcm",
+                "add both LoRAs to that one: --pass lora --set files=STYLE,LCM",
             )
         yield from unweighed(pipeline, self.weighting)
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from diffship.compression.lora_file import with_deltas
@@ -38,9 +39,15 @@ def alpha_of(options: LoraOptions) -> float:
     return float(options.rank if options.alpha is None else options.alpha)
 
 
-def lora_of(options: LoraOptions, state: SafetensorsWeights, targets: Sequence[str] = TARGETS) -> TrainedLora:
-    """The averaged LoRA of a checkpoint."""
-    return TrainedLora(renamed(state, averaged_weights(state)), options.rank, alpha_of(options), tuple(targets))
+def lora_of(
+    options: LoraOptions,
+    state: SafetensorsWeights,
+    targets: Sequence[str] = TARGETS,
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> TrainedLora:
+    """The averaged LoRA of a checkpoint; `header` is what its files say beside their format."""
+    weights = renamed(state, averaged_weights(state))
+    return TrainedLora(weights, options.rank, alpha_of(options), tuple(targets), header)
 
 
 def check_lora_place(options: LoraOptions) -> None:

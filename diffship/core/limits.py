@@ -21,6 +21,7 @@ class Limits:
     steps: tuple[int, int] = (1, 150)
     guidance: tuple[float, float] = (0.0, 35.0)
     strength: tuple[float, float] = (0.0, 1.0)
+    eta: tuple[float, float] = (0.0, 1.0)
     images: tuple[int, int] = (1, 4)
     size_px: tuple[int, int] = (64, 1536)
     pixels: int = 2_400_000

@@ -171,6 +171,7 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.name,
         **({"spacing": trajectory.sampler.spacing} if trajectory.sampler.spacing else {}),
+        **({} if trajectory.sampler.eta is None else {"eta": trajectory.sampler.eta}),
         "guidance": trajectory.guidance,
         "width": width,
         "height": height,

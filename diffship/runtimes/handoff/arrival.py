@@ -53,6 +53,7 @@ def require_answer(trajectory: Trajectory, request: Request, step: int, image: i
         "guidance": (trajectory.guidance, request.guidance),
         "sampler": (trajectory.sampler.name, request.sampler),
         "spacing": (trajectory.sampler.spacing, request.spacing),
+        "eta": (trajectory.sampler.eta, request.eta),
     }
     if request.rng != "torch":
         pairs["image"] = (trajectory.facts.get("image"), image)

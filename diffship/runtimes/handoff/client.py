@@ -171,6 +171,7 @@ class HybridClient:
             "rng": request.rng,
             "sampler": request.sampler,
             "spacing": request.spacing,
+            **({} if request.eta is None else {"eta": request.eta}),  # servers of before do not know the field
             "split": calls,
             "embeddings": not self._same_text(model),
             "deadline_seconds": min(max(left, low), high),

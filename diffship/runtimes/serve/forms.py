@@ -42,6 +42,7 @@ class Drawing:
     rng: str = field(default="torch", metadata=choices(*NOISES))
     sampler: str | None = field(default=None, metadata=choices(*SAMPLERS))
     spacing: str | None = field(default=None, metadata=choices(*SPACINGS))
+    eta: float | None = field(default=None, metadata=bounds(*LIMITS.eta))
     deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
 
     def __post_init__(self) -> None:

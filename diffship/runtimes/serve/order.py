@@ -159,6 +159,7 @@ def _settled(form: Drawing, model: Model, images: int) -> Settled:
         rng=form.rng,
         sampler=form.sampler,
         spacing=form.spacing,
+        eta=form.eta,
         images=images,
     )
     return settle(request, model.family, model.scheduler)
