@@ -88,8 +88,8 @@ def conv_in(pipeline: Pipeline) -> float:
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     assert [path.stem for path in RECIPES] == [
-        *("bk-tiny", "emoji-25", "emoji-58", "emoji-lcm-lora", "emoji-small-lcm-lora", "emoji-small"),
-        *("emoji-style-lora", "emoji-tiny-vae"),
+        *("bk-tiny", "emoji-25", "emoji-58", "emoji-lcm-lora", "emoji-lcm"),
+        *("emoji-small-lcm-lora", "emoji-small", "emoji-style-lora", "emoji-tiny-vae"),
         *("hybrid-224m", "koala-700m"),
     ]
 
