@@ -13,6 +13,7 @@ from diffship.core.strict import unknown
 BENCH = "measure.bench"  # of the verb `bench`
 SIBLINGS = "studies.quality.siblings"
 _PACKAGE = "diffship.benchmarks"
+_FEW = ("onnx", "onnxruntime", "lcm", "vae", "swap-vae")
 _PASSES = ("distill", "layout", "prune", "significance")
 
 
@@ -76,6 +77,8 @@ FILES = {
         ResultsFile("handoff-overhead", "studies.service.handoff_overhead", verbs=("serve",)),
         ResultsFile("handoff-quality", "studies.quality.handoff_quality", data=("models/emoji", "models/emoji-small")),
         ResultsFile("emoji-quality", "studies.quality.emoji_quality"),
+        ResultsFile("few-steps", "studies.quality.few_steps", uses=_FEW, data=("models/emoji", "models/emoji-small")),
+        ResultsFile("fast-chain", "studies.cost.fast_chain", uses=_FEW, data=("models/emoji", "models/emoji-small")),
         experiment_file("compression"),
         experiment_file("criteria"),
         experiment_file("features"),

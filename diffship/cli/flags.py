@@ -95,8 +95,8 @@ def load_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 
 REQUEST_FIELDS = (
-    *("negative", "steps", "size", "guidance", "sampler", "spacing", "strength", "seed", "rng", "images", "memory"),
-    *("prompt_syntax", "clip_skip", "first_image"),
+    *("negative", "steps", "size", "guidance", "sampler", "spacing", "eta", "strength", "seed", "rng", "images"),
+    *("memory", "prompt_syntax", "clip_skip", "first_image"),
 )
 
 
@@ -117,6 +117,9 @@ def add_request(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--guidance", metavar="X", type=float, help="weight of the prompt (default: the model's)")
     group.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's scheduler)")
     group.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: the scheduler's)")
+    group.add_argument(
+        "--eta", metavar="X", type=float, help="share of noise drawn anew by tcd, 0 to 1 (its own, or 0)"
+    )
     group.add_argument("--seed", metavar="N", type=int, help="image i uses seed + i (default: 0)")
     group.add_argument("--rng", choices=("torch", "philox"), help="noise (default: torch, as it draws on a CPU)")
     return group

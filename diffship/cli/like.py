@@ -29,7 +29,8 @@ def fill(options: argparse.Namespace) -> None:
     """Set `options` that are not given to what the picture of --like says, and tell what of it is not used.
 
     Raises:
-        ConfigError: no picture with settings, or one that several models drew and no --split.
+        ConfigError: no picture with settings, one that several models drew and no --split, or one that was drawn from
+            other pictures which are not given.
     """
     if options.resume:
         raise ConfigError("--resume goes on with what its file says; leave --like out")
@@ -37,6 +38,11 @@ def fill(options: argparse.Namespace) -> None:
     fields = dict(like.fields)
     prompt = fields.pop("prompt")
     _check_split(options, like)
+    lacking = [f"--{name}" for name in like.files if not getattr(options, name)]
+    if lacking:
+        raise ConfigError(
+            f"--like {options.like} was drawn from other pictures, which it does not hold: give {', '.join(lacking)}"
+        )
     if options.split is not None and options.steps is None:
         fields.pop("steps", None)  # the split says how many
     filled = [name for name in fields if getattr(options, name) is None]

@@ -25,8 +25,9 @@ _MARKS = {  # others stand alone
     "negative": "no-{}",
     "strength": "strength{}",
     "clip_skip": "skip{}",
+    "eta": "eta{}",
 }
-OWN = "own"  # the spacing of a sampler whose scheduler has no such key
+OWN = "own"  # spacing and eta of a sampler whose scheduler has no such key
 _FREE = ("seed", "images", "first_image")  # told by the name's beginning
 
 
@@ -68,7 +69,8 @@ def asked_fields(options: argparse.Namespace, request: Request, index: int, imag
     engines = options.engines or ([options.engine] if options.engine else [])
     split = options.split if isinstance(options.split, tuple) else ()
     known = _settings(request.sampler, request.steps or sum(split) or None, request.guidance, request.size)
-    known |= {"spacing": request.spacing, "strength": _number(request.strength), "engine": "+".join(engines) or None}
+    known |= {"spacing": request.spacing, "eta": _number(request.eta), "strength": _number(request.strength)}
+    known["engine"] = "+".join(engines) or None
     return {
         **_said(index, image, request.prompt, request.negative, request.seed),
         "model": _models(options),
@@ -85,6 +87,7 @@ def settled_fields(request: Request, steps: int | None, model: Model, engines: S
     spacing, strength = made.sampler.spacing or OWN, _number(made.strength)
     return {key: str(value) for key, value in known.items()} | {
         "spacing": spacing,
+        "eta": _number(made.sampler.eta) or OWN,
         "strength": str(strength),
         "engine": "+".join(engines),
     }
@@ -100,6 +103,7 @@ def resumed_fields(options: argparse.Namespace, trajectory: Trajectory, seed: in
         **{key: str(value) for key, value in known.items()},
         **{key: slug(str(value)) for key, value in facts.items()},
         "spacing": sampler.spacing or OWN,
+        "eta": _number(sampler.eta) or OWN,
         "model": _models(options),
         "memory": options.memory or "normal",
         **({"engine": options.engine} if options.engine else {}),

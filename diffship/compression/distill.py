@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffship.compression.distill_run import MIN_SNR, DistillOptions, train_student
+from diffship.compression.distill_run import DistillOptions, train_student
 from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
-from diffship.compression.trained import require_agreement, run_key, trained_weights, untrainable
+from diffship.compression.trained import require_agreement, run_key, trained_weights, untrainable, unweighed
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job
 from diffship.core.problem import Problem, met
@@ -23,9 +23,10 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.models.assemble import with_denoiser
 from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources.opening import open_source
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.training.checkpoint import reached
 from diffship.training.distillation_pairs import feature_pairs
-from diffship.training.distillation_report import read_curve
+from diffship.training.distillation_report import last_figures
 from diffship.training.paired import PairedPictures
 
 
@@ -77,11 +78,9 @@ class DistillPass(DistillOptions):
             train_student(self, pipeline, teacher, pictures, folder, job)
         unet = pipeline.denoiser
         weights = trained_weights(SafetensorsWeights(folder / STATE), unet.weights.names())
-        curve = folder / "curve.jsonl"  # a crash of the machine may have emptied it; the weights are whole
-        last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         entry: dict[str, Any] = {"pass": self.kind, **asdict(self), "data": Path(self.data).name, **digests}
         entry |= {"teacher": str(teacher.source.get("id")), "pictures": len(pictures), "prompts": list(self.prompts)}
-        entry["losses"] = {name: value for name, value in last.items() if name not in ("step", "seconds")}
+        entry["losses"] = last_figures(folder)
         return with_denoiser(pipeline, unet.config, weights, entry)
 
     def pixels(self, pipeline: Pipeline) -> int:
@@ -118,11 +117,7 @@ class DistillPass(DistillOptions):
                 part,
                 "takes guidance as an embedding (LCM); distill first, and make it an LCM afterwards",
             )
-        if self.weighting != "none" and family.prediction_type != "epsilon":
-            yield Problem(
-                part,
-                f"predicts {family.prediction_type}; {MIN_SNR} weighs the error of predicted noise",
-            )
+        yield from unweighed(pipeline, self.weighting)
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
@@ -138,19 +133,17 @@ class DistillPass(DistillOptions):
 
 def _require_kin(student: Pipeline, teacher: Pipeline, default: bool) -> None:
     """Raises ConfigError if learning from `teacher` takes back a LoRA that is fused into the student."""
-    fused = [entry for entry in student.history[len(teacher.history) :] if entry.get("pass") == "lora"]
+    fused = [entry for entry in student.history[len(teacher.history) :] if entry.get("pass") in ("lora", "train-lora")]
     if default and fused:
+        made_of = fused[0].get("files") or [fused[0].get("data")]
         raise ConfigError(
-            f"a LoRA ({', '.join(map(str, fused[0].get('files', ())))[:200]}) was fused before, and the teacher, "
+            f"a LoRA ({', '.join(map(str, made_of))[:200]}) was fused before, and the teacher, "
             "the source without it, would train it away. Distill first and fuse afterwards; or save the source with "
             "the LoRA (--pass lora -o DIR) and name it: teacher=DIR"
         )
     ours, theirs = (str(one.scheduler.get("_class_name")) for one in (student, teacher))
-    if ours == _FEW_STEPS != theirs:
+    if ours in CONSISTENCY and theirs not in CONSISTENCY:
         raise ConfigError(
             f"the model draws in few steps ({ours}), and its teacher {teacher.source.get('id')} does not ({theirs}): "
             "what learns from it needs all steps again. Distill first and make it an LCM afterwards"
         )
-
-
-_FEW_STEPS = "LCMScheduler"

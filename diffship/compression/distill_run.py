@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
-from diffship.compression.trained import trained_schedule
+from diffship.compression.trained import MIN_SNR, trained_schedule
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 else:
     torch = lazy("torch")
-
-MIN_SNR = "min-snr-5-capped"
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def make_task(
     main: bool,
 ) -> DistillationTask:
     """The task with everything that it needs on `device`; the student in float32."""
-    student = pipeline.denoiser.module(str(device))
+    student = pipeline.denoiser.module(str(device)).requires_grad_(True)
     if options.checkpointing:
         student.get_submodule("inner").enable_gradient_checkpointing()  # type: ignore[operator]
     side = pictures.size // pipeline.family.vae_factor

@@ -7,17 +7,16 @@ changes that other models of the same base take, too. `training.consistency` has
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from diffship.compression.few_steps import as_lcm
-from diffship.compression.lcm_run import FULL, LcmOptions, embedded, lora_of, train_consistency
-from diffship.compression.lora_file import with_deltas
-from diffship.compression.lora_write import require_lora_place, write_lora
+from diffship.compression.few_steps import FewSteps, as_few_steps
+from diffship.compression.lcm_run import FULL, LcmOptions, embedded, train_consistency
+from diffship.compression.lora_sampler import header_of
 from diffship.compression.outline import U_NETS, Calls, Outline
 from diffship.compression.runs import STATE
 from diffship.compression.trained import (
@@ -27,21 +26,19 @@ from diffship.compression.trained import (
     trained_weights,
     untrainable,
 )
-from diffship.core.distributed import first_process
+from diffship.compression.trained_lora import check_lora_place, lora_of, with_lora
 from diffship.core.errors import UnsupportedError
 from diffship.core.job import Job
-from diffship.core.precision import precision_of
 from diffship.core.problem import Problem, met
-from diffship.core.weights import SafetensorsWeights, cast
+from diffship.core.weights import SafetensorsWeights
 from diffship.models.assemble import with_denoiser
-from diffship.models.pipeline import Pipeline, converted, recorded
+from diffship.models.pipeline import Pipeline, converted
 from diffship.models.sources.opening import open_source
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.training.checkpoint import reached
 from diffship.training.consistency import PREDICTIONS
-from diffship.training.distillation_report import read_curve
+from diffship.training.distillation_report import last_figures
 from diffship.training.paired import PairedPictures
-
-_STEPS_DEFAULT = 4
 
 
 class LcmPass(LcmOptions):
@@ -111,37 +108,31 @@ class LcmPass(LcmOptions):
         teacher = self.teacher_of(pipeline)
         low, high = self.guidances(teacher)
         own = float(np.clip(teacher.family.guidance_default, low + 1, high + 1))
-        return as_lcm(made, _STEPS_DEFAULT, own if self.form == FULL else 1.0, self.original_steps)
+        guidance = own if self.form == FULL else 1.0
+        return as_few_steps(made, FewSteps(guidance=guidance, original_steps=self.original_steps))
 
     def _trained(self, student: Pipeline, state: SafetensorsWeights, entry: dict[str, Any]) -> Pipeline:
         unet = student.denoiser
         if self.form == FULL:
             return with_denoiser(student, unet.config, trained_weights(state, unet.weights.names()), entry)
-        lora = lora_of(self, state)
-        if self.lora_out is not None and first_process():
-            dtype = precision_of(self.lora_precision).weights
-            write_lora(lora, Path(self.lora_out).expanduser(), dtype, str(student.source.get("id")))
-        changed = replace(unet, weights=cast(with_deltas(unet.weights, lora.deltas()), "float32"))
-        made = student.having(changed)
-        return recorded(made, {**entry, "layers": len(lora.layers)})
+        header = header_of(FewSteps(original_steps=self.original_steps))
+        return with_lora(student, lora_of(self, state, header=header), self, entry)
 
     def _entry(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
-        curve = folder / "curve.jsonl"  # a crash of the machine may have emptied it; the weights are whole
-        last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
         teacher = self.teacher_of(pipeline)
         low, high = self.guidances(teacher)
         unsaid = ("lora_out", "lora_precision", *(("rank", "alpha") if self.form == FULL else ()))
         said = {name: value for name, value in asdict(self).items() if name not in unsaid}
         said |= {"data": Path(self.data).name, "prompts": list(self.prompts), "rate": self.learning_rate}
         said |= {"w_min": low, "w_max": high, "teacher": str(teacher.source.get("id"))}
-        return {"pass": self.kind, **said, "losses": {"loss": last["loss"]} if "loss" in last else {}}
+        return {"pass": self.kind, **said, "losses": last_figures(folder)}
 
     def _unfit(self, pipeline: Pipeline) -> Iterator[Problem]:
         family = pipeline.family
         if family.time_cond_dim:
             yield Problem(pipeline.family.kind.denoiser, "takes guidance as an embedding: it is an LCM already")
-        elif pipeline.scheduler.get("_class_name") == "LCMScheduler":
-            yield Problem(pipeline.family.kind.denoiser, "has the LCM sampler: it was made for a few steps already")
+        elif (sampler := pipeline.scheduler.get("_class_name")) in CONSISTENCY:
+            yield Problem(pipeline.family.kind.denoiser, f"has the {sampler}: it was made for a few steps already")
         yield from untrainable(pipeline, self.pixels(pipeline), self.batch, self.precision)
 
     def _check_teacher(self, pipeline: Pipeline) -> None:
@@ -160,8 +151,7 @@ class LcmPass(LcmOptions):
             raise UnsupportedError("predicts epsilon with zero terminal SNR: no signal is left to find a picture in")
 
     def _check_place(self, pipeline: Pipeline) -> None:
-        if self.lora_out is not None:
-            require_lora_place(Path(self.lora_out).expanduser())
+        check_lora_place(self)
 
     def _key(self, student: Pipeline, teacher: Pipeline, digests: dict[str, str]) -> str:
         aside = ("data", "teacher", "lora_out", "lora_precision")

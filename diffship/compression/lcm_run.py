@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.compression.lora_write import TrainedLora
 from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
-from diffship.compression.trained import averaged_weights, trained_schedule
+from diffship.compression.trained import trained_schedule
+from diffship.compression.trained_lora import alpha_of
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import lazy
 from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
-from diffship.core.weights import Derived, SafetensorsWeights, Weights, renamed
+from diffship.core.weights import Derived, Weights
 from diffship.models.assemble import with_denoiser
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources.arch_configs import lcm_scheduler
@@ -219,7 +219,7 @@ def _trainable(options: LcmOptions, student: Pipeline, device: torch.device) -> 
     module = student.denoiser.module(str(device))
     inner = module.get_submodule("inner")
     if student.family.time_cond_dim is None:
-        add_lora(inner, options.rank, options.rank if options.alpha is None else options.alpha, options.seed)
+        add_lora(inner, options.rank, alpha_of(options), options.seed)
     else:
         inner.requires_grad_(True)
     if options.checkpointing:
@@ -231,12 +231,6 @@ def _frozen(options: LcmOptions, teacher: Pipeline, device: torch.device) -> nn.
     if options.form == LORA and options.teacher is None:
         return None
     return teacher.denoiser.module(str(device), precision_of(options.teacher_precision).activations)
-
-
-def lora_of(options: LcmOptions, state: SafetensorsWeights) -> TrainedLora:
-    """The averaged LoRA of a checkpoint."""
-    alpha = float(options.rank if options.alpha is None else options.alpha)
-    return TrainedLora(renamed(state, averaged_weights(state)), options.rank, alpha)
 
 
 def embedded(pipeline: Pipeline) -> Pipeline:

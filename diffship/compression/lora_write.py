@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,16 @@ FORMS = f"{DIFFUSERS}, {FOLDER_OF_PEFT}/adapter_model.safetensors with {ADAPTER}
 
 @dataclass(frozen=True)
 class TrainedLora:
-    """LoRA layers of a U-Net: `weights` holds tensors as peft names them, `alpha` is what they were trained with."""
+    """LoRA layers of a U-Net: `weights` holds tensors as peft names them, `alpha` is what they were trained with.
+
+    targets: how the names of the changed layers end. header: what the headers of its files say beside their format.
+    """
 
     weights: Weights
     rank: int
     alpha: float
+    targets: tuple[str, ...] = TARGETS
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
@@ -83,13 +88,14 @@ def write_lora(lora: TrainedLora, folder: Path, dtype: str, base: str) -> None:
     }
     for below in (FOLDER_OF_PEFT, "kohya"):
         (folder / below).mkdir(parents=True, exist_ok=True)
-    _write(folder / DIFFUSERS, _named(pairs, "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"))
+    _write(folder / DIFFUSERS, _named(pairs, "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"), lora.header)
     _write(
         folder / FOLDER_OF_PEFT / "adapter_model.safetensors",
         _named(pairs, f"{PEFT}{{}}.lora_A.weight", f"{PEFT}{{}}.lora_B.weight"),
+        lora.header,
     )
-    write_file(folder / FOLDER_OF_PEFT / ADAPTER, _adapter_config(lora.rank, base))
-    _write(folder / "kohya" / KOHYA, _of_kohya(pairs, lora.rank))
+    write_file(folder / FOLDER_OF_PEFT / ADAPTER, _adapter_config(lora, base))
+    _write(folder / "kohya" / KOHYA, _of_kohya(pairs, lora.rank), lora.header)
 
 
 def _named(pairs: Mapping[str, tuple[NDArray[Any], ...]], down: str, up: str) -> dict[str, NDArray[Any]]:
@@ -105,14 +111,15 @@ def _of_kohya(pairs: Mapping[str, tuple[NDArray[Any], ...]], rank: int) -> dict[
     return named | {f"{layer}.alpha": np.array(rank, down.dtype) for layer, (down, _) in flat.items()}
 
 
-def _adapter_config(rank: int, base: str) -> str:
+def _adapter_config(lora: TrainedLora, base: str) -> str:
+    rank, layers = lora.rank, list(lora.targets)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(TARGETS), base_model_name_or_path=base, inference_mode=True
+        r=rank, lora_alpha=rank, target_modules=layers, base_model_name_or_path=base, inference_mode=True
     )
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     return json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def _write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], header: Mapping[str, str]) -> None:
     with replacing(path) as file:
-        file.write(tensor_file.save(dict(tensors), {"format": "pt"}))
+        file.write(tensor_file.save(dict(tensors), {"format": "pt", **header}))

@@ -29,6 +29,7 @@ else:
 # what does not change the weights: a run with other values of these goes on
 CADENCE = ("save_seconds", "validate_every", "prompts")
 AVERAGE = "average/unet/"
+MIN_SNR = "min-snr-5-capped"  # a weighting of the loss (`training.diffusion.loss_weight`)
 
 
 def trained_schedule(pipeline: Pipeline) -> Schedule:
@@ -65,6 +66,13 @@ def untrainable(pipeline: Pipeline, pixels: int, batch: int, precision: str) -> 
         why = "is an inpainting model; models that draw whole pictures are distilled"
         yield Problem(pipeline.family.kind.denoiser, why)
     yield from unplaced(pipeline, pixels, batch, precision)
+
+
+def unweighed(pipeline: Pipeline, weighting: str) -> Iterator[Problem]:
+    """Why the loss of this model cannot be weighted so."""
+    kind = pipeline.family.prediction_type
+    if weighting != "none" and kind != "epsilon":
+        yield Problem(pipeline.family.kind.denoiser, f"predicts {kind}; {MIN_SNR} weighs the error of predicted noise")
 
 
 def unplaced(pipeline: Pipeline, pixels: int, batch: int, precision: str) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ class Limits:
     control_scale: tuple[float, float] = (0.0, 10.0)
     controls: int = 4
     hires: tuple[float, float] = (1.0, 4.0)
+    eta: tuple[float, float] = (0.0, 1.0)
     images: tuple[int, int] = (1, 4)
     size_px: tuple[int, int] = (64, 1536)
     pixels: int = 2_400_000

@@ -71,6 +71,7 @@ PASSES: dict[str, str] = {
     "significance": "diffship.compression.significance:SignificancePass",
     "prune": "diffship.compression.structural:PrunePass",
     "swap-vae": "diffship.compression.swap_vae:SwapVaePass",
+    "train-lora": "diffship.compression.train_lora:TrainLoraPass",
     "vae": "diffship.compression.vae:VaePass",
 }
 # What `train` runs, in the order of a whole run.

@@ -24,9 +24,13 @@ def bounds(low: float, high: float) -> dict[str, Any]:
 
 
 def key_text(text: str) -> tuple[str, str] | None:
-    """`key-name=1` as ("key_name", "1"); None for anything else."""
-    key, equals, value = text.partition("=")
-    return (key.replace("-", "_"), value) if equals and key else None
+    """`key-name=1` as ("key_name", "1"); None for anything else.
+
+    Of `swap-vae.key-name` the name before the dot stays as it is, because names of passes have hyphens.
+    """
+    words, equals, value = text.partition("=")
+    owner, dot, key = words.rpartition(".")
+    return (f"{owner}{dot}{key.replace('-', '_')}", value) if equals and words else None
 
 
 def key_value(text: str) -> tuple[str, Any] | None:

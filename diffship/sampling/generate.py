@@ -173,6 +173,7 @@ def settings(trajectory: Trajectory) -> dict[str, Any]:
         **({"spacing": trajectory.sampler.spacing} if trajectory.sampler.spacing else {}),
         **({"negative_given": True} if trajectory.negative_prompt == "" else {}),
         **_reading(trajectory.reading),
+        **({} if trajectory.sampler.eta is None else {"eta": trajectory.sampler.eta}),
         "guidance": trajectory.guidance,
         "width": width,
         "height": height,

@@ -17,6 +17,7 @@ from diffship.core.family import Family
 from diffship.core.kind import CONTROL_IMAGE, RESIDUAL, Kind
 from diffship.core.runner import Runner
 from diffship.sampling.kernel import Array, as_float32
+from diffship.sampling.samplers import CONSISTENCY
 from diffship.sampling.trajectory import Conditioning, Trajectory
 
 Key = tuple[Any, ...]
@@ -41,10 +42,12 @@ def unheeded(family: Family, scheduler: Mapping[str, Any], guidance: float, nega
         )
     elif negative and guidance <= 1.0:
         found.append(f"the negative prompt is not used: guidance is {guidance:g}, and it takes guidance above 1")
-    lora = not family.takes_guidance and scheduler.get("_class_name") == "LCMScheduler"
+    sampler = scheduler.get("_class_name")
+    lora = not family.takes_guidance and sampler in CONSISTENCY
     if lora and guidance > _LCM_LORA_GUIDANCE:
+        origin = "LCM-LoRA" if sampler == "LCMScheduler" else "made for TCD"
         found.append(
-            f"guidance is {guidance:g}: this model has its guidance in its weights (LCM-LoRA); from 1 to "
+            f"guidance is {guidance:g}: this model has its guidance in its weights ({origin}); from 1 to "
             f"{_LCM_LORA_GUIDANCE:g} is good, more gives hard contrasts and colours"
         )
     return tuple(found)

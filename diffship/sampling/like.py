@@ -14,7 +14,8 @@ from diffship.core.registry import SAMPLERS
 from diffship.sampling.picture import A1111_SAMPLERS
 from diffship.sampling.text.a1111 import networks
 
-_TAKEN = ("steps", "sampler", "spacing", "guidance", "seed", "rng", "strength", "prompt_syntax", "clip_skip")
+_TAKEN = ("steps", "sampler", "spacing", "guidance", "seed", "rng", "strength", "eta", "prompt_syntax", "clip_skip")
+_FILES = {"image-to-image": ("image",), "inpainting": ("image", "mask")}  # by mode: what no PNG holds
 _VALUE = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST = 3  # values that make a line one of values, as A1111 has it
 _NEGATIVE = "Negative prompt:"
@@ -35,7 +36,7 @@ class Likeness:
 
     fields: keyword arguments of a Request. unused: what it says further and nothing here reads. ours: whether diffship
     drew it, so that the same model gives the same bytes. digest: of that model's weights, if known. split: model names
-    and their steps, if several drew it.
+    and their steps, if several drew it. files: options whose pictures it was drawn from, which no PNG holds.
     """
 
     fields: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Likeness:
     model: str = ""
     digest: str = ""
     split: tuple[tuple[str, int], ...] = field(default=())
+    files: tuple[str, ...] = ()
 
 
 def likeness(settings: Mapping[str, Any]) -> Likeness:
@@ -70,10 +72,16 @@ def _own(settings: Mapping[str, Any]) -> Likeness:
         if "decoded" in settings:
             fields["memory"] = "low"
         split = tuple((str(one["model"]), int(one["steps"])) for one in settings.get("split", ()))
+        files = (*_FILES.get(settings.get("mode"), ()), *["control"] * bool(settings.get("controls")))
     except (KeyError, TypeError, ValueError) as fault:
         reason = f"{type(fault).__name__}: {str(fault)[:80]}"
         raise ConfigError(f"its settings are not those of a picture ({reason})") from None
-    return Likeness(fields, (), True, str(settings.get("model", "")), str(settings.get("model_digest", "")), split)
+    if "hires" in settings:
+        raise ConfigError(
+            "it was drawn in two passes (--hires), the second over the first's pixels: repeat its command"
+        )
+    names = str(settings.get("model", "")), str(settings.get("model_digest", ""))
+    return Likeness(fields, (), True, *names, split, files)
 
 
 def read_parameters(text: str) -> Likeness:

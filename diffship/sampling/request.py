@@ -35,7 +35,8 @@ class Request:
     or the key (seed, i) (philox). `latents` (images, then the shape of one picture's) replaces the initial noise, unit
     normal, so that two clients can start from the same. `batch` is how many images share a model call (default: all, or
     one with low memory). `spacing` (linspace, leading, trailing) replaces the scheduler's `timestep_spacing`; few-step
-    students are made for trailing, whatever their folders say.
+    students are made for trailing, whatever their folders say. `eta` is the share of noise that the sampler tcd draws
+    anew at each step (0 is none; Hyper-SD's LoRA for one step wants 1).
 
     With `image` (uint8 (height, width, 3)) the picture begins with that image under the share `strength` of the noise,
     and the first calls are left out (image-to-image; SDEdit, Meng et al. 2021). With `mask` too (uint8 (height, width))
@@ -59,6 +60,7 @@ class Request:
     rng: str = "torch"
     sampler: str | None = None
     spacing: str | None = None
+    eta: float | None = None
     strength: float | None = None
     images: int = 1
     memory: str = "normal"
@@ -80,6 +82,8 @@ class Request:
             check_range("steps", self.steps, *LIMITS.steps)
         if self.guidance is not None:
             check_range("guidance", self.guidance, *LIMITS.guidance)
+        if self.eta is not None:
+            check_range("eta", self.eta, *LIMITS.eta)
         if self.strength is not None:
             check_range("strength", self.strength, *LIMITS.strength)
         check_range("images", self.images, *LIMITS.images)
@@ -197,11 +201,13 @@ def _require_images(request: Request, family: Family) -> None:
 
 
 def _sampler(request: Request, config: Mapping[str, Any]) -> Sampler:
-    if request.spacing is None:
-        return make_sampler(config, request.sampler)
-    made = make_sampler({**config, "timestep_spacing": request.spacing}, request.sampler)
-    if not made.spaced:
+    asked = {"timestep_spacing": request.spacing, "eta": request.eta}
+    changed = {key: value for key, value in asked.items() if value is not None}
+    made = make_sampler({**config, **changed}, request.sampler)
+    if request.spacing is not None and not made.spaced:
         raise ConfigError(f"the {made.name} sampler has timesteps of its own; spacing has no say in it")
+    if request.eta is not None and made.eta is None:
+        raise ConfigError(f"the {made.name} sampler has no eta; it is for tcd: --sampler tcd")
     return made
 
 

@@ -79,6 +79,11 @@ class Sampler(ABC):
         return None
 
     @property
+    def eta(self) -> float | None:
+        """Share of each step's noise that is drawn anew, from 0 to 1, or None for a class that has no such choice."""
+        return None
+
+    @property
     def spaced(self) -> bool:
         """Whether the timesteps depend on `timestep_spacing`."""
         return self.spacing is not None

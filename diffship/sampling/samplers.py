@@ -34,6 +34,7 @@ _BY_CLASS = {
     "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # of models that were distilled to draw in a few steps
 _OTHERS = {"EDM": "edm", "FlowMatch": "flow"}  # how the names of classes of another noise begin
 # Every class of diffusers whose noise is that of betas: their configs can be taken over by each other.
 WITH_BETAS = (

@@ -6,7 +6,7 @@ Switched off, the U-Net is what it was: teacher and student then share its weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,19 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+# those of diffusers' script that trains a LoRA on pictures, and of Hu et al.: the projections of attention
+ATTENTION = TARGETS[:4]
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def add_lora(network: nn.Module, rank: int, alpha: float, seed: int) -> None:
+def add_lora(network: nn.Module, rank: int, alpha: float, seed: int, targets: Sequence[str] = TARGETS) -> None:
     """Puts LoRA layers into `network`; only they are trained. They change nothing yet: the up matrices are zero.
+
+    targets: how the names of the layers end that get one.
 
     The down matrices are drawn from `seed`, in the order of the layers, as torch draws those of a linear layer.
     """
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     peft.inject_adapter_in_model(config, network)
     draw = torch.Generator().manual_seed(seed & 0xFFFFFFFFFFFFFFFF)
     for name, value in network.named_parameters():

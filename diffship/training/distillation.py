@@ -1,9 +1,11 @@
-"""Distil a U-Net into a smaller one: the task that the training loop runs.
+"""Distil a U-Net into a smaller one, or train it without a teacher: the task that the training loop runs.
 
 Loss (BK-SDM, arXiv 2305.15798, eq. 1-4; Hybrid SD and KOALA alike), e the student's output, e_T the teacher's, y the
 target of plain training (the noise, or v), f_j and f_Tj paired features:
 
     w_task MSE(e, y) + w_out MSE(e, e_T) + w_feat sum_j MSE(f_j, f_Tj)
+
+The first term alone is the loss of diffusion models (Ho et al., arXiv 2006.11239, eq. 14), which needs no teacher.
 """
 
 from __future__ import annotations
@@ -115,13 +117,14 @@ class Forward:
 class DistillationTask:
     """One loss per batch. `student` and `teacher` are U-Nets as `Component.module` makes them, the teacher frozen.
 
-    The teacher is not called if no term needs it. part: what checkpoints call the student.
+    Of the student's parameters those are trained that require a gradient. The teacher is not called if no term needs
+    it, and may be None then. part: what checkpoints call the student.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         pairs: Sequence[Pair],
         draws: Draws,
         latents: Latents,
@@ -131,14 +134,16 @@ class DistillationTask:
         part: str,
     ) -> None:
         self.student: Any = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.teacher: Any = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.student.requires_grad_(True)
-        self.teacher.requires_grad_(False)
-        self.modules = {part: self.student.inner, "teacher": self.teacher.inner}
+        self.modules = {part: self.student.inner}
         self.draws, self.latents, self.captions, self.forward, self.losses = draws, latents, captions, forward, losses
         pairs = pairs if losses.feat else ()
         self.taps = Taps(self.student.inner, [pair.student for pair in pairs])
-        self.teacher_taps = Taps(self.teacher.inner, [pair.teacher for pair in pairs])
+        self.teacher: Any = None
+        if teacher is not None:
+            self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.teacher.requires_grad_(False)
+            self.modules["teacher"] = self.teacher.inner
+            self.teacher_taps = Taps(self.teacher.inner, [pair.teacher for pair in pairs])
 
     def loss(self, batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         samples = self.draws(batch, generator)

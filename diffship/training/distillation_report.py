@@ -120,6 +120,13 @@ def read_curve(file: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def last_figures(run: Path) -> dict[str, float]:
+    """Loss and its terms at the last logged step of the run in a folder; none if a crash emptied the curve."""
+    curve = run / "curve.jsonl"
+    last: dict[str, Any] = next(reversed(read_curve(curve) if curve.is_file() else []), {})
+    return {name: value for name, value in last.items() if name not in ("step", "seconds")}
+
+
 def write_curve(curve: Path, file: Path) -> None:
     """Loss and its terms over steps as a PNG, logarithmic in the loss; nothing is written before two points."""
     entries = read_curve(curve)

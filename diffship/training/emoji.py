@@ -1,7 +1,7 @@
 """The `emoji` data set: Fluent 3D pictures with the captions of emojibase, as a folder of images and `metadata.jsonl`.
 
 Sources (all MIT): npm `@lobehub/fluent-emoji-3d` (pictures), `emojibase-data` (labels, tags, skin tones) and
-`emoji-datasource-google` (a second drawing style, for the judge only).
+`emoji-datasource-google` (a second drawing style: for the judge, and for a LoRA of that style).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from diffship.training.diffusion import caption_variants
+from diffship.training.judge import style_held_out
 
 SIZE = 128
 GROUPS = ("smileys", "people", "component", "animals", "food", "travel", "activities", "objects", "symbols", "flags")
@@ -81,7 +84,8 @@ class Record:
 def prepare(fluent: Path, labels: Path, folder: Path, google: Path | None = None, size: int = SIZE) -> int:
     """Write the data set from the three npm archives (`npm pack NAME`); returns the number of pictures.
 
-    Pictures are `size` px RGB on a white ground. Held-out skin-tone combinations are drawn once by a fixed seed.
+    Pictures are `size` px RGB on a white ground. Held-out skin-tone combinations are drawn once by a fixed seed. The
+    folder `google` in it is also one that a LoRA of that style is trained on.
     """
     entries = list(_entries(json.loads(_member(labels, "en/data.json"))))
     held_out = _held_out(entries)
@@ -99,9 +103,26 @@ def prepare(fluent: Path, labels: Path, folder: Path, google: Path | None = None
             split = "held_out" if code in held_out else "train"
             records.append(_record(found, name, split, style))
     records.sort(key=lambda record: record.file_name)
-    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    _write_table(folder, [asdict(record) for record in records])
+    if google is not None:
+        _write_table(folder / "google", [_captioned(record) for record in records if _teaches_style(record)])
     return len(records)
+
+
+def _teaches_style(record: Record) -> bool:
+    """The second style of the domain, but for that fifth of the concepts of which the judge has not seen it either."""
+    seen = record.split == "train" and not style_held_out(record.concept)
+    return record.style == "google" and record.domain and seen
+
+
+def _captioned(record: Record) -> dict[str, Any]:
+    """The row of a folder of pictures with captions; every caption is one way to describe the picture."""
+    return {"file_name": Path(record.file_name).name, "text": caption_variants(record.text, record.tags)}
+
+
+def _write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _entries(data: list[Entry]) -> Iterator[tuple[str, Entry, Entry]]:

@@ -88,8 +88,8 @@ def conv_in(pipeline: Pipeline) -> float:
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     assert [path.stem for path in RECIPES] == [
-        *("bk-tiny", "emoji-25", "emoji-58", "emoji-lcm-lora", "emoji-small-lcm-lora", "emoji-small"),
-        "emoji-tiny-vae",
+        *("bk-tiny", "emoji-25", "emoji-58", "emoji-lcm-lora", "emoji-lcm"),
+        *("emoji-small-lcm-lora", "emoji-small", "emoji-style-lora", "emoji-tiny-vae"),
         *("hybrid-224m", "koala-700m"),
     ]
 
@@ -151,6 +151,13 @@ def recipe_file(folder: Path, *passes: str) -> Path:
 
 
 LAYOUT = 'type = "layout"\nname = "bk-base"'
+
+
+def test_passes_with_hyphens_in_their_names_are_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = recipe_file(tmp_path, 'type = "train-lora"\ndata = "x"')
+    words = ["--set", "train-lora.data=nowhere", "--set", "train-lora.lora-out=out"]
+    assert main(["compress", "--recipe", str(file), *words, "-o", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "nowhere is not a folder of pictures" in capsys.readouterr().err
 
 
 def test_settings_win_over_the_recipe(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def test_tiny_autoencoders(source: str, tmp_path: Path, graphs: Job) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("source", ["arch:tiny-sdxl", "arch:tiny-lcm", "arch:tiny-inpaint", "arch:tiny-sd+lcm+taesd"])
+@pytest.mark.parametrize(
+    "source", ["arch:tiny-sdxl+lcm", "arch:tiny-lcm", "arch:tiny-inpaint", "arch:tiny-sd+lcm+taesd"]
+)
 def test_every_tiny_architecture_is_proved(source: str, precision: str, tmp_path: Path) -> None:
     from diffship.export import export
 

@@ -62,6 +62,7 @@ def test_published_auto_encoder_parameters() -> None:
 def test_variants_differ_by_what_they_add() -> None:
     assert cost(part("sd15-inpaint", "unet")).params == 859_520_964 + 5 * 320 * 9
     assert cost(part("lcm-sd15", "unet")).params == 859_520_964 + 256 * 320
+    assert cost(part("lcm-sdxl", "unet")).params == 2_567_463_684 + 256 * 320
 
 
 def test_published_text_encoders() -> None:

@@ -108,6 +108,9 @@ def test_facts_of_the_families() -> None:
     assert [f.time_ids for f in facts.values()] == [None, None, 6, 5, None, None]
     assert facts["sd21"].prediction_type == "v_prediction"
     assert facts["sdxl"].scaling_factor == 0.13025 and facts["sdxl"].pooled_width == 1280
+    xl = arch("lcm-sdxl")
+    assert (xl.family.time_cond_dim, xl.family.pooled_width, xl.family.default_size) == (256, 1280, 1024)
+    assert xl.denoiser.inputs[-1].name == "timestep_cond" and xl.scheduler["_class_name"] == "LCMScheduler"
     assert facts["lcm-sd15"].time_cond_dim == 256 and arch("lcm-sd15").scheduler["_class_name"] == "LCMScheduler"
     assert facts["sd15-inpaint"].unet_channels == 9
     assert arch("sd15+taesd").family.scaling_factor == 1.0

@@ -105,6 +105,10 @@ def test_our_own_settings_come_back(tmp_path: Path) -> None:
     assert likeness({**FULL, "decoded": "tiles"}).fields["memory"] == "low"
     split = [{"model": "a", "steps": 3}, {"model": "b", "steps": 4}]
     assert likeness({**FULL, "split": split}).split == (("a", 3), ("b", 4))
+    controlled = likeness({**FULL, "mode": "inpainting", "controls": [{"name": "edges"}]})
+    assert controlled.files == ("image", "mask", "control") and likeness(FULL).files == ()
+    with pytest.raises(ConfigError, match="two passes"):
+        likeness({**FULL, "hires": {"scale": 2.0, "strength": 0.5}})
 
 
 def test_the_text_that_we_write_for_others_is_read_alike() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import prove_real
 import pytest
+from PIL import Image
 from prove.capabilities import CAPABILITIES, missing
 from prove.catalogue import read_catalogue
 from prove.published import (
@@ -31,8 +32,10 @@ from prove.published import (
 
 from diffship.benchmarks.measure.record import write_result
 from diffship.benchmarks.measure.row import Row as Figure
+from diffship.cli.compress import _flagged
 from diffship.cli.main import parse
 from diffship.core.errors import ConfigError, DiffshipError
+from diffship.models.sources.opening import open_source
 
 PUBLISHED = read_pages()
 CATALOGUE = read_catalogue()
@@ -244,3 +247,42 @@ def test_pages_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     files = write_pages(tmp_path / "pages")
     assert [file.name for file in files] == ["asyncdiff.md", "hybrid-sd.md", "koala.md", "lcm-lora.md"]
     assert files[0].read_text(encoding="utf-8").startswith("# Reproducing AsyncDiff\n")
+
+
+TRAININGS = [
+    words
+    for page in PUBLISHED
+    for command in page.command
+    for words in lines_of(command.ours)
+    if words[:2] == ["diffship", "compress"] and "--pass" in words
+]
+
+
+@pytest.mark.parametrize("words", TRAININGS, ids=lambda words: words[-1])
+def test_passes_of_printed_commands_have_the_options_that_there_are(words: list[str]) -> None:
+    """A line parses with any KEY=VALUE; here its pass is made, which knows its keys and their bounds."""
+    (made,) = _flagged(parse(words[1:]))
+    assert made.kind == words[words.index("--pass") + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for words in TRAININGS if "lcm" in words], ids=lambda words: words[-1])
+def test_printed_distillations_fit_the_models_that_they_name(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed, options and all; tiny models of the same kind stand for those on the hub, and nothing is trained."""
+    data = tmp_path / "data" / "laion-aesthetics"
+    data.mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    Image.new("RGB", (64, 64), "red").save(data / "0.png")
+    (data / "0.txt").write_text("a red square", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # mixed fp16 is for GPUs
+    monkeypatch.setattr("diffship.compression.lcm.open_source", lambda source: open_source(tiny(source)))
+    (made,) = _flagged(parse(words[1:]))
+    assert made.check(open_source(tiny(words[2]))) == []
+    assert len(made.outline(open_source(tiny(words[2]))).calls) == 2
+
+
+def tiny(source: str) -> str:
+    return "arch:tiny-sdxl" if "xl" in source else "arch:tiny-sd"

@@ -14,12 +14,13 @@ from PIL import Image
 
 from diffship.core.errors import ConfigError, SourceError
 from diffship.sampling.tokenizer import END, START
-from diffship.training import emoji_stages
+from diffship.training import emoji, emoji_stages
 from diffship.training import judge as judging
 from diffship.training.commands import run, train_decoder
 from diffship.training.diffusion import alphas_cumprod, caption_variants, loss_weight
 from diffship.training.emoji import prepare
 from diffship.training.options import TrainOptions
+from diffship.training.paired import PairedPictures
 from diffship.training.pictures import Pictures
 from diffship.training.vae import augment, gradient_l1, multiscale_l1, psnr
 from diffship.training.vocabulary import train_vocabulary
@@ -96,6 +97,30 @@ def test_the_judge_never_sees_held_out_pictures_nor_the_second_style_of_held_out
     assert all(r["split"] == "train" for r in records)
     assert not [r for r in records if r["style"] == "google" and judging.style_held_out(r["concept"])]
     assert 0.15 < sum(judging.style_held_out(str(i)) for i in range(2000)) / 2000 < 0.25
+
+
+def test_the_second_style_is_a_folder_that_a_lora_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the domain, no held-out combination, and no concept whose second style the judge has not seen either."""
+    for module in (judging, emoji):
+        monkeypatch.setattr(module, "style_held_out", lambda concept: concept == "red heart")
+    _archives(tmp_path)
+    data = tmp_path / "data"
+    run("emoji-data", TrainOptions(data=tmp_path, out=data))
+    found = PairedPictures.open(data / "google", 128)
+    wanted = {
+        record["text"]: caption_variants(record["text"], record["tags"])
+        for record in Pictures.read(data).records
+        if record["style"] == "google" and record["domain"] and judging.sees(record)
+    }
+    assert {"red apple", "waving hand"} <= wanted.keys() and "red heart" not in wanted
+    assert {found.captions(row)[0]: found.captions(row) for row in range(len(found))} == wanted
+    assert 0 < len(wanted) < 14 and "not name" in found.told
+    assert len(PairedPictures.open(data, 128)) == sum(
+        record["style"] == "fluent" and record["split"] == "train" and record["domain"]
+        for record in Pictures.read(data).records
+    )
 
 
 def test_a_missing_archive_names_the_command_that_gets_it(tmp_path: Path) -> None:

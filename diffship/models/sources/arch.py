@@ -44,6 +44,7 @@ SUFFIXES = ("lcm", "no-t5", "taesd", "small-vae")
 _SHARED = {
     "sd21-base": ("sd21", "sd15", "sd21-base"),
     "lcm-sd15": ("sd15", "sd15", "sd15"),
+    "lcm-sdxl": ("sdxl", "sdxl", "sdxl"),
     "sd15-inpaint": ("sd15", "sd15", "sd15"),
     "sdxl-refiner": ("sdxl-refiner", "sdxl", "sdxl"),
     "tiny-sd": ("tiny-sd", "tiny-sd", "sd15"),

@@ -93,6 +93,7 @@ UNETS: dict[str, Config] = {
     "sdxl": _XL_UNET,
     "sdxl-refiner": _REFINER_UNET,
     "lcm-sd15": {**_SD_UNET, "time_cond_proj_dim": 256},
+    "lcm-sdxl": {**_XL_UNET, "time_cond_proj_dim": 256},
     "sd15-inpaint": {**_SD_UNET, "in_channels": 9},
     "tiny-sd": {**_SD_UNET, **_TINY, "cross_attention_dim": 32},
     "tiny-sdxl": {**_XL_UNET, **_TINY_XL},

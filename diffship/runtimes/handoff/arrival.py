@@ -54,6 +54,7 @@ def require_answer(trajectory: Trajectory, request: Request, step: int, image: i
         "sampler": (trajectory.sampler.name, request.sampler),
         "spacing": (trajectory.sampler.spacing, request.spacing),
         "reading": (trajectory.reading, request.reading),
+        "eta": (trajectory.sampler.eta, request.eta),
     }
     if request.rng != "torch":
         pairs["image"] = (trajectory.facts.get("image"), image)

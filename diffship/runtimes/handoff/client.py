@@ -173,6 +173,7 @@ class HybridClient:
             "sampler": request.sampler,
             "spacing": request.spacing,
             **_reading(request),
+            **({} if request.eta is None else {"eta": request.eta}),  # servers of before do not know the field
             "split": calls,
             "embeddings": not self._same_text(model),
             "deadline_seconds": min(max(left, low), high),

@@ -13,10 +13,9 @@ from diffship.core.family import Family
 from diffship.core.strict import load, plain
 from diffship.sampling.process import ALPHAS
 from diffship.sampling.sampler import Sampler
-from diffship.sampling.samplers import make_sampler
+from diffship.sampling.samplers import CONSISTENCY, make_sampler
 from diffship.sampling.schedule import F32
 
-_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 _FACTS = {  # of the family: what a trajectory's arrays are made of and what the denoiser takes beside them
     "latent_channels": "latent channels",
     "vae_factor": "VAE factor",
@@ -179,7 +178,7 @@ def _other_vae(first: Facts, other: Facts) -> list[str]:
 
 
 def _other_kind(first: Facts, other: Facts) -> list[str]:
-    lcm = [model.scheduler.get("_class_name") in _CONSISTENCY for model in (first, other)]
+    lcm = [model.scheduler.get("_class_name") in CONSISTENCY for model in (first, other)]
     if lcm[0] == lcm[1]:
         return []
     name = (first if lcm[0] else other).name

@@ -49,6 +49,7 @@ class Drawing:
     rng: str = field(default="torch", metadata=choices(*NOISES))
     sampler: str | None = field(default=None, metadata=choices(*SAMPLERS))
     spacing: str | None = field(default=None, metadata=choices(*SPACINGS))
+    eta: float | None = field(default=None, metadata=bounds(*LIMITS.eta))
     image: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
     mask: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
     strength: float | None = field(default=None, metadata=bounds(*LIMITS.strength))

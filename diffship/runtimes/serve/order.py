@@ -171,6 +171,7 @@ def _settled(form: Drawing, model: Model, images: int) -> tuple[Settled, tuple[s
         spacing=form.spacing,
         prompt_syntax=form.prompt_syntax,
         clip_skip=form.clip_skip,
+        eta=form.eta,
         images=images,
         strength=form.strength,
     )

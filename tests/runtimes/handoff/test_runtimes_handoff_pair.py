@@ -207,6 +207,7 @@ def test_the_answer_to_a_request_is_taken(rng: str, image: int) -> None:
         ("guidance", {"guidance": 7.0}),
         ("sampler", {"sampler": "euler"}),
         ("spacing", {"spacing": "trailing"}),
+        ("eta", {"eta": 0.5}),
     ],
 )
 def test_an_old_answer_is_refused(label: str, changes: dict[str, Any]) -> None:

@@ -50,13 +50,22 @@ def _row(subject: str, metric: str, value: float, unit: str = "share") -> Row:
     return Row(SUITE, subject, metric, round(float(value), 4), unit, kind="quality")
 
 
-def draw(model: Any, texts: Sequence[str], seeds: int, steps: int, guidance: float, batch: int = 32) -> Uint8:
+def draw(
+    model: Any,
+    texts: Sequence[str],
+    seeds: int,
+    steps: int,
+    guidance: float,
+    batch: int = 32,
+    sampler: str = "ddim",
+    first_seed: int = 0,
+) -> Uint8:
     """(seeds * n, size, size, 3): every prompt once per seed; the noise of a prompt is fixed by its place and seed."""
     from diffship.sampling.generate import Request, generate_many
 
     requests = [
-        Request(prompt=text, steps=steps, guidance=guidance, seed=10_000 * seed + place, sampler="ddim")
-        for seed in range(seeds)
+        Request(prompt=text, steps=steps, guidance=guidance, seed=10_000 * seed + place, sampler=sampler)
+        for seed in range(first_seed, first_seed + seeds)
         for place, text in enumerate(texts)
     ]
     pictures: list[Uint8] = []
