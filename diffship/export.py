@@ -26,6 +26,7 @@ from diffship.core.strict import unknown
 if TYPE_CHECKING:
     from diffship.exporters.golden_feeds import GoldenFeeds
     from diffship.exporters.protocol import BuiltFromGraph, Exporter
+    from diffship.exporters.staged import StagedFeeds
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
 
@@ -48,7 +49,7 @@ class _Work:
     sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
     runs_here: bool  # whether an engine of this machine reads the target
     against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
-    feeds: GoldenFeeds
+    feeds: GoldenFeeds | StagedFeeds
 
 
 def export(
@@ -64,6 +65,8 @@ def export(
     overwrite: bool = False,
     job: Job | None = None,
     against: Pipeline | None = None,
+    stages: int | None = None,
+    cut: str | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -75,6 +78,9 @@ def export(
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
 
+    `stages` cuts the denoiser for that many devices (`exporters.staged.find_staging`): each stage is a part of its own,
+    proved on what the stages before it give. `cut` says where.
+
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
     Raises:
@@ -85,7 +91,7 @@ def export(
         ParityError: a part does not compute the same; the message has the figures.
     """
     from diffship.exporters.card import write_card
-    from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.exporters.staged import check_stages, find_staging, references, staged
 
     exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -93,24 +99,28 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        plain = parts is None and base is None and verify and not trajectory and exporter == type(exporter)()
+        usual = parts is None and base is None and stages is None and not trajectory
+        plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
     whole = _opened(source, base, revision)
-    pipeline = _chosen(whole, parts)
+    pipeline, truth = _chosen(whole, parts), against or whole
+    check_stages(exporter, stages, cut, trajectory)
+    staging = None if stages is None else find_staging(pipeline, stages, cut)
+    pipeline = pipeline if staging is None else staged(pipeline, staging)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = against or whole
-        feeds = GoldenFeeds(truth, gate // 2)
-        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
+        work = _Work(
+            exporter, pipeline, draft.folder, job, gate, sizes, runs_here, *references(truth, staging, gate // 2)
+        )
         made = [_made(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
         drawn = _drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
-        manifest = replace(manifest, trajectory=drawn)
+        manifest = replace(manifest, trajectory=drawn, staging=staging)
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
 
