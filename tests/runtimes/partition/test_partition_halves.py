@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from partition_oracle import Toy, placed, toys
-from test_partition_run import SD_KIND, Chain, drawn, made_of
+from partition_oracle import placed, toys
+from partition_told import WORDS, Told, said, told
+from test_partition_run import SD_KIND, Chain, made_of
 
 from diffship.core.errors import ConfigError, DeadlineError, RunnerError
-from diffship.core.spec import TensorSpec
 from diffship.runtimes.partition.denoiser import Partitioned, threads
 from diffship.runtimes.partition.halves import Halves, cfg_parallel
 from diffship.runtimes.partition.lanes import ThreadEach
@@ -20,39 +19,6 @@ from diffship.runtimes.partition.timetable import Scheme
 from diffship.sampling.kernel import apply_matrix
 from diffship.sampling.loop import denoise
 from diffship.sampling.trajectory import Conditioning, Trajectory
-
-WORDS = "encoder_hidden_states"
-
-
-class Told(Toy):
-    """A stage that also adds what its row is told; it keeps the rows of each call."""
-
-    rows: list[int]
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (*super().inputs, TensorSpec(WORDS, "float32", ("batch_size", "n", 2)))
-
-    def run(self, feeds: Any) -> dict[str, Any]:
-        words = feeds[WORDS].value
-        self.rows.append(len(words))
-        rest = {name: feed for name, feed in feeds.items() if name != WORDS}
-        made = Toy(self.name, self.reads, self.writes, self.gain).run(rest)
-        push = words.mean(axis=(1, 2), keepdims=True)[..., None]
-        return {name: array + push for name, array in made.items()}
-
-
-def told(devices: int) -> list[Told]:
-    stages = [made_of(Told, toy) for toy in toys(devices)[0]]
-    for stage in stages:
-        stage.rows = []
-    return stages
-
-
-def said(seed: int, guidance: float, steps: int = 5) -> Trajectory:
-    words = np.random.default_rng(seed).random((2, 3, 2), np.float32)
-    positive, negative = (Conditioning({WORDS: row}) for row in words)
-    return replace(drawn(steps, "dpmpp-2m", seed), guidance=guidance, positive=positive, negative=negative)
 
 
 def apart(trajectory: Trajectory, whole: Told) -> np.ndarray[Any, Any]:
