@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from diffship.cli import partition
 from diffship.cli.flags import AUTO, engine_options
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
@@ -49,9 +50,11 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
     """
     from diffship.runtimes.engines.model import open_model
+    from diffship.sampling.loop import denoiser_of
 
     engines = options.engines or [options.engine] * len(sources)
     with ExitStack() as stack:
+        make = stack.enter_context(partition.denoisers(options)) if partition.asked(options) else denoiser_of
         models = [
             stack.enter_context(open_model(source, engine, **engine_options(options)))
             for source, engine in zip(sources, engines, strict=True)
@@ -61,7 +64,7 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         warnings += half_on_cpu(models, options)
         for warning in warnings:
             note(f"warning: {warning}")
-        yield Router(models, options.split, keep=options.memory != "low"), warnings
+        yield Router(models, options.split, keep=options.memory != "low", make=make), warnings
 
 
 def half_on_cpu(models: Iterable[object], options: argparse.Namespace) -> list[str]:

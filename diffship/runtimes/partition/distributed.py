@@ -344,7 +344,7 @@ def _unpacked(specs: Sequence[TensorSpec], rows: Array) -> dict[str, tuple[int, 
     return shapes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Port:
     """The whole denoiser as FeedMaker sees a runner; constants stay plain arrays, because they are sent."""
 

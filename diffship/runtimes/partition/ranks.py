@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.distributed import note_left
-from diffship.core.errors import ConfigError, DeadlineError, PeerError
+from diffship.core.errors import ConfigError, DeadlineError, PeerError, RunnerError
 from diffship.core.lazy import lazy
 from diffship.runtimes.partition.lanes import Job, ThreadEach
 
@@ -30,6 +30,7 @@ else:
 
 Array = NDArray[Any]
 _POLL_SECONDS = 0.05
+_TOLD_SECONDS = 2.0  # for what another rank has said of its end, which is a courtesy
 _GRACE_SECONDS = 5.0  # after which a wait is given up though gloo has not
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_PORT")
 
@@ -88,14 +89,17 @@ class Ranks:
         self.rank, self.size, self.timeout = place.rank, place.size, timeout
         self._watch = ThreadEach(timeout + _GRACE_SECONDS)
         self._store: Any = None
+        self._asking = ThreadEach(join_timeout or timeout)  # a table whose keeper is stopped answers never
         note_left()  # C++ libraries may abort the process when it ends
         try:
             self._store = _store(place, join_timeout or timeout, timeout)
             self._meet(facts, join_timeout or timeout)
-            group = distributed.PrefixStore("gloo", self._store)
+            self._asking.close()
+            self._asking = ThreadEach(min(timeout, _TOLD_SECONDS))
+            group = distributed.PrefixStore("gloo", self._store)  # type: ignore[attr-defined]
             wait = timedelta(seconds=timeout)
             distributed.init_process_group("gloo", store=group, rank=self.rank, world_size=self.size, timeout=wait)
-        except RuntimeError as fault:
+        except (RuntimeError, DeadlineError) as fault:
             raise PeerError(f"rank {self.rank} could not join the others: {_short(fault)}") from fault
 
     def send(self, rank: int, array: Array, tag: int, what: str) -> Callable[[], None]:
@@ -122,22 +126,23 @@ class Ranks:
         if fault is not None:
             self._tell(str(fault) or type(fault).__name__)
         self._watch.close()
+        self._asking.close()
         if fault is None:
             distributed.destroy_process_group()
 
     def _meet(self, facts: Mapping[str, str], timeout: float) -> None:
         for name, value in facts.items():
-            self._store.set(f"{self.rank}/{name}", value)
-        self._store.set(f"{self.rank}", "here")
+            self._asked(lambda name=name, value=value: self._store.set(f"{self.rank}/{name}", value))
+        self._asked(lambda: self._store.set(f"{self.rank}", "here"))
         deadline, late = time.monotonic() + timeout, set(range(self.size))
-        while late := {rank for rank in late if not self._store.check([f"{rank}"])}:
+        while late := {rank for rank in late if not self._has(f"{rank}")}:
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, sorted(late)))
                 raise PeerError(f"rank {names} of {self.size} did not come within {timeout:g} s")
             time.sleep(_POLL_SECONDS)
         for rank in range(self.size):
             for name, ours in facts.items():
-                theirs = self._store.get(f"{rank}/{name}").decode(errors="replace")
+                theirs = self._get(f"{rank}/{name}")
                 if theirs != ours:
                     raise PeerError(f"rank {rank} has another {name} than rank {self.rank}: {theirs}, not {ours}")
 
@@ -161,18 +166,30 @@ class Ranks:
         told = self._told(rank)
         return PeerError(f"rank {rank} {happened} ({what}){f'; it said: {told}' if told else ''}")
 
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        """What a call of the table gives."""
+        return self._asking(
+            {0: Job(f"the table of the ranks, which rank 0 or torchrun keeps (rank {self.rank})", call)}
+        )[0]
+
+    def _has(self, key: str) -> bool:
+        return bool(self._asked(lambda: self._store.check([key])))
+
+    def _get(self, key: str) -> str:
+        return str(self._asked(lambda: self._store.get(key)).decode(errors="replace"))
+
     def _tell(self, text: str) -> None:
         try:
-            self._store.set(f"fault/{self.rank}", text[:500])
-        except RuntimeError:
-            return  # the one who keeps the store is gone; the others see that themselves
+            self._asked(lambda: self._store.set(f"fault/{self.rank}", text[:500]))
+        except (RuntimeError, DeadlineError, RunnerError):
+            return  # the one who keeps the table is gone; the others see that themselves
 
     def _told(self, rank: int) -> str:
         """What another rank said when it ended, as far as that can be known now."""
+        key = f"fault/{rank}"
         try:
-            key = f"fault/{rank}"
-            return str(self._store.get(key).decode(errors="replace")) if self._store.check([key]) else ""
-        except RuntimeError:
+            return self._get(key) if self._has(key) else ""
+        except (RuntimeError, DeadlineError, RunnerError):
             return ""
 
 
@@ -182,8 +199,8 @@ def _store(place: Place, join_timeout: float, timeout: float) -> Any:
     if not keeps:
         _reach(place, join_timeout)
     wait = timedelta(seconds=timeout)
-    made = distributed.TCPStore(place.host, place.port, place.size, keeps, wait, False)
-    return distributed.PrefixStore(f"diffship/{place.attempt}", made)
+    made = distributed.TCPStore(place.host, place.port, place.size, keeps, wait, False)  # type: ignore[attr-defined]
+    return distributed.PrefixStore(f"diffship/{place.attempt}", made)  # type: ignore[attr-defined]
 
 
 def _reach(place: Place, timeout: float) -> None:

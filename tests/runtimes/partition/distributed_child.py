@@ -18,6 +18,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "sam
 from partition_oracle import placed  # noqa: E402
 from partition_told import said, told  # noqa: E402
 
+from diffship.core.distributed import end  # noqa: E402
+from diffship.core.errors import DiffshipError  # noqa: E402
 from diffship.core.registry import kind  # noqa: E402
 from diffship.runtimes.partition.distributed import Distributed, Team, work  # noqa: E402
 from diffship.runtimes.partition.ranks import Ranks, place_of  # noqa: E402
@@ -70,4 +72,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DiffshipError as fault:
+        print(fault, file=sys.stderr)
+        end(1)
+    end(0)
