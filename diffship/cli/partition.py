@@ -100,7 +100,11 @@ class Plan:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """Raises ConfigError if DIR is no bundle or its denoiser is one part, UnsupportedError as opening a bundle does."""
+    """What the flags ask for of the bundle DIR.
+
+    Raises:
+        ConfigError: DIR is no bundle, or its denoiser is one part. BundleError: it is damaged.
+    """
     from diffship.core.bundle import Bundle
     from diffship.core.manifest import MANIFEST_NAME
     from diffship.runtimes.partition.staged import placement_of, whole_placement

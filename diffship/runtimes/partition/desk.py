@@ -111,7 +111,7 @@ class Desk:
         if made not in self._coming:
             buffer = self._buffers[made.tensor][made.round % _BUFFERS]
             what = f"{made.tensor} of round {made.round + 1}"
-            self._coming[made] = self._ranks.receive(self._first + made.device, buffer, self._tags[made.tensor], what)
+            self._coming[made] = self._ranks.expect(self._first + made.device, buffer, self._tags[made.tensor], what)
 
     def _hand_on(self, made: Made, array: Any) -> None:
         self._made[made] = array
@@ -127,8 +127,8 @@ class Desk:
 
     def _finish_sending(self) -> None:
         going, self._going = self._going, []
-        for wait in going:
-            wait()
+        for finish in going:
+            finish()
 
     def _mine(self, each: Round) -> list[Task]:
         return [task for task in each.tasks if task.device == self.device]

@@ -153,10 +153,10 @@ class _Rows:
     def answer(self) -> Array:
         """The prediction of the step that was asked for, float32, a row each."""
         if self._step not in self._ready:
-            waits = self._expected()
+            coming = self._expected()
             if self._desk is not None:
                 self._ready |= self._desk.play(self._index, self._feeds)
-            self._ready |= {step: wait() for step, wait in waits.items()}
+            self._ready |= {step: finish() for step, finish in coming.items()}
             self._finish_sending()
         return self._ready.pop(self._step)
 
@@ -228,7 +228,7 @@ class _Rows:
             if task.predicts is not None and rank != self.team.ranks.rank:
                 buffer = np.empty(shape, np.float32)
                 what = f"the prediction of step {task.predicts + 1}"
-                found[task.predicts] = self.team.ranks.receive(rank, buffer, _PREDICTION, what)
+                found[task.predicts] = self.team.ranks.expect(rank, buffer, _PREDICTION, what)
         return found
 
     def _others(self) -> Iterator[int]:
@@ -243,8 +243,8 @@ class _Rows:
 
     def _finish_sending(self) -> None:
         going, self._going = self._going, []
-        for wait in going:
-            wait()
+        for finish in going:
+            finish()
 
 
 def work(team: Team) -> None:
@@ -257,7 +257,7 @@ def work(team: Team) -> None:
     kept: Mapping[int, Mapping[str, Handle]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     while True:
-        operation, value = team.ranks.receive(0, np.empty(2, np.int64), _HEADER, "what to do")().tolist()
+        operation, value = team.ranks.expect(0, np.empty(2, np.int64), _HEADER, "what to do")().tolist()
         if operation == BEGIN:
             shapes, constants = _begun(team)
             kept = _kept(team, constants)
@@ -276,11 +276,11 @@ def work(team: Team) -> None:
 
 def _begun(team: Team) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
     """Shapes of the inputs, and those inputs that stay the same for a whole run."""
-    packed = team.ranks.receive(0, np.empty((len(team.inputs), 1 + _MOST_AXES), np.int64), _SHAPES, "shapes")()
+    packed = team.ranks.expect(0, np.empty((len(team.inputs), 1 + _MOST_AXES), np.int64), _SHAPES, "shapes")()
     shapes = _unpacked(team.inputs, packed)
     constants = {}
     for name in _constants(team, shapes):
-        constants[name] = team.ranks.receive(0, np.empty(shapes[name], np.float32), _CONSTANT, name)()
+        constants[name] = team.ranks.expect(0, np.empty(shapes[name], np.float32), _CONSTANT, name)()
     return shapes, constants
 
 
@@ -289,7 +289,7 @@ def _round(
 ) -> None:
     kind = team.kind
     feed = np.empty(shape[0] + int(np.prod(shape)), np.float32)
-    team.ranks.receive(0, feed, _FEED, "latents")()
+    team.ranks.expect(0, feed, _FEED, "latents")()
     changing = {kind.time_input: feed[: shape[0]], kind.sample_input: feed[shape[0] :].reshape(shape)}
     for step, prediction in desk.play(index, _feeds(team, changing, kept)).items():
         what = f"the prediction of step {step + 1}"
@@ -331,7 +331,7 @@ def _packed(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _unpacked(specs: Sequence[TensorSpec], rows: Array) -> dict[str, tuple[int, ...]]:
-    """Raises PeerError for shapes that no input has, or that take too much memory."""
+    """Shapes by input. Raises PeerError for those that no input has, or that take too much memory."""
     shapes = {}
     for row, spec in zip(rows.tolist(), specs, strict=True):
         if row[0] >= 0:

@@ -108,16 +108,16 @@ class Ranks:
         work = self._guarded(rank, what, lambda: distributed.isend(tensor, rank, tag=tag))
         return lambda: self._wait(work, rank, what, tensor)
 
-    def receive(self, rank: int, buffer: Array, tag: int, what: str) -> Callable[[], Array]:
+    def expect(self, rank: int, buffer: Array, tag: int, what: str) -> Callable[[], Array]:
         """Begin to receive into `buffer`, which is contiguous; the result waits for its end, and gives the buffer."""
         tensor = torch.from_numpy(buffer.reshape(-1).view(np.uint8))
         work = self._guarded(rank, what, lambda: distributed.irecv(tensor, rank, tag=tag))
 
-        def wait() -> Array:
+        def finish() -> Array:
             self._wait(work, rank, what, tensor)
             return buffer
 
-        return wait
+        return finish
 
     def __enter__(self) -> Ranks:
         return self
@@ -132,8 +132,8 @@ class Ranks:
 
     def _meet(self, facts: Mapping[str, str], timeout: float) -> None:
         for name, value in facts.items():
-            self._asked(lambda name=name, value=value: self._store.set(f"{self.rank}/{name}", value))
-        self._asked(lambda: self._store.set(f"{self.rank}", "here"))
+            self._set(f"{self.rank}/{name}", value)
+        self._set(f"{self.rank}", "here")
         deadline, late = time.monotonic() + timeout, set(range(self.size))
         while late := {rank for rank in late if not self._has(f"{rank}")}:
             if time.monotonic() > deadline:
@@ -172,6 +172,9 @@ class Ranks:
             {0: Job(f"the table of the ranks, which rank 0 or torchrun keeps (rank {self.rank})", call)}
         )[0]
 
+    def _set(self, key: str, value: str) -> None:
+        self._asked(lambda: self._store.set(key, value))
+
     def _has(self, key: str) -> bool:
         return bool(self._asked(lambda: self._store.check([key])))
 
@@ -180,7 +183,7 @@ class Ranks:
 
     def _tell(self, text: str) -> None:
         try:
-            self._asked(lambda: self._store.set(f"fault/{self.rank}", text[:500]))
+            self._set(f"fault/{self.rank}", text[:500])
         except (RuntimeError, DeadlineError, RunnerError):
             return  # the one who keeps the table is gone; the others see that themselves
 
