@@ -27,6 +27,7 @@ from diffship.core.strict import unknown
 if TYPE_CHECKING:
     from diffship.exporters.golden_feeds import GoldenFeeds
     from diffship.exporters.protocol import BuiltFromGraph, Exporter
+    from diffship.exporters.staged import StagedFeeds
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
 
@@ -49,7 +50,7 @@ class _Work:
     sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
     runs_here: bool  # whether an engine of this machine reads the target
     against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
-    feeds: GoldenFeeds
+    feeds: GoldenFeeds | StagedFeeds
 
 
 def export(
@@ -69,6 +70,8 @@ def export(
     job: Job | None = None,
     against: Pipeline | None = None,
     controlnets: Mapping[str, str] | None = None,
+    stages: int | None = None,
+    cut: str | None = None,
     **options: Any,
 ) -> Bundle:
     """Compile `source` for target `to` into the folder `out`, and prove each part against torch.
@@ -87,6 +90,8 @@ def export(
 
     `controlnets` are folders or hub ids by the name that each gets in the bundle. Its denoiser is then there twice: as
     it was, and as a graph over the same weights that takes their residuals.
+    `stages` cuts the denoiser for that many devices (`exporters.staged.find_staging`): each stage is a part of its own,
+    proved on what the stages before it give. `cut` says where.
 
     Without torch, `emoji` alone can be exported: the package ships its proved bundle, to which weights are added.
 
@@ -98,7 +103,7 @@ def export(
         ParityError: a part does not compute the same; the message has the figures.
     """
     from diffship.exporters.card import write_card
-    from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.exporters.staged import check_stages, find_staging, references, staged
 
     exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -106,27 +111,33 @@ def export(
     require_place(out, overwrite)  # before torch is imported, which takes seconds
     job = job or Job()
     if find_spec("torch") is None:
-        changes = (parts, base, clip_skip, trajectory or None, embeddings or None, controlnets)
+        changes = (parts, base, clip_skip, trajectory or None, embeddings or None, controlnets, stages)
         usual = all(one is None for one in changes) and loading == AS_SAID
         plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
     whole = _with_clip_skip(_with_words(_opened(source, base, revision, loading), embeddings), clip_skip)
+    if controlnets and stages is not None:
+        raise UnsupportedError("a denoiser in stages takes no ControlNets: leave --stages or --controlnet out")
     whole = _controlled(whole, controlnets or {}, exporter)
     pipeline = _chosen(whole, parts)
+    truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
+    check_stages(exporter, stages, cut, trajectory)
+    staging = None if stages is None else find_staging(pipeline, stages, cut)
+    pipeline = pipeline if staging is None else staged(pipeline, staging)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
-        feeds = GoldenFeeds(truth, gate // 2)
-        work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
+        work = _Work(
+            exporter, pipeline, draft.folder, job, gate, sizes, runs_here, *references(truth, staging, gate // 2)
+        )
         made = [_made(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
         drawn = _drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
-        manifest = replace(manifest, trajectory=drawn)
+        manifest = replace(manifest, trajectory=drawn, staging=staging)
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
 

@@ -66,7 +66,10 @@ def open_side(text: str, engine: str | None = None, options: Mapping[str, Any] |
         if isinstance(model, BundleModel):
             parts = model.bundle.manifest.parts
             digests = {part.name: part.source_digest for part in parts}
-            yield Side(f"{text} ({model.engine})", model, digests, {part.name: part.precision for part in parts})
+            precisions = {part.name: part.precision for part in parts}
+            if (staging := model.bundle.manifest.staging) is not None:
+                precisions[staging.part] = precisions[staging.stages[0]]
+            yield Side(f"{text} ({model.engine})", model, digests, precisions)
         else:
             digests = _source_digests(text)
             yield Side(f"{text} (torch)", model, digests, dict.fromkeys(digests, "fp32"))

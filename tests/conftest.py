@@ -103,6 +103,18 @@ def tiny_bundle(shared: Path, graphs_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def staged_bundle(shared: Path, graphs_folder: Path) -> Path:
+    """`arch:tiny-sd` with its U-Net in two stages, exported to ONNX and proved; read-only."""
+    pytest.importorskip("torch")
+    folder = shared / "staged"
+    with FileLock(shared / "staged.lock"):
+        if not folder.exists():
+            words = ["arch:tiny-sd", "--to", "onnx", "--stages", "2", "--cut", "speed", "-o", str(folder)]
+            assert main(["export", *words, "--cache", str(graphs_folder), "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean clone called `diffship`, and its `.venv` as `make demo` leaves it (tests/clean_clone.py)."""
     return clean_clone(tmp_path_factory.mktemp("beside") / "diffship")

@@ -12,10 +12,12 @@ from typing import Any
 
 from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names, worded
 from diffship.cli.output import Result, figure, size_text, table
+from diffship.cli.placement import CUTS
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.load_options import LoadOptions
 from diffship.core.registry import EXPORTERS, load
+from diffship.core.staging import clients_text
 
 EXAMPLES = """examples:
   diffship export emoji --to onnx -o out/emoji
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
   diffship export path/to/model.safetensors --to onnx -o out/model
   diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model-for-gpus
   diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
+  diffship export arch:tiny-sd --to onnx --stages 2 -o out/tiny-2
 """
 
 
@@ -52,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a textual inversion; repeat",
     )
+    parser.add_argument("--stages", metavar="N", type=int, help="cut the denoiser for N devices, a part for each stage")
+    parser.add_argument("--cut", choices=CUTS, help="where (default: AsyncDiff's if there is one, else speed)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep graphs here: the next export only adds weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
@@ -105,6 +110,8 @@ def run(options: argparse.Namespace) -> Result:
             parts=options.parts,
             verify=not options.no_verify,
             trajectory=options.trajectory,
+            stages=options.stages,
+            cut=options.cut,
             overwrite=options.overwrite,
             clip_skip=options.clip_skip,
             embeddings=options.embedding,
@@ -113,6 +120,8 @@ def run(options: argparse.Namespace) -> Result:
             **chosen,
         )
     warn_of(bundle.manifest.source)
+    if bundle.manifest.staging is not None:
+        note(f"note: {clients_text(bundle.manifest.staging)}")
     _warn_of_sampler(bundle.manifest.sampler)
     _warn_of_unused(bundle.manifest.parts)
     return describe(bundle.path, bundle.manifest)

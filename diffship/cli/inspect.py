@@ -12,6 +12,8 @@ from diffship.cli.flags import add_source, load_fields, size
 from diffship.cli.output import Result, size_text, table
 from diffship.core.errors import ConfigError
 from diffship.core.load_options import LoadOptions
+from diffship.core.staging import clients_text
+from diffship.core.strict import plain
 
 EXAMPLES = """examples:
   diffship inspect out/emoji
@@ -19,6 +21,7 @@ EXAMPLES = """examples:
   diffship inspect emoji --json
   diffship inspect arch:sdxl --placement --stages 2
   diffship inspect arch:sd15 --placement --stages 3 --cut speed --stride 2 --warm-up 9
+  diffship inspect out/tiny-2 --placement --warm-up 3
 """
 
 
@@ -40,11 +43,10 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Result:
     placement.check(options)
     if is_bundle(options.what):
-        given = [options.size, options.base, options.revision, options.placement, *load_fields(options).values()]
-        if any(given):
-            flags = "--size, --base, --revision, --vae, --ema, --prediction and --placement"
+        if any([options.size, options.base, options.revision, *load_fields(options).values()]):
+            flags = "--size, --base, --revision, --vae, --ema and --prediction"
             raise ConfigError(f"{flags} are for sources; this is a bundle")
-        return inspect_bundle(Path(options.what))
+        return placement.inspect_staged(options) if options.placement else inspect_bundle(Path(options.what))
     from diffship.models.sources.opening import open_source
 
     loading = LoadOptions(**load_fields(options))
@@ -75,6 +77,7 @@ def inspect_bundle(folder: Path) -> Result:
         "source": manifest.source,
         "licence": manifest.licence,
         "tools": manifest.tools,
+        "staging": None if manifest.staging is None else plain(manifest.staging),
         "bytes": sum(record.size for record in manifest.files.values()),
     }
     head = ("part", "precision", "proof", "parameters", "bytes", "source digest")
@@ -84,6 +87,7 @@ def inspect_bundle(folder: Path) -> Result:
         f"{manifest.target} bundle of {_told(manifest.source)} ({manifest.family.name})",
         f"scheduler {document['sampler']}, {size_text(sum(r.size for r in manifest.files.values()))} in "
         f"{len(manifest.files)} files",
+        *([] if manifest.staging is None else [clients_text(manifest.staging)]),
         *manifest.source.get("notes", ()),
         *(f"{', '.join(n for n in weak if weak[n] == text)}: {text}" for text in dict.fromkeys(weak.values()) if text),
     ]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffship.cli import partition
 from diffship.cli.flags import AUTO, engine_options, load_fields
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
@@ -52,8 +53,11 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
     Raises:
         ConfigError: they cannot share a trajectory. UnsupportedError: an engine that is not there, a missing part.
     """
+    from diffship.sampling.loop import denoiser_of
+
     engines, settings = options.engines or [options.engine] * len(sources), source_options(options, sources)
     with ExitStack() as stack:
+        make = stack.enter_context(partition.denoisers(options)) if partition.asked(options) else denoiser_of
         models = [
             stack.enter_context(_opened(options, source, engine, settings))
             for source, engine in zip(sources, engines, strict=True)
@@ -63,7 +67,7 @@ def open_router(options: argparse.Namespace, sources: list[str]) -> Iterator[tup
         warnings += half_on_cpu(models, options)
         for warning in warnings:
             note(f"warning: {warning}")
-        yield Router(models, options.split, keep=options.memory != "low"), warnings
+        yield Router(models, options.split, keep=options.memory != "low", make=make), warnings
 
 
 def source_options(options: argparse.Namespace, sources: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from diffship.models.walks.cost import Cost
     from diffship.models.walks.cuts import Cuts
     from diffship.runtimes.partition.prospect import Prospect
-    from diffship.runtimes.partition.timetable import Scheme
+    from diffship.runtimes.partition.timetable import Scheme, Timetable
 
+CUTS = ("published", "speed", "memory")
 _DEFAULTS: dict[str, Any] = {"stages": 2, "stride": 1, "warm_up": 1, "time_shift": False, "steps": 10}
 NOTE = "speed-ups are of counted multiply-accumulates: nothing was measured, and what is sent takes no time in them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("partitioned execution (sources only)")
+    group = parser.add_argument_group("partitioned execution (sources, and bundles of stages)")
     group.add_argument("--placement", action="store_true", help="show where the U-Net is cut for several devices")
     group.add_argument("--stages", metavar="N", type=int, help="stages that lag behind each other (default: 2)")
     group.add_argument(
         "--cut",
-        choices=("published", "speed", "memory"),
+        choices=CUTS,
         help="AsyncDiff's, or the one that spreads time or bytes (default: published where there is one, else speed)",
     )
     group.add_argument("--stride", metavar="S", type=int, help="steps that one round makes, 1 or 2 (default: 1)")
@@ -53,15 +54,9 @@ def check(options: argparse.Namespace) -> None:
 
 def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
     """Counted on the meta device at guidance's two rows; no weight is read."""
-    from diffship.core.limits import LIMITS, check_range
     from diffship.models.walks.cuts import KINDS, find_cuts, table_of, usual_kind
-    from diffship.runtimes.partition import gantt
-    from diffship.runtimes.partition.timetable import Scheme
 
-    given = {name: getattr(options, name) for name in _DEFAULTS}
-    chosen = {name: _DEFAULTS[name] if value is None else value for name, value in given.items()}
-    check_range("steps", chosen["steps"], *LIMITS.steps)
-    scheme = Scheme(chosen["stride"], chosen["warm_up"], chosen["time_shift"])
+    chosen, scheme = _chosen(options)
     if pipeline.family.kind.denoiser not in pipeline.components:
         raise ConfigError(f"{options.what} has no {pipeline.family.kind.denoiser}; one is needed to be cut")
     subject = _Subject.of(pipeline, options.size)
@@ -72,14 +67,63 @@ def inspect_placement(pipeline: Any, options: argparse.Namespace) -> Result:
     ]
     cuts = {name: find_cuts(subject.unet, stages, name, subject.sizes) for name in dict.fromkeys((kind, *others))}
     plans = {name: subject.prospect(each, scheme, chosen["steps"]) for name, each in cuts.items()}
-    chart = plans[kind].table
+    document = {"kind": "placement", "name": options.what, "size": list(subject.size), "cut": kind, **chosen}
+    document |= _figures(cuts[kind].at, cuts[kind].homes, plans[kind])
+    return _result(document | {"compared": _compared(plans), "note": NOTE}, plans[kind].table, options)
+
+
+def inspect_staged(options: argparse.Namespace) -> Result:
+    """The same of a bundle of stages, from its manifest alone: what was cut, counted and exported.
+
+    Raises:
+        ConfigError: its denoiser is one part, or another cut is asked for.
+    """
+    from diffship.core.bundle import Bundle
+    from diffship.runtimes.partition.prospect import Prospect
+    from diffship.runtimes.partition.staged import boundary_sizes, placement_of
+    from diffship.runtimes.partition.timetable import timetable
+
+    bundle = Bundle.open(Path(options.what))
+    manifest, placed = bundle.manifest, placement_of(bundle)
+    staging = manifest.staging
+    assert staging is not None  # placement_of refuses others
+    chosen, scheme = _chosen(options)
+    if options.cut or options.stages not in (None, staging.devices):
+        raise ConfigError(
+            f"{options.what} is cut already, for {staging.devices} devices; --stages and --cut are for sources"
+        )
+    files = [sum(manifest.files[file].size for file in manifest.part(stage).files) for stage in staging.stages]
+    held = placed.per_device(files)
+    macs = tuple(float(count) for count in staging.macs or [1] * len(files))
+    plan = Prospect(
+        timetable(placed, chosen["steps"], scheme), macs, tuple(map(int, held)), sum(files), boundary_sizes(bundle)
+    )
+    document = {"kind": "placement", "name": options.what, "size": list(manifest.family.default_sides)}
+    document |= {"cut": staging.cut, **chosen, "stages": staging.devices}
+    document |= _figures(staging.after, staging.homes, plan)
+    return _result(document | {"compared": _compared({staging.cut: plan}), "note": NOTE}, plan.table, options)
+
+
+def _chosen(options: argparse.Namespace) -> tuple[dict[str, Any], Scheme]:
+    """What the flags say or leave to be chosen, and the scheme in it."""
+    from diffship.core.limits import LIMITS, check_range
+    from diffship.runtimes.partition.timetable import Scheme
+
+    given = {name: getattr(options, name) for name in _DEFAULTS}
+    chosen = {name: _DEFAULTS[name] if value is None else value for name, value in given.items()}
+    check_range("steps", chosen["steps"], *LIMITS.steps)
+    return chosen, Scheme(chosen["stride"], chosen["warm_up"], chosen["time_shift"])
+
+
+def _result(document: dict[str, Any], chart: Timetable, options: argparse.Namespace) -> Result:
+    """The document and its text; the timetable is drawn into the file of --chart too."""
+    from diffship.runtimes.partition import gantt
+
     if options.chart:
         from diffship.core.atomic import write_file
 
         options.chart.parent.mkdir(parents=True, exist_ok=True)
         write_file(options.chart, gantt.svg(chart))
-    document = {"kind": "placement", "name": options.what, "size": list(subject.size), "cut": kind, **chosen}
-    document |= _figures(cuts[kind], plans[kind]) | {"compared": _compared(plans), "note": NOTE}
     return Result(document, _text(document, f"{gantt.title(chart)}\n\n{gantt.text(chart)}"))
 
 
@@ -117,10 +161,10 @@ class _Subject:
         )
 
 
-def _figures(cuts: Cuts, plan: Prospect) -> dict[str, Any]:
+def _figures(after: Sequence[str], homes: Sequence[int], plan: Prospect) -> dict[str, Any]:
     return {
-        "cut_after": list(cuts.at),
-        "homes": list(cuts.homes),
+        "cut_after": list(after),
+        "homes": list(homes),
         "devices": plan.devices(),
         "links": [
             {"from": link.source, "to": link.target, "tensors": list(link.tensors), "bytes": link.bytes}

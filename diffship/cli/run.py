@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffship.cli import partition
 from diffship.cli.flags import add_engine, add_load_options, add_request, names, setting, split
 from diffship.cli.output import Result
 from diffship.cli.places import FIELDS, add_overwrite, require_file_place, require_picture_place
+from diffship.core.distributed import first_process
 from diffship.core.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
   diffship run out/emoji "a (red:1.3) apple" --prompt-syntax a1111 -o out/apple.png
   diffship run out/emoji --like out/apple.png -o out/again.png
+  torchrun --nproc-per-node 2 -m diffship run out/tiny-2 "red apple" --stride 1 --warm-up 3 -o out/apple.png
 """
 EXAMPLES += "\nfields of a template:\n" + "\n".join(f"  {name:<9} {what}" for name, what in FIELDS.items()) + "\n"
 _CLOUD_FLAGS = ("cloud_model", "token_file", "deadline", "budget", "quality_curve", "profile")
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_control(parser)
     _add_models(parser)
     _add_cloud(parser)
+    partition.add_arguments(parser)
     source = parser.add_argument_group("a source in place of a bundle, drawn with by torch")
     source.add_argument("--base", metavar="SOURCE", help="supplies the parts that DIR lacks")
     add_load_options(source)
@@ -135,6 +139,12 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     require_picture_place(options.output, "-o")
+    if partition.asked(options):
+        partition.check(options)
+        if not first_process():
+            partition.follow(options)
+            raise SystemExit(0)  # the first process has the pictures, and tells of them
+        partition.continued(options)
     for flag, file in (("--grid", options.grid), ("--save-trajectory", options.save_trajectory)):
         if file is not None:
             require_file_place(file, flag)

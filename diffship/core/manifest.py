@@ -18,6 +18,7 @@ from diffship.core.family import Family
 from diffship.core.limits import LIMITS
 from diffship.core.precision import Precision, precision_of
 from diffship.core.spec import TensorSpec
+from diffship.core.staging import Staging
 from diffship.core.strict import bounded, bounds, load, plain
 
 MANIFEST_NAME = "diffship.json"
@@ -158,6 +159,7 @@ class Manifest:
     """The whole of diffship.json. `sampler` is diffusers' scheduler config; `files` leaves diffship.json itself out.
 
     source: id, revision, kind; licence: id, name, link, restrictions, notices.
+    staging: if it is given, the denoiser is not a part; the stages that it was cut into are.
     """
 
     target: str
@@ -170,6 +172,7 @@ class Manifest:
     tools: dict[str, Any] = field(default_factory=dict)
     licence: dict[str, Any] = field(default_factory=dict)
     trajectory: GoldenTrajectory | None = None
+    staging: Staging | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -179,6 +182,8 @@ class Manifest:
         names = [part.name for part in self.parts]
         if not names or len(names) != len(set(names)) or len(names) > LIMITS.bundle_parts:
             raise BundleError(f"there are no parts, too many, or two of one name: {', '.join(names)[:200] or 'none'}")
+        if self.staging is not None:
+            self.staging.require_fit({part.name: (part.inputs, part.outputs) for part in self.parts})
         for name in [*self.files, *self.named_files()]:
             check_path(name)
         _refuse_twins(self.files)
@@ -200,8 +205,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = plain(self) | {"family": self.family.to_json()}
-        if self.trajectory is None:
-            data.pop("trajectory")
+        for key in ("trajectory", "staging"):
+            if data[key] is None:
+                del data[key]
         for part in data["parts"]:
             for spec in (*part["inputs"], *part["outputs"]):
                 # `exact` is left out: a compiled part already has types that hold its values

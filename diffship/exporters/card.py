@@ -8,6 +8,7 @@ from typing import Any
 
 from diffship.core.atomic import write_file
 from diffship.core.manifest import Manifest, Part
+from diffship.core.staging import clients_text
 from diffship.models.card import front_matter_text, provenance, write_notices
 
 
@@ -27,6 +28,7 @@ def card_text(manifest: Manifest) -> str:
     lines = front_matter_text(manifest.licence, fields)
     name = manifest.source.get("id") or "a model"
     lines += [f"# {name}, compiled for {manifest.target}", "", *provenance(manifest.source, manifest.licence)]
+    lines += [] if manifest.staging is None else [clients_text(manifest.staging), ""]
     lines += [
         "| part | precision | proof | max abs error | PSNR | source tensors (sha256) |",
         "|---|---|---|---|---|---|",

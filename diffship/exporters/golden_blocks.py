@@ -29,6 +29,7 @@ from diffship.exporters.tolerances import exact, measured
 from diffship.models.parts.component import Component
 from diffship.models.parts.program import Layer, Program, Tree
 from diffship.models.walks.points import OUT, layer_points, point_paths
+from diffship.models.walks.stages import Stage
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,7 @@ def block_sizes(sizes: Mapping[str, int], factor: int) -> dict[str, int]:
 def write_blocks(
     component: Component, feeds: Mapping[str, NDArray[np.generic]], out: Path, precision: Precision, max_bytes: int
 ) -> GoldenBlocks | None:
-    """Write `golden/<part>.blocks.safetensors` below `out`; returns None for a part whose layers are not known (a
-    stage).
+    """Write `golden/<part>.blocks.safetensors` below `out`; returns None for a part whose layers are not known.
 
     The file holds `in.NAME` (what is fed: feeds of the part as they are, others as float8), `graph.NAME` (sketches of
     torch in float32 on weights rounded to `precision`) and, unless that is lossless, `out.NAME` (sketches on the true
@@ -106,7 +106,8 @@ class _Walk:
         self.scales: dict[str, int] = {}  # by power of two
         self.ways = {"true": _Found()} if precision.lossless else {k: _Found() for k in ("true", "rounded", "format")}
         self._forced: dict[str, torch.Tensor] = {name: torch.from_numpy(np.array(a)) for name, a in feeds.items()}
-        self._between = layer_points(self.program, self.paths)
+        # the graph of a stage calls layers, so a module that no layer calls as a whole leaves no trace in it
+        self._between = {} if isinstance(component, Stage) else layer_points(self.program, self.paths)
 
     def run(self, max_bytes: int) -> None:
         from diffship.models.walks.stages import memory_stages

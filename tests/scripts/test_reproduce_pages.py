@@ -52,6 +52,8 @@ def lines_of(text: str) -> Iterator[list[str]]:
 
 def parses(words: list[str]) -> bool:
     try:
+        if words[0] == "torchrun" and words[1] == "--nproc-per-node" and words[2].isdigit():
+            words = words[words.index("-m") + 1 :]
         if words[0] == "diffship":
             parse(words[1:])
         elif words[:2] == ["python", "scripts/prove_real.py"]:

@@ -86,12 +86,10 @@ class Component:
         """The layers of the part with their tensors, over `inner`, or over one built on the meta device.
 
         Raises:
-            ConfigError: it is a stage already, or of a kind whose layers are not known.
+            ConfigError: its layers are not known.
         """
         if self.walk is None:
-            raise ConfigError(
-                f"{self.name} ({self.class_name}) cannot be cut: a stage of it, or its layers are unknown"
-            )
+            raise ConfigError(f"{self.name} ({self.class_name}) cannot be cut: its layers are unknown")
         return self.walk(self, self.meta.get_submodule("inner") if inner is None else inner)
 
     def smallest_sizes(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ def point_paths(component: Component, inner: nn.Module) -> frozenset[str]:
     Whether a module is called at all shows only when the part runs.
     """
     containers = {path for path, module in inner.named_modules() if path and any(True for _ in module.children())}
-    if component.walk is None:  # a stage: its layers belong to the whole
+    if component.walk is None:
         return frozenset(containers)
     layers = component.program(inner).layers
     return frozenset(containers | {layer.name for layer in layers if layer.modules == (layer.name,)})

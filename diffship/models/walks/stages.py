@@ -184,10 +184,16 @@ def _stage(
         outputs=tuple(plan.specs[name] for name in writes),
         smallest=component.smallest,
         template=partial(_template, whole, steps, reads, writes),
+        walk=partial(_walk, Program(tuple(steps), plan.specs, tuple(reads), tuple(writes))),
         parent=component.name,
         layers=tuple(step.name for step in steps),
         over=partial(StageModule, steps=steps, reads=reads, writes=writes),
     )
+
+
+def _walk(program: Program, component: Component, inner: nn.Module) -> Program:
+    """The layers of a stage are some of the whole's, whatever tree they run on."""
+    return program
 
 
 def _build(component: Component, steps: Sequence[Layer], reads: Sequence[str], writes: Sequence[str]) -> nn.Module:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -20,6 +21,8 @@ from diffship.core.family import Family
 from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.core.runner import Runner
 from diffship.core.sniff import foreign, missing, near
+from diffship.core.staging import Staging
+from diffship.runtimes.engines.chain import ChainRunner
 from diffship.runtimes.engines.engine import Opener, choose_engine, make_engine
 from diffship.runtimes.engines.shell import PartRunner, steps_of
 from diffship.runtimes.engines.torch import TorchRunner
@@ -30,7 +33,10 @@ TOKENIZER_BYTES = 32 << 20
 
 
 class BundleModel:
-    """A Model over a Bundle, whatever the engine. Threads may share it; a part is loaded once."""
+    """A Model over a Bundle, whatever the engine. Threads may share it; a part is loaded once.
+
+    A denoiser that the bundle holds in stages is a part like any other: its runner calls them one after the other.
+    """
 
     def __init__(
         self,
@@ -57,7 +63,9 @@ class BundleModel:
         self.name: str = str(manifest.source.get("id") or bundle.path.name)
         self.family: Family = manifest.family
         self.scheduler: Mapping[str, Any] = dict(manifest.sampler)
-        self.parts: frozenset[str] = frozenset(part.name for part in manifest.parts)
+        staging = manifest.staging
+        whole = () if staging is None else (staging.part,)
+        self.parts: frozenset[str] = frozenset([*(part.name for part in manifest.parts), *whole])
         self.digests: Mapping[str, str] = {part.name: part.source_digest for part in manifest.parts}
         self.digest: str = _digest(self.digests)
         self.tokenizers: Mapping[str, Tokenizer] = _tokenizers(bundle)
@@ -70,6 +78,9 @@ class BundleModel:
 
     def use(self, part: str) -> Runner:
         """The runner of `part`, loaded on first use and kept until `release` or `close`."""
+        staging = self.bundle.manifest.staging
+        if staging is not None and part == staging.part:
+            return self._chain(staging)
         if part not in self._locks:
             self.bundle.part(part)  # names the parts there are
         with self._locks[part]:
@@ -84,6 +95,9 @@ class BundleModel:
 
     def release(self, part: str) -> None:
         """Free the part's memory; the next `use` loads it again."""
+        staging = self.bundle.manifest.staging
+        for stage in staging.stages if staging is not None and part == staging.part else ():
+            self.release(stage)
         if part in self._locks:
             with self._locks[part]:
                 runner = self._runners.pop(part, None)
@@ -93,6 +107,13 @@ class BundleModel:
     def close(self) -> None:
         for part in self.parts:
             self.release(part)
+
+    def _chain(self, staging: Staging) -> ChainRunner:
+        """The stages in this process, in order, as one runner."""
+        ports = {part.name: (part.inputs, part.outputs) for part in self.bundle.manifest.parts}
+        stages = [self.use(stage) for stage in staging.stages]
+        release = partial(self.release, staging.part)
+        return ChainRunner(staging.part, stages, staging.inputs(ports), staging.outputs(ports), release)
 
     def __enter__(self) -> BundleModel:
         return self

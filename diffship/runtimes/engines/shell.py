@@ -42,8 +42,9 @@ def open_runner(bundle: Bundle, part: str | Part, engine: str | None = None, **o
 def steps_of(bundle: Bundle, part: Part) -> dict[str, int]:
     """{axis: step} for axes whose size must be a multiple of `step`: the latent sides of a U-Net, which halves them on
     every level."""
-    family = bundle.manifest.family
-    return family.kind.axis_steps(family) if part.name == family.kind.denoiser else {}
+    family, staging = bundle.manifest.family, bundle.manifest.staging
+    names = (family.kind.denoiser,) if staging is None else staging.stages
+    return family.kind.axis_steps(family) if part.name in names else {}
 
 
 class Kept:

@@ -16,9 +16,9 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import LIMITS
 from diffship.sampling.controlled import denoising_parts
 from diffship.sampling.encode import require_text, text_parts
-from diffship.sampling.generate import checked_denoiser, conditioned, finish, start
+from diffship.sampling.generate import checked, conditioned, finish, start
 from diffship.sampling.kernel import Array
-from diffship.sampling.loop import Denoiser, OnStep, denoise
+from diffship.sampling.loop import Denoiser, OnStep, denoise, denoiser_of
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture
 from diffship.sampling.request import Request, drawn_size
@@ -68,8 +68,19 @@ class Router:
     False, kept until another one's call comes. `shares` counts; several threads must not share a router.
     """
 
-    def __init__(self, models: Sequence[Model], split: Sequence[int] | None = None, keep: bool = True) -> None:
-        """Raises ConfigError for a split that `check_split` refuses, UnsupportedError if a part is missing."""
+    def __init__(
+        self,
+        models: Sequence[Model],
+        split: Sequence[int] | None = None,
+        keep: bool = True,
+        make: Callable[[Model], Denoiser] = denoiser_of,
+    ) -> None:
+        """`make` opens the denoiser of a model, whole or in parts.
+
+        Raises:
+            ConfigError: a split that `check_split` refuses. UnsupportedError: a part is missing.
+        """
+        self._make = make
         self.split = None if split is None and len(models) == 1 else tuple(split or ())
         if self.split is not None:
             check_split(self.split, len(models))
@@ -134,7 +145,8 @@ class Router:
             for other in [other for other in self._denoisers if other != place]:
                 self.release(other)
         if place not in self._denoisers:
-            self._denoisers[place] = checked_denoiser(self.models[place])
+            model = self.models[place]
+            self._denoisers[place] = checked(self._make(model), model.family.kind.denoiser)
         return self._denoisers[place]
 
 

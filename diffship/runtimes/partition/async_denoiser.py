@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffship.core.brief import brief_text
@@ -11,9 +11,10 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.runner import Runner
 from diffship.runtimes.partition.course import Course
 from diffship.runtimes.partition.denoiser import TIMEOUT_SECONDS, Seat, seats
+from diffship.runtimes.partition.halves import NAMES, both
 from diffship.runtimes.partition.lanes import Lanes, OneByOne, ThreadEach
 from diffship.runtimes.partition.placement import place
-from diffship.runtimes.partition.timetable import Scheme, Task, timetable
+from diffship.runtimes.partition.timetable import Scheme, Task, Timetable, timetable
 
 # the order of UNet2DConditionModel.forward
 _ARGUMENTS: tuple[str, ...] = (
@@ -42,6 +43,10 @@ class AsyncDenoiser:
     devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one
     for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
 
+    `cfg_parallel` splits the rows of every call in two halves, each with devices of its own: twice as many `devices`,
+    the first ones for the negative prompts. Rows do not mix, so nothing is stale: with `stages=1` the picture is, bit
+    for bit, what the pipeline draws if its U-Net is called with one half after the other.
+
     Raises:
         UnsupportedError: not such a U-Net, or something that stages would not heed (LoRA, FreeU, hooks, ControlNet).
         ConfigError: no such cut, or another number of devices than the scheme takes.
@@ -57,6 +62,7 @@ class AsyncDenoiser:
         *,
         cut: str | None = None,
         devices: Sequence[str] | None = None,
+        cfg_parallel: bool = False,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         from diffship.models.walks.cuts import find_cuts, partition
@@ -72,18 +78,22 @@ class AsyncDenoiser:
         self._timeout = timeout
         self._run: _Run | None = None
         self._lanes: Lanes | None = None
-        self._runners: dict[Seat, Runner] = {}
+        self._halves: list[_Half] = []
+        self._count = len(NAMES) if cfg_parallel else 1
         component = live_unet(self._unet)
         self.cuts = find_cuts(component, stages, cut, _sizes(self._unet))
         self._stages = partition(component, self.cuts)
         self.placement = place(self._stages, self.cuts.homes)
         timetable(self.placement, 1, self.scheme)  # refuses a scheme that does not fit, before anything runs
-        needed = self.scheme.devices(self.placement.devices)
+        needed = self._count * self.scheme.devices(self.placement.devices)
         if self.devices is not None and len(self.devices) != needed:
-            raise ConfigError(f"{stages} stages at stride {stride} take {needed} devices; got {len(self.devices)}")
+            twice = " for each half of guidance" if cfg_parallel else ""
+            raise ConfigError(
+                f"{stages} stages at stride {stride}{twice} take {needed} devices; got {len(self.devices)}"
+            )
 
     def __repr__(self) -> str:
-        return brief_text(self, cuts=self.cuts, scheme=self.scheme, devices=self.devices)
+        return brief_text(self, cuts=self.cuts, scheme=self.scheme, devices=self.devices, cfg_parallel=self._count > 1)
 
     def __enter__(self) -> AsyncDenoiser:
         from diffship.models.walks.live import live_unet
@@ -91,29 +101,34 @@ class AsyncDenoiser:
         if self.pipeline.unet is not self._unet:
             raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
         live_unet(self._unet)  # nothing may have changed since
-        self._runners = self._load()
-        self._lanes = OneByOne() if self.devices is None else ThreadEach(self._timeout)
+        self._halves = [_Half(self._load(half), self._own_lanes(1)) for half in range(self._count)]
+        # a call is at most as many exchanges as there are stages, and its halves end theirs first
+        self._lanes = self._own_lanes(len(self._stages) + 1)
         self._unet.forward = self._forward
         return self
 
     def __exit__(self, *_: object) -> None:
         vars(self._unet).pop("forward", None)
-        if self._lanes is not None:
-            self._lanes.close()
-        self._run, self._lanes, self._runners = None, None, {}
+        for lanes in [half.lanes for half in self._halves] + ([] if self._lanes is None else [self._lanes]):
+            lanes.close()
+        self._run, self._lanes, self._halves = None, None, []
 
-    def _load(self) -> dict[Seat, Runner]:
-        """A runner for every seat; stages on the pipeline's own device share its weights."""
+    def _own_lanes(self, exchanges: int) -> Lanes:
+        return OneByOne() if self.devices is None else ThreadEach(self._timeout * exchanges)
+
+    def _load(self, half: int) -> dict[Seat, Runner]:
+        """A runner for every seat of a half; stages on the pipeline's own device share its weights."""
         import torch
 
         from diffship.models.parts.runner import TorchRunner
         from diffship.models.walks.live import share
 
         home, dtype = self._unet.device, self._unet.dtype
+        first = half * self.scheme.devices(self.placement.devices)
         found: dict[Seat, Runner] = {}
         for device, piece in seats(self.placement, self.scheme):
             stage, module = self._stages[piece], share(self._stages[piece], self._unet)
-            where = home if self.devices is None else torch.device(self.devices[device])
+            where = home if self.devices is None else torch.device(self.devices[first + device])
             if where != home:
                 module = copy.deepcopy(module).to(where)
             found[device, piece] = TorchRunner(module, stage.inputs, stage.outputs, str(where), dtype)
@@ -139,30 +154,55 @@ class AsyncDenoiser:
         assert self._lanes is not None  # set while the forward is ours
         begin = _begin(self.pipeline.scheduler, _time(given["timestep"]))
         table = timetable(self.placement, len(listed) - begin, self.scheme)
-        return _Run(Course(table, self._call, self._lanes), listed, begin, tuple(given["sample"].shape), self._inputs)
+        return _Run([_Rows(half, table) for half in self._halves], self._lanes, listed, begin, given["sample"].shape)
 
-    def _call(self, device: int, piece: int, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+
+class _Half:
+    """The runners of all stages on one set of devices, and the lanes that they run in."""
+
+    def __init__(self, runners: Mapping[Seat, Runner], lanes: Lanes) -> None:
+        self.lanes = lanes
+        self._runners = runners
+
+    def call(self, device: int, piece: int, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
         return self._runners[device, piece].run(feeds)
 
-    def _inputs(self, task: Task) -> set[str]:
+    def inputs(self, task: Task) -> set[str]:
         return {spec.name for spec in self._runners[task.device, task.piece].inputs}
 
 
-class _Run:
-    """One picture, or one batch of them: the calls of the U-Net for the timesteps that the scheduler lists."""
+class _Rows:
+    """Some rows of one picture, or of one batch of them, over all steps."""
 
-    def __init__(self, course: Course, listed: Any, begin: int, shape: tuple[int, ...], inputs: Any) -> None:
+    def __init__(self, half: _Half, table: Timetable) -> None:
+        self._half = half
+        self._course = Course(table, half.call, half.lanes)
+
+    def prediction(self, step: int, whole: Mapping[str, Any], times: Any) -> Any:
+        def feeds(task: Task) -> dict[str, Any]:
+            wanted = self._half.inputs(task)
+            found = {name: value for name, value in whole.items() if name in wanted and value is not None}
+            return {**found, "timestep": times[task.time]} if "timestep" in wanted else found
+
+        return self._course.prediction(step, feeds)
+
+
+class _Run:
+    """One picture, or one batch of them: the calls of the U-Net for the timesteps that the scheduler lists. `parts`
+    share the rows of every call among them, evenly."""
+
+    def __init__(self, parts: Sequence[_Rows], lanes: Lanes, listed: Any, begin: int, shape: Sequence[int]) -> None:
         self.listed = listed
-        self._course = course
+        self._parts = parts
+        self._lanes = lanes
         self._times = listed[begin:]
         self._due = [float(time) for time in self._times]
-        self._shape = shape
-        self._inputs = inputs
+        self._shape = tuple(shape)
         self._step = 0
 
     @property
     def ended(self) -> bool:
-        return self._step == self._course.table.calls
+        return self._step == len(self._due)
 
     def step(self, given: Mapping[str, Any]) -> Any:
         due, asked = self._due[self._step], _time(given["timestep"])
@@ -179,15 +219,33 @@ class _Run:
         whole = {name: given.get(name) for name in ("sample", "encoder_hidden_states", "timestep_cond")}
         whole |= given.get("added_cond_kwargs") or {}
 
-        def feeds(task: Task) -> dict[str, Any]:
-            wanted = self._inputs(task)
-            found = {name: value for name, value in whole.items() if name in wanted and value is not None}
-            return {**found, "timestep": self._times[task.time]} if "timestep" in wanted else found
-
-        prediction = self._course.prediction(self._step, feeds)
+        prediction = self._prediction(whole)
         self._step += 1
         # a copy: what stages make cannot be written to, and pipelines may write into predictions
         return prediction.to(given["sample"].device).clone()
+
+    def _prediction(self, whole: Mapping[str, Any]) -> Any:
+        import torch
+
+        if len(self._parts) == 1:
+            return self._parts[0].prediction(self._step, whole, self._times)
+        shares = {half: _share(whole, *ends) for half, ends in _ends(self._shape[0]).items()}
+        made = both(self._lanes, {half: self._call(half, share) for half, share in shares.items()})
+        rows = [made[half] for half in sorted(made)]
+        return torch.cat([row.to(rows[0].device) for row in rows])
+
+    def _call(self, half: int, share: Mapping[str, Any]) -> Callable[[], Any]:
+        return lambda: self._parts[half].prediction(self._step, share, self._times)
+
+
+def _ends(rows: int) -> dict[int, tuple[int, int]]:
+    """The first row of each half, and the row after its last; a single row is the second half."""
+    middle = rows // 2
+    return {half: ends for half, ends in enumerate(((0, middle), (middle, rows))) if ends[0] < ends[1]}
+
+
+def _share(whole: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
+    return {name: None if value is None else value[begin:end] for name, value in whole.items()}
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,10 +72,10 @@ class Partitioned:
         at = {(trajectory.step, trajectory.calls) for trajectory in batch}
         if len(at) != 1:
             raise ConfigError(f"a partitioned batch stands at one step; these stand at (step, calls) {sorted(at)}")
-        if self._course is not None and _follows(self._before, batch):
+        if self._course is not None and follows(self._before, batch):
             return self._course
         ((self._begin, calls),) = at
-        table = _remembered(self.placement, calls - self._begin, self.scheme)
+        table = remembered(self.placement, calls - self._begin, self.scheme)
         missing = [seat for seat in table.seats if seat not in self._runners]
         if missing:
             device, piece = missing[0]
@@ -140,11 +140,12 @@ def everywhere(placement: Placement, runners: Sequence[Runner], scheme: Scheme) 
 
 
 @lru_cache(maxsize=64)
-def _remembered(placement: Placement, calls: int, scheme: Scheme) -> Timetable:
+def remembered(placement: Placement, calls: int, scheme: Scheme) -> Timetable:
+    """The timetable of `calls` steps, made once."""
     return timetable(placement, calls, scheme)
 
 
-def _follows(before: Sequence[Trajectory], batch: Sequence[Trajectory]) -> bool:
+def follows(before: Sequence[Trajectory], batch: Sequence[Trajectory]) -> bool:
     """Whether each trajectory is the earlier one after a call; a step keeps what it does not change."""
     return len(before) == len(batch) and all(
         old.step + 1 == new.step and old.facts is new.facts and old.positive is new.positive and old.size == new.size

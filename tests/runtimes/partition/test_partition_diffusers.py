@@ -304,3 +304,50 @@ def test_what_cannot_be_asked_for(pipe: Any) -> None:
         pipe.unet = own
     with pytest.raises(UnsupportedError, match="NoneType; a UNet2DConditionModel is cut"):
         diffship.AsyncDenoiser(object())
+
+
+def in_halves(pipe: Any, forward: Callable[..., Any]) -> None:
+    """The U-Net is called with the negative rows, then with the positive ones; `forward(half, ...)` computes either."""
+
+    def run(sample: Any, time: Any, **rest: Any) -> Any:
+        def rows(value: Any, half: int) -> Any:
+            if isinstance(value, dict):
+                return {name: rows(each, half) for name, each in value.items()}
+            return value.chunk(2)[half] if isinstance(value, torch.Tensor) else value
+
+        halves = [{name: rows(value, half) for name, value in rest.items()} for half in (0, 1)]
+        return (torch.cat([forward(i, sample.chunk(2)[i], time, **halves[i])[0] for i in (0, 1)]),)
+
+    pipe.unet.forward = run
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+def test_halves_of_guidance_are_the_picture_of_a_unet_that_is_called_for_each(pipe: Any, devices: Any) -> None:
+    with diffship.AsyncDenoiser(pipe, 1, devices=devices, cfg_parallel=True):
+        found, alone = draw(pipe), draw(pipe, guidance_scale=1.0)
+    assert torch.equal(alone, draw(pipe, guidance_scale=1.0))  # one row, one device
+    plain = pipe.unet.forward
+    try:
+        in_halves(pipe, lambda half, *args, **rest: plain(*args, **rest))
+        assert torch.equal(found, draw(pipe))
+    finally:
+        del pipe.unet.forward
+    assert torch.allclose(found, draw(pipe), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_halves_of_guidance_may_be_stages_that_lag_behind() -> None:
+    """2 x 3 devices, against the published mechanism on each half."""
+    reference, pipe = pipeline(), pipeline()
+    reference.scheduler.set_timesteps(STEPS)
+    published = []
+    for _ in range(2):
+        other = pipeline().unet
+        Published(other, ROWS["tiny-sd", 2], list(reference.scheduler.timesteps), (2, 2, True))
+        published.append(other.forward)
+    in_halves(reference, lambda half, *args, **rest: published[half](*args, **rest))
+    with diffship.AsyncDenoiser(pipe, 2, 2, 2, True, devices=["cpu"] * 6, cfg_parallel=True):
+        found = draw(pipe)
+    assert torch.equal(found, draw(reference))
+    with pytest.raises(ConfigError, match="2 stages at stride 2 for each half of guidance take 6 devices; got 3"):
+        diffship.AsyncDenoiser(pipe, 2, 2, devices=["cpu"] * 3, cfg_parallel=True)
