@@ -1,8 +1,8 @@
 """Precision: the number format of a part, as one object that knows how it is stored, fed and proved.
 
 A format is looked up once by its name (`precision_of`); whoever needs to know what it does asks the object. A new
-format is one more instance here. If it packs a weight as several tensors (a quantised one and its scales), the forms
-of these belong in the target's table of forms (`exporters.onnx.stored`).
+format is one more instance here. A format that packs a weight as several tensors (codes, scales, zeros) says how in
+`packing`; the forms of these are in the target's table of forms (`exporters.onnx.stored`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Weights stored as small integers: value = (code - zero) * scale, in float32.
+
+    bits: 8 has codes from -127 to 127, one scale for each output channel, and no zero. 4 has codes from 0 to 15, with a
+        scale and a zero for every block.
+    block: how many neighbouring weights of an output channel share a scale; 0 means all of them.
+    """
+
+    bits: int
+    block: int = 0
+
+
+@dataclass(frozen=True)
 class Precision:
     """A number format of a part.
 
@@ -31,6 +44,8 @@ class Precision:
         such as sinusoids of timesteps, stay in float32.
     ports: dtype of float inputs and outputs; float32 for bf16, which numpy does not have.
     on_cpu: whether engines on a CPU compute it. If not, a part is proved in float32 arithmetic on its rounded weights.
+    packing: how weights of large layers are stored as integers (`calibration.packings` says which layers those are);
+        None if every weight has the type `weights`.
     """
 
     name: str
@@ -38,6 +53,16 @@ class Precision:
     activations: str
     ports: str
     on_cpu: bool = True
+    packing: Packing | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether an engine computes what torch does in float32 on the weights as they are stored.
+
+        Then a proof is as tight as between two float32 engines, if torch has the stored weights too. What storing them
+        costs is quality, and is reported beside the proof.
+        """
+        return self.weights == self.activations == "float32"
 
     @property
     def lossless(self) -> bool:
@@ -46,11 +71,11 @@ class Precision:
         Then the tolerance of a proof is that of two float32 engines. Otherwise it is measured: what the rounding of
         weights and results costs in torch, and a margin.
         """
-        return self.weights == self.activations == "float32"
+        return self.exact and self.packing is None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one stored weight."""
+        """Bytes of one stored weight that is not packed."""
         return TensorMeta(self.weights, ()).nbytes
 
     def for_range(self, wide: bool) -> Precision:
@@ -83,7 +108,10 @@ class Precision:
 FP32 = Precision("fp32", "float32", "float32", "float32")
 FP16 = Precision("fp16", "float16", "float16", "float16")
 BF16 = Precision("bf16", "bfloat16", "bfloat16", "float32", on_cpu=False)
-PRECISIONS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
+INT8_WEIGHTS = Precision("int8-weights", "float32", "float32", "float32", packing=Packing(8))
+INT4_WEIGHTS = Precision("int4-weights", "float32", "float32", "float32", packing=Packing(4, 64))
+FLOATS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
+PRECISIONS: Mapping[str, Precision] = {**FLOATS, **{one.name: one for one in (INT8_WEIGHTS, INT4_WEIGHTS)}}
 
 
 def precision_of(name: str) -> Precision:

@@ -18,7 +18,7 @@ from diffship.models.pipeline import Pipeline
 class GatedModel(PipelineModel):
     """A Model in float32 whose parts are run stage by stage if they have more than `max_bytes` of weights.
 
-    precision: of which format the error is simulated in the denoiser (`golden.simulated`); none if it is lossless.
+    precision: which format is simulated in the denoiser (`golden.simulated`); none if it is lossless.
     """
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, precision: Precision = FP32) -> None:

@@ -33,6 +33,8 @@ def write_trajectory(
 ) -> GoldenTrajectory:
     """Draw `steps` steps of `pipeline`, and write below `out` where they start and the latents after each.
 
+    A denoiser whose packed weights are computed with in float32 draws with the weights as they are stored.
+
     sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.
 
@@ -51,10 +53,8 @@ def write_trajectory(
         (trajectory,) = start(model, request, *_picture(pipeline, size))
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
-        found = latents_by_step(trajectory, denoiser_of(model))
-        formatted = found
-        if not precision.lossless:
-            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
+        formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
+        found = formatted if precision.exact else latents_by_step(trajectory, denoiser_of(model))
     finally:
         model.close()
     for name, array in found.items():

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from diffship.calibration.packings import packed_summary, packings, weight_bytes
 from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
@@ -36,6 +37,8 @@ else:
     onnx = lazy("onnx")
 
 _BF16_OPSET = 22  # the first whose convolutions take it
+_BLOCKS_OPSET = 21  # the first whose DequantizeLinear takes blocks and four bits
+_ROOMS = ("models", "kinds", "calibration")  # beside this one, what makes a graph
 _GRAPH_BYTES = 1 << 30  # memory that making a graph takes: measured 0.6 for SD1.5, 0.75 for SDXL
 
 
@@ -47,7 +50,8 @@ class Onnx:
     precision: type of weights and of float inputs and outputs (`timestep` is float32 in all). "bf16" is for graphs
     that GPU engines are built from: no CPU engine runs it, so it is proved in float32 arithmetic with the weights as
     they were rounded; its inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
-    says that float16 is too narrow for it (`force_upcast`) stays in fp32.
+    says that float16 is too narrow for it (`force_upcast`) stays in fp32. "int8-weights" and "int4-weights" store the
+    weights of large layers as integers, and compute in float32.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -60,7 +64,8 @@ class Onnx:
         default="fp32",
         metadata={
             **choices(*PRECISIONS),
-            "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take",
+            "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take; "
+            "int8-weights and int4-weights store large weights as integers, and compute in float32",
         },
     )
     opset: int = field(
@@ -71,6 +76,10 @@ class Onnx:
     def __post_init__(self) -> None:
         if self.format.activations == "bfloat16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
+        if self.format.packing is not None and self.opset < _BLOCKS_OPSET:
+            raise ConfigError(
+                f"opset {self.opset} has no weights of 4 bits; {self.precision} needs {_BLOCKS_OPSET} or more"
+            )
 
     @property
     def format(self) -> Precision:
@@ -101,7 +110,8 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        return component.parameters * self.of(component).format.weight_bytes + (4 << 20)
+        kind = self.of(component).format
+        return weight_bytes(component, kind, packings(component, kind)) + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
         """Memory that `export` takes beside the process as it is: the graph, or the largest tensor three times."""
@@ -134,7 +144,9 @@ class Onnx:
             job.progress(f"weights {component.name}", done, total)
 
         module = component.meta
-        digest = pour(model, component.weights, folder, component.name, on_bytes, _held(module, component))
+        packed = packings(component, self.format, module)
+        held = _held(module, component)
+        digest = pour(model, component.weights, folder, component.name, on_bytes, held, packed)
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
         write_part_config(component, folder)
         files = tuple(f"{component.name}/{name}" for name in (MODEL_FILE, DATA_FILE))
@@ -144,6 +156,7 @@ class Onnx:
             "nodes": len(model.graph.node),
             "data_bytes": data_bytes(model),
             "parameters": count,
+            **({"packed": packed_summary(component, packed)} if packed else {}),
             **_left_out(module, component),
         }
         return Part(
@@ -168,7 +181,8 @@ class Onnx:
         need("onnx")  # teaches numpy bfloat16
         constants = computed(module, component.build, component.name)
         programs = decomposed(programs, OPERATORS)
-        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER), constants)
+        packed = packings(component, self.format, module)
+        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER), constants, packed)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -215,10 +229,11 @@ def _check_weights(component: Component) -> list[Problem]:
 
 @cache
 def _code_digest() -> str:
-    """sha256 over the source of everything that makes a graph: this room, models, kinds, precisions and specs."""
+    """sha256 over the source of everything that makes a graph: this room, models, kinds, packings, precisions and
+    specs."""
     here, digest = Path(__file__).parent, hashlib.sha256()
     package = here.parents[1]
-    files = [file for room in (here, package / "models", package / "kinds") for file in room.rglob("*.py")]
+    files = [file for room in (here, *(package / name for name in _ROOMS)) for file in room.rglob("*.py")]
     for file in sorted([*files, Path(precision.__file__), Path(spec.__file__)]):
         digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
