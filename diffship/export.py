@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import tempfile
 import time
@@ -308,7 +309,7 @@ def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -
     probe = engine.probe()
     proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
     proof["blocks"] = [block.to_json() for block in found.blocks]
-    if found.quality is not None:
+    if found.quality is not None and math.isfinite(found.quality.worst.psnr_db):
         proof["quality_db"] = round(found.quality.worst.psnr_db, 2)
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
 

@@ -91,9 +91,7 @@ def pack(weight: NDArray[np.float32], packing: Packing) -> Packed:
     return Packed(codes, scales, zeros)
 
 
-def _symmetric(
-    blocks: NDArray[np.float32], bits: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _symmetric(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     most = np.float32(2 ** (bits - 1) - 1)
     scales = _legal(np.abs(blocks).max(axis=2) / most)
     return np.clip(np.rint(blocks / scales[..., None]), -most, most), scales

@@ -70,9 +70,7 @@ def write_golden(
 
 def _by_call(side: str, outputs: Arrays, calls: int) -> Arrays:
     return {
-        f"{k}.{side}.{name}": piece
-        for name, array in outputs.items()
-        for k, piece in enumerate(np.split(array, calls))
+        f"{k}.{side}.{name}": piece for name, array in outputs.items() for k, piece in enumerate(np.split(array, calls))
     }
 
 

@@ -205,7 +205,7 @@ class _Walk:
         return {name: exact(array) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """Tolerances, by point, for an engine in the format; none if it computes the graph exactly, whose own hold then.
+        """Tolerances, by point, for an engine in the format; none if it computes the graph exactly (its own hold).
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.

@@ -31,9 +31,7 @@ def quality(bundle: Bundle, golden: Golden, outputs: Sequence[Mapping[str, np.nd
     marked = [name for name in weights.names() if name.split(".")[1:2] == [FULL]]
     if not marked or not golden.outputs:
         return None
-    wanted = {
-        f"{call}.{FULL}.{name}": (call, name) for call in range(golden.calls) for name in sorted(golden.outputs)
-    }
+    wanted = {f"{call}.{FULL}.{name}": (call, name) for call in range(golden.calls) for name in sorted(golden.outputs)}
     odd = sorted(set(wanted) ^ set(marked))
     if odd:
         raise BundleError(f"{golden.file}: {odd[0][:80]!a} is missing, or of no call or output")
