@@ -19,6 +19,7 @@ from diffship.core.job import Job, available_memory, require_disk, require_memor
 from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
+from diffship.core.precision import Precision
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
@@ -321,8 +322,17 @@ def _golden(work: _Work, part: Part) -> Golden:
     truth = work.against[part.name]
     sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
     feeds = part.format.feeds(truth.inputs, work.feeds.inside(truth, sizes))
-    blocks = write_blocks(truth, feeds, work.folder, part.format, work.gate_bytes // 2)
+    blocks = write_blocks(truth, feeds, work.folder, _format(work, part), work.gate_bytes // 2)
     return replace(_whole(work, part), blocks=blocks)
+
+
+def _format(work: _Work, part: Part) -> Precision:
+    """The part's precision, with ranges of its calibration if it has any."""
+    from diffship.exporters.protocol import Bound
+
+    if part.format.inputs and isinstance(work.exporter, Bound):
+        return work.exporter.bound(work.pipeline.components[part.name])
+    return part.format
 
 
 def _whole(work: _Work, part: Part) -> Golden:
@@ -331,7 +341,7 @@ def _whole(work: _Work, part: Part) -> Golden:
 
     truth, sizes = work.against[part.name], work.sizes[part.name]
     calls = work.feeds.calls(truth, sizes)
-    return write_golden(truth, calls, sizes, work.folder, part.format, work.gate_bytes // 2)
+    return write_golden(truth, calls, sizes, work.folder, _format(work, part), work.gate_bytes // 2)
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
@@ -355,7 +365,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     denoiser = next(part for part in made if part.name == whole.family.kind.denoiser)
     work.job.progress("draw trajectory", 0, 1)
     golden = write_trajectory(
-        whole, work.sizes[denoiser.name], work.folder, steps, denoiser.format, work.gate_bytes // 2
+        whole, work.sizes[denoiser.name], work.folder, steps, _format(work, denoiser), work.gate_bytes // 2
     )
     if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))

@@ -65,8 +65,9 @@ def packed_bytes(packing: Packing, shape: tuple[int, ...]) -> int:
     """Bytes of codes, scales and zeros of a weight of `shape`, whose `packing` fits it."""
     count = math.prod(shape)
     scales = count // packing.block if packing.block else shape[0]
-    zeros = -(-scales * packing.bits // 8) if packing.block else 0
-    return -(-count * packing.bits // 8) + 4 * scales + zeros
+    bits = packing.bits if packing.block else 8
+    zeros = -(-scales * bits // 8) if packing.block else 0
+    return -(-count * bits // 8) + 4 * scales + zeros
 
 
 def pack(weight: NDArray[np.float32], packing: Packing) -> Packed:

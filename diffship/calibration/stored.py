@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from diffship.calibration.observed import BANDS, BINS, LEAST_EDGE, ROWS, Observed
 from diffship.core.atomic import write_file
 from diffship.core.brief import brief
-from diffship.core.document import read_json
+from diffship.core.document import read_bytes, read_json
 from diffship.core.dtype import meta_of
 from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.lazy import lazy
@@ -123,8 +123,12 @@ def read_calibration(folder: str | Path) -> Calibration:
 
 
 def calibration_digest(folder: str | Path) -> str:
-    """sha256 (hex) of calibration.json, which has the hash of every other file."""
-    return _sha256(Path(folder) / NAME)
+    """sha256 (hex) of calibration.json, which has the hash of every other file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return hashlib.sha256(read_bytes(Path(folder) / NAME, LIMITS.manifest_bytes)).hexdigest()
 
 
 def _tensors(part: PartRanges) -> dict[str, NDArray[np.generic]]:

@@ -32,8 +32,8 @@ def write_golden(
 ) -> Golden:
     """Write `golden/<part>.safetensors` below `out`: feeds and outputs of torch in float32 for each of `calls`.
 
-    If `precision` packs weights and computes in float32, the outputs are those on the weights as they are stored, so
-    that the proof is tight. The outputs on the true weights lie beside them, for the quality that `verify` reports.
+    If `precision` packs weights, the outputs are those of its simulation, so that the proof is tight. The outputs on the
+    true weights lie beside them, for the quality that `verify` reports.
 
     sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of the
     graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs there in
@@ -51,7 +51,9 @@ def write_golden(
             raise SourceError(f"{component.name}: torch itself gives NaN or infinity in {name}; the source is damaged")
     _require_independent_samples(component, calls[0], outputs, max_bytes)
     formatted = outputs if precision.lossless else simulated(component, joined, max_bytes, precision)
-    expected = formatted if precision.exact else outputs
+    expected = formatted if precision.simulated else outputs
+    if precision.inputs:
+        formatted = simulated(component, joined, max_bytes, precision, moved=True)
     tensors = {f"{k}.in.{name}": array for k, feeds in enumerate(calls) for name, array in feeds.items()}
     tensors |= _by_call("out", expected, len(calls))
     tensors |= {} if expected is outputs else _by_call("full", outputs, len(calls))
@@ -98,15 +100,17 @@ def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     return stages_forward(component, feeds, max_bytes)
 
 
-def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: Precision) -> Arrays:
+def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: Precision, moved: bool = False) -> Arrays:
     """What the part gives in `precision`, simulated in torch (`exporters.formats`), in float32 arrays.
+
+    moved: inputs of coded layers are moved at random, by as much as engines differ.
 
     Raises:
         UnsupportedError: values overflow the format.
     """
     from diffship.exporters.formats import simulated_forward
 
-    outputs = simulated_forward(component, feeds, max_bytes, precision)
+    outputs = simulated_forward(component, feeds, max_bytes, precision, moved)
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise UnsupportedError(

@@ -25,7 +25,7 @@ from diffship.core.manifest import GoldenBlocks
 from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.sketch import sketch
-from diffship.exporters.formats import constants, round_weights, rounding
+from diffship.exporters.formats import coded_inputs, constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
 from diffship.models.parts.component import Component
 from diffship.models.parts.program import Layer, Program, Tree
@@ -130,9 +130,13 @@ class _Walk:
             return
         round_weights(module, self.precision, self._packed)
         for layer in layers:
-            with constants(module, self.precision):
+            with constants(module, self.precision), coded_inputs(module, self.precision):
                 self._layer(inner, layer, "rounded")
             if self.precision.exact:
+                continue
+            if self.precision.simulated:
+                with coded_inputs(module, self.precision, moved=True):
+                    self._layer(inner, layer, "format")
                 continue
             with rounding(module, self.precision):
                 self._layer(inner, layer, "format")
@@ -193,7 +197,7 @@ class _Walk:
         for name, bits in self.cut.items():
             arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta(FED, bits.shape)
         sides = {"graph": "true" if self.precision.lossless else "rounded"}
-        sides |= {} if self.precision.exact else {"out": "true"}
+        sides |= {} if self.precision.exact or self.precision.simulated else {"out": "true"}
         for side, way in sides.items():
             for name, array in self.ways[way].sketches.items():
                 arrays[f"{side}.{name}"], metas[f"{side}.{name}"] = array, meta_of(array)
@@ -202,7 +206,10 @@ class _Walk:
     def graph_limits(self) -> dict[str, Tolerance]:
         """Tolerances, by point, for the graph in float32 arithmetic."""
         side = self.ways["true" if self.precision.lossless else "rounded"].sketches
-        return {name: exact(array) for name, array in side.items()}
+        if not self.precision.inputs:
+            return {name: exact(array) for name, array in side.items()}
+        moved = self.ways["format"].sketches
+        return {name: measured(array, moved[name]) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
         """Tolerances, by point, for an engine in the format; none if it computes the graph exactly (its own hold).
@@ -210,7 +217,7 @@ class _Walk:
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.
         """
-        if self.precision.exact:
+        if self.precision.exact or self.precision.simulated:
             return {}
         true, formatted = (self.ways[way].sketches for way in ("true", "format"))
         for name, array in formatted.items():

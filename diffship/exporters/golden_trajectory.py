@@ -33,7 +33,7 @@ def write_trajectory(
 ) -> GoldenTrajectory:
     """Draw `steps` steps of `pipeline`, and write below `out` where they start and the latents after each.
 
-    A denoiser whose packed weights are computed with in float32 draws with the weights as they are stored.
+    A denoiser with packed weights draws as `precision` is simulated.
 
     sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.
@@ -54,7 +54,9 @@ def write_trajectory(
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
         formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
-        found = formatted if precision.exact else latents_by_step(trajectory, denoiser_of(model))
+        found = formatted if precision.simulated else latents_by_step(trajectory, denoiser_of(model))
+        if precision.inputs:
+            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision, moved=True)))
     finally:
         model.close()
     for name, array in found.items():

@@ -56,6 +56,14 @@ def method(precision: Precision) -> Mapping[str, Any]:
     """How the tolerances of a part were found, for the manifest."""
     if precision.exact:
         return {"format": precision.name, "psnr_db": EXACT_DB, "element_of_peak": EXACT_ELEMENT}
+    if precision.simulated:
+        how = "torch simulates the codes, once more with the inputs of coded layers moved as engines move them"
+        return {
+            "format": precision.name,
+            "measured": how,
+            "margin_db": MARGIN_DB,
+            "element_margin": ELEMENT_MARGIN,
+        }
     return {
         "format": precision.name,
         "measured": "torch in float32 on rounded weights, the result of every operator rounded",

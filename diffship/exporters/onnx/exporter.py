@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from diffship.calibration.packings import packed_summary, packings, weight_bytes
+from diffship.calibration.ranges import METHODS, affine
+from diffship.calibration.stored import Calibration, calibration_digest, read_calibration
 from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
 from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
-from diffship.core.precision import PRECISIONS, Precision, precision_of
+from diffship.core.precision import INT8_WEIGHTS, PRECISIONS, Precision, precision_of
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
@@ -25,6 +27,7 @@ from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
+from diffship.models.digests import remembered_digest
 from diffship.models.parts.component import SHOWN, Component, unexpected
 from diffship.models.parts.filling import INNER, computed, sources
 from diffship.models.pipeline import Pipeline
@@ -51,7 +54,9 @@ class Onnx:
     that GPU engines are built from: no CPU engine runs it, so it is proved in float32 arithmetic with the weights as
     they were rounded; its inputs and outputs are float32, since numpy has no bfloat16. A VAE whose config
     says that float16 is too narrow for it (`force_upcast`) stays in fp32. "int8-weights" and "int4-weights" store the
-    weights of large layers as integers, and compute in float32.
+    weights of large layers as integers, and compute in float32. "int8" and "w8a16" also round what these layers read to
+    codes of 8 or 16 bits; parts that the calibration has no ranges of are "int8-weights".
+    calibration: folder that `diffship calibrate` wrote, of the same weights. ranges: how ranges follow from it.
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -65,7 +70,8 @@ class Onnx:
         metadata={
             **choices(*PRECISIONS),
             "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take; "
-            "int8-weights and int4-weights store large weights as integers, and compute in float32",
+            "int8-weights and int4-weights store large weights as integers, and compute in float32; int8 and w8a16 round "
+            "activations too, with --calibration",
         },
     )
     opset: int = field(
@@ -73,7 +79,20 @@ class Onnx:
         metadata={**bounds(min(IR_VERSION), max(IR_VERSION)), "help": f"{min(IR_VERSION)} to {max(IR_VERSION)}"},
     )
 
+    calibration: str = field(default="", metadata={"help": "folder that diffship calibrate wrote; for int8 and w8a16"})
+    ranges: str = field(
+        default="mse",
+        metadata={**choices(*METHODS), "help": f"with --calibration: {', '.join(METHODS)}"},
+    )
+
     def __post_init__(self) -> None:
+        if bool(self.format.inputs) != bool(self.calibration):
+            need_it = (
+                f"{self.precision} rounds activations: name their ranges with --calibration CAL (diffship calibrate)"
+            )
+            raise ConfigError(
+                need_it if self.format.inputs else f"{self.precision} takes no --calibration: leave it out"
+            )
         if self.format.activations == "bfloat16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
         if self.format.packing is not None and self.opset < _BLOCKS_OPSET:
@@ -87,9 +106,36 @@ class Onnx:
         return precision_of(self.precision)
 
     def of(self, component: Component) -> Onnx:
-        """The exporter of this part: itself, or one of fp32 if fp16 would overflow; bf16 has float32's range."""
+        """The exporter of this part: itself, or one of fp32 if fp16 would overflow; bf16 has float32's range.
+
+        Of a part that the calibration has no ranges of, one of int8-weights.
+        """
+        if self.format.inputs and component.name not in self._calibrated().parts:
+            return replace(self, precision=INT8_WEIGHTS.name, calibration="")
         fitting = self.format.for_range(component.overflows_half)
         return self if fitting is self.format else replace(self, precision=fitting.name)
+
+    def bound(self, component: Component) -> Precision:
+        """What `precision` means for this part: with its ranges, if it has any.
+
+        Raises:
+            ConfigError: the calibration cannot be read, is of another model, or lacks a layer.
+        """
+        kind = self.of(component).format
+        if not kind.inputs:
+            return kind
+        seen = self._calibrated().of(component.name, remembered_digest(component.weights))
+        paths = [name.removesuffix(".weight") for name in packings(component, kind)]
+        missing = next((path for path in paths if path not in seen), None)
+        if missing is not None:
+            raise ConfigError(
+                f"{self.calibration} has no ranges of {component.name}: {missing}. Run: diffship calibrate"
+            )
+        method = METHODS[self.ranges]
+        return replace(kind, ranges={path: affine(method(seen[path], kind.inputs), kind.inputs) for path in paths})
+
+    def _calibrated(self) -> Calibration:
+        return _calibration(self.calibration, calibration_digest(self.calibration))
 
     def check(self, pipeline: Pipeline) -> list[Problem]:
         """Everything that would stop an export of these components, found without reading a weight.
@@ -98,6 +144,8 @@ class Onnx:
             MissingExtra: onnx is not installed.
         """
         need("onnx")
+        for component in pipeline.components.values():
+            self.bound(component)
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
@@ -128,8 +176,9 @@ class Onnx:
             SourceError: the weights do not fit the config, or are not finite.
             UnsupportedError: the module has an operation without an ONNX form.
         """
-        if self.of(component) is not self:
-            return self.of(component).export(component, out, job)
+        fitting = self.of(component)
+        if fitting is not self:
+            return fitting.export(component, out, job)
         job.progress(f"graph {component.name}", 0, 1)
         cached = job.once(self.graph_digest(component), lambda path: path.write_bytes(self.graph(component)))
         job.progress(f"graph {component.name}", 1, 1)
@@ -157,6 +206,7 @@ class Onnx:
             "data_bytes": data_bytes(model),
             "parameters": count,
             **({"packed": packed_summary(component, packed)} if packed else {}),
+            **self._named(),
             **_left_out(module, component),
         }
         return Part(
@@ -168,6 +218,12 @@ class Onnx:
             source_digest=digest,
             extra=extra,
         )
+
+    def _named(self) -> dict[str, object]:
+        """What the manifest says of the calibration."""
+        if not self.calibration:
+            return {}
+        return {"calibration": {"digest": calibration_digest(self.calibration), "ranges": self.ranges}}
 
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
@@ -182,7 +238,8 @@ class Onnx:
         constants = computed(module, component.build, component.name)
         programs = decomposed(programs, OPERATORS)
         packed = packings(component, self.format, module)
-        translation = Translation(programs, self.opset, lambda name: name.removeprefix(INNER), constants, packed)
+        ranges = self.bound(component).ranges
+        translation = Translation(programs, self.opset, _weight_name, constants, packed, ranges)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -194,10 +251,15 @@ class Onnx:
             "options": asdict(self),
             "part": [component.name, component.class_name],
             "config": component.config,
+            "ranges": {path: asdict(codes) for path, codes in self.bound(component).ranges.items()},
             "specs": [plain(spec) for spec in (*component.inputs, *component.outputs)],
             "versions": _versions(),
         }
         return digest_of(facts)
+
+
+def _weight_name(name: str) -> str:
+    return name.removeprefix(INNER)
 
 
 def _left_out(module: nn.Module, component: Component) -> dict[str, object]:
@@ -225,6 +287,12 @@ def _check_weights(component: Component) -> list[Problem]:
                 Problem(component.name, f"{source} has shape {found}, its config asks for {tuple(tensor.shape)}")
             )
     return problems
+
+
+@lru_cache(maxsize=2)
+def _calibration(folder: str, digest: str) -> Calibration:
+    """The calibration in `folder`, read once as long as its `digest` is the same."""
+    return read_calibration(folder)
 
 
 @cache

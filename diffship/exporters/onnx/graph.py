@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
-from diffship.core.precision import Packing
+from diffship.core.precision import Affine, Packing
 from diffship.core.spec import is_product
 from diffship.exporters.onnx.layout import DATA_FILE
 from diffship.exporters.onnx.stored import CODES, PLAIN, SCALES, ZEROS, Form, Stored, packed_form
@@ -31,6 +31,7 @@ TYPES: dict[str, int] = {
     "int64": 7,
     "int32": 6,
     "uint8": 2,
+    "uint16": 4,
     "int8": 3,
     "bool": 9,
     "uint4": 21,
@@ -55,13 +56,14 @@ class Value:
 class Weight:
     """A parameter that no node uses yet; `source` is its name in the component's weights.
 
-    packing: how it is stored as integers, if it is.
+    packing: how it is stored as integers, if it is. inputs: codes that what it is multiplied with is rounded to.
     """
 
     source: str
     dtype: str
     shape: tuple[int, ...]
     packing: Packing | None = None
+    inputs: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     _used: dict[str, int] = field(default_factory=dict)
+    _coded: dict[tuple[str, Affine], Value] = field(default_factory=dict)
 
     def emit(self, op: str, inputs: Sequence[str], dtype: str, shape: tuple[Dim, ...], **attributes: Any) -> Value:
         """One node with one output."""
@@ -136,6 +139,17 @@ class Graph:
             names.append(name)
         options = {"axis": axis, "block_size": packing.block} if packing.block else {"axis": axis}
         return self.emit("DequantizeLinear", names, weight.dtype, shape, **options)
+
+    def coded(self, x: Value, codes: Affine) -> Value:
+        """`x` (float32) rounded to codes and back; once, however many layers read it with the same codes."""
+        key = (x.name, codes)
+        if key not in self._coded:
+            small = "uint8" if codes.bits == 8 else "uint16"
+            scale = self.constant(np.array(codes.scale, np.float32)).name
+            zero = self.constant(np.array(codes.zero, small)).name
+            made = self.emit("QuantizeLinear", [x.name, scale, zero], small, x.shape)
+            self._coded[key] = self.emit("DequantizeLinear", [made.name, scale, zero], x.dtype, x.shape)
+        return self._coded[key]
 
     def model(
         self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], producer: str

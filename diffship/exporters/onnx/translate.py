@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
-from diffship.core.precision import Packing
+from diffship.core.precision import Affine, Packing
 from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
@@ -58,10 +58,12 @@ class Translation:
         weight_name: Callable[[str], str],
         constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
         packed: Mapping[str, Packing] = MappingProxyType({}),
+        ranges: Mapping[str, Affine] = MappingProxyType({}),
     ) -> None:
         """`constants` are the values of buffers, by their names in the module, that become part of the graph itself.
 
-        `packed` says which weights, by their names in the graph, are stored as integers.
+        `packed` says which weights, by their names in the graph, are stored as integers, and `ranges` which layers, by
+        their paths, round their inputs to codes.
         """
         self.graph = Graph(opset)
         self.opset = opset
@@ -70,6 +72,7 @@ class Translation:
         self._weight_name = weight_name
         self._constants = constants
         self._packed = packed
+        self._ranges = ranges
         self._known: dict[torch.fx.Node, Any] = {}
         self._lengths: dict[tuple[int, ...], str] = {}
         self._points: dict[str, str] = {}
@@ -204,7 +207,8 @@ class Translation:
         if name in self._constants:
             return self._constants[name]
         source = self._weight_name(name)
-        return Weight(source, dtype_name(value.dtype), tuple(value.shape), self._packed.get(source))
+        packing, codes = self._packed.get(source), self._ranges.get(source.removesuffix(".weight"))
+        return Weight(source, dtype_name(value.dtype), tuple(value.shape), packing, codes)
 
     def _call(self, node: torch.fx.Node) -> Any:
         target = str(node.target)

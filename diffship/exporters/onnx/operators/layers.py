@@ -28,8 +28,14 @@ else:
 def linear(t: Translation, x: Any, weight: Any, bias: Any = None) -> Value:
     """MatMul with the weight stored transposed: engines pack it once, and fuse the bias."""
     kernel = _stored(t, weight) if isinstance(weight, Weight) else _transposed(t, weight)
-    product = t.emit("MatMul", x, kernel)
+    product = t.emit("MatMul", _input(t, x, weight), kernel)
     return product if bias is None else t.emit("Add", product, bias)
+
+
+def _input(t: Translation, x: Any, weight: Any) -> Value:
+    """What a layer reads: `x`, or `x` rounded to the codes that come with its weight."""
+    codes = weight.inputs if isinstance(weight, Weight) else None
+    return t.value(x) if codes is None else t.graph.coded(t.value(x), codes)
 
 
 def _stored(t: Translation, weight: Weight) -> Value:
@@ -69,7 +75,7 @@ def conv2d(
     stride, padding, dilation = (_pair(value) for value in (stride, padding, dilation))
     return t.emit(
         "Conv",
-        x,
+        _input(t, x, weight),
         kernel,
         *([] if bias is None else [bias]),
         kernel_shape=list(kernel.shape[2:]),
