@@ -7,7 +7,7 @@ over its steps; so does this, at every step. Both halves of classifier-free guid
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -115,28 +115,18 @@ class _Bench:
         self._settled = settle(capture.requests()[0], pipeline.family, pipeline.scheduler)
         calls = self._settled.sampler.calls(self._settled.steps)
         names = capture.parts or (self._kind.denoiser,)
-        self._check(pipeline, names, calls)
-        self._model = _Watched(pipeline, {name: calls if name == self._kind.denoiser else 1 for name in names})
+        widths = {name: _widths_of(pipeline, name) for name in names}
+        seen = {name: calls if name == self._kind.denoiser else 1 for name in names}
+        needed = sum(observed_bytes(seen[name], width) for name in names for width in widths[name].values())
+        if needed > MOST_BYTES:
+            raise ConfigError(f"{needed:,} bytes would be noted, {MOST_BYTES:,} are legal; take fewer parts or steps")
+        self._model = _Watched(pipeline, seen, widths)
 
     def __enter__(self) -> _Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._model.close()
-
-    def _check(self, pipeline: Pipeline, names: Sequence[str], calls: int) -> None:
-        """All that can be known to fail, before anything is drawn."""
-        needed = 0
-        for name in names:
-            if name not in pipeline.components:
-                raise ConfigError(unknown("part", name, pipeline.components))
-            widths = layer_widths(pipeline.components[name])
-            if not widths:
-                raise ConfigError(f"{name} has no layer that can be quantised; leave it out")
-            seen = calls if name == self._kind.denoiser else 1
-            needed += sum(observed_bytes(seen, width) for width in widths.values())
-        if needed > MOST_BYTES:
-            raise ConfigError(f"{needed:,} bytes would be noted, {MOST_BYTES:,} are legal; take fewer parts or steps")
 
     def digest(self, first: int) -> str:
         """Names all that the piece beginning at prompt `first` depends on."""
@@ -166,14 +156,16 @@ class _Bench:
 
 
 class _Watched(PipelineModel):
-    """A model on torch in float32. `watched`: how often each watched part is called for a picture.
+    """A model on torch in float32. `watched`: how often each watched part is called for a picture; `widths`: channels
+    of the inputs of its layers.
 
     call: which call of the denoiser comes next.
     """
 
-    def __init__(self, pipeline: Pipeline, watched: Mapping[str, int]) -> None:
+    def __init__(self, pipeline: Pipeline, watched: Mapping[str, int], widths: Mapping[str, Mapping[str, int]]) -> None:
         super().__init__(pipeline)
         self.watched = dict(watched)
+        self._widths = widths
         self.call = 0
         self.observed: dict[str, dict[str, Observed]] = {}
         self._rng = np.random.default_rng(0)
@@ -182,9 +174,7 @@ class _Watched(PipelineModel):
         """Forget what was seen; `first` seeds the choice of rows."""
         self._rng = np.random.default_rng(first)
         self.observed = {
-            name: {
-                layer: nothing(calls, width) for layer, width in layer_widths(self.pipeline.components[name]).items()
-            }
+            name: {layer: nothing(calls, width) for layer, width in self._widths[name].items()}
             for name, calls in self.watched.items()
         }
 
@@ -192,7 +182,7 @@ class _Watched(PipelineModel):
         if part in self.watched and part not in self._runners:
             component = self.pipeline.components[part]
             module = component.module()
-            for layer in layer_widths(component):
+            for layer in self._widths[part]:
                 watch = partial(self._watch, part, layer)
                 module.get_submodule(f"{INNER}{layer}").register_forward_pre_hook(watch)
             self._runners[part] = TorchRunner(module, component.inputs, component.outputs)
@@ -216,10 +206,20 @@ class _Watched(PipelineModel):
         )
 
 
+def _widths_of(pipeline: Pipeline, name: str) -> dict[str, int]:
+    if name not in pipeline.components:
+        raise ConfigError(unknown("part", name, pipeline.components))
+    found = layer_widths(pipeline.components[name])
+    if not found:
+        raise ConfigError(f"{name} has no layer that can be quantised; leave it out")
+    return found
+
+
 def layer_widths(component: Component) -> dict[str, int]:
     """{path of a layer that can be quantised: channels of its input}."""
-    inner = component.meta.get_submodule("inner")
-    paths = (name.removesuffix(".weight") for name in packings(component, INT8_WEIGHTS))
+    module = component.meta
+    inner = module.get_submodule("inner")
+    paths = (name.removesuffix(".weight") for name in packings(component, INT8_WEIGHTS, module))
     return {path: _width(inner.get_submodule(path)) for path in paths}
 
 

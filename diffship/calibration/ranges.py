@@ -23,6 +23,7 @@ PERCENTILE = 0.9999  # of the values, which a range covers
 _SHARES = 64  # of a range that are tried
 _LEAST_SHARE = 1 / 16
 _LEAST_BINS = 128  # of half a histogram, for thresholds by entropy
+_LITTLE = 1e-4  # or else a threshold at an empty bin would be infinitely bad
 Range = tuple[float, float]
 
 
@@ -128,8 +129,12 @@ def _divergence(sizes: NDArray[np.float64], size: int, levels: int) -> float:
     sharers = np.maximum(np.bincount(groups, filled, levels), 1)
     approximate = np.where(filled, totals[groups] / sharers[groups], 0)
     clipped[-1] += sizes[size:].sum()
-    if not clipped.sum() or not approximate.sum() or (clipped[-1] > 0 and approximate[-1] == 0):
-        return float("inf") if clipped.sum() else 0.0
-    p, q = clipped / clipped.sum(), approximate / approximate.sum()
-    meant = p > 0
-    return float((p[meant] * np.log(p[meant] / q[meant])).sum())
+    p, q = _smooth(clipped), _smooth(approximate)
+    return float((p * np.log(p / q)).sum())
+
+
+def _smooth(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares in which no bin is empty: a bin that has nothing gets _LITTLE of what an even share would be."""
+    shares = sizes / max(sizes.sum(), 1) + _LITTLE / len(sizes)
+    even: NDArray[np.float64] = shares / shares.sum()
+    return even

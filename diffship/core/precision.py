@@ -35,8 +35,8 @@ class Packing:
     """Weights stored as small integers: value = (code - zero) * scale, in float32.
 
     block: how many neighbouring weights of an output channel share a scale; 0 means all of them.
-    bits: without blocks, codes are signed, in one byte, and symmetric: 8 bits are -127 to 127, 7 bits -63 to 63; there is
-        no zero. With blocks, codes are unsigned, and every block has a scale and a zero.
+    bits: without blocks, codes are signed, in one byte, and symmetric: 8 bits are -127 to 127, 7 bits -63 to 63; there
+        is no zero. With blocks, codes are unsigned, and every block has a scale and a zero.
     """
 
     bits: int

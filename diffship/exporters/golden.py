@@ -32,8 +32,8 @@ def write_golden(
 ) -> Golden:
     """Write `golden/<part>.safetensors` below `out`: feeds and outputs of torch in float32 for each of `calls`.
 
-    If `precision` packs weights, the outputs are those of its simulation, so that the proof is tight. The outputs on the
-    true weights lie beside them, for the quality that `verify` reports.
+    If `precision` packs weights, the outputs are those of its simulation, so that the proof is tight. The outputs on
+    the true weights lie beside them, for the quality that `verify` reports.
 
     sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of the
     graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs there in

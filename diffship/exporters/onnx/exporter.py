@@ -70,8 +70,8 @@ class Onnx:
         metadata={
             **choices(*PRECISIONS),
             "help": "of weights and of float inputs and outputs; no CPU engine runs bf16, which GPU builders take; "
-            "int8-weights and int4-weights store large weights as integers, and compute in float32; int8 and w8a16 round "
-            "activations too, with --calibration",
+            "int8-weights and int4-weights store large weights as integers, and compute in float32; int8 and w8a16 "
+            "round activations too, with --calibration",
         },
     )
     opset: int = field(
