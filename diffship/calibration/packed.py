@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
 from diffship.core.precision import Packing
@@ -115,7 +115,7 @@ def _legal(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return legal
 
 
-def _blocks(table: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+def _blocks(table: NDArray[Any], size: int) -> NDArray[Any]:
     return table.reshape(table.shape[0], -1, size)
 
 

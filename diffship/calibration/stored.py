@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffship.calibration.observed import BANDS, BINS, LEAST_EDGE, ROWS, Observed
 from diffship.core.atomic import write_file
@@ -161,7 +161,7 @@ def _part(file: Path, entry: _PartEntry) -> PartRanges:
 
 def _observed(weights: SafetensorsWeights, name: str, edge: int) -> Observed:
     """One layer, with shapes and values that everything else relies on."""
-    arrays = {kind: np.asarray(weights.read(f"{name}.{kind}")) for kind in _SHAPES}
+    arrays: dict[str, Any] = {kind: np.asarray(weights.read(f"{name}.{kind}")) for kind in _SHAPES}
     calls, channels, rows = (arrays[kind].shape[:1] for kind in ("low", "channels", "keys"))
     shapes = {**dict.fromkeys(("low", "high", "peaks", "count"), calls), "channels": channels, "keys": rows}
     shapes |= {"counts": (min(calls[0], BANDS), BINS), "rows": (*rows, *channels)}

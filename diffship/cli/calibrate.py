@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffship.cli.compress import work_folder
 from diffship.cli.export import made_parents
@@ -15,6 +15,7 @@ from diffship.cli.progress import Stages, warn_of
 from diffship.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diffship.calibration.observed import Observed
     from diffship.calibration.stored import Calibration
 
 SAMPLES, BATCH = 64, 4
@@ -73,13 +74,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _described(found: Calibration, folder: Path, digest: str) -> Result:
     size = sum(file.stat().st_size for file in folder.iterdir())
-    parts = {
-        name: [
-            {"layer": layer, "low": float(one.low.min()), "high": float(one.high.max()), "growth": one.growth}
-            for layer, one in part.layers.items()
-        ]
-        for name, part in found.parts.items()
-    }
+    parts = {name: [_layer(layer, one) for layer, one in part.layers.items()] for name, part in found.parts.items()}
     drawn = found.drawn
     document = {
         "output": str(folder),
@@ -89,13 +84,13 @@ def _described(found: Calibration, folder: Path, digest: str) -> Result:
         "steps": drawn.steps,
         "parts": parts,
     }
-    widest = sorted(
-        ((one["growth"], name, one) for name, layers in parts.items() for one in layers), key=lambda row: -row[0]
-    )
+    named = [(f"{name} {one['layer']}", one) for name, layers in parts.items() for one in layers]
+    widest = sorted(named, key=lambda row: row[1]["growth"], reverse=True)[:_SHOWN]
     head = ("layer", "least", "largest", "widest step / median")
-    rows = [
-        (f"{name} {one['layer']}", *(figure(one[key]) for key in ("low", "high", "growth")))
-        for _, name, one in widest[:_SHOWN]
-    ]
-    told = f"{len(drawn.prompts)} pictures of {drawn.steps} steps, {sum(map(len, parts.values()))} layers"
+    rows = [(name, *(figure(one[key]) for key in ("low", "high", "growth"))) for name, one in widest]
+    told = f"{len(drawn.prompts)} pictures of {drawn.steps} steps, {len(named)} layers"
     return Result(document, f"{table(head, rows)}\n{told}; {size_text(size)} in {folder}")
+
+
+def _layer(name: str, one: Observed) -> dict[str, Any]:
+    return {"layer": name, "low": float(one.low.min()), "high": float(one.high.max()), "growth": one.growth}

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffship.calibration.packed import Packed, pack
 from diffship.core.dtype import FLOATS, TensorMeta, as_bytes, convert, to_float32
@@ -154,9 +154,9 @@ def _integers(made: Packed, meta: TensorMeta, place: _Place, label: str) -> NDAr
     return flat if place.dtype != "uint4" else _pairs(flat)
 
 
-def _pairs(codes: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Codes below 16, two to a byte, the first one in the low half (onnx.proto3, TensorProto.raw_data)."""
-    even = codes[0::2].copy()
+def _pairs(codes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Codes (uint8) below 16, two to a byte, the first one in the low half (onnx.proto3, TensorProto.raw_data)."""
+    even: NDArray[np.uint8] = codes[0::2].copy()
     even[: codes.size // 2] |= codes[1::2] << 4
     return even
 
