@@ -327,10 +327,10 @@ def _golden(work: _Work, part: Part) -> Golden:
 
 
 def _format(work: _Work, part: Part) -> Precision:
-    """The part's precision, with ranges of its calibration if it has any."""
+    """The part's precision, with its packings, and ranges of its calibration if it has any."""
     from diffship.exporters.protocol import Bound
 
-    if part.format.inputs and isinstance(work.exporter, Bound):
+    if part.format.packing is not None and isinstance(work.exporter, Bound):
         return work.exporter.bound(work.pipeline.components[part.name])
     return part.format
 

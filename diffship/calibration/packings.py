@@ -10,12 +10,14 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffship.calibration.packed import fitting, packed_bytes
+from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy
 from diffship.core.precision import Packing, Precision
+from diffship.core.strict import unknown
 from diffship.models.parts.component import Component
 from diffship.models.parts.filling import INNER, tied
 
@@ -33,8 +35,8 @@ def packings(component: Component, precision: Precision, module: nn.Module | Non
 
     module: the whole part on the meta device, if the caller has it.
     """
-    if precision.packing is None:
-        return {}
+    if precision.packing is None or precision.chosen is not None:
+        return dict(precision.chosen or {})
     whole = component.meta if module is None else module
     inner = whole.get_submodule("inner")
     kept = _kept(component, inner)
@@ -47,6 +49,19 @@ def packings(component: Component, precision: Precision, module: nn.Module | Non
         and path.rpartition(".")[2] not in _KEPT
         and f"{INNER}{path}.weight" not in shared
     }
+
+
+def without(chosen: Packings, keep: Sequence[str], part: str) -> dict[str, Packing]:
+    """`chosen` without the weights of the layers `keep`: paths, or paths of modules around them.
+
+    Raises:
+        ConfigError: one of `keep` names no layer of `part` that would be packed.
+    """
+    for path in keep:
+        if not any(_below(name, [path]) for name in chosen):
+            names = (name.removesuffix(".weight") for name in chosen)
+            raise ConfigError(f"keep: {unknown(f'layer of {part}', path, names)}")
+    return {name: packing for name, packing in chosen.items() if not _below(name, list(keep))}
 
 
 def packed_summary(component: Component, chosen: Packings) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Precision:
     on_cpu: whether engines on a CPU compute it. If not, a part is proved in float32 arithmetic on its rounded weights.
     packing: how weights of large layers are stored as integers (`calibration.packings` says which layers those are);
         None if every weight has the type `weights`.
+    chosen: packing by the name of a weight, of one part, where a user or a budget has chosen; None if the rule decides.
     inputs: bits of the codes that inputs of those layers are rounded to; 0 if they are not.
     ranges: these codes by the path of a layer, of one part of one calibration. A precision that is looked up has none.
     """
@@ -65,6 +66,7 @@ class Precision:
     ports: str
     on_cpu: bool = True
     packing: Packing | None = None
+    chosen: Mapping[str, Packing] | None = field(default=None, compare=False, repr=False)
     inputs: int = 0
     ranges: Mapping[str, Affine] = field(default_factory=dict, compare=False, repr=False)
 
@@ -131,12 +133,14 @@ FP16 = Precision("fp16", "float16", "float16", "float16")
 BF16 = Precision("bf16", "bfloat16", "bfloat16", "float32", on_cpu=False)
 INT8_WEIGHTS = Precision("int8-weights", "float32", "float32", "float32", packing=Packing(8))
 INT4_WEIGHTS = Precision("int4-weights", "float32", "float32", "float32", packing=Packing(4, 64))
+MIXED_WEIGHTS = Precision("mixed-weights", "float32", "float32", "float32", packing=Packing(8))
 # On CPUs with AVX2 and without VNNI, kernels for products of codes of 8 bits add two of them in 16 bits, which saturate
 # in silence: 32 dB in ONNX Runtime, 37 in OpenVINO. With weights of 7 bits no sum can.
 INT8 = Precision("int8", "float32", "float32", "float32", packing=Packing(7), inputs=8)
 W8A16 = Precision("w8a16", "float32", "float32", "float32", packing=Packing(8), inputs=16)
+_PACKED = (INT8_WEIGHTS, INT4_WEIGHTS, MIXED_WEIGHTS, INT8, W8A16)
 FLOATS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
-PRECISIONS: Mapping[str, Precision] = {**FLOATS, **{one.name: one for one in (INT8_WEIGHTS, INT4_WEIGHTS, INT8, W8A16)}}
+PRECISIONS: Mapping[str, Precision] = {**FLOATS, **{one.name: one for one in _PACKED}}
 
 
 def precision_of(name: str) -> Precision:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.calibration.packed import pack
 from diffship.calibration.packings import Packings, packings
+from diffship.calibration.simulation import coded_inputs, unpacked
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy, lazy_base
-from diffship.core.precision import Affine, Precision
+from diffship.core.precision import Precision
 from diffship.models.parts.component import Component
 from diffship.models.parts.filling import INNER
 from diffship.models.walks.stages import memory_stages
@@ -37,7 +36,6 @@ else:
     TorchDispatchMode = lazy_base("torch.utils._python_dispatch", "TorchDispatchMode")
 
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
-_MOVED = 4e-6  # of a range: what float32 engines differ by, and a margin
 _EXACT = ("Timesteps",)  # class names of modules that compute in float32 in every deployment
 
 
@@ -52,44 +50,9 @@ def round_weights(module: nn.Module, precision: Precision, packed: Packings = Ma
         for name, tensor in module.state_dict().items():
             packing = packed.get(name.removeprefix(INNER))
             if packing is not None:
-                values = pack(tensor.numpy(), packing).values()
-                tensor.copy_(torch.from_numpy(values).reshape(tensor.shape))
+                tensor.copy_(unpacked(tensor, packing))
             elif tensor.is_floating_point():
                 tensor.copy_(tensor.to(kind).to(tensor.dtype))
-
-
-@contextmanager
-def coded_inputs(module: nn.Module, precision: Precision, moved: bool = False) -> Iterator[None]:
-    """Within it, inputs of the layers of `module` that `precision.ranges` names are rounded to their codes, as ONNX's
-    QuantizeLinear and DequantizeLinear do.
-
-    moved: inputs are moved at random by _MOVED of their range first. An engine that sums in another order moves them so
-    too, and what lies between two codes then gets the other one; this shows how much that matters.
-    """
-    found = dict(module.named_modules())
-    draw = torch.Generator().manual_seed(0) if moved else None
-    hooks = [
-        found[INNER + path].register_forward_pre_hook(partial(_coded, codes, draw))
-        for path, codes in precision.ranges.items()
-        if INNER + path in found
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _coded(
-    codes: Affine, draw: torch.Generator | None, module: nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    x, most = inputs[0], 2**codes.bits - 1
-    if draw is not None:
-        x = x + (2 * torch.rand(x.shape, generator=draw) - 1) * (_MOVED * most * codes.scale)
-    # scale and zero as float32 and not as Python floats, which torch would divide by in float64
-    scale = torch.tensor(codes.scale, dtype=torch.float32)
-    rounded = torch.clamp(torch.round(x / scale) + codes.zero, 0, most)
-    return ((rounded - codes.zero) * scale, *inputs[1:])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.calibration.packings import packings
+from diffship.calibration.simulation import coded_inputs
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import TensorMeta, meta_of, to_float32
 from diffship.core.errors import UnsupportedError
@@ -25,7 +26,7 @@ from diffship.core.manifest import GoldenBlocks
 from diffship.core.precision import Precision
 from diffship.core.safetensors_file import write_safetensors
 from diffship.core.sketch import sketch
-from diffship.exporters.formats import coded_inputs, constants, round_weights, rounding
+from diffship.exporters.formats import constants, round_weights, rounding
 from diffship.exporters.tolerances import exact, measured
 from diffship.models.parts.component import Component
 from diffship.models.parts.program import Layer, Program, Tree

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from diffship.calibration.capture import Capture, calibrate
+from diffship.calibration.simulation import coded_inputs
 from diffship.calibration.stored import calibration_digest, read_calibration, write_calibration
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
@@ -22,7 +23,6 @@ from diffship.core.job import Job
 from diffship.core.precision import INT8, Affine
 from diffship.core.weights import MemoryWeights
 from diffship.export import export
-from diffship.exporters.formats import coded_inputs
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.stored import Stored
 from diffship.models.pipeline import Pipeline
@@ -157,7 +157,7 @@ def test_ranges_of_other_weights_are_refused(tiny_sd: Pipeline, ranges: Path, tm
 
 
 def test_what_does_not_go_together_is_refused(tiny_sd: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="int8 rounds activations: name their ranges with --calibration CAL"):
+    with pytest.raises(ConfigError, match="int8 needs what diffship calibrate measured: give --calibration CAL"):
         Onnx(precision="int8")
     with pytest.raises(ConfigError, match="int4-weights takes no --calibration"):
         Onnx(precision="int4-weights", calibration="somewhere")

@@ -9,8 +9,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffship.calibration.packings import packed_summary, packings, weight_bytes
+from diffship.calibration.packings import packed_summary, packings, weight_bytes, without
 from diffship.calibration.ranges import METHODS, affine
+from diffship.calibration.sensitivity import Sensitivity, choose, measured_part, read_sensitivity
 from diffship.calibration.stored import Calibration, calibration_digest, read_calibration
 from diffship.core import precision, spec
 from diffship.core.errors import ConfigError
@@ -18,7 +19,7 @@ from diffship.core.family import Family
 from diffship.core.job import Bytes, Job, digest_of
 from diffship.core.lazy import lazy, need
 from diffship.core.manifest import Part
-from diffship.core.precision import INT8_WEIGHTS, PRECISIONS, Precision, precision_of
+from diffship.core.precision import INT8_WEIGHTS, MIXED_WEIGHTS, PRECISIONS, Precision, precision_of
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices, plain
 from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
@@ -56,7 +57,9 @@ class Onnx:
     says that float16 is too narrow for it (`force_upcast`) stays in fp32. "int8-weights" and "int4-weights" store the
     weights of large layers as integers, and compute in float32. "int8" and "w8a16" also round what these layers read to
     codes of 8 or 16 bits; parts that the calibration has no ranges of are "int8-weights".
-    calibration: folder that `diffship calibrate` wrote, of the same weights. ranges: how ranges follow from it.
+    "mixed-weights" gives each layer 32, 8 or 4 bits, so that all of them together take `bits` a weight at the most.
+    calibration: folder that `diffship calibrate` wrote, of the same weights. ranges: how ranges follow from it. keep:
+    layers, or modules around them, that stay as they are, by part and path (`unet.mid_block`).
     opset: from 20, 21 and 23 on, Gelu, GroupNormalization and Attention are single operators.
     """
 
@@ -85,14 +88,23 @@ class Onnx:
         metadata={**choices(*METHODS), "help": f"with --calibration: {', '.join(METHODS)}"},
     )
 
+    bits: float = field(
+        default=0.0, metadata={**bounds(0, 32), "help": "a weight, at the most, of --precision mixed-weights"}
+    )
+    keep: tuple[str, ...] = field(
+        default=(), metadata={"help": "layers whose weights stay float32, such as unet.mid_block"}
+    )
+
     def __post_init__(self) -> None:
-        if bool(self.format.inputs) != bool(self.calibration):
-            need_it = (
-                f"{self.precision} rounds activations: name their ranges with --calibration CAL (diffship calibrate)"
-            )
-            raise ConfigError(
-                need_it if self.format.inputs else f"{self.precision} takes no --calibration: leave it out"
-            )
+        measured = bool(self.format.inputs) or self.format == MIXED_WEIGHTS
+        if measured and not self.calibration:
+            raise ConfigError(f"{self.precision} needs what diffship calibrate measured: give --calibration CAL")
+        if self.calibration and not measured:
+            raise ConfigError(f"{self.precision} takes no --calibration: leave it out")
+        if bool(self.bits) != (self.format == MIXED_WEIGHTS):
+            raise ConfigError("--bits is the budget of --precision mixed-weights: give both, or neither")
+        if self.keep and self.format.packing is None:
+            raise ConfigError(f"{self.precision} packs no layer, so there is none to --keep")
         if self.format.activations == "bfloat16" and self.opset < _BF16_OPSET:
             raise ConfigError(f"opset {self.opset} has no bfloat16 convolution; bf16 needs {_BF16_OPSET} or more")
         if self.format.packing is not None and self.opset < _BLOCKS_OPSET:
@@ -112,27 +124,43 @@ class Onnx:
         """
         if self.format.inputs and component.name not in self._calibrated().parts:
             return replace(self, precision=INT8_WEIGHTS.name, calibration="")
+        if self.format == MIXED_WEIGHTS and component.name != measured_part(self.calibration):
+            return replace(self, precision=INT8_WEIGHTS.name, calibration="", bits=0.0)
         fitting = self.format.for_range(component.overflows_half)
         return self if fitting is self.format else replace(self, precision=fitting.name)
 
     def bound(self, component: Component) -> Precision:
-        """What `precision` means for this part: with its ranges, if it has any.
+        """What `precision` means for this part: with its packings and its ranges, if it has any.
 
         Raises:
-            ConfigError: the calibration cannot be read, is of another model, or lacks a layer.
+            ConfigError: the calibration cannot be read, is of another model, or lacks a layer; or nothing is to `keep`.
         """
         kind = self.of(component).format
-        if not kind.inputs:
+        if kind.packing is None:
             return kind
-        seen = self._calibrated().of(component.name, remembered_digest(component.weights))
-        paths = [name.removesuffix(".weight") for name in packings(component, kind)]
+        digest = remembered_digest(component.weights) if self.calibration else ""
+        if kind == MIXED_WEIGHTS:
+            chosen = dict(choose(self._sensitivity(component), component, self.bits).packings)
+        else:
+            chosen = packings(component, kind)
+        prefix = f"{component.name}."
+        kept = [path.removeprefix(prefix) for path in self.keep if path.startswith(prefix)]
+        chosen = without(chosen, kept, component.name)
+        if not kind.inputs:
+            return replace(kind, chosen=chosen)
+        seen = self._calibrated().of(component.name, digest)
+        paths = [name.removesuffix(".weight") for name in chosen]
         missing = next((path for path in paths if path not in seen), None)
         if missing is not None:
             raise ConfigError(
                 f"{self.calibration} has no ranges of {component.name}: {missing}. Run: diffship calibrate"
             )
         method = METHODS[self.ranges]
-        return replace(kind, ranges={path: affine(method(seen[path], kind.inputs), kind.inputs) for path in paths})
+        ranges = {path: affine(method(seen[path], kind.inputs), kind.inputs) for path in paths}
+        return replace(kind, chosen=chosen, ranges=ranges)
+
+    def _sensitivity(self, component: Component) -> Sensitivity:
+        return read_sensitivity(self.calibration, component.name, remembered_digest(component.weights))
 
     def _calibrated(self) -> Calibration:
         return _calibration(self.calibration, calibration_digest(self.calibration))
@@ -144,6 +172,9 @@ class Onnx:
             MissingExtra: onnx is not installed.
         """
         need("onnx")
+        for path in self.keep:
+            if path.partition(".")[0] not in pipeline.components:
+                raise ConfigError(f"keep: {path} does not begin with a part: {', '.join(pipeline.components)}")
         for component in pipeline.components.values():
             self.bound(component)
         return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
@@ -158,7 +189,7 @@ class Onnx:
 
     def disk_bytes(self, component: Component) -> int:
         """What the files of a part take, to a few per cent."""
-        kind = self.of(component).format
+        kind = self.bound(component)
         return weight_bytes(component, kind, packings(component, kind)) + (4 << 20)
 
     def memory_bytes(self, component: Component) -> int:
@@ -193,7 +224,7 @@ class Onnx:
             job.progress(f"weights {component.name}", done, total)
 
         module = component.meta
-        packed = packings(component, self.format, module)
+        packed = packings(component, self.bound(component))
         held = _held(module, component)
         digest = pour(model, component.weights, folder, component.name, on_bytes, held, packed)
         (folder / MODEL_FILE).write_bytes(cached.read_bytes())
@@ -206,7 +237,7 @@ class Onnx:
             "data_bytes": data_bytes(model),
             "parameters": count,
             **({"packed": packed_summary(component, packed)} if packed else {}),
-            **self._named(),
+            **self._named(component),
             **_left_out(module, component),
         }
         return Part(
@@ -219,11 +250,15 @@ class Onnx:
             extra=extra,
         )
 
-    def _named(self) -> dict[str, object]:
-        """What the manifest says of the calibration."""
+    def _named(self, component: Component) -> dict[str, object]:
+        """What the manifest says of the calibration, and of a budget."""
         if not self.calibration:
             return {}
-        return {"calibration": {"digest": calibration_digest(self.calibration), "ranges": self.ranges}}
+        told = {"digest": calibration_digest(self.calibration)}
+        if self.format != MIXED_WEIGHTS:
+            return {"calibration": {**told, "ranges": self.ranges}}
+        found = choose(self._sensitivity(component), component, self.bits)
+        return {"calibration": {**told, "bits": round(found.bits, 4), "predicted_db": round(found.predicted_db, 2)}}
 
     def finish(self, pipeline: Pipeline, out: Path) -> None:
         """Write model_index.json, scheduler and tokenizers below `out`."""
@@ -238,20 +273,23 @@ class Onnx:
         constants = computed(module, component.build, component.name)
         programs = decomposed(programs, OPERATORS)
         packed = packings(component, self.format, module)
-        ranges = self.bound(component).ranges
-        translation = Translation(programs, self.opset, _weight_name, constants, packed, ranges)
+        kind = self.bound(component)
+        packed = packings(component, kind)
+        translation = Translation(programs, self.opset, _weight_name, constants, packed, kind.ranges)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
     def graph_digest(self, component: Component) -> str:
         """Names everything that `graph` depends on."""
+        kind = self.bound(component)
         facts = {
             "code": _code_digest(),
             "options": asdict(self),
             "part": [component.name, component.class_name],
             "config": component.config,
-            "ranges": {path: asdict(codes) for path, codes in self.bound(component).ranges.items()},
+            "ranges": {path: asdict(codes) for path, codes in kind.ranges.items()},
+            "packed": {name: asdict(packing) for name, packing in packings(component, kind).items()},
             "specs": [plain(spec) for spec in (*component.inputs, *component.outputs)],
             "versions": _versions(),
         }
