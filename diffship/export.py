@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import tempfile
 import time
@@ -19,6 +20,7 @@ from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
+from diffship.core.precision import Precision
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
@@ -362,6 +364,8 @@ def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -
     probe = engine.probe()
     proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
     proof["blocks"] = [block.to_json() for block in found.blocks]
+    if found.quality is not None and math.isfinite(found.quality.worst.psnr_db):
+        proof["quality_db"] = round(found.quality.worst.psnr_db, 2)
     return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
 
 
@@ -372,8 +376,17 @@ def _golden(work: _Work, part: Part) -> Golden:
     truth = work.against[part.name]
     sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
     feeds = part.format.feeds(truth.inputs, work.feeds.inside(truth, sizes))
-    blocks = write_blocks(truth, feeds, work.folder, part.format, work.gate_bytes // 2)
+    blocks = write_blocks(truth, feeds, work.folder, _format(work, part), work.gate_bytes // 2)
     return replace(_whole(work, part), blocks=blocks)
+
+
+def _format(work: _Work, part: Part) -> Precision:
+    """The part's precision, with its packings, and ranges of its calibration if it has any."""
+    from diffship.exporters.protocol import Bound
+
+    if part.format.packing is not None and isinstance(work.exporter, Bound):
+        return work.exporter.bound(work.pipeline.components[part.name])
+    return part.format
 
 
 def _whole(work: _Work, part: Part) -> Golden:
@@ -382,7 +395,7 @@ def _whole(work: _Work, part: Part) -> Golden:
 
     truth, sizes = work.against[part.name], work.sizes[part.name]
     calls = work.feeds.calls(truth, sizes)
-    return write_golden(truth, calls, sizes, work.folder, part.format, work.gate_bytes // 2)
+    return write_golden(truth, calls, sizes, work.folder, _format(work, part), work.gate_bytes // 2)
 
 
 def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
@@ -406,7 +419,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     denoiser = next(part for part in made if part.name == whole.family.kind.denoiser)
     work.job.progress("draw trajectory", 0, 1)
     golden = write_trajectory(
-        whole, work.sizes[denoiser.name], work.folder, steps, denoiser.format, work.gate_bytes // 2
+        whole, work.sizes[denoiser.name], work.folder, steps, _format(work, denoiser), work.gate_bytes // 2
     )
     if work.runs_here:
         engine = make_engine(choose_engine(work.exporter.name))

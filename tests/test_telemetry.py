@@ -123,6 +123,7 @@ RUNS: dict[str, list[Sequence[str]]] = {
         ("compress", TINY, "--pass", "prune", "--set", "parameters=0.8", "-o", "pruned"),
         ("compress", TINY, "--pass", "distill", "--set", "steps=1", "--set", "data=DATA", "-o", "distilled"),
         ("compress", TINY, "--pass", "layout", "--set", "name=bk-tiny", "--dry-run"),
+        ("calibrate", TINY, "--samples", "1", "--steps", "1", "-o", "ranges"),
         ("train", "emoji-vae", "--data", "DATA", "-o", "runs", "--steps", "1", "--batch", "1"),
     ],
     "tensorrt": [("export", TINY, "--to", "tensorrt", *CUT, "--sm", "89", "-o", "plans")],

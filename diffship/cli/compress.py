@@ -15,7 +15,7 @@ from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
 from diffship.core.load_options import LoadOptions
-from diffship.core.precision import PRECISIONS, precision_of
+from diffship.core.precision import FLOATS, precision_of
 from diffship.core.registry import PASSES, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import plain_value
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser)
     parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), help="of the weights that are written (default: as they are)"
+        "--precision", choices=tuple(FLOATS), help="of the weights that are written (default: as they are)"
     )
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="keeps checkpoints and finished passes (default: OUTPUT.work)"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from diffship import __version__
-from diffship.cli import bench, compare, compress, doctor, export, inspect, run, serve, train, verify
+from diffship.cli import bench, calibrate, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.cli.progress import say
 from diffship.cli.stops import Stops
@@ -22,6 +22,7 @@ from diffship.core.strict import unknown
 VERBS = {
     "export": export,
     "compress": compress,
+    "calibrate": calibrate,
     "run": run,
     "serve": serve,
     "verify": verify,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffship.calibration.prompts import read_captions
 from diffship.compression import ranks as by_rank
-from diffship.compression.captions import CAPTIONS, read_captions
+from diffship.compression.captions import CAPTIONS
 from diffship.compression.chart import draw as draw_chart
 from diffship.compression.interior import largest_kept, lost_norm, norms, widths_for
 from diffship.compression.measure import Drawing, measure, model_calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from diffship.compression.budget import Option, Solution, draw, isotonic, solve
+from diffship.calibration.budget import Option, Solution, draw, isotonic, solve
 from diffship.compression.interior import Layer, layers, unit_macs
 from diffship.models.pipeline import Pipeline
 from diffship.models.walks.cost import cost

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.calibration.packings import Packings, packings
+from diffship.calibration.simulation import coded_inputs, unpacked
 from diffship.core.errors import ConfigError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.precision import Precision
 from diffship.models.parts.component import Component
+from diffship.models.parts.filling import INNER
 from diffship.models.walks.stages import memory_stages
 
 if TYPE_CHECKING:
@@ -35,15 +39,19 @@ _ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
 _EXACT = ("Timesteps",)  # class names of modules that compute in float32 in every deployment
 
 
-def round_weights(module: nn.Module, precision: Precision) -> None:
-    """Give every float tensor of the state of `module` the nearest value that `precision` stores, in place.
+def round_weights(module: nn.Module, precision: Precision, packed: Packings = MappingProxyType({})) -> None:
+    """Give every float tensor of the state of `module` the value that `precision` stores for it, in place.
 
-    Buffers that are computed when it is made are no weights: they stay as they are.
+    packed: how weights are stored as integers, by their names in the whole part. Buffers that are computed when the
+    module is made are no weights: they stay as they are.
     """
     kind = getattr(torch, precision.weights)
     with torch.no_grad():
-        for tensor in module.state_dict().values():
-            if tensor.is_floating_point():
+        for name, tensor in module.state_dict().items():
+            packing = packed.get(name.removeprefix(INNER))
+            if packing is not None:
+                tensor.copy_(unpacked(tensor, packing))
+            elif tensor.is_floating_point():
                 tensor.copy_(tensor.to(kind).to(tensor.dtype))
 
 
@@ -137,18 +145,27 @@ def _kind(precision: Precision) -> torch.dtype:
 
 
 def simulated_forward(
-    component: Component, feeds: Mapping[str, NDArray[np.generic]], max_bytes: int, precision: Precision
+    component: Component,
+    feeds: Mapping[str, NDArray[np.generic]],
+    max_bytes: int,
+    precision: Precision,
+    moved: bool = False,
 ) -> dict[str, NDArray[np.generic]]:
-    """Outputs of a part in `precision`, float32 arrays, with at most `max_bytes` of its weights loaded at once."""
+    """Outputs of a part in `precision`, float32 arrays, with at most `max_bytes` of its weights loaded at once.
+
+    moved: as in `coded_inputs`.
+    """
     try:
         stages: Sequence[Component] = memory_stages(component, max_bytes)
     except ConfigError:  # a stage itself cannot be cut again
         stages = [component]
     values = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+    packed = packings(component, precision)
     for stage in stages:
         module = stage.module()
-        round_weights(module, precision)
-        with torch.no_grad(), rounding(module, precision):
+        round_weights(module, precision, packed)
+        results = coded_inputs(module, precision, moved) if precision.simulated else rounding(module, precision)
+        with torch.no_grad(), results:
             made = module(*(values[spec.name] for spec in stage.inputs))
         values.update((spec.name, tensor) for spec, tensor in zip(stage.outputs, made, strict=True))
     return {spec.name: values[spec.name].numpy() for spec in component.outputs}

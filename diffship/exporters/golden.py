@@ -30,7 +30,10 @@ def write_golden(
     precision: Precision,
     max_bytes: int,
 ) -> Golden:
-    """Write `golden/<part>.safetensors` below `out`: feeds and fp32 outputs of each of `calls`.
+    """Write `golden/<part>.safetensors` below `out`: feeds and outputs of torch in float32 for each of `calls`.
+
+    If `precision` packs weights, the outputs are those of its simulation, so that the proof is tight. The outputs on
+    the true weights lie beside them, for the quality that `verify` reports.
 
     sizes: of one call, by axis. At most `max_bytes` of weights are loaded at once. Feeds are rounded to the type of the
     graph's inputs, so that both sides see the same ones. The tolerance of an output is what `precision` costs there in
@@ -48,19 +51,29 @@ def write_golden(
             raise SourceError(f"{component.name}: torch itself gives NaN or infinity in {name}; the source is damaged")
     _require_independent_samples(component, calls[0], outputs, max_bytes)
     formatted = outputs if precision.lossless else simulated(component, joined, max_bytes, precision)
-    parts = {name: np.split(array, len(calls)) for name, array in outputs.items()}
+    expected = formatted if precision.simulated else outputs
+    if precision.inputs:
+        formatted = simulated(component, joined, max_bytes, precision, moved=True)
     tensors = {f"{k}.in.{name}": array for k, feeds in enumerate(calls) for name, array in feeds.items()}
-    tensors |= {f"{k}.out.{name}": pieces[k] for name, pieces in parts.items() for k in range(len(calls))}
+    tensors |= _by_call("out", expected, len(calls))
+    tensors |= {} if expected is outputs else _by_call("full", outputs, len(calls))
     file = f"golden/{component.name}.safetensors"
     (out / "golden").mkdir(exist_ok=True)
     write_safetensors(out / file, {name: meta_of(array) for name, array in tensors.items()}, tensors.__getitem__)
     limits = {
         name: loosest(
-            limit(precision, a, b) for a, b in zip(parts[name], np.split(formatted[name], len(calls)), strict=True)
+            limit(precision, a, b)
+            for a, b in zip(np.split(array, len(calls)), np.split(formatted[name], len(calls)), strict=True)
         )
-        for name in outputs
+        for name, array in expected.items()
     }
     return Golden(file, dict(sizes), loosest(limits.values()), len(calls), limits, dict(method(precision)))
+
+
+def _by_call(side: str, outputs: Arrays, calls: int) -> Arrays:
+    return {
+        f"{k}.{side}.{name}": piece for name, array in outputs.items() for k, piece in enumerate(np.split(array, calls))
+    }
 
 
 def _require_independent_samples(component: Component, feeds: Arrays, outputs: Arrays, max_bytes: int) -> None:
@@ -87,15 +100,17 @@ def reference(component: Component, feeds: Arrays, max_bytes: int) -> Arrays:
     return stages_forward(component, feeds, max_bytes)
 
 
-def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: Precision) -> Arrays:
+def simulated(component: Component, feeds: Arrays, max_bytes: int, precision: Precision, moved: bool = False) -> Arrays:
     """What the part gives in `precision`, simulated in torch (`exporters.formats`), in float32 arrays.
+
+    moved: inputs of coded layers are moved at random, by as much as engines differ.
 
     Raises:
         UnsupportedError: values overflow the format.
     """
     from diffship.exporters.formats import simulated_forward
 
-    outputs = simulated_forward(component, feeds, max_bytes, precision)
+    outputs = simulated_forward(component, feeds, max_bytes, precision, moved)
     for name, array in outputs.items():
         if not np.isfinite(array).all():
             raise UnsupportedError(

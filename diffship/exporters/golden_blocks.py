@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.calibration.packings import packings
+from diffship.calibration.simulation import coded_inputs
 from diffship.core.compare import Tolerance
 from diffship.core.dtype import TensorMeta, meta_of, to_float32
 from diffship.core.errors import UnsupportedError
@@ -39,6 +41,7 @@ else:
 
 Arrays = dict[str, NDArray[np.generic]]
 FED = "float8_e4m3fn"
+_WAYS = ("true", "rounded", "format")
 
 
 @dataclass
@@ -70,8 +73,8 @@ def write_blocks(
     """Write `golden/<part>.blocks.safetensors` below `out`; returns None for a part whose layers are not known.
 
     The file holds `in.NAME` (what is fed: feeds of the part as they are, others as float8), `graph.NAME` (sketches of
-    torch in float32 on weights rounded to `precision`) and, unless that is lossless, `out.NAME` (sketches on the true
-    weights).
+    torch in float32 on the weights that `precision` stores) and, unless engines compute that exactly, `out.NAME`
+    (sketches on the true weights).
 
     Raises:
         UnsupportedError: the part overflows in `precision`.
@@ -104,7 +107,9 @@ class _Walk:
         self.feeds = dict(feeds)
         self.cut: dict[str, NDArray[np.generic]] = {}  # float8 bits
         self.scales: dict[str, int] = {}  # by power of two
-        self.ways = {"true": _Found()} if precision.lossless else {k: _Found() for k in ("true", "rounded", "format")}
+        names = ("true",) if precision.lossless else ("true", "rounded") if precision.exact else _WAYS
+        self.ways = {name: _Found() for name in names}
+        self._packed = packings(component, precision)
         self._forced: dict[str, torch.Tensor] = {name: torch.from_numpy(np.array(a)) for name, a in feeds.items()}
         # the graph of a stage calls layers, so a module that no layer calls as a whole leaves no trace in it
         self._between = {} if isinstance(component, Stage) else layer_points(self.program, self.paths)
@@ -125,10 +130,16 @@ class _Walk:
             self._layer(inner, layer, "true")
         if self.precision.lossless:
             return
-        round_weights(module, self.precision)
+        round_weights(module, self.precision, self._packed)
         for layer in layers:
-            with constants(module, self.precision):
+            with constants(module, self.precision), coded_inputs(module, self.precision):
                 self._layer(inner, layer, "rounded")
+            if self.precision.exact:
+                continue
+            if self.precision.simulated:
+                with coded_inputs(module, self.precision, moved=True):
+                    self._layer(inner, layer, "format")
+                continue
             with rounding(module, self.precision):
                 self._layer(inner, layer, "format")
 
@@ -187,7 +198,8 @@ class _Walk:
         metas = {name: meta_of(array) for name, array in arrays.items()}
         for name, bits in self.cut.items():
             arrays[f"in.{name}"], metas[f"in.{name}"] = bits, TensorMeta(FED, bits.shape)
-        sides = {"graph": "true"} if self.precision.lossless else {"graph": "rounded", "out": "true"}
+        sides = {"graph": "true" if self.precision.lossless else "rounded"}
+        sides |= {} if self.precision.exact or self.precision.simulated else {"out": "true"}
         for side, way in sides.items():
             for name, array in self.ways[way].sketches.items():
                 arrays[f"{side}.{name}"], metas[f"{side}.{name}"] = array, meta_of(array)
@@ -196,15 +208,18 @@ class _Walk:
     def graph_limits(self) -> dict[str, Tolerance]:
         """Tolerances, by point, for the graph in float32 arithmetic."""
         side = self.ways["true" if self.precision.lossless else "rounded"].sketches
-        return {name: exact(array) for name, array in side.items()}
+        if not self.precision.inputs:
+            return {name: exact(array) for name, array in side.items()}
+        moved = self.ways["format"].sketches
+        return {name: measured(array, moved[name]) for name, array in side.items()}
 
     def engine_limits(self) -> dict[str, Tolerance]:
-        """Tolerances, by point, for an engine in the format; none if it is lossless, because the graph's hold then.
+        """Tolerances, by point, for an engine in the format; none if it computes the graph exactly (its own hold).
 
         Raises:
             UnsupportedError: the format turns finite values into infinity or NaN.
         """
-        if self.precision.lossless:
+        if self.precision.exact or self.precision.simulated:
             return {}
         true, formatted = (self.ways[way].sketches for way in ("true", "format"))
         for name, array in formatted.items():

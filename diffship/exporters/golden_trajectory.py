@@ -33,6 +33,8 @@ def write_trajectory(
 ) -> GoldenTrajectory:
     """Draw `steps` steps of `pipeline`, and write below `out` where they start and the latents after each.
 
+    A denoiser with packed weights draws as `precision` is simulated.
+
     sizes: of the denoiser by axis; a `batch_size` of 1 draws without classifier-free guidance, which takes two rows. At
     most `max_bytes` of weights are loaded at once.
 
@@ -48,10 +50,10 @@ def write_trajectory(
         (trajectory,) = start(model, request)
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
-        found = latents_by_step(trajectory, denoiser_of(model))
-        formatted = found
-        if not precision.lossless:
-            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
+        formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
+        found = formatted if precision.simulated else latents_by_step(trajectory, denoiser_of(model))
+        if precision.inputs:
+            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision, moved=True)))
     finally:
         model.close()
     for name, array in found.items():

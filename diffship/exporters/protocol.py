@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from diffship.core.family import Family
 from diffship.core.job import Job
 from diffship.core.manifest import Part
+from diffship.core.precision import Precision
 from diffship.core.problem import Problem
 from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
@@ -53,6 +54,15 @@ class Exporter(Target, Protocol):
 
     def export(self, component: Component, out: Path, job: Job) -> Part:
         """Write the files of a part below `out`; returns its manifest entry, not proved yet."""
+        ...
+
+
+@runtime_checkable
+class Bound(Exporter, Protocol):
+    """An exporter whose precision takes ranges from a calibration."""
+
+    def bound(self, component: Component) -> Precision:
+        """What its precision means for this part, with the ranges that a proof simulates."""
         ...
 
 

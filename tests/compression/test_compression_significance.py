@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffship.calibration.prompts import read_captions
 from diffship.cli.main import main
 from diffship.compress import compress
 from diffship.compression import measure as measuring
-from diffship.compression.captions import CAPTIONS, read_captions
+from diffship.compression.captions import CAPTIONS
 from diffship.compression.interior import CROSS, FEEDFORWARD, RESIDUAL, SELF, Layer, layers, widths_for
 from diffship.compression.layout import LayoutPass
 from diffship.compression.measure import Drawing, measure, model_calls

@@ -63,8 +63,8 @@ def test_names_that_mean_no_precision_are_refused() -> None:
     assert precision_of("fp16") is FP16
     with pytest.raises(ConfigError, match="unknown precision 'fp61'; did you mean 'fp16'"):
         precision_of("fp61")
-    part = Part("unet", ("a",), (SAMPLE,), (SAMPLE,), "int8", "0" * 64)
-    with pytest.raises(BundleError, match="part unet: unknown precision 'int8'"):
+    part = Part("unet", ("a",), (SAMPLE,), (SAMPLE,), "int3", "0" * 64)
+    with pytest.raises(BundleError, match="part unet: unknown precision 'int3'"):
         _ = part.format
 
 

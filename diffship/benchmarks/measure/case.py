@@ -10,7 +10,7 @@ from typing import Any
 from diffship.core.errors import ConfigError
 from diffship.core.job import digest_of
 from diffship.core.limits import LIMITS
-from diffship.core.precision import PRECISIONS
+from diffship.core.precision import FLOATS
 from diffship.core.strict import bounded, bounds, choices, key_value
 
 IMAGE = "image"
@@ -41,7 +41,7 @@ class Bench:
     size: int = field(default=0, metadata=bounds(0, LIMITS.size_px[1]))
     guidance: float = field(default=7.5, metadata=bounds(*LIMITS.guidance))
     sampler: str = "euler"
-    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
+    precision: str = field(default="fp32", metadata=choices(*FLOATS))
     device: str = field(default="cpu", metadata=choices(*DEVICES))
     calls: int = field(default=5, metadata=bounds(1, 10_000))
     images: int = field(default=1, metadata=bounds(1, 1000))

@@ -15,7 +15,7 @@ from diffship.benchmarks.measure.case import Bench
 from diffship.core.document import read_toml
 from diffship.core.errors import ConfigError
 from diffship.core.limits import LIMITS
-from diffship.core.precision import PRECISIONS
+from diffship.core.precision import FLOATS
 from diffship.core.strict import bounded, bounds, choices, load, unknown
 
 SCHEMA = 1
@@ -29,7 +29,7 @@ class ExportBench:
     """Whole exports of a source, proof included: ours with and without the proof, and `against` (optimum)."""
 
     source: str
-    precision: str = field(default="fp32", metadata=choices(*PRECISIONS))
+    precision: str = field(default="fp32", metadata=choices(*FLOATS))
     against: tuple[str, ...] = field(default=(), metadata=choices("optimum"))
 
 

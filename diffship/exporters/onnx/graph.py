@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from diffship.core.lazy import lazy
+from diffship.core.precision import Affine, Packing
 from diffship.core.spec import is_product
 from diffship.exporters.onnx.layout import DATA_FILE
-from diffship.exporters.onnx.stored import PLAIN, Form, Stored
+from diffship.exporters.onnx.stored import CODES, PLAIN, SCALES, ZEROS, Form, Stored, packed_form
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,10 @@ TYPES: dict[str, int] = {
     "int64": 7,
     "int32": 6,
     "uint8": 2,
+    "uint16": 4,
     "int8": 3,
     "bool": 9,
+    "uint4": 21,
 }
 NAMES: dict[int, str] = {code: name for name, code in TYPES.items()}
 _ALIGN_SMALL, _ALIGN_LARGE = 64, 4096  # engines map large tensors from the file, page by page
@@ -51,11 +54,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that no node uses yet; `source` is its name in the component's weights."""
+    """A parameter that no node uses yet; `source` is its name in the component's weights.
+
+    packing: how it is stored as integers, if it is. inputs: codes that what it is multiplied with is rounded to.
+    """
 
     source: str
     dtype: str
     shape: tuple[int, ...]
+    packing: Packing | None = None
+    inputs: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     _used: dict[str, int] = field(default_factory=dict)
+    _coded: dict[tuple[str, Affine], Value] = field(default_factory=dict)
 
     def emit(self, op: str, inputs: Sequence[str], dtype: str, shape: tuple[Dim, ...], **attributes: Any) -> Value:
         """One node with one output."""
@@ -110,6 +119,37 @@ class Graph:
         name, shape = Stored(weight.source, form).name, form.shape(weight.shape)
         self.weights[name] = Weight(weight.source, weight.dtype, shape)
         return Value(name, weight.dtype, shape)
+
+    def packed(self, weight: Weight, packing: Packing, reverse: bool, shape: tuple[int, ...]) -> Value:
+        """A weight that is stored as integers, as a node gives it: `shape`, float32.
+
+        `shape` has the axis of output channels last if `reverse`, else first. With blocks it has two axes.
+        """
+        rows = weight.shape[0]
+        columns = math.prod(weight.shape[1:])
+        blocks = (rows, columns // packing.block) if packing.block else (rows,)
+        axis = (0 if reverse else 1) if packing.block else (len(shape) - 1 if reverse else 0)
+        small = "uint4" if packing.block else "int8"
+        kinds = [(CODES, small, shape), (SCALES, "float32", blocks[::-1] if reverse else blocks)]
+        kinds += [(ZEROS, small, kinds[1][2])] if packing.block else []
+        names = []
+        for kind, dtype, dims in kinds:
+            name = Stored(weight.source, packed_form(kind, reverse)).name
+            self.weights[name] = Weight(weight.source, dtype, dims)
+            names.append(name)
+        options = {"axis": axis, "block_size": packing.block} if packing.block else {"axis": axis}
+        return self.emit("DequantizeLinear", names, weight.dtype, shape, **options)
+
+    def coded(self, x: Value, codes: Affine) -> Value:
+        """`x` (float32) rounded to codes and back; once, however many layers read it with the same codes."""
+        key = (x.name, codes)
+        if key not in self._coded:
+            small = "uint8" if codes.bits == 8 else "uint16"
+            scale = self.constant(np.array(codes.scale, np.float32)).name
+            zero = self.constant(np.array(codes.zero, small)).name
+            made = self.emit("QuantizeLinear", [x.name, scale, zero], small, x.shape)
+            self._coded[key] = self.emit("DequantizeLinear", [made.name, scale, zero], x.dtype, x.shape)
+        return self._coded[key]
 
     def model(
         self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], producer: str
@@ -157,6 +197,12 @@ class Graph:
         return name if count == 0 else f"{name}_{count}"
 
 
+def stored_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of an initialiser; values of four bits lie two to a byte."""
+    bits = 4 if dtype == "uint4" else 8 * helper.tensor_dtype_to_np_dtype(TYPES[dtype]).itemsize
+    return -(-math.prod(shape) * bits // 8)
+
+
 def port(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     """A graph input or output."""
     return helper.make_tensor_value_info(name, TYPES[dtype], [_axis_name(axis) for axis in shape])
@@ -178,7 +224,7 @@ def _value_info(value: Value) -> onnx.ValueInfoProto:
 def _external(weights: Sequence[tuple[str, Weight]]) -> list[onnx.TensorProto]:
     offset, tensors = 0, []
     for name, weight in weights:
-        length = math.prod(weight.shape) * helper.tensor_dtype_to_np_dtype(TYPES[weight.dtype]).itemsize
+        length = stored_bytes(weight.dtype, weight.shape)
         align = _ALIGN_LARGE if length >= 1 << 20 else _ALIGN_SMALL
         offset += -offset % align
         tensor = onnx.TensorProto(name=name, data_type=TYPES[weight.dtype], dims=weight.shape)

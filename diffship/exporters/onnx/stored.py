@@ -1,7 +1,7 @@
 """Stored: which tensor of the weights an initialiser of a graph holds, and in which form.
 
 One source tensor may have several initialisers, each in a form of its own; the form is a suffix of the initialiser's
-name. A form that packs weights (quantised values, scales) is one more entry of FORMS.
+name. A packed weight has up to three: its codes, their scales and their zeros.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+CODES, SCALES, ZEROS = "codes", "scales", "zeros"
+
+
 @dataclass(frozen=True)
 class Form:
-    """How an initialiser holds its source tensor. reversed: with its axes in the opposite order."""
+    """How an initialiser holds its source tensor. reversed: with its axes in the opposite order.
+
+    packed: which of CODES, SCALES and ZEROS of the source it holds; empty if it holds the source itself. `shape` and
+    `values` are then about that one.
+    """
 
     suffix: str
     reversed: bool
+    packed: str = ""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The initialiser's shape, given that of its source; and the other way round."""
@@ -34,7 +42,18 @@ class Form:
 
 PLAIN = Form("", False)
 TRANSPOSED = Form(".transposed", True)
-FORMS = (TRANSPOSED, PLAIN)  # the empty suffix ends every name, so it comes last
+_PACKED = {
+    (kind, reverse): Form(f".packed_{kind}" + (TRANSPOSED.suffix if reverse else ""), reverse, kind)
+    for kind in (CODES, SCALES, ZEROS)
+    for reverse in (False, True)
+}
+# the first one that ends a name is its form: the longest suffixes first, and last the empty one, which ends every name
+FORMS = (*_PACKED.values(), TRANSPOSED, PLAIN)
+
+
+def packed_form(kind: str, reverse: bool) -> Form:
+    """The form of codes, scales or zeros (`kind`), with axes in the opposite order if `reverse`."""
+    return _PACKED[kind, reverse]
 
 
 @dataclass(frozen=True)

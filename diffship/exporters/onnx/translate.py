@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
+from diffship.core.precision import Affine, Packing
 from diffship.core.spec import TensorSpec
 from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
@@ -56,14 +57,22 @@ class Translation:
         opset: int,
         weight_name: Callable[[str], str],
         constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        packed: Mapping[str, Packing] = MappingProxyType({}),
+        ranges: Mapping[str, Affine] = MappingProxyType({}),
     ) -> None:
-        """`constants` are the values of buffers, by their names in the module, that become part of the graph itself."""
+        """`constants` are the values of buffers, by their names in the module, that become part of the graph itself.
+
+        `packed` says which weights, by their names in the graph, are stored as integers, and `ranges` which layers, by
+        their paths, round their inputs to codes.
+        """
         self.graph = Graph(opset)
         self.opset = opset
         self._program = programs[0]
         self._twins = _matched(programs)
         self._weight_name = weight_name
         self._constants = constants
+        self._packed = packed
+        self._ranges = ranges
         self._known: dict[torch.fx.Node, Any] = {}
         self._lengths: dict[tuple[int, ...], str] = {}
         self._points: dict[str, str] = {}
@@ -197,7 +206,9 @@ class Translation:
         value, name = node.meta["val"], entry.target.removeprefix(_PREFIX)
         if name in self._constants:
             return self._constants[name]
-        return Weight(self._weight_name(name), dtype_name(value.dtype), tuple(value.shape))
+        source = self._weight_name(name)
+        packing, codes = self._packed.get(source), self._ranges.get(source.removesuffix(".weight"))
+        return Weight(source, dtype_name(value.dtype), tuple(value.shape), packing, codes)
 
     def _call(self, node: torch.fx.Node) -> Any:
         target = str(node.target)

@@ -137,6 +137,8 @@ class OnnxRuntimeRunner:
             # in four steps took 1.6 times as long.
             "session.force_spinning_stop": "1",
             "session.disable_prepacking": str(int(not self.prepack)),
+            # Else activations before weights of 4 or 8 bits are rounded to 8 bits, in silence: 56 dB instead of 150.
+            "session.qdq_matmulnbits_accuracy_level": "1",
             # Not session.set_denormal_as_zero: it flushes denormals in the caller's thread too, for good.
         }
         entries |= {PLACEMENT: "1"} if self.device == "cuda" else {}

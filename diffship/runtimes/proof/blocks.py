@@ -137,7 +137,7 @@ def _check(
     references: Arrays,
     limits: Mapping[str, Tolerance],
 ) -> BlockCheck:
-    widen = kind == GRAPH and not part.format.lossless
+    widen = kind == GRAPH and part.format.activations != "float32"
     size = stage_bytes(engine, "fp32" if widen else part.precision, budget)
     with temporary_folder("blocks") as folder:
         path = bundle.file(part.files[0])

@@ -24,6 +24,7 @@ from diffship.core.weights import SafetensorsWeights
 from diffship.runtimes.engines.engine import Engine, choose_engine, make_engine
 from diffship.runtimes.engines.shell import PartRunner, steps_of
 from diffship.runtimes.proof.blocks import BlockCheck, check_blocks
+from diffship.runtimes.proof.quality import FULL, quality
 from diffship.runtimes.proof.stages import run_in_stages
 from diffship.runtimes.proof.suspects import Look
 from diffship.runtimes.proof.verify_trajectory import TrajectoryCheck, check_trajectory
@@ -39,7 +40,8 @@ class PartCheck:
     status: "passed", "failed", or "unproven" if there is nothing to compare with. stages: how many pieces the part
     was run in (1 = whole). report: outputs of the whole part, `NAME` or, of several calls, `NAME, call K` and
     `NAME, one sample`. blocks: what was found inside it. note: why the proof is weaker than it could be. suspects: with
-    `look`, the first stretch of the graph that computes something else, and the node in it.
+    `look`, the first stretch of the graph that computes something else, and the node in it. quality: of packed weights,
+    how far the outputs are from those of the true weights; it never fails.
     """
 
     part: str
@@ -52,6 +54,7 @@ class PartCheck:
     reason: str = ""
     note: str = ""
     suspects: tuple[str, ...] = ()
+    quality: Report | None = None
 
     def require(self, what: str) -> None:
         """Raises Refused, with the figures of what is worst, unless all of it passed."""
@@ -73,6 +76,7 @@ class PartCheck:
         table["seconds"] = round(self.seconds, 3)
         table["report"] = None if self.report is None else self.report.to_json()
         table["blocks"] = [block.to_json() for block in self.blocks]
+        table["quality"] = None if self.quality is None else self.quality.to_json()
         return {**table, "reason": self.reason, "note": self.note, "suspects": list(self.suspects)}
 
     def text(self) -> str:
@@ -85,6 +89,9 @@ class PartCheck:
         if self.report is not None:
             lines += [f"  whole: {self.report.tolerance.text()}"]
             lines += [f"  {line}" for line in self.report.text().splitlines()]
+        if self.quality is not None:
+            worst = self.quality.worst
+            lines += [f"  quality: {worst.psnr_db:.1f} dB to fp32 with the true weights ({worst.name})"]
         lines += [f"  {line}" for line in (self.reason, self.note) if line]
         return "\n".join([*lines, *(f"  first suspect: {name}" for name in self.suspects)])
 
@@ -226,6 +233,7 @@ def check_part(
     seconds = time.perf_counter() - started
     status = "passed" if passed else "failed"
     check = PartCheck(part.name, status, part.precision, seconds, stages, report, blocks, note=weakness(bundle, part))
+    check = replace(check, quality=quality(bundle, part.golden, outputs))
     feeds = calls[0][0]
     return check if passed or look is None else _looked(check, lambda: look(bundle, part, engine, feeds))
 
@@ -293,7 +301,7 @@ def _compute(
 
 
 def read_golden(bundle: Bundle, golden: Golden) -> list[tuple[Arrays, Arrays]]:
-    """(inputs, fp32 reference outputs) of each golden call, by canonical name.
+    """(inputs, reference outputs) of each golden call, by canonical name; what `quality` reads is left out.
 
     Raises:
         BundleError: the file holds anything else.
@@ -302,6 +310,8 @@ def read_golden(bundle: Bundle, golden: Golden) -> list[tuple[Arrays, Arrays]]:
     calls: list[dict[str, Arrays]] = [{"in": {}, "out": {}} for _ in range(golden.calls)]
     for name in weights.names():
         index, side, tensor = _place(name, golden)
+        if side == FULL and golden.outputs:
+            continue
         if index >= len(calls) or side not in calls[0] or not tensor:
             raise BundleError(f"{golden.file}: {name[:80]!a} is neither in.NAME nor out.NAME of a call")
         calls[index][side][tensor] = np.asarray(weights.read(name))

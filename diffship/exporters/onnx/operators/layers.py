@@ -27,9 +27,22 @@ else:
 @implements("aten.linear.default")
 def linear(t: Translation, x: Any, weight: Any, bias: Any = None) -> Value:
     """MatMul with the weight stored transposed: engines pack it once, and fuse the bias."""
-    kernel = t.graph.weight(weight, TRANSPOSED) if isinstance(weight, Weight) else _transposed(t, weight)
-    product = t.emit("MatMul", x, kernel)
+    kernel = _stored(t, weight) if isinstance(weight, Weight) else _transposed(t, weight)
+    product = t.emit("MatMul", _input(t, x, weight), kernel)
     return product if bias is None else t.emit("Add", product, bias)
+
+
+def _input(t: Translation, x: Any, weight: Any) -> Value:
+    """What a layer reads: `x`, or `x` rounded to the codes that come with its weight."""
+    codes = weight.inputs if isinstance(weight, Weight) else None
+    return t.value(x) if codes is None else t.graph.coded(t.value(x), codes)
+
+
+def _stored(t: Translation, weight: Weight) -> Value:
+    """The weight of a product, with the output channels last."""
+    if weight.packing is None:
+        return t.graph.weight(weight, TRANSPOSED)
+    return t.graph.packed(weight, weight.packing, True, weight.shape[::-1])
 
 
 def _transposed(t: Translation, x: Any) -> Value:
@@ -58,11 +71,11 @@ def conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Value:
-    kernel = t.value(weight)
+    kernel = _kernel(t, weight)
     stride, padding, dilation = (_pair(value) for value in (stride, padding, dilation))
     return t.emit(
         "Conv",
-        x,
+        _input(t, x, weight),
         kernel,
         *([] if bias is None else [bias]),
         kernel_shape=list(kernel.shape[2:]),
@@ -71,6 +84,17 @@ def conv2d(
         dilations=dilation,
         group=groups,
     )
+
+
+def _kernel(t: Translation, weight: Any) -> Value:
+    """The weight of a convolution. Blocks of four bits run over whole rows, so those are stored with two axes."""
+    packing = weight.packing if isinstance(weight, Weight) else None
+    if packing is None:
+        return t.value(weight)
+    if not packing.block:
+        return t.graph.packed(weight, packing, False, weight.shape)
+    rows = t.graph.packed(weight, packing, False, (weight.shape[0], math.prod(weight.shape[1:])))
+    return t.emit("Reshape", rows, t.graph.ints(weight.shape), shape=weight.shape)
 
 
 def _pair(values: Sequence[int]) -> list[int]:

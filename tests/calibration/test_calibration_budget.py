@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from diffship.compression.budget import Option, draw, isotonic, solve
+from diffship.calibration.budget import Option, draw, isotonic, solve
 from diffship.core.errors import ConfigError
 
 Layers = list[list[Option]]
