@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffship.core.lazy import lazy
 from diffship.core.limits import LIMITS
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Material, Module
     from diffship.sampling.model import Model
+    from diffship.sampling.sampler import Sampler
     from diffship.sampling.tokenizer import Tokenizer
+else:
+    np = lazy("numpy")
 
 TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"  # roles, which no model calls its parts
 Shape = tuple[int | None, ...]  # None: an axis of any size
@@ -130,6 +134,23 @@ class Kind(ABC):
         """How many tokens a transformer of this kind makes of latents of this shape."""
         return math.prod(side // self.patch for side in latent_shape[1:])
 
+    def sized(self, sampler: Sampler, latent_shape: Sequence[int], steps: int) -> Sampler:
+        """`sampler` for latents of this shape in `steps` steps, whose levels may depend on both."""
+        return sampler.sized(self.tokens(latent_shape))
+
+    def pack_latents(self, latents: Any) -> Any:
+        """One picture's latents, without batch axis, as the denoiser takes them; latents are numpy or torch arrays."""
+        return latents
+
+    def unpack_output(self, rows: Any, latent_shape: Sequence[int]) -> Any:
+        """The denoiser's prediction, with batch axis, in the shape of latents."""
+        return rows
+
+    def decoder_latents(self, family: Family, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the decoder takes for latents (samples, then their shape), float32: without scale and shift."""
+        scale, shift = np.float32(family.scaling_factor), np.float32(family.shift_factor)
+        return np.asarray(latents / scale + shift, np.float32)
+
     def axis_sizes(self, family: Family, width: int, height: int) -> dict[str, int]:
         """Sizes of the denoiser's axes that depend on the picture, which has `width` x `height` pixels."""
         return {"height": height // family.vae_factor, "width": width // family.vae_factor}
@@ -182,6 +203,13 @@ class Kind(ABC):
         self, inputs: Sequence[TensorSpec], guidances: Sequence[float]
     ) -> dict[str, NDArray[np.float32]]:
         """Feeds, by name, of those `inputs` that take the guidance scale; one row for each of `guidances`."""
+        return {}
+
+    def position_inputs(
+        self, inputs: Sequence[TensorSpec], latent_shape: Sequence[int], condition: Mapping[str, Any]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Feeds, by name, of those `inputs` that say where tokens stand. They have no batch axis: all samples of a call
+        have latents of one shape and conditions of the shapes in `condition`."""
         return {}
 
     @abstractmethod

@@ -86,7 +86,7 @@ def run_encoder(model: Model, part: str, prompt: str) -> Encoding:
     if name not in model.tokenizers:
         raise UnsupportedError(f"{model.name} has no {name}, which {part} needs")
     tokens = model.tokenizers[name]([prompt])
-    return Encoding(part, dict(model.use(part).run({"input_ids": tokens.ids})), tuple(tokens.warnings))
+    return Encoding(part, dict(model.use(part).run(tokens.feeds())), tuple(tokens.warnings))
 
 
 def penultimate(runner: Runner) -> str:

@@ -108,7 +108,8 @@ def start(
     settled = settle(request, model.family, model.scheduler)
     pixels = None if image is None or mask is None else _check_images(image, mask, settled.size)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance)
-    ignored = unheeded(model.family, model.scheduler, settled.guidance, request.negative)
+    asked = settled.guidance if request.guidance is None else float(request.guidance)
+    ignored = unheeded(model.family, model.scheduler, asked, request.negative)
     made = []
     for i in range(request.images):
         latents, noise = _initial(model, settled, i, image)
@@ -145,7 +146,7 @@ def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel:
     for trajectory in batch:
         _stop_if(cancel)
         pixels = decode(model, trajectory.latents, tiled=low)
-        if low and takes_tiles(trajectory.latents):
+        if low and takes_tiles(model.family, trajectory.latents):
             trajectory = replace(trajectory, facts=_with_tiles(trajectory.facts))
         pictures.append(Picture(pixels, settings(trajectory), trajectory))
     if low:

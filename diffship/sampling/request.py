@@ -98,12 +98,12 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
     """
     width, height = request.size or family.default_sides
     shape = family.latent_shape(width, height)
-    sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
-    sampler = sampler.sized(family.kind.tokens(shape))
     steps = family.steps_default if request.steps is None else request.steps
+    sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
+    sampler = family.kind.sized(sampler, shape, steps)
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))
-    guidance = family.guidance_default if request.guidance is None else float(request.guidance)
+    guidance = family.guidance_default if request.guidance is None or not family.guided else float(request.guidance)
     strength = _strength(request, family)
     begin = sampler.begins_at(strength, steps)
     return Settled(request, sampler, steps, guidance, (width, height), shape, strength, begin)
