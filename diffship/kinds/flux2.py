@@ -1,4 +1,4 @@
-"""FLUX.2-klein: a transformer of double and single streams by flow matching, Qwen3 as text encoder, a VAE of 32 channels.
+"""FLUX.2-klein: a transformer of double and single streams by flow matching, Qwen3 for the text, a VAE of 32 channels.
 
 Source: diffusers' Flux2KleinPipeline (Black Forest Labs 2026), of which it draws from text alone.
 """
@@ -266,9 +266,9 @@ def _by_channel(numbers: tuple[float, ...] | None) -> Floats:
 
 
 def _text_width(config: Config) -> int:
-    from diffship.models.parts.qwen3 import TAPS
+    from diffship.models.parts.qwen3 import Taps
 
-    return len(TAPS) * int(config["hidden_size"])
+    return len(Taps.of(config).layers) * int(config["hidden_size"])
 
 
 def _check_widths(transformer: Config, vae: Config, text: int) -> None:

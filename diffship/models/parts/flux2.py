@@ -1,7 +1,7 @@
-"""The `transformer` part: Flux2Transformer2DModel of FLUX.2 (Black Forest Labs 2025), with and without joint streams.
+"""The `transformer` part: Flux2Transformer2DModel of FLUX.2 (Black Forest Labs 2025).
 
-First how it is built, then its layers. Latents are rows of tokens. Where a token stands is told by the cosines and sines
-of its rotary embedding (Su et al. 2021, "RoFormer"), which are inputs: `kinds/flux2.py` computes them in numpy.
+First how it is built, then its layers. Latents are rows of tokens. Where a token stands is told by the cosines and
+sines of its rotary embedding (Su et al. 2021, "RoFormer"), which are inputs: `kinds/flux2.py` computes them in numpy.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _check(config: Mapping[str, Any]) -> None:
     axes, theta = list(config.get("axes_dims_rope", (32, 32, 32, 32))), config.get("rope_theta", _THETA)
     if head % 8 or axes != [head // 4] * 4 or theta != _THETA:
         raise UnsupportedError(
-            f"transformer/config.json: axes_dims_rope is {str(axes)[:60]} and rope_theta {str(theta)[:20]}, of heads of "
-            f"{head}; only four equal even axes and {_THETA} are drawn with"
+            f"transformer/config.json: axes_dims_rope is {str(axes)[:60]} and rope_theta {str(theta)[:20]}, heads are "
+            f"{head} wide; only four equal even axes and {_THETA} are drawn with"
         )
 
 

@@ -1,21 +1,25 @@
 """A text encoder part that is a Qwen3ForCausalLM (Yang et al. 2025, arXiv 2505.09388), read at three of its layers.
 
 First how it is built, then its layers. FLUX.2 reads the states after layers 9, 18 and 27 and never the last ones, so
-the layers above are neither made nor run; their weights stay in the folder, which transformers opens whole.
+the layers above are neither made nor run; their weights stay in the folder, which transformers opens whole. A config
+that means other layers says so under `diffship` (`{"layers": [1, 2, 3]}`), as the tiny model does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diffship.core.errors import UnsupportedError
+from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
+from diffship.core.strict import bounded, bounds, load
 from diffship.core.weights import Weights
 from diffship.models.parts.component import Component
 from diffship.models.parts.program import Builder, Program, Tensors, Tree
+from diffship.models.reduced.widths import KEY
 
 if TYPE_CHECKING:
     import torch
@@ -27,36 +31,54 @@ else:
     Module = lazy_base("torch.nn", "Module")
 
 CLASS = "Qwen3ForCausalLM"
-TAPS = (9, 18, 27)  # diffusers' `text_encoder_out_layers`
 OUTPUT = "prompt_embeds"
 _TOKENS, _ROTARY = "model.embed_tokens", "model.rotary_emb"
-_NOT_OURS = ("architectures", "_name_or_path", "transformers_version", "model_type", "torch_dtype", "dtype")
+_NOT_OURS = (KEY, "architectures", "_name_or_path", "transformers_version", "model_type", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+@bounded
+class Taps:
+    """What the config says under `diffship`. layers: after which three layers the states are read, counted from 1; by
+    default those of diffusers' `text_encoder_out_layers`."""
+
+    layers: tuple[int, int, int] = field(default=(9, 18, 27), metadata=bounds(1, 1000))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Taps:
+        """Those of a text encoder's config; raises SourceError if they do not rise."""
+        taps = load(cls, config.get(KEY, {}), f"text_encoder config: {KEY}", SourceError)
+        if sorted(set(taps.layers)) != list(taps.layers):
+            raise SourceError(f"text_encoder config: {KEY}.layers is {list(taps.layers)}; legal are rising numbers")
+        return taps
 
 
 class Qwen3Encoder(Module):
-    """(input_ids, attention_mask) -> (prompt_embeds,): the states after the layers of `TAPS`, side by side.
+    """(input_ids, attention_mask) -> (prompt_embeds,): the states after the layers of `Taps`, side by side.
 
-    `layers` are those that are made, by default as many as are read. It runs them itself: the mask is that of causal
-    attention without the tokens that `attention_mask` leaves out.
+    A `whole` one has the layers, too, that are not read, as a folder holds them. It runs its layers itself: the mask is
+    that of causal attention without the tokens that `attention_mask` leaves out.
     """
 
     inner: Any
 
-    def __init__(self, config: Mapping[str, Any], layers: int = TAPS[-1]) -> None:
+    def __init__(self, config: Mapping[str, Any], whole: bool = False) -> None:
         super().__init__()
-        whole = transformers.Qwen3Model(qwen3_config({**config, "num_hidden_layers": layers}))
-        if layers <= TAPS[-1]:
-            del whole.norm  # of the last states, which are not read
+        self.taps = Taps.of(config).layers
+        wanted = config["num_hidden_layers"] if whole else self.taps[-1]
+        made = transformers.Qwen3Model(qwen3_config({**config, "num_hidden_layers": wanted}))
+        if not whole:
+            del made.norm  # of the last states, which are not read
         self.inner = nn.Module()
-        self.inner.model = whole
+        self.inner.model = made
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
         tree = Tree(self.inner)
         (states,), rotary = _embedded(tree, input_ids), _rotary(tree, input_ids)
         mask, taken = _seen(attention_mask), []
-        for i in range(TAPS[-1]):
+        for i in range(self.taps[-1]):
             states = _run(tree[f"model.layers.{i}"], states, mask, rotary)
-            if i + 1 in TAPS:
+            if i + 1 in self.taps:
                 taken.append(states)
         return (torch.cat(taken, dim=-1),)
 
@@ -67,17 +89,17 @@ def qwen3_encoder(name: str, config: Mapping[str, Any], weights: Weights) -> Com
     Raises:
         UnsupportedError: it has too few layers, or attention that does not see all tokens before.
     """
-    made = qwen3_config(config)
-    if made.num_hidden_layers <= TAPS[-1]:
+    made, taps = qwen3_config(config), Taps.of(config).layers
+    if made.num_hidden_layers <= taps[-1]:
         raise UnsupportedError(
-            f"{name}: num_hidden_layers is {made.num_hidden_layers}; layers {', '.join(map(str, TAPS))} are read, so "
-            f"legal is {TAPS[-1] + 1} or more"
+            f"{name}: num_hidden_layers is {made.num_hidden_layers}; layers {', '.join(map(str, taps))} are read, so "
+            f"legal is {taps[-1] + 1} or more"
         )
     if set(made.layer_types) != {"full_attention"}:
         raise UnsupportedError(f"{name}: use_sliding_window is on; only attention to all tokens before is run here")
     shape = ("batch_size", "sequence_length")
     inputs = (TensorSpec("input_ids", "int64", shape), TensorSpec("attention_mask", "int64", shape))
-    outputs = (TensorSpec(OUTPUT, "float32", (*shape, len(TAPS) * made.hidden_size)),)
+    outputs = (TensorSpec(OUTPUT, "float32", (*shape, len(taps) * made.hidden_size)),)
     sizes = {"batch_size": 1, "sequence_length": 512}
     build = partial(Qwen3Encoder, dict(config))
     return Component(
@@ -107,16 +129,17 @@ def qwen3_layers(component: Component, inner: Any) -> Program:
     builder.add(_TOKENS, ("input_ids",), hidden, (_TOKENS,), _embedded)
     rotary = [builder.tensor(f"{_ROTARY}.out{end}", 1, "sequence_length", int(config.head_dim)) for end in ("", ".1")]
     builder.add(_ROTARY, ("input_ids",), rotary, (_ROTARY,), _rotary, embedding=True)
+    read = Taps.of(component.config).layers
     taps: list[str] = []
-    for i in range(TAPS[-1]):
+    for i in range(read[-1]):
         path = f"model.layers.{i}"
-        last = i + 1 == TAPS[-1]
+        last = i + 1 == read[-1]
         written = output.name if last else builder.tensor(f"{path}.out", *state)
         builder.add(
             path, (hidden, "attention_mask", *rotary, *(taps if last else ())), written, (path,), partial(_layer, path)
         )
         hidden = written
-        if i + 1 in TAPS:
+        if i + 1 in read:
             taps.append(written)
     return builder.program()
 
@@ -155,4 +178,4 @@ def _seen(attention_mask: torch.Tensor) -> torch.Tensor:
     """Which tokens (last axis) each token sees: itself and those before, without padding; bool (batch, 1, n, n)."""
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     causal = places[None, :] <= places[:, None]
-    return causal[None, None] & (attention_mask != 0)[:, None, None, :]
+    return torch.logical_and(causal[None, None], (attention_mask != 0)[:, None, None, :])

@@ -122,7 +122,7 @@ def _builds(class_name: str, config: Mapping[str, Any]) -> list[Callable[[], nn.
     if class_name in (PLAIN, PROJECTED):
         return [partial(TextEncoder, config, class_name == PROJECTED, False)]
     if class_name == QWEN3:  # a folder has the layers that are not read, too
-        return [partial(Qwen3Encoder, config, int(config["num_hidden_layers"]))]
+        return [partial(Qwen3Encoder, config, whole=True)]
     return [partial({UNET: UNet, SD3: SD3Transformer, FLUX2: Flux2Transformer, T5: T5Encoder}[class_name], config)]
 
 

@@ -225,13 +225,14 @@ _QWEN3_4B: Config = {
 _TINY_QWEN3 = {
     **_QWEN3_4B,
     "bos_token_id": 0,
+    "diffship": {"layers": [1, 2, 4]},
     "eos_token_id": 0,
     "head_dim": 8,
     "hidden_size": 16,
     "intermediate_size": 24,
     "max_position_embeddings": 512,
     "num_attention_heads": 2,
-    "num_hidden_layers": 28,  # one more than are read
+    "num_hidden_layers": 5,  # one more than are read
     "num_key_value_heads": 1,
     "vocab_size": 512,
 }

@@ -66,8 +66,8 @@ def require_template(files: Mapping[str, bytes], where: str) -> None:
     lacking = [mark for mark in _MARKS if template is not None and mark not in template]
     if lacking:
         raise UnsupportedError(
-            f"{where}: its chat template has no {lacking[0]!r}; prompts are put as Qwen3's template puts them alone, as "
-            f"{f'{BEFORE}...{AFTER}'!r}"
+            f"{where}: its chat template has no {lacking[0]!r}; prompts are put as Qwen3's template puts "
+            f"them alone, as {f'{BEFORE}...{AFTER}'!r}"
         )
 
 
