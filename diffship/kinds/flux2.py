@@ -204,7 +204,9 @@ class Flux2Klein(Kind):
         least = self.least_side(family)
         with reading(slot.folder, module.class_name):
             if slot == _TRANSFORMER:
-                return (flux2_transformer(module.config, module.weights, (least // family.vae_factor) ** 2),)
+                return (
+                    flux2_transformer(slot.folder, module.config, module.weights, (least // family.vae_factor) ** 2),
+                )
             if slot == _VAE:
                 return autoencoder(module.class_name, module.config, module.weights, least)
             return (qwen3_encoder(slot.folder, module.config, module.weights),)

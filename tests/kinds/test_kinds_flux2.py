@@ -1,4 +1,4 @@
-"""FLUX.2-klein: source, conditioning, positions, shift and pictures beside stock diffusers, and its bundle everywhere."""
+"""FLUX.2-klein beside stock diffusers: source, conditioning, positions, shift, pictures; its bundle on every path."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError, SourceError, UnsupportedError
@@ -43,8 +44,10 @@ WIDE, HIGH = (96, 64), (64, 96)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Diffusers folders of the tiny model as it is, distilled, and of one that takes guidance; statistics of the latents
-    are far from 0 and 1 in both."""
+    """Diffusers folders of the tiny model as it is, distilled, and of one that takes guidance.
+
+    The statistics of the latents are far from 0 and 1 in both.
+    """
     from diffship.core.weights import MemoryWeights
 
     home, material = tmp_path_factory.mktemp("flux2"), arch_material("arch:tiny-flux2")
@@ -89,16 +92,16 @@ def psnr(a: Any, b: Any) -> float:
     return float(10 * np.log10(255.0**2 / max(np.mean((a.astype(np.float64) - b) ** 2), 1e-9)))
 
 
-def noise(size: tuple[int, int]) -> np.ndarray:
+def noise(size: tuple[int, int]) -> NDArray[np.float32]:
     width, height = size
     return np.random.default_rng(5).standard_normal((1, 16, height // 16, width // 16)).astype(np.float32)
 
 
-def stock_picture(pipe: Any, size: tuple[int, int], steps: int = 4, guidance: float = 1.0) -> np.ndarray:
+def stock_picture(pipe: Any, size: tuple[int, int], steps: int = 4, guidance: float = 1.0) -> NDArray[Any]:
     asked = {"width": size[0], "height": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
     latents = torch.from_numpy(noise(size))
     made = pipe(prompt=PROMPT, text_encoder_out_layers=LAYERS, latents=latents, output_type="np", **asked).images[0]
-    return np.round(made * 255)
+    return np.asarray(np.round(made * 255))
 
 
 def asked(size: tuple[int, int], steps: int = 4, guidance: float | None = None) -> Request:
@@ -373,7 +376,7 @@ def test_tiles_and_a_split_over_the_wire(bundle: Bundle) -> None:
         assert set(arrived.positive or ()) == {"encoder_hidden_states"}  # positions are computed where they are used
         assert check_arrival(arrived, second) == ()
         (end,) = denoise([arrived], denoiser_of(second))
-        assert np.array_equal(end.latents, whole.trajectory.latents)
+        assert whole.trajectory is not None and np.array_equal(end.latents, whole.trajectory.latents)
         (tiled,) = generate(first, Request(PROMPT, steps=1, size=(64, 272), memory="low"))
         assert tiled.settings["decoded"].startswith("tiles of 32") and tiled.pixels.shape == (272, 64, 3)
 

@@ -6,7 +6,7 @@ sines of its rotary embedding (Su et al. 2021, "RoFormer"), which are inputs: `k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import Weights
 from diffship.models.parts.component import Component
-from diffship.models.parts.program import Builder, Program, Tensors, Tree
+from diffship.models.parts.program import Apply, Builder, Program, Tensors, Tree
 
 if TYPE_CHECKING:
     import diffusers
@@ -68,8 +68,8 @@ class Flux2Transformer(Module):
         return (out,)
 
 
-def flux2_transformer(config: Mapping[str, Any], weights: Weights, least_tokens: int = 1) -> Component:
-    """The transformer of `config`; `least_tokens` are those of the smallest picture.
+def flux2_transformer(name: str, config: Mapping[str, Any], weights: Weights, least_tokens: int = 1) -> Component:
+    """The transformer called `name`; `least_tokens` are those of the smallest picture.
 
     Raises:
         SourceError: the config is not that of a Flux2Transformer2DModel.
@@ -78,12 +78,12 @@ def flux2_transformer(config: Mapping[str, Any], weights: Weights, least_tokens:
     """
     missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]
     if missing:
-        raise SourceError(f"transformer: its config has no number for {', '.join(missing)}; is it an {CLASS}?")
+        raise SourceError(f"{name}: its config has no number for {', '.join(missing)}; is it an {CLASS}?")
     _check(config)
     inputs, outputs = _specs(config)
     sizes = {"batch_size": 1, "image_tokens": least_tokens, "sequence_length": TEXT_TOKENS}
     build = partial(Flux2Transformer, dict(config))
-    return Component("transformer", CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=flux2_layers)
+    return Component(name, CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=flux2_layers)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -133,20 +133,20 @@ def flux2_layers(component: Component, inner: Any) -> Program:
     for path, sets in ((_OF_PICTURE, 6), (_OF_TEXT, 6), (_OF_BOTH, 3)):
         made = builder.tensor(f"{path}.out", "batch_size", sets * width)
         builder.add(path, (time,), made, (path,), partial(_module, path))
-    blocks = [
-        (_double, f"transformer_blocks.{i}", (_OF_PICTURE, _OF_TEXT)) for i in range(len(inner.transformer_blocks))
-    ]
-    count = len(inner.single_transformer_blocks)
-    for apply, path, made_of in [
-        *blocks,
-        *((_single, f"single_transformer_blocks.{i}", (_OF_BOTH,)) for i in range(count)),
-    ]:
+    doubles = [f"transformer_blocks.{i}" for i in range(len(inner.transformer_blocks))]
+    singles = [f"single_transformer_blocks.{i}" for i in range(len(inner.single_transformer_blocks))]
+    for path in (*doubles, *singles):
+        made_of, apply = ((_OF_BOTH,), _single) if path in singles else ((_OF_PICTURE, _OF_TEXT), _double)
         reads = (text, picture, *(f"{one}.out" for one in made_of), *ROPE)
         text = builder.tensor(f"{path}.out", "batch_size", "sequence_length", width)
         picture = builder.tensor(f"{path}.out.1", "batch_size", "image_tokens", width)
-        builder.add(path, reads, (text, picture), (path,), partial(apply, path))
+        builder.add(path, reads, (text, picture), (path,), _at(path, apply))
     builder.add("proj_out", (picture, time), "out_hidden_states", ("norm_out", "proj_out"), _last)
     return builder.program()
+
+
+def _at(path: str, apply: Callable[..., Tensors]) -> Apply:
+    return partial(apply, path)
 
 
 def _module(path: str, tree: Tree, tensor: torch.Tensor) -> Tensors:
