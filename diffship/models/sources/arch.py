@@ -33,6 +33,7 @@ from diffship.models.pipeline import Material, Module
 from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.reduced.widths import KEY, with_widths
 from diffship.models.sources import arch_configs as configs
+from diffship.models.sources import arch_flux2 as flux2
 from diffship.models.sources.qwen_files import qwen_files
 from diffship.models.sources.t5_files import t5_files
 from diffship.models.sources.tokenizer_files import clip_files
@@ -64,7 +65,7 @@ _SHARED = {
 _TEACHERS = {name: "sd15" if layout.levels == 4 else "sdxl" for name, layout in LAYOUTS.items()}
 _SECOND = {name.replace("bk-", "bk-v2-"): name for name in LAYOUTS if name.startswith("bk-")}
 _TEACHERS |= dict.fromkeys(_SECOND, "sd21-base")
-NAMES = (*configs.UNETS, *configs.TRANSFORMERS, *configs.FLUX2, *_TEACHERS)
+NAMES = (*configs.UNETS, *configs.TRANSFORMERS, *flux2.TRANSFORMERS, *_TEACHERS)
 
 
 def arch_material(text: str) -> Material:
@@ -76,7 +77,7 @@ def arch_material(text: str) -> Material:
     name, suffixes = parse_arch(text)
     class_name, config, name = _denoiser(name, suffixes)
     text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
-    own_vae = FLUX2_VAE if name in configs.FLUX2 else KL
+    own_vae = FLUX2_VAE if name in flux2.TRANSFORMERS else KL
     vae_class, vae = (TINY, _taesd(name)) if "taesd" in suffixes else (own_vae, configs.VAES[vae_of])
     vae = {**vae, KEY: {"decoder": list(narrower(vae))}} if "small-vae" in suffixes else vae
     texts = {part: made for part, made in configs.TEXTS[text_of].items() if not (made[0] == T5 and "no-t5" in suffixes)}
@@ -96,8 +97,8 @@ def _denoiser(name: str, suffixes: Sequence[str]) -> tuple[str, dict[str, Any], 
     """Class and config of the denoiser, and the architecture whose other parts it has."""
     if name in configs.TRANSFORMERS:
         return SD3, dict(configs.TRANSFORMERS[name]), name
-    if name in configs.FLUX2:
-        return FLUX2, dict(configs.FLUX2[name]), name
+    if name in flux2.TRANSFORMERS:
+        return FLUX2, dict(flux2.TRANSFORMERS[name]), name
     unet, name = _unet(name), _TEACHERS.get(name, name)
     if "lcm" in suffixes:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
@@ -141,7 +142,7 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     if name not in NAMES:
         raise SourceError(f"{text}: {unknown('architecture', name, NAMES)}")
     legal = [suffix for suffix in SUFFIXES if suffix != ("lcm" if name in configs.TRANSFORMERS else "no-t5")]
-    legal = [] if name in configs.FLUX2 else legal
+    legal = [] if name in flux2.TRANSFORMERS else legal
     for suffix in suffixes:
         if suffix not in legal:
             raise SourceError(f"{text}: {unknown('suffix', suffix, legal)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffship.models.sources import arch_flux2 as flux2
+
 Config = dict[str, Any]
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 _CROSS_UP, _PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -126,35 +128,6 @@ _TINY_SD3 = {
 }
 TRANSFORMERS: dict[str, Config] = {"sd3-medium": _SD3, "tiny-sd3": {**_SD3, **_TINY_SD3}}
 
-# FLUX.2-klein 4B's, as on the hub
-_FLUX2: Config = {
-    "attention_head_dim": 128,
-    "axes_dims_rope": [32, 32, 32, 32],
-    "eps": 1e-6,
-    "guidance_embeds": False,
-    "in_channels": 128,
-    "joint_attention_dim": 7680,
-    "mlp_ratio": 3.0,
-    "num_attention_heads": 24,
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "out_channels": None,
-    "patch_size": 1,
-    "rope_theta": 2000,
-    "timestep_guidance_channels": 256,
-}
-_TINY_FLUX2 = {
-    "attention_head_dim": 16,
-    "axes_dims_rope": [4, 4, 4, 4],
-    "in_channels": 16,
-    "joint_attention_dim": 48,
-    "num_attention_heads": 2,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "timestep_guidance_channels": 32,
-}
-FLUX2: dict[str, Config] = {"flux2-klein-4b": _FLUX2, "tiny-flux2": {**_FLUX2, **_TINY_FLUX2}}
-
 
 def _clip(width: int, layers: int, heads: int, act: str, projection: int, **more: Any) -> Config:
     return {
@@ -202,40 +175,6 @@ _T5_XXL: Config = {
     "vocab_size": 32128,
 }
 _TINY_T5 = {**_T5_XXL, "d_ff": 64, "d_kv": 8, "d_model": 96, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
-QWEN3 = "Qwen3ForCausalLM"
-_QWEN3_4B: Config = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 40960,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-_TINY_QWEN3 = {
-    **_QWEN3_4B,
-    "bos_token_id": 0,
-    "diffship": {"layers": [1, 2, 4]},
-    "eos_token_id": 0,
-    "head_dim": 8,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "max_position_embeddings": 512,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 5,  # one more than are read
-    "num_key_value_heads": 1,
-    "vocab_size": 512,
-}
 _XL_TEXT = {"text_encoder": (PLAIN, _CLIP_L), "text_encoder_2": (PROJECTED, _CLIP_G)}
 _TINY_XL_TEXT = {"text_encoder": (PLAIN, _TINY_L), "text_encoder_2": (PROJECTED, _TINY_G)}
 
@@ -257,8 +196,7 @@ TEXTS: dict[str, dict[str, tuple[str, Config]]] = {
         "text_encoder_2": (PROJECTED, _TINY_G),
         "text_encoder_3": (T5, _TINY_T5),
     },
-    "flux2-klein-4b": {"text_encoder": (QWEN3, _QWEN3_4B)},
-    "tiny-flux2": {"text_encoder": (QWEN3, _TINY_QWEN3)},
+    **flux2.TEXTS,
 }
 SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 5, "unet": 3, "transformer": 3, "vae": 4}
 
@@ -275,21 +213,12 @@ _KL: Config = {
     "scaling_factor": 0.18215,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-_NARROW: Config = {
+_TINY_KL = {
+    **_KL,
     "block_out_channels": [8, 12, 16, 16],
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "sample_size": 64,
-}
-_TINY_KL = {**_KL, **_NARROW}
-_FLUX2_KL = {
-    **{key: value for key, value in _KL.items() if key != "scaling_factor"},
-    "batch_norm_eps": 1e-4,
-    "batch_norm_momentum": 0.1,
-    "latent_channels": 32,
-    "patch_size": [2, 2],
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
 }
 _SD3_LATENTS = {
     "force_upcast": True,
@@ -307,8 +236,7 @@ VAES: dict[str, Config] = {
     "tiny-sdxl": {**_TINY_KL, "scaling_factor": 0.13025},
     "sd3-medium": {**_KL, **_SD3_LATENTS, "sample_size": 1024},
     "tiny-sd3": {**_TINY_KL, **_SD3_LATENTS},
-    "flux2-klein-4b": {**_FLUX2_KL, "sample_size": 1024},
-    "tiny-flux2": {**_FLUX2_KL, **_NARROW, "latent_channels": 4},
+    **flux2.VAES,
 }
 
 
@@ -363,13 +291,7 @@ SCHEDULERS: dict[str, Config] = {
     "sd21-base": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sdxl": _EULER,
     "sd3-medium": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
-    "flux2-klein-4b": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "time_shift_type": "exponential",
-        "use_dynamic_shifting": True,
-    },
+    "flux2-klein-4b": flux2.SCHEDULER,
 }
 LCM_SCHEDULER: Config = {
     **_BETAS,
