@@ -93,7 +93,7 @@ def test_the_half_that_draws_imports_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("source", ["arch:tiny-sd", "arch:tiny-sdxl", "arch:tiny-lcm", "arch:tiny-sd3", "arch:tiny-flux2"])
+@pytest.mark.parametrize("source", [f"arch:tiny-{name}" for name in ("sd", "sdxl", "lcm", "sd3", "flux2")])
 def test_no_precision_rounds_the_timestep_of_a_denoiser(source: str) -> None:
     """float16 tells timesteps from 256 up apart by quarters, and bfloat16 by whole numbers, or by two or four."""
     pytest.importorskip("torch")

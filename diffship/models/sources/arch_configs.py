@@ -196,7 +196,7 @@ TEXTS: dict[str, dict[str, tuple[str, Config]]] = {
         "text_encoder_2": (PROJECTED, _TINY_G),
         "text_encoder_3": (T5, _TINY_T5),
     },
-    **flux2.TEXTS,
+    **{name: {"text_encoder": made} for name, made in flux2.TEXTS.items()},
 }
 SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 5, "unet": 3, "transformer": 3, "vae": 4}
 

@@ -68,10 +68,7 @@ _TINY_QWEN3 = {
     "num_key_value_heads": 1,
     "vocab_size": 512,
 }
-TEXTS: dict[str, dict[str, tuple[str, Config]]] = {
-    "flux2-klein-4b": {"text_encoder": (QWEN3, _QWEN3_4B)},
-    "tiny-flux2": {"text_encoder": (QWEN3, _TINY_QWEN3)},
-}
+TEXTS: dict[str, tuple[str, Config]] = {"flux2-klein-4b": (QWEN3, _QWEN3_4B), "tiny-flux2": (QWEN3, _TINY_QWEN3)}
 
 _VAE: Config = {
     "act_fn": "silu",
