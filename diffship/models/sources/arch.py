@@ -59,6 +59,8 @@ _SHARED = {
     "tiny-sdxl": ("tiny-sdxl", "tiny-sdxl", "sdxl"),
     "tiny-refiner": ("tiny-refiner", "tiny-sdxl", "sdxl"),
     "tiny-sd3": ("tiny-sd3", "tiny-sd3", "sd3-medium"),
+    "sd35-medium": ("sd3-medium", "sd3-medium", "sd3-medium"),
+    "sd35-large": ("sd3-medium", "sd3-medium", "sd3-medium"),
     "tiny-flux2": ("tiny-flux2", "tiny-flux2", "flux2-klein-4b"),
 }
 # published reductions by the architecture that they reduce; BK-SDM has a second series, made of SD 2.1 base
@@ -78,7 +80,7 @@ def arch_material(text: str) -> Material:
     class_name, config, name = _denoiser(name, suffixes)
     text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
     own_vae = FLUX2_VAE if name in flux2.TRANSFORMERS else KL
-    vae_class, vae = (TINY, _taesd(name)) if "taesd" in suffixes else (own_vae, configs.VAES[vae_of])
+    vae_class, vae = (TINY, _taesd(name, vae_of)) if "taesd" in suffixes else (own_vae, configs.VAES[vae_of])
     vae = {**vae, KEY: {"decoder": list(narrower(vae))}} if "small-vae" in suffixes else vae
     texts = {part: made for part, made in configs.TEXTS[text_of].items() if not (made[0] == T5 and "no-t5" in suffixes)}
     networks = {_folder(class_name): (class_name, config), _folder(vae_class): (vae_class, vae), **texts}
@@ -151,9 +153,9 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(suffixes)
 
 
-def _taesd(name: str) -> dict[str, Any]:
+def _taesd(name: str, vae_of: str) -> dict[str, Any]:
     size = "tiny" if name.startswith("tiny") else "full"
-    latents = configs.VAES[name]["latent_channels"] if name in configs.TRANSFORMERS else 4
+    latents = configs.VAES[vae_of]["latent_channels"] if name in configs.TRANSFORMERS else 4
     return {**configs.TAESD[size], "latent_channels": latents}
 
 

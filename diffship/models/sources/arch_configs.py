@@ -103,7 +103,7 @@ UNETS: dict[str, Config] = {
     "tiny-refiner": {**_REFINER_UNET, **_TINY_REFINER},
 }
 
-# SD3 medium's, as on the hub; one test size of it, with the whole table of positions
+# SD3 medium's and 3.5's, as on the hub; one test size, with the whole table of positions
 _SD3: Config = {
     "attention_head_dim": 64,
     "caption_projection_dim": 1536,
@@ -126,7 +126,20 @@ _TINY_SD3 = {
     "pooled_projection_dim": 80,
     "sample_size": 8,
 }
-TRANSFORMERS: dict[str, Config] = {"sd3-medium": _SD3, "tiny-sd3": {**_SD3, **_TINY_SD3}}
+_SD35_MEDIUM = {**_SD3, "dual_attention_layers": list(range(13)), "pos_embed_max_size": 384, "qk_norm": "rms_norm"}
+_SD35_LARGE = {
+    **_SD3,
+    "caption_projection_dim": 2432,
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "qk_norm": "rms_norm",
+}
+TRANSFORMERS: dict[str, Config] = {
+    "sd3-medium": _SD3,
+    "sd35-medium": _SD35_MEDIUM,
+    "sd35-large": _SD35_LARGE,
+    "tiny-sd3": {**_SD3, **_TINY_SD3},
+}
 
 
 def _clip(width: int, layers: int, heads: int, act: str, projection: int, **more: Any) -> Config:
