@@ -146,6 +146,10 @@ class Kind(ABC):
         """The denoiser's prediction, with batch axis, in the shape of latents."""
         return rows
 
+    def decoder_factor(self, family: Family) -> int:
+        """Pixels a side of one latent as the decoder takes them."""
+        return family.vae_factor
+
     def decoder_latents(self, family: Family, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the decoder takes for latents (samples, then their shape), float32: without scale and shift."""
         scale, shift = np.float32(family.scaling_factor), np.float32(family.shift_factor)

@@ -73,6 +73,9 @@ class Flux2Klein(Kind):
     def unpack_output(self, rows: Any, latent_shape: Sequence[int]) -> Any:
         return rows.swapaxes(1, 2).reshape(-1, *latent_shape)
 
+    def decoder_factor(self, family: Family) -> int:
+        return family.vae_factor // _SIDE
+
     def decoder_latents(self, family: Family, latents: Floats) -> Floats:
         mean, deviation = (_by_channel(numbers) for numbers in (family.latents_mean, family.latents_std))
         samples, channels, height, width = latents.shape

@@ -30,8 +30,7 @@ def decode(model: Model, latents: Any, tiled: bool = False) -> NDArray[np.uint8]
     taken = family.kind.decoder_latents(family, as_numpy(latents)[None])
     part = family.kind.decoder
     runner, tiled = model.use(part), tiled and takes_tiles(family, latents)
-    factor = family.vae_factor * latents.shape[-1] // taken.shape[-1]
-    picture = decode_tiled(_call(runner), taken, factor) if tiled else _call(runner)(taken)
+    picture = decode_tiled(_call(runner), taken, family.kind.decoder_factor(family)) if tiled else _call(runner)(taken)
     pixels = to_pixels(finite(part, picture[0]))
     if not pixels.any():
         raise RunnerError(f"{part}: the picture is black all over. Run diffship verify, or use precision fp32")

@@ -195,6 +195,18 @@ def test_published_counts() -> None:
     assert pipeline.family.default_sides == (1024, 1024) and pipeline.family.text_width == 7680
 
 
+def test_engines_with_profiles_take_the_sizes_of_pictures() -> None:
+    """Tokens were those of the least picture, and the decoder's latents half as many a side as it takes."""
+    from diffship.exporters.tensorrt.shapes import profile
+
+    pipeline = open_source("arch:flux2-klein-4b")
+    ranges = {name: profile(part, pipeline.family, {}) for name, part in pipeline.components.items()}
+    drawn, places = ranges["transformer"]["hidden_states"], ranges["transformer"]["image_rope_cos"]
+    assert (drawn.min[1], drawn.opt[1], drawn.max[1]) == (32 * 32, 64 * 64, 96 * 96)
+    assert places.max == (96 * 96, 128) and ranges["transformer"]["encoder_hidden_states"].max[1] == LENGTH
+    assert ranges["vae_decoder"]["latent_sample"].opt == (1, 32, 128, 128)
+
+
 # ---- faults that a picture's proof must see
 
 
@@ -413,3 +425,21 @@ def test_verify_draws_the_golden_trajectory_again(bundle: Bundle, engine: str) -
     report = verify(bundle, engine=engine)
     assert report.passed, report.text()
     assert report.trajectory is not None and report.trajectory.status == "passed"
+
+
+@pytest.mark.slow
+def test_half_precision_is_proved_with_positions_in_full(tmp_path: Path, graphs_folder: Path) -> None:
+    from diffship.cli.main import main
+
+    words = ["--precision", "fp16", "--parts", "transformer", "-o", str(tmp_path / "made"), "--quiet"]
+    assert main(["export", "arch:tiny-flux2", "--to", "onnx", "--cache", str(graphs_folder), *words]) == 0
+    types = {spec.name: spec.dtype for spec in Bundle.open(tmp_path / "made").part("transformer").inputs}
+    assert types["hidden_states"] == "float16" and types["text_rope_sin"] == types["timestep"] == "float32"
+
+
+@pytest.mark.parametrize("words", ["layout --set name=bk-tiny", "prune --set keep=0.5", "lora --set files=none"])
+def test_passes_for_u_nets_are_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffship.cli.main import main
+
+    code = main(["compress", "arch:tiny-flux2", "-o", str(tmp_path / "out"), "--pass", *words.split()])
+    assert code == 3 and "Flux2Transformer2DModel; legal: UNet2DConditionModel" in capsys.readouterr().err
