@@ -207,6 +207,23 @@ def test_engines_with_profiles_take_the_sizes_of_pictures() -> None:
     assert ranges["vae_decoder"]["latent_sample"].opt == (1, 32, 128, 128)
 
 
+def test_a_bench_measures_the_transformer_at_the_size_that_is_asked(tmp_path: Path) -> None:
+    """It had a list of parts of U-Net models, and left any other denoiser out."""
+    from safetensors.numpy import load_file
+
+    from diffship.benchmarks.measure.case import Bench, cases_of
+    from diffship.benchmarks.measure.materials import Order, prepare
+
+    order = Order("arch:tiny-flux2", str(tmp_path), 96, 4.0, "fp32", (2,), ("text_encoder", "transformer"), (), False)
+    made = prepare(order)
+    feeds = {part: load_file(made.feeds[part]["2"]) for part in ("text_encoder", "transformer")}
+    assert feeds["transformer"]["hidden_states"].shape == (2, 36, 16)  # a distilled model has one row per picture
+    assert feeds["transformer"]["encoder_hidden_states"].shape == (2, LENGTH, 48)
+    assert feeds["text_encoder"]["attention_mask"].shape == (2, LENGTH)
+    cases = cases_of(Bench((order.target,)), {order.target: tuple(made.parts)}, {order.target: ("torch",)})
+    assert [case.part for case in cases] == [*PARTS, "image"]
+
+
 # ---- faults that a picture's proof must see
 
 
