@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 from diffship.core.errors import ConfigError
 from diffship.core.kind import Kind
 from diffship.core.limits import LIMITS
 from diffship.core.registry import kind
-from diffship.core.strict import bounded, bounds, choices, load
+from diffship.core.strict import bounded, bounds, choices, load, plain
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+# fields that the first manifests did not have
+_LATER = ("default_height", "strength_default", "guided", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class Family:
     `time_ids` is 6 for SDXL, 5 for its refiner; `time_cond_dim` is the width of LCM's guidance embedding.
     Pictures are `default_size` wide and `default_height` high (None: as high as wide) unless a request says otherwise.
     `strength_default` is how much of the noise an inpainting model begins with.
+    `guided` is False for a model that is distilled to draw without guidance, whatever is asked (FLUX.2-klein).
+    `latents_mean` and `latents_std` hold a number per channel of the latents: latents * std + mean is what the VAE
+    made, where one `scaling_factor` does not say it (the batch norm of FLUX.2's VAE).
     """
 
     name: str
-    latent_channels: int = field(default=4, metadata=bounds(1, 64))
+    latent_channels: int = field(default=4, metadata=bounds(1, 256))
     vae_factor: int = field(default=8, metadata=bounds(1, 64))
     size_step: int = field(default=64, metadata=bounds(1, 512))
     default_size: int = field(default=512, metadata=bounds(8, 4096))
@@ -44,6 +49,16 @@ class Family:
     steps_default: int = field(default=25, metadata=bounds(1, 150))
     default_height: int | None = field(default=None, metadata=bounds(8, 4096))
     strength_default: float = field(default=1.0, metadata=bounds(*LIMITS.strength))
+    guided: bool = True
+    latents_mean: tuple[float, ...] | None = field(default=None, metadata=bounds(-1e6, 1e6))
+    latents_std: tuple[float, ...] | None = field(default=None, metadata=bounds(1e-6, 1e6))
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if numbers is not None and len(numbers) != self.latent_channels:
+                raise ConfigError(
+                    f"{name} has {len(numbers)} numbers; legal is {self.latent_channels}, one per channel"
+                )
 
     @property
     def kind(self) -> Kind:
@@ -83,8 +98,8 @@ class Family:
 
     def to_json(self) -> dict[str, object]:
         """All fields, but for later ones that have their default: older readers refuse keys that they do not know."""
-        later = {"default_height": None, "strength_default": 1.0}
-        return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
+        later = {name: _DEFAULTS[name] for name in _LATER}
+        return {key: value for key, value in plain(self).items() if key not in later or value != later[key]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Family:
@@ -103,3 +118,6 @@ class Family:
             f"{name} is {str(size)[:40]}; {self.name} draws multiples of {step} from {first} to {last}: "
             f"the nearest are {below} and {below + step}"
         )
+
+
+_DEFAULTS = {one.name: one.default for one in fields(Family)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffship.core.errors import UnsupportedError
+from diffship.core.lazy import lazy
 from diffship.core.limits import LIMITS
 from diffship.core.reading import PLAIN, Reading
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from diffship.models.pipeline import Material, Module
     from diffship.models.sources.ldm.checkpoint import Checkpoint
     from diffship.sampling.model import Model
+    from diffship.sampling.sampler import Sampler
     from diffship.sampling.tokenizer import Tokenizer
+else:
+    np = lazy("numpy")
 
 TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"  # roles, which no model calls its parts
 CONTROLNET = "controlnet_"  # and the name that its owner gave it: what such a part is called
@@ -68,11 +72,10 @@ class Kind(ABC):
     decoder, encoder: canonical part names. sample_input, time_input, output: names of the denoiser's latents, timesteps
     and prediction. controlled: canonical name of the denoiser as the part that also takes the residuals of ControlNets;
     None: there are none for this kind. condition_names: the denoiser's inputs that come of the prompt;
-    exact_conditions: those that 16 bits do not hold. patch: latent values a side of one
-    token, by which flow matching shifts with the size. image_strength, mask_strength: share of the noise that stock
-    pipelines begin with if they are given an image, and a mask too. classes: the diffusers pipelines whose pictures are
-    drawn.
-    foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
+    exact_conditions: those that 16 bits do not hold. patch: latent values a side of one token, by which flow matching
+    shifts with the size. begins_with_images: whether a picture can begin with an image. image_strength, mask_strength:
+    share of the noise that stock pipelines begin with if they are given an image, and a mask too. classes: the
+    diffusers pipelines whose pictures are drawn. foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
     file_texts: how the names of each text encoder's tensors begin in checkpoints of one file, by its folder.
     vae_facts: keys of the config of its published VAE that no tensor tells.
     """
@@ -89,6 +92,7 @@ class Kind(ABC):
     condition_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     exact_conditions: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 2
+    begins_with_images: ClassVar[bool] = True
     image_strength: ClassVar[float] = 0.8
     mask_strength: ClassVar[float] = 1.0
     classes: ClassVar[Mapping[str, Any]] = {}
@@ -152,6 +156,27 @@ class Kind(ABC):
     def tokens(self, latent_shape: Sequence[int]) -> int:
         """How many tokens a transformer of this kind makes of latents of this shape."""
         return math.prod(side // self.patch for side in latent_shape[1:])
+
+    def sized(self, sampler: Sampler, latent_shape: Sequence[int], steps: int) -> Sampler:
+        """`sampler` for latents of this shape in `steps` steps, whose levels may depend on both."""
+        return sampler.sized(self.tokens(latent_shape))
+
+    def pack_latents(self, latents: Any) -> Any:
+        """One picture's latents, without batch axis, as the denoiser takes them; latents are numpy or torch arrays."""
+        return latents
+
+    def unpack_output(self, rows: Any, latent_shape: Sequence[int]) -> Any:
+        """The denoiser's prediction, with batch axis, in the shape of latents."""
+        return rows
+
+    def decoder_factor(self, family: Family) -> int:
+        """Pixels a side of one latent as the decoder takes them."""
+        return family.vae_factor
+
+    def decoder_latents(self, family: Family, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the decoder takes for latents (samples, then their shape), float32: without scale and shift."""
+        scale, shift = np.float32(family.scaling_factor), np.float32(family.shift_factor)
+        return np.asarray(latents / scale + shift, np.float32)
 
     def axis_sizes(self, family: Family, width: int, height: int) -> dict[str, int]:
         """Sizes of the denoiser's axes that depend on the picture, which has `width` x `height` pixels."""
@@ -218,6 +243,13 @@ class Kind(ABC):
         self, inputs: Sequence[TensorSpec], guidances: Sequence[float]
     ) -> dict[str, NDArray[np.float32]]:
         """Feeds, by name, of those `inputs` that take the guidance scale; one row for each of `guidances`."""
+        return {}
+
+    def position_inputs(
+        self, inputs: Sequence[TensorSpec], latent_shape: Sequence[int], condition: Mapping[str, Any]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Feeds, by name, of those `inputs` that say where tokens stand. They have no batch axis: all samples of a call
+        have latents of one shape and conditions of the shapes in `condition`."""
         return {}
 
     @abstractmethod

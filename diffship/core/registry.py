@@ -25,6 +25,7 @@ KINDS: dict[str, str] = {
     "sdxl": "diffship.kinds.sdxl:StableDiffusionXl",
     "sdxl-refiner": "diffship.kinds.sdxl:Refiner",
     "sd3": "diffship.kinds.sd3:StableDiffusion3",
+    "flux2": "diffship.kinds.flux2:Flux2Klein",
 }
 RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",

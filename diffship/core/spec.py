@@ -62,6 +62,11 @@ class TensorSpec:
         return self.dtype in ("float32", "float16", "bfloat16")
 
     @property
+    def batched(self) -> bool:
+        """Whether its first axis counts samples; one without is the same for all samples of a call."""
+        return self.shape[:1] == (BATCH,)
+
+    @property
     def per_sample(self) -> bool:
         """Whether it has one value for each sample; a single value for all samples may stand for it."""
         return self.shape == (BATCH,)
@@ -138,7 +143,7 @@ def first_sample(
     specs: Iterable[TensorSpec], feeds: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, NDArray[np.generic]] | None:
     """The feeds of the first sample alone; None if they are of one sample already."""
-    named = (spec.name for spec in specs if spec.shape[:1] == (BATCH,) and spec.name in feeds)
+    named = (spec.name for spec in specs if spec.batched and spec.name in feeds)
     batched = {name for name in named if len(feeds[name]) > 1}
     if not batched:
         return None

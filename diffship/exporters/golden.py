@@ -44,7 +44,11 @@ def write_golden(
         UnsupportedError: it does so in `precision` only, or what it gives one sample depends on how many there are.
     """
     calls = [precision.feeds(component.inputs, feeds) for feeds in calls]
-    joined = {name: np.concatenate([feeds[name] for feeds in calls]) for name in calls[0]}
+    batched = {spec.name for spec in component.inputs if spec.batched}
+    joined = {
+        name: np.concatenate([feeds[name] for feeds in calls]) if name in batched else array
+        for name, array in calls[0].items()
+    }
     outputs = reference(component, joined, max_bytes)
     for name, array in outputs.items():
         if not np.isfinite(array).all():

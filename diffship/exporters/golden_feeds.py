@@ -75,7 +75,7 @@ class GoldenFeeds:
         tokens = GatedModel(self._pipeline, self._max_bytes).tokenizers.get(name)
         if tokens is None or known["sequence_length"] != len(tokens([""]).ids[0]):
             return component.example(SEED, sizes)
-        return {"input_ids": tokens([PROMPTS[i % len(PROMPTS)] for i in range(known["batch_size"])]).ids}
+        return dict(tokens([PROMPTS[i % len(PROMPTS)] for i in range(known["batch_size"])]).feeds())
 
     def _pictures(self, component: Component, sizes: Mapping[str, int]) -> Arrays:
         """Smooth pictures in [-1, 1] for an encoder, smooth latents of the family's scale for a decoder."""
@@ -93,15 +93,18 @@ class GoldenFeeds:
         feeds: Arrays = component.example(SEED + call, sizes)
         times = np.resize(np.array(TIMESTEPS[call], np.float32), rows)
         feeds[self._kind.time_input] = times
-        feeds[self._kind.sample_input] = self._latents(feeds[self._kind.sample_input], times, SEED + call)
+        kind, name, size = self._kind, self._kind.sample_input, self._kind.picture_size(self._pipeline.family, known)
+        shape = kind.latent_shape(self._pipeline.family, *size)
+        latents = self._latents(kind.unpack_output(feeds[name], shape), times, SEED + call)
+        feeds[name] = np.stack([kind.pack_latents(row) for row in latents])
         if CONTROL_IMAGE in feeds:
             feeds[CONTROL_IMAGE] = (np.tanh(_smooth(feeds[CONTROL_IMAGE].shape, SEED + call)) + 1) / 2
-        size = self._kind.picture_size(self._pipeline.family, known)
         conditions = [self._conditions(size)[row % len(PROMPTS)] for row in range(rows)]
         for name in self._kind.condition_names:
             arrays = [condition[name] for condition in conditions if name in condition]
             if name in feeds and arrays and feeds[name].shape[1:] == arrays[0].shape:
                 feeds[name] = np.stack(arrays).astype(np.float32)
+        feeds |= kind.position_inputs(component.inputs, shape, {name: feed[0] for name, feed in feeds.items()})
         return {**feeds, **self._kind.guidance_inputs(component.inputs, [_GUIDANCE - row for row in range(rows)])}
 
     def _latents(self, noise: NDArray[Any], times: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
@@ -130,11 +133,12 @@ class GoldenFeeds:
 
 def _spread(component: Component, sizes: Mapping[str, int]) -> Arrays:
     """Tokens from the whole vocabulary, evenly."""
-    (spec,) = component.inputs
+    spec, *others = component.inputs
     shape = spec.resolve({**component.smallest, **sizes})
+    masks = {other.name: np.ones(shape, np.int64) for other in others}
     ids = np.linspace(0, component.config["vocab_size"] - 1, math.prod(shape)).round()
     # consecutive tokens of a row are far apart
-    return {spec.name: np.ascontiguousarray(ids.reshape(shape[::-1]).T).astype(spec.dtype)}
+    return {spec.name: np.ascontiguousarray(ids.reshape(shape[::-1]).T).astype(spec.dtype), **masks}
 
 
 def _smooth(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:

@@ -27,22 +27,24 @@ def decode(model: Model, latents: Any, tiled: bool = False) -> NDArray[np.uint8]
         RunnerError: the decoder's output is not finite, or the picture is black all over.
     """
     family = model.family
-    scaled = (as_numpy(latents)[None] / np.float32(family.scaling_factor)) + np.float32(family.shift_factor)
+    taken = family.kind.decoder_latents(family, as_numpy(latents)[None])
     part = family.kind.decoder
-    runner, tiled = model.use(part), tiled and takes_tiles(latents)
-    picture = decode_tiled(_call(runner), scaled, family.vae_factor) if tiled else _call(runner)(scaled)
+    runner, tiled = model.use(part), tiled and takes_tiles(family, latents)
+    picture = decode_tiled(_call(runner), taken, family.kind.decoder_factor(family)) if tiled else _call(runner)(taken)
     pixels = to_pixels(finite(part, picture[0]))
     if not pixels.any():
         raise RunnerError(f"{part}: the picture is black all over. Run diffship verify, or use precision fp32")
     return pixels
 
 
-def takes_tiles(latents: Any) -> bool:
-    """Whether these latents (channels, height, width) are more than one tile, so that tiles change the picture.
+def takes_tiles(family: Family, latents: Any) -> bool:
+    """Whether the decoder takes more than one tile for latents (channels, height, width), so that tiles change the
+    picture.
 
     Latents of another rank have no tiles.
     """
-    return len(latents.shape) == 3 and bool(max(latents.shape[-2:]) > TILE)
+    taken = family.kind.decoder_latents(family, as_numpy(latents)[None])
+    return len(latents.shape) == 3 and bool(max(taken.shape[-2:]) > TILE)
 
 
 def to_pixels(sample: Floats) -> NDArray[np.uint8]:

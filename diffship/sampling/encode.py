@@ -138,7 +138,7 @@ def run_encoder(
     if reading.syntax != PLAIN.syntax:
         return _weighted(part, _clip(model, tokenizer, part, reading), runner, prompt, layer, reading)
     tokens = tokenizer([prompt])
-    outputs = dict(runner.run({"input_ids": tokens.ids}))
+    outputs = dict(runner.run(tokens.feeds()))
     return Encoding(part, finite(part, as_numpy(outputs[layer])[0]), outputs, tuple(tokens.warnings))
 
 

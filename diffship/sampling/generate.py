@@ -106,7 +106,8 @@ def start(model: Model, request: Request) -> list[Trajectory]:
     require_controls(model, [control.name for control in request.controls])
     canvas, (controls, steered) = Canvas.of(settled), controlled(settled)
     encoded = encode(model, request.prompt, request.negative, settled.size, settled.guidance, request.reading)
-    told = encoded.warnings + unheeded(model.family, model.scheduler, settled.guidance, request.negative)
+    asked = settled.guidance if request.guidance is None else float(request.guidance)
+    told = encoded.warnings + unheeded(model.family, model.scheduler, asked, request.negative)
     told += steered if canvas is None else canvas.warnings + steered
     made = []
     for i in range(request.first_image, request.first_image + request.images):
@@ -145,7 +146,7 @@ def finish(model: Model, batch: Sequence[Trajectory], low: bool = False, cancel:
     for trajectory in batch:
         _stop_if(cancel)
         pixels = decode(model, trajectory.latents, tiled=low)
-        if low and takes_tiles(trajectory.latents):
+        if low and takes_tiles(model.family, trajectory.latents):
             trajectory = replace(trajectory, facts=_with_tiles(trajectory.facts))
         pictures.append(Picture(pixels, settings(trajectory), trajectory))
     if low:

@@ -36,6 +36,9 @@ def unheeded(family: Family, scheduler: Mapping[str, Any], guidance: float, nega
     `scheduler` is the model's own, whatever sampler is used.
     """
     found = []
+    if not family.guided and (negative or guidance > 1.0):
+        what = "the negative prompt is" if negative else f"guidance {guidance:g} is"
+        return (f"{what} not used: this model is distilled to draw without guidance",)
     if negative and family.takes_guidance:
         found.append(
             "the negative prompt is not used: this model takes guidance as an input, without a negative prompt"
@@ -114,17 +117,22 @@ class FeedMaker:
         order = [*(t for t in batch if guided(t)), *batch]
         conditions = [*(t.negative for t in batch if guided(t)), *(t.positive for t in batch)]
         times = [t.sampler.coefficients(t.step, t.steps, len(t.history)).timestep for t in order]
+        shape = _one_shape([t.latents for t in order])
+        samples = [self._kind.pack_latents(_sample(t)) for t in order]
         return {
-            self._kind.sample_input: _stack(self._kind.sample_input, [_sample(t) for t in order]),
+            self._kind.sample_input: _stack(self._kind.sample_input, samples),
             self._kind.time_input: like(np.array(times, np.float32), order[0].latents),
-            **self._conditioning(conditions, [t.guidance for t in order]),
+            **self._conditioning(conditions, [t.guidance for t in order], shape),
         }
 
-    def _conditioning(self, conditions: Sequence[Conditioning | None], guidances: Sequence[float]) -> dict[str, Any]:
-        wanted = (*conditions, *guidances)
+    def _conditioning(
+        self, conditions: Sequence[Conditioning | None], guidances: Sequence[float], shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        wanted = (*conditions, *guidances, *shape)
         held, constants = self._last
         if wanted != held:
             arrays = self._arrays(conditions, guidances)
+            arrays |= self._kind.position_inputs(self._runner.inputs, shape, conditions[0] or {})
             constants = {name: self._runner.put(array) for name, array in arrays.items()}
             self._last = (wanted, constants)
         return constants
@@ -159,6 +167,14 @@ def _sample(trajectory: Trajectory) -> Array:
     if trajectory.mask is None or trajectory.masked_latents is None:
         return scaled
     return _concatenate([scaled, trajectory.mask, trajectory.masked_latents])
+
+
+def _one_shape(latents: Sequence[Array]) -> tuple[int, ...]:
+    shapes = {tuple(array.shape) for array in latents}
+    if len(shapes) != 1:
+        told = ", ".join(map(str, sorted(shapes)))
+        raise ConfigError(f"latents have different shapes within one batch: {told}; group trajectories by size")
+    return shapes.pop()
 
 
 def _stack(name: str, arrays: Sequence[Array]) -> Array:

@@ -80,7 +80,12 @@ def latents_by_step(trajectory: Trajectory, denoiser: Denoiser) -> dict[str, NDA
 def plain(runner: Runner, kind: Kind) -> Denoiser:
     """The Denoiser of one whole network of this kind: rows in, its prediction out, guidance applied."""
     feeds = FeedMaker(runner, kind)
-    return lambda batch: guide(batch, runner.run(feeds(batch))[kind.output])
+
+    def run(batch: Sequence[Trajectory]) -> list[Array]:
+        rows = runner.run(feeds(batch))[kind.output]
+        return guide(batch, kind.unpack_output(rows, batch[0].latents.shape))
+
+    return run
 
 
 def denoiser_of(model: Model) -> Denoiser:

@@ -144,13 +144,13 @@ def settle(request: Request, family: Family, scheduler: Mapping[str, Any]) -> Se
     """
     width, height = drawn_size(request, family)
     shape = family.latent_shape(width, height)
-    sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
-    sampler = sampler.sized(family.kind.tokens(shape))
     _require_images(request, family)
     steps = family.steps_default if request.steps is None else request.steps
+    sampler = _sampler(request, {"prediction_type": family.prediction_type, **scheduler})
+    sampler = family.kind.sized(sampler, shape, steps)
     sampler.calls(steps)
     _check_latents(request.latents, (request.images, *shape))
-    guidance = family.guidance_default if request.guidance is None else float(request.guidance)
+    guidance = family.guidance_default if request.guidance is None or not family.guided else float(request.guidance)
     strength = _strength(request, family)
     begin = sampler.begins_at(strength, steps)
     sampler = sampler.begun(begin)
@@ -193,6 +193,8 @@ def _require_images(request: Request, family: Family) -> None:
         raise ConfigError("the model fills masks: give it both an image and a mask")
     if request.strength is not None and request.image is None:
         raise ConfigError(f"strength is {request.strength:g}, and there is no image to begin with: give one")
+    if request.image is not None and not family.kind.begins_with_images:
+        raise UnsupportedError(f"models of the kind {family.kind.name} draw from text alone here: leave the image out")
     if request.image is not None and request.mask is None and family.takes_guidance:
         raise UnsupportedError(
             "image-to-image with a model that takes guidance as an input (LCM) is not built: give a mask too, or use "

@@ -22,7 +22,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
 FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"),
-    *("tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 _FILE_BYTES = 32 << 20
 _EXPANDED = 64  # times the characters of a prompt
@@ -32,10 +32,16 @@ _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` int64 (prompts, 77); `warnings` names what was cut off."""
+    """`ids` int64 (prompts, tokens); `warnings` names what was cut off. `mask`, as `ids`, is 1 for tokens that are read
+    and 0 for padding; None if a model reads its padding, too."""
 
     ids: NDArray[np.int64]
     warnings: tuple[str, ...] = ()
+    mask: NDArray[np.int64] | None = None
+
+    def feeds(self) -> dict[str, NDArray[np.int64]]:
+        """What a text encoder takes, by name."""
+        return {"input_ids": self.ids, **({} if self.mask is None else {"attention_mask": self.mask})}
 
 
 class Tokenizer(Protocol):
@@ -234,15 +240,15 @@ def added_tokens(files: Mapping[str, bytes]) -> tuple[Added, ...]:
     Raises:
         SourceError: two of them have one id.
     """
-    config = _json(files, "tokenizer_config.json")
-    fast = _json(files, "tokenizer.json")
-    plain = [] if "added_tokens_decoder" in config else list(_json(files, "added_tokens.json").items())
+    config = tokenizer_table(files, "tokenizer_config.json")
+    fast = tokenizer_table(files, "tokenizer.json")
+    plain = [] if "added_tokens_decoder" in config else list(tokenizer_table(files, "added_tokens.json").items())
     tables = [
         *({"content": content, "id": number} for content, number in plain),
         *fast.get("added_tokens", []),
         *({**token, "id": number} for number, token in config.get("added_tokens_decoder", {}).items()),
     ]
-    vocabulary = _json(files, "vocab.json") or fast.get("model", {}).get("vocab", {})
+    vocabulary = tokenizer_table(files, "vocab.json") or fast.get("model", {}).get("vocab", {})
     found: dict[str, Added] = {}
     for table in tables:
         content, number = str(table["content"]), int(table["id"])
@@ -271,31 +277,36 @@ def add_tokens(backend: tokenizers.Tokenizer, added: Sequence[Added]) -> None:
 def pad_token(files: Mapping[str, bytes]) -> str:
     """What prompts are filled up with. The files of Stable Diffusion 2 differ: special_tokens_map.json says "!", as the
     model was trained, and tokenizer_config.json says END."""
-    return _special(files, "pad_token", END)[0]
+    return special_token(files, "pad_token", END)[0]
 
 
 def require_marks(files: Mapping[str, bytes], where: str) -> None:
     """Raises SourceError if prompts begin or end with other tokens than CLIP's."""
     for key, legal in (("bos_token", START), ("eos_token", END)):
-        token, file = _special(files, key, legal)
+        token, file = special_token(files, key, legal)
         if token != legal:
             raise SourceError(f"{where}: {key} of {file} is {token[:80]!r}; prompts are run with {legal!r}")
 
 
-def _special(files: Mapping[str, bytes], key: str, default: str) -> tuple[str, str]:
-    """(token, file that says so), as transformers reads it: special_tokens_map.json wins, but where
+def special_token(files: Mapping[str, bytes], key: str, default: str) -> tuple[str, str]:
+    """(token `key`, file that says so), as transformers reads it: special_tokens_map.json wins, but where
     tokenizer_config.json lists its added tokens."""
     config, table = "tokenizer_config.json", "special_tokens_map.json"
-    names = (config,) if "added_tokens_decoder" in _json(files, config) else (table, config)
+    names = (config,) if "added_tokens_decoder" in tokenizer_table(files, config) else (table, config)
     for name in names:
-        token = _json(files, name).get(key)
+        token = tokenizer_table(files, name).get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token, name
     return default, config
 
 
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def tokenizer_table(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in the file `name`; an empty one if there is no such file.
+
+    Raises:
+        SourceError: it holds something else.
+    """
     found = json.loads(files.get(name, b"{}"))
     if not isinstance(found, dict):
         raise SourceError(f"{name} of the tokenizer is no JSON object")
@@ -303,7 +314,7 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _length(files: Mapping[str, bytes]) -> int:
-    length = _json(files, "tokenizer_config.json").get("model_max_length", LENGTH)
+    length = tokenizer_table(files, "tokenizer_config.json").get("model_max_length", LENGTH)
     if not isinstance(length, int) or length < 3 or length > _NO_LENGTH:
         return LENGTH
     if length > LENGTH:

@@ -191,10 +191,31 @@ def test_defaults_are_stocks(folders: dict[str, Path]) -> None:
     assert family.size_step == 16 and family.default_sides == (64, 64)
 
 
-def test_the_transformer_of_sd3_medium_has_the_published_count() -> None:
-    part = open_source("arch:sd3-medium").denoiser
-    table = 192 * 192 * 1536  # of positions: a buffer, which no count of parameters has
-    assert part.parameters - table == 2_028_328_000
+@pytest.mark.parametrize(
+    ("name", "side", "width", "count"),
+    [
+        ("sd3-medium", 192, 1536, 2_028_328_000),
+        ("sd35-medium", 384, 1536, 2_243_171_520),
+        ("sd35-large", 192, 2432, 8_056_627_520),
+    ],
+)
+def test_a_transformer_has_the_published_count(name: str, side: int, width: int, count: int) -> None:
+    part = open_source(f"arch:{name}").denoiser
+    table = side * side * width  # of positions: a buffer, which no count of parameters has
+    assert part.parameters - table == count
+
+
+def test_golden_calls_of_the_transformer_read_what_prompts_become(folders: dict[str, Path]) -> None:
+    """Unit normals stood in for texts of 333 tokens while 77 were asked for."""
+    from diffship.exporters.golden_feeds import PROMPTS, GoldenFeeds
+
+    pipeline = open_source(str(folders["with T5"]))
+    part = pipeline.denoiser
+    feeds, _ = GoldenFeeds(pipeline, 1 << 30).calls(part, {**part.smallest_sizes(), "batch_size": 1})
+    with PipelineModel(pipeline) as model:
+        made, _ = model.family.kind.encode(model, PROMPTS[0], (64, 64))
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        np.testing.assert_array_equal(feeds[name][0], made[name])
 
 
 # ---- T5's tokenizer

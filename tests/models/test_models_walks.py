@@ -10,15 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL, Flux2Transformer2DModel, SD3Transformer2DModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffship.core.errors import ConfigError, SourceError
 from diffship.core.weights import MemoryWeights
+from diffship.kinds.flux2 import image_places, rope_angles, text_places
 from diffship.models.parts.autoencoder import KL, autoencoder
 from diffship.models.parts.clip import PROJECTED, text_encoder
 from diffship.models.parts.component import Component
+from diffship.models.parts.flux2 import flux2_transformer
 from diffship.models.parts.program import Tree
+from diffship.models.parts.qwen3 import qwen3_encoder
 from diffship.models.parts.sd3 import sd3_transformer
 from diffship.models.parts.t5 import t5_encoder
 from diffship.models.walks.blocks import layers
@@ -32,6 +42,13 @@ SD3 = {
     "out_channels": 16, "pos_embed_max_size": 12,
 }  # fmt: skip
 SD35 = {**SD3, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+FLUX2 = {
+    "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 24, "axes_dims_rope": [4, 4, 4, 4], "guidance_embeds": False,
+    "timestep_guidance_channels": 16,
+}  # fmt: skip
+QWEN3 = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "head_dim": 8,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
       "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu"}  # fmt: skip
 CLIP = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -82,6 +99,35 @@ def t5() -> Case:
     return case(part, {"batch_size": 2, "sequence_length": 21}, stock, {"last_hidden_state": "last_hidden_state"})
 
 
+def flux2() -> Case:
+    stock = Flux2Transformer2DModel.from_config(FLUX2).eval()
+    part = flux2_transformer("transformer", FLUX2, arrays(stock))
+    feeds = part.example(1, {"batch_size": 2, "image_tokens": 15, "sequence_length": 9})
+    sides = {"image": image_places((16, 3, 5)), "text": text_places(9)}
+    for side, places in sides.items():
+        for wave, turn in (("cos", np.cos), ("sin", np.sin)):
+            feeds[f"{side}_rope_{wave}"] = turn(rope_angles(places, 16)).astype(np.float32)
+    feeds["timestep"] = np.array([500, 250], np.float32)  # thousands of these are exact in float32
+    ids = [torch.from_numpy(sides[side]) for side in ("image", "text")]
+    latents, text, times = (torch.from_numpy(feeds[spec.name]) for spec in part.inputs[:3])
+    with torch.no_grad():
+        (given,) = stock(latents, text, times / 1000, *ids, return_dict=False)
+    return Case(part, feeds, {"out_hidden_states": given})
+
+
+def qwen3() -> Case:
+    stock = Qwen3ForCausalLM(Qwen3Config(**QWEN3)).eval()
+    read = ("model.embed_tokens.", *(f"model.layers.{i}." for i in range(4)))
+    state = {name: tensor.numpy() for name, tensor in stock.state_dict().items() if name.startswith(read)}
+    part = qwen3_encoder("text_encoder", {**QWEN3, "diffship": {"layers": [1, 2, 4]}}, MemoryWeights(state))
+    feeds = part.example(1, {"batch_size": 2, "sequence_length": 21})
+    feeds["attention_mask"] = (np.arange(21) < np.array([[21], [6]])).astype(np.int64)
+    ids, mask = (torch.from_numpy(array) for array in feeds.values())
+    with torch.no_grad():
+        states = stock(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    return Case(part, feeds, {"prompt_embeds": torch.cat([states[i] for i in (1, 2, 4)], -1)})
+
+
 def clip() -> Case:
     stock = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)).eval()
     part = text_encoder("text_encoder", PROJECTED, CLIP, arrays(stock), True)
@@ -104,6 +150,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "sd3": lambda: transformer(SD3),
     "sd3.5": lambda: transformer(SD35),
     "t5": t5,
+    "flux.2": flux2,
+    "qwen3": qwen3,
     "clip with projection": clip,
     "16 channel encoder": lambda: vae(0),
     "16 channel decoder": lambda: vae(1),

@@ -14,7 +14,9 @@ from diffship.core.precision import FLOATS
 from diffship.core.strict import bounded, bounds, choices, key_value
 
 IMAGE = "image"
-PART_NAMES = ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder")
+PART_NAMES = (
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae_encoder", "vae_decoder"),
+)
 DEVICES = ("cpu", "cuda")
 PROMPT = "a red apple on a table"
 

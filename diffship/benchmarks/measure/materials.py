@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.benchmarks.measure.machine import code_digest
 from diffship.core.errors import ConfigError, DiffshipError
+from diffship.core.family import Family
 from diffship.core.job import Job, digest_of
 from diffship.core.kind import DENOISER
 from diffship.core.registry import EXPORTERS, RUNNERS
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 RANDOM = "random weights"
 TRAINED = "trained weights"
 WEIGHTS = ("core", "models", "kinds")  # the rooms that make the folder
+_TEXT = "sequence_length"
 GRAPHS = ("targets", "exporters", "export.py")  # and those that make a bundle of it
 
 
@@ -106,9 +108,9 @@ def _of_source(order: Order) -> Materials:
         for name in chosen
     }
     random = pipeline.source.get("kind") == "arch"
-    rows = _rows_per_image(pipeline.family.time_cond_dim, order.guidance)
+    rows = _rows_per_image(pipeline.family, order.guidance)
     roles = {name: kind.role_of(name) for name in chosen}
-    feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows, roles)
+    feeds = _feeds(order, job, {name: pipeline.components[name] for name in chosen}, size, rows, roles, pipeline.family)
     weights = RANDOM if random else TRAINED
     where = None if folder is None else str(folder)
     return Materials(order.target, weights, where, bundles, size, rows, parts, feeds, roles, refused)
@@ -160,7 +162,7 @@ def _of_bundle(order: Order) -> Materials:
     bundle = Bundle.open(order.target)
     manifest = bundle.manifest
     size = order.size or manifest.family.default_size
-    rows = _rows_per_image(manifest.family.time_cond_dim, order.guidance)
+    rows = _rows_per_image(manifest.family, order.guidance)
     readers = [name for name in RUNNERS if manifest.target in engine_class(name).targets]
     parts, known = {}, {part.name: part for part in manifest.parts}
     kind = manifest.family.kind
@@ -171,30 +173,33 @@ def _of_bundle(order: Order) -> Materials:
         parts[name] = {"parameters": parameters, **unknown, "file_bytes": dict.fromkeys(readers, size_bytes)}
     job = Job(Path(order.work) / slug(order.target))
     roles = {name: kind.role_of(name) for name in parts}
-    feeds = _feeds(order, job, {name: known[name] for name in parts}, size, rows, roles)
+    feeds = _feeds(order, job, {name: known[name] for name in parts}, size, rows, roles, manifest.family)
     random = str(manifest.source.get("kind")) == "arch"
     weights = RANDOM if random else TRAINED
     bundles = dict.fromkeys(readers, order.target)
     return Materials(order.target, weights, None, bundles, size, rows, parts, feeds, roles)
 
 
-def _rows_per_image(time_cond_dim: int | None, guidance: float) -> int:
-    """Two with classifier-free guidance, one without or if guidance is an embedding."""
-    return 2 if guidance > 1 and time_cond_dim is None else 1
+def _rows_per_image(family: Family, guidance: float) -> int:
+    """Two with classifier-free guidance, one without or if the model takes none or takes it as an input."""
+    return 2 if guidance > 1 and family.guided and not family.takes_guidance else 1
 
 
 def _facts(pipeline: Pipeline, name: str, size: int) -> dict[str, Any]:
     from diffship.models.walks.cost import cost
 
-    found = cost(pipeline.components[name], _sizes(pipeline.family.vae_factor, size, 1))
+    part = pipeline.components[name]
+    found = cost(part, _sizes(pipeline.family, size, 1, part.smallest_sizes().get(_TEXT, 77)))
     macs = {"conv_linear_macs": found.conv_linear_macs, "attention_macs": found.attention_macs}
     return {"parameters": found.params, **macs}
 
 
-def _sizes(vae_factor: int, size: int, batch: int) -> dict[str, int]:
-    latent = {f"{prefix}{side}": size // vae_factor for prefix in ("", "latent_") for side in ("height", "width")}
+def _sizes(family: Family, size: int, batch: int, text: int = 77) -> dict[str, int]:
+    """Sizes of the axes of all parts for pictures of `size` pixels a side and texts of `text` tokens."""
+    latent = {f"latent_{side}": size // family.kind.decoder_factor(family) for side in ("height", "width")}
     pixels = {f"{prefix}{side}": size for prefix in ("image_", "sample_") for side in ("height", "width")}
-    return {"batch_size": batch, "sequence_length": 77, **latent, **pixels}
+    drawn = family.kind.axis_sizes(family, size, size)
+    return {"batch_size": batch, "sequence_length": text, **latent, **pixels, **drawn}
 
 
 def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str, own: str) -> dict[str, int]:
@@ -210,7 +215,7 @@ def _bytes(folder: Path | None, bundles: Mapping[str, str], name: str, own: str)
 
 
 def _feeds(
-    order: Order, job: Job, parts: Mapping[str, Any], size: int, rows: int, roles: Mapping[str, str]
+    order: Order, job: Job, parts: Mapping[str, Any], size: int, rows: int, roles: Mapping[str, str], family: Family
 ) -> dict[str, dict[str, str]]:
     """Feeds of every wanted part for every batch; a denoiser has `rows` rows per image."""
     from safetensors.numpy import save_file
@@ -221,25 +226,22 @@ def _feeds(
             continue
         for batch in order.batches:
             count = batch * rows if roles[name] == DENOISER else batch
-            arrays = _example(part, count, size)
+            arrays = _example(part, count, size, family)
             key = _digest([order.target, name, count, size, [list(array.shape) for array in arrays.values()]])
             file = job.once(f"feeds-{key}", lambda out, arrays=arrays: save_file(arrays, out))  # type: ignore[misc]
             found.setdefault(name, {})[str(batch)] = str(file)
     return found
 
 
-def _example(part: Any, rows: int, size: int) -> dict[str, Any]:
+def _example(part: Any, rows: int, size: int, family: Family) -> dict[str, Any]:
     """Feeds of a Component, or of a manifest's Part, which has the same specs and no config."""
     import numpy as np
 
-    factor = 8  # of every family there is; the decoder's output spec says so where it differs
-    for spec in part.outputs:
-        scaled = [axis for axis in spec.shape if isinstance(axis, str) and "latent_height * " in axis]
-        factor = int(scaled[0].rpartition(" ")[2]) if scaled else factor
-    sizes = _sizes(factor, size, rows)
     if hasattr(part, "example"):
+        sizes = _sizes(family, size, rows, part.smallest_sizes().get(_TEXT, 77))
         return dict(part.example(0, sizes))
-    rng = np.random.default_rng(0)
+    known = part.golden.sizes if part.golden is not None else {}
+    sizes, rng = _sizes(family, size, rows, known.get(_TEXT, 77)), np.random.default_rng(0)
     return {spec.name: _plain(spec, sizes, rng) for spec in part.inputs}
 
 
@@ -247,7 +249,7 @@ def _plain(spec: Any, sizes: Mapping[str, int], rng: Any) -> Any:
     import numpy as np
 
     shape = spec.resolve(sizes)
-    if spec.name == "input_ids":
+    if spec.name in ("input_ids", "attention_mask"):
         return np.ones(shape, np.int64)
     if spec.name in ("timestep", "time_ids"):
         return np.full(shape, 500.0 if spec.name == "timestep" else float(sizes["image_height"]), np.float32)

@@ -187,7 +187,7 @@ class Onnx:
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
         """Twice the least height by three times the least width: height is not width, no attention has one token."""
-        factors = {"height": 2, "width": 3}
+        factors = {"height": 2, "width": 3, "tokens": 6}  # six times the tokens of the least picture
         sizes = {
             axis: least * factors.get(axis.rpartition("_")[2], 1) for axis, least in component.smallest_sizes().items()
         }

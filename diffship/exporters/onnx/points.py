@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,11 +19,28 @@ def module_outputs(program: torch.export.ExportedProgram) -> dict[str, torch.fx.
     """
     inside: dict[str, set[torch.fx.Node]] = defaultdict(set)
     for node in program.graph.nodes:
+        if _same_tensor(node):
+            continue
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
             inside[_own(str(path))].add(node)
-    found = {path: [node for node in nodes if not nodes.issuperset(node.users)] for path, nodes in inside.items()}
+    found = {path: [node for node in nodes if not nodes.issuperset(_users(node))] for path, nodes in inside.items()}
     single = {path: nodes[0] for path, nodes in found.items() if path and len(nodes) == 1}
     return dict(sorted(single.items(), key=lambda item: -item[0].count(".")))
+
+
+def _users(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Those of `node`, and of what is the same tensor."""
+    for user in node.users:
+        yield from _users(user) if _same_tensor(user) else (user,)
+
+
+def _same_tensor(node: torch.fx.Node) -> bool:
+    """Whether a node converts to the type that its tensor has: whoever reads the tensor later on, outside the module
+    that asks for this, is traced as a reader of such a node."""
+    if str(node.target) != "aten.to.dtype":
+        return False
+    (given,) = node.all_input_nodes
+    return bool(given.meta["val"].dtype == node.meta["val"].dtype)
 
 
 def _own(path: str) -> str:

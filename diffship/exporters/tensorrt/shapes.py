@@ -97,12 +97,11 @@ def _defaults(component: Component, family: Family) -> dict[str, Sizes]:
     found: dict[str, Sizes] = {}
     for place, kind in enumerate(KINDS):
         sizes = dict(component.smallest_sizes())  # the length of a text is always the same
-        for axis in sizes:
-            if axis == "batch_size":
-                sizes[axis] = rows[place]
-            elif axis.endswith(("height", "width")):
-                side = pixels[axis.rpartition("_")[2]][place]
-                sizes[axis] = side if axis.startswith("sample_") else side // family.vae_factor
+        picture = {f"sample_{side}": pixels[side][place] for side in pixels}
+        decoded = {f"latent_{side}": pixels[side][place] // family.kind.decoder_factor(family) for side in pixels}
+        drawn = family.kind.axis_sizes(family, pixels["width"][place], pixels["height"][place])
+        known = {**picture, **decoded, **drawn, "batch_size": rows[place]}
+        sizes.update((axis, known[axis]) for axis in sizes if axis in known)
         found[kind] = sizes
     return found
 

@@ -1,4 +1,8 @@
-"""The `vae_encoder` and `vae_decoder` parts of AutoencoderKL and of the tiny auto-encoder (TAESD)."""
+"""The `vae_encoder` and `vae_decoder` parts of AutoencoderKL, of FLUX.2's and of the tiny auto-encoder (TAESD).
+
+FLUX.2's latents are normalised by the statistics of a batch norm. Both halves hold them and neither runs them, as in
+diffusers: the kind of model does (`latent_statistics`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from diffship.core.dtype import to_float32
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.spec import TensorSpec
@@ -18,14 +23,16 @@ from diffship.models.reduced.widths import KEY
 
 if TYPE_CHECKING:
     import diffusers
+    import numpy as np
     import torch
     from torch import nn
     from torch.nn import Module
 else:
-    diffusers, nn = lazy("diffusers"), lazy("torch.nn")
+    diffusers, np, nn = lazy("diffusers"), lazy("numpy"), lazy("torch.nn")
     Module = lazy_base("torch.nn", "Module")
 
-KL, TINY = "AutoencoderKL", "AutoencoderTiny"
+KL, TINY, FLUX2 = "AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2"
+_NORM = "bn"
 # names of attention tensors before diffusers 0.18; checkpoints on the hub still have them
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -46,7 +53,7 @@ class Encoder(Module):
 
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner = _half(class_name, _stock(config), ("encoder", "quant_conv"))
+        self.inner = _half(class_name, _stock(config), ("encoder", "quant_conv", _NORM))
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
         encoded = self.inner.encoder(sample)
@@ -60,7 +67,7 @@ class Decoder(Module):
 
     def __init__(self, class_name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.inner = _half(class_name, _of_decoder(config), ("decoder", "post_quant_conv"))
+        self.inner = _half(class_name, _of_decoder(config), ("decoder", "post_quant_conv", _NORM))
 
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
         if hasattr(self.inner, "post_quant_conv"):
@@ -74,11 +81,11 @@ def autoencoder(
     """(vae_encoder, vae_decoder) over one set of weights.
 
     Raises:
-        UnsupportedError: another class than AutoencoderKL or AutoencoderTiny.
+        UnsupportedError: another class than AutoencoderKL, AutoencoderKLFlux2 or AutoencoderTiny.
         SourceError: what stands under `diffship` in its config is not known here, or does not fit the rest.
     """
-    if class_name not in (KL, TINY):
-        raise UnsupportedError(f"vae: {class_name} is not supported; legal: {KL}, {TINY}")
+    if class_name not in (KL, TINY, FLUX2):
+        raise UnsupportedError(f"vae: {class_name} is not supported; legal: {KL}, {FLUX2}, {TINY}")
     check_narrow(class_name, config)
     weights = renamed(weights, {_current(name): name for name in weights.names()})
     factor, latents = vae_factor(class_name, config), int(config.get("latent_channels", 4))
@@ -88,7 +95,7 @@ def autoencoder(
         "float32",
         (
             "batch_size",
-            latents * (2 if class_name == KL else 1),
+            latents * (1 if class_name == TINY else 2),
             f"sample_height / {factor}",
             f"sample_width / {factor}",
         ),
@@ -152,9 +159,26 @@ def scaling_factor(class_name: str, config: Mapping[str, Any]) -> float:
     return float(config.get("scaling_factor") or (0.18215 if class_name == KL else 1.0))
 
 
+def latent_statistics(config: Mapping[str, Any], weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of FLUX.2's latents, of two by two pixels, by its batch norm.
+
+    Raises:
+        SourceError: the weights lack them, or one is not a finite positive number.
+    """
+    names = [f"{_NORM}.running_{kind}" for kind in ("mean", "var")]
+    missing = [name for name in names if name not in weights.names()]
+    if missing:
+        raise SourceError(f"vae: its weights have no {', '.join(missing)}, the statistics of its latents")
+    mean, variance = (to_float32(weights.read(name), weights.meta(name).dtype) for name in names)
+    deviation = np.sqrt(variance + np.float32(config.get("batch_norm_eps", 1e-4)))
+    if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and deviation.min() > 0):
+        raise SourceError(f"vae: {' and '.join(names)} are not statistics of latents: finite, the variance above zero")
+    return tuple(map(float, mean)), tuple(map(float, deviation))
+
+
 def vae_factor(class_name: str, config: Mapping[str, Any]) -> int:
     """Pixels per latent, along one side."""
-    widths = config.get("block_out_channels" if class_name == KL else "encoder_block_out_channels", (0, 0, 0, 0))
+    widths = config.get("encoder_block_out_channels" if class_name == TINY else "block_out_channels", (0, 0, 0, 0))
     return int(2 ** (len(widths) - 1))
 
 
@@ -162,14 +186,16 @@ def _owning(component: Component) -> Component:
     side = component.name.removeprefix("vae_")
     convolution = {"encoder": "quant_conv", "decoder": "post_quant_conv"}[side]
     prefixes = [f"{side}."]
-    if component.class_name == KL and component.config.get(f"use_{convolution}", True):
+    if component.class_name != TINY and component.config.get(f"use_{convolution}", True):
         prefixes.append(f"{convolution}.")
+    if component.class_name == FLUX2:
+        prefixes.append(f"{_NORM}.")
     names = [name for name in component.weights.names() if name.startswith(tuple(prefixes))]
     return replace(component, weights=subset(component.weights, names))
 
 
 def _half(class_name: str, config: Mapping[str, Any], parts: tuple[str, ...]) -> nn.Module:
-    whole = (diffusers.AutoencoderKL if class_name == KL else diffusers.AutoencoderTiny).from_config(dict(config))
+    whole = getattr(diffusers, class_name).from_config(dict(config))
     half = nn.Module()
     for part in parts:
         module = getattr(whole, part, None)

@@ -149,7 +149,8 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 def weight_metas(module: nn.Module, dtype: str = "float32") -> dict[str, TensorMeta]:
     """{name without `inner.`: TensorMeta} of everything that a part loads; of tied tensors, the first name alone."""
     state = module.state_dict()
-    return {name.removeprefix(INNER): TensorMeta(dtype, tuple(state[name].shape)) for name, *_ in tied(module)}
+    types = {name: dtype if tensor.is_floating_point() else f"{tensor.dtype}"[6:] for name, tensor in state.items()}
+    return {name.removeprefix(INNER): TensorMeta(types[name], tuple(state[name].shape)) for name, *_ in tied(module)}
 
 
 def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, label: str) -> None:

@@ -25,6 +25,9 @@ def draw(
     shape = spec.resolve(sizes)
     if spec.name == "input_ids":
         return _token_ids(shape, rng, config)
+    if spec.name == "attention_mask":
+        lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
+        return (np.arange(shape[1]) < lengths).astype(np.int64)
     if spec.name == "timestep":
         return np.resize(np.array(_TIMESTEPS, np.float32), shape)
     if spec.name == "time_ids":

@@ -24,6 +24,7 @@ else:
     diffusers, torch, Module = lazy("diffusers"), lazy("torch"), lazy_base("torch.nn", "Module")
 
 CLASS = "SD3Transformer2DModel"
+TEXT_TOKENS = 77 + 256  # of both CLIP encoders, and of T5 or the zeros in its place
 _NEEDED = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "pos_embed_max_size")
 _PATCHES, _EMBEDDING, _TEXT = "pos_embed", "time_text_embed", "context_embedder"
 
@@ -58,7 +59,7 @@ def sd3_transformer(config: Mapping[str, Any], weights: Weights, latent_size: in
         raise SourceError(f"transformer: its config has no number for {', '.join(missing)}; is it an {CLASS}?")
     inputs, outputs = _specs(config)
     side = latent_size or int(config.get("patch_size", 2))
-    sizes = {"batch_size": 1, "height": side, "width": side, "sequence_length": 77}
+    sizes = {"batch_size": 1, "height": side, "width": side, "sequence_length": TEXT_TOKENS}
     build = partial(SD3Transformer, dict(config))
     return Component("transformer", CLASS, dict(config), build, weights, inputs, outputs, sizes, walk=sd3_layers)
 

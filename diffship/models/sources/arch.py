@@ -15,9 +15,14 @@ from diffship.core.registry import kinds
 from diffship.core.strict import unknown
 from diffship.core.weights import SeededWeights, TensorMeta
 from diffship.models.assemble import kind_of
+from diffship.models.parts.autoencoder import FLUX2 as FLUX2_VAE
 from diffship.models.parts.autoencoder import KL, TINY, Decoder, Encoder, narrower
 from diffship.models.parts.clip import PLAIN, PROJECTED, TextEncoder
 from diffship.models.parts.component import weight_metas
+from diffship.models.parts.flux2 import CLASS as FLUX2
+from diffship.models.parts.flux2 import Flux2Transformer
+from diffship.models.parts.qwen3 import CLASS as QWEN3
+from diffship.models.parts.qwen3 import Qwen3Encoder
 from diffship.models.parts.sd3 import CLASS as SD3
 from diffship.models.parts.sd3 import SD3Transformer
 from diffship.models.parts.t5 import CLASS as T5
@@ -28,6 +33,8 @@ from diffship.models.pipeline import Material, Module
 from diffship.models.reduced.layouts import LAYOUTS, layout_widths, student_config
 from diffship.models.reduced.widths import KEY, with_widths
 from diffship.models.sources import arch_configs as configs
+from diffship.models.sources import arch_flux2 as flux2
+from diffship.models.sources.qwen_files import qwen_files
 from diffship.models.sources.t5_files import t5_files
 from diffship.models.sources.tokenizer_files import clip_files
 from diffship.sampling.tokenizer import END
@@ -53,12 +60,15 @@ _SHARED = {
     "tiny-sdxl": ("tiny-sdxl", "tiny-sdxl", "sdxl"),
     "tiny-refiner": ("tiny-refiner", "tiny-sdxl", "sdxl"),
     "tiny-sd3": ("tiny-sd3", "tiny-sd3", "sd3-medium"),
+    "sd35-medium": ("sd3-medium", "sd3-medium", "sd3-medium"),
+    "sd35-large": ("sd3-medium", "sd3-medium", "sd3-medium"),
+    "tiny-flux2": ("tiny-flux2", "tiny-flux2", "flux2-klein-4b"),
 }
 # published reductions by the architecture that they reduce; BK-SDM has a second series, made of SD 2.1 base
 _TEACHERS = {name: "sd15" if layout.levels == 4 else "sdxl" for name, layout in LAYOUTS.items()}
 _SECOND = {name.replace("bk-", "bk-v2-"): name for name in LAYOUTS if name.startswith("bk-")}
 _TEACHERS |= dict.fromkeys(_SECOND, "sd21-base")
-NAMES = (*configs.UNETS, *configs.TRANSFORMERS, *_TEACHERS)
+NAMES = (*configs.UNETS, *configs.TRANSFORMERS, *flux2.TRANSFORMERS, *_TEACHERS)
 
 
 def arch_material(text: str) -> Material:
@@ -70,7 +80,8 @@ def arch_material(text: str) -> Material:
     name, suffixes = parse_arch(text)
     class_name, config, name = _denoiser(name, suffixes)
     text_of, vae_of, scheduler_of = _SHARED.get(name, (name, name, name))
-    vae_class, vae = (TINY, _taesd(name)) if "taesd" in suffixes else (KL, configs.VAES[vae_of])
+    own_vae = FLUX2_VAE if name in flux2.TRANSFORMERS else KL
+    vae_class, vae = (TINY, _taesd(name, vae_of)) if "taesd" in suffixes else (own_vae, configs.VAES[vae_of])
     vae = {**vae, KEY: {"decoder": list(narrower(vae))}} if "small-vae" in suffixes else vae
     texts = {part: made for part, made in configs.TEXTS[text_of].items() if not (made[0] == T5 and "no-t5" in suffixes)}
     networks = {_folder(class_name): (class_name, config), _folder(vae_class): (vae_class, vae), **texts}
@@ -89,6 +100,8 @@ def _denoiser(name: str, suffixes: Sequence[str]) -> tuple[str, dict[str, Any], 
     """Class and config of the denoiser, and the architecture whose other parts it has."""
     if name in configs.TRANSFORMERS:
         return SD3, dict(configs.TRANSFORMERS[name]), name
+    if name in flux2.TRANSFORMERS:
+        return FLUX2, dict(flux2.TRANSFORMERS[name]), name
     unet, name = _unet(name), _TEACHERS.get(name, name)
     if "lcm" in suffixes:
         unet.setdefault("time_cond_proj_dim", 32 if name.startswith("tiny") else 256)
@@ -101,18 +114,20 @@ def _folder(class_name: str) -> str:
 
 
 def _module(class_name: str, config: Mapping[str, Any], seed: int) -> Module:
-    text = class_name in (PLAIN, PROJECTED, T5)
+    text = class_name in (PLAIN, PROJECTED, T5, QWEN3)
     named = {**config, "architectures": [class_name]} if text else {**config, "_class_name": class_name}
     return Module(class_name, named, _ArchWeights(_builds(class_name, config), seed))
 
 
 def _builds(class_name: str, config: Mapping[str, Any]) -> list[Callable[[], nn.Module]]:
     """What makes the networks of a module, one after the other."""
-    if class_name in (KL, TINY):
+    if class_name in (KL, TINY, FLUX2_VAE):
         return [partial(half, class_name, config) for half in (Encoder, Decoder)]
     if class_name in (PLAIN, PROJECTED):
         return [partial(TextEncoder, config, class_name == PROJECTED, False)]
-    return [partial({UNET: UNet, SD3: SD3Transformer, T5: T5Encoder}[class_name], config)]
+    if class_name == QWEN3:  # a folder has the layers that are not read, too
+        return [partial(Qwen3Encoder, config, whole=True)]
+    return [partial({UNET: UNet, SD3: SD3Transformer, FLUX2: Flux2Transformer, T5: T5Encoder}[class_name], config)]
 
 
 def _unet(name: str) -> dict[str, Any]:
@@ -130,6 +145,7 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     if name not in NAMES:
         raise SourceError(f"{text}: {unknown('architecture', name, NAMES)}")
     legal = [suffix for suffix in SUFFIXES if suffix != ("lcm" if name in configs.TRANSFORMERS else "no-t5")]
+    legal = [] if name in flux2.TRANSFORMERS else legal
     for suffix in suffixes:
         if suffix not in legal:
             raise SourceError(f"{text}: {unknown('suffix', suffix, legal)}")
@@ -138,9 +154,9 @@ def parse_arch(text: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(suffixes)
 
 
-def _taesd(name: str) -> dict[str, Any]:
+def _taesd(name: str, vae_of: str) -> dict[str, Any]:
     size = "tiny" if name.startswith("tiny") else "full"
-    latents = configs.VAES[name]["latent_channels"] if name in configs.TRANSFORMERS else 4
+    latents = configs.VAES[vae_of]["latent_channels"] if name in configs.TRANSFORMERS else 4
     return {**configs.TAESD[size], "latent_channels": latents}
 
 
@@ -165,8 +181,9 @@ def _tokenizers(modules: Mapping[str, Module]) -> dict[str, dict[str, bytes]]:
 def _tokenizer(module: Module) -> dict[str, bytes]:
     """OpenAI's CLIP, which has quick_gelu, pads with its end token, and the OpenCLIP models with "!"."""
     size = int(module.config["vocab_size"])
-    if module.class_name == T5:
-        return t5_files(size)
+    made = {T5: t5_files, QWEN3: qwen_files}.get(module.class_name)
+    if made is not None:
+        return made(size)
     return clip_files(size, END if module.config["hidden_act"] == "quick_gelu" else "!")
 
 

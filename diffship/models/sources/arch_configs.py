@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffship.models.sources import arch_flux2 as flux2
+
 Config = dict[str, Any]
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 _CROSS_UP, _PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -102,7 +104,7 @@ UNETS: dict[str, Config] = {
     "tiny-refiner": {**_REFINER_UNET, **_TINY_REFINER},
 }
 
-# SD3 medium's, as on the hub; one test size of it, with the whole table of positions
+# SD3 medium's and 3.5's, as on the hub; one test size, with the whole table of positions
 _SD3: Config = {
     "attention_head_dim": 64,
     "caption_projection_dim": 1536,
@@ -125,7 +127,20 @@ _TINY_SD3 = {
     "pooled_projection_dim": 80,
     "sample_size": 8,
 }
-TRANSFORMERS: dict[str, Config] = {"sd3-medium": _SD3, "tiny-sd3": {**_SD3, **_TINY_SD3}}
+_SD35_MEDIUM = {**_SD3, "dual_attention_layers": list(range(13)), "pos_embed_max_size": 384, "qk_norm": "rms_norm"}
+_SD35_LARGE = {
+    **_SD3,
+    "caption_projection_dim": 2432,
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "qk_norm": "rms_norm",
+}
+TRANSFORMERS: dict[str, Config] = {
+    "sd3-medium": _SD3,
+    "sd35-medium": _SD35_MEDIUM,
+    "sd35-large": _SD35_LARGE,
+    "tiny-sd3": {**_SD3, **_TINY_SD3},
+}
 
 
 def _clip(width: int, layers: int, heads: int, act: str, projection: int, **more: Any) -> Config:
@@ -195,6 +210,7 @@ TEXTS: dict[str, dict[str, tuple[str, Config]]] = {
         "text_encoder_2": (PROJECTED, _TINY_G),
         "text_encoder_3": (T5, _TINY_T5),
     },
+    **{name: {"text_encoder": made} for name, made in flux2.TEXTS.items()},
 }
 SEEDS = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 5, "unet": 3, "transformer": 3, "vae": 4}
 
@@ -234,6 +250,7 @@ VAES: dict[str, Config] = {
     "tiny-sdxl": {**_TINY_KL, "scaling_factor": 0.13025},
     "sd3-medium": {**_KL, **_SD3_LATENTS, "sample_size": 1024},
     "tiny-sd3": {**_TINY_KL, **_SD3_LATENTS},
+    **flux2.VAES,
 }
 
 
@@ -288,6 +305,7 @@ SCHEDULERS: dict[str, Config] = {
     "sd21-base": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sdxl": _EULER,
     "sd3-medium": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    "flux2-klein-4b": flux2.SCHEDULER,
 }
 LCM_SCHEDULER: Config = {
     **_BETAS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ _TEXT_CONFIGS = {
     "CLIPTextModel": "CLIPTextConfig",
     "CLIPTextModelWithProjection": "CLIPTextConfig",
     "T5EncoderModel": "T5Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
 }
 # Of every network that is run here the config says this itself; without it a file is likely no such config at all.
 _STATED = {"UNet2DConditionModel": ("block_out_channels",)}
@@ -41,8 +43,9 @@ def class_defaults(class_name: str) -> dict[str, Any]:
     """
     if class_name in _TEXT_CONFIGS:
         config = getattr(transformers, _TEXT_CONFIGS[class_name])
-        made = config()
-        return {key: getattr(made, key) for key in vars(config)["__annotations__"]}
+        # as declared: what the class derives from other keys (a list with an entry per layer) is left to it
+        declared = {one.name: one.default for one in fields(config)}
+        return {key: declared[key] for key in vars(config)["__annotations__"]}
     network = getattr(diffusers, class_name, None)
     if network is None:  # a kind of model may bring a network of its own
         return {}

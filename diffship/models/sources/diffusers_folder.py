@@ -197,8 +197,8 @@ def check_index(index: Mapping[str, Any], path: Path) -> None:
     strange = [[name for name in kind.foreign if listed(index, name)] for kind in fitting]
     if all(strange):
         raise UnsupportedError(
-            f"{path}: has a {strange[0][0]}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM) and "
-            "Stable Diffusion 3"
+            f"{path}: has a {strange[0][0]}; supported are U-Net pipelines (Stable Diffusion, SDXL, LCM), "
+            "Stable Diffusion 3 and FLUX.2-klein"
         )
 
 

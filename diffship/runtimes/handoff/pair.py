@@ -26,7 +26,12 @@ _FACTS = {  # of the family: what a trajectory's arrays are made of and what the
     "unet_channels": "U-Net input channels",
 }
 _TEXT = ("text_width", "pooled_width", "time_ids")  # of _FACTS: what a model that encodes the prompt itself may have
-_SCALE = {"scaling_factor": "latent scale", "shift_factor": "latent shift"}
+_SCALE = {
+    "scaling_factor": "latent scale",
+    "shift_factor": "latent shift",
+    "latents_mean": "latent mean",
+    "latents_std": "latent deviation",
+}
 
 
 class Facts(Protocol):

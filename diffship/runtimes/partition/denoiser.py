@@ -56,7 +56,7 @@ class Partitioned:
         self._course = None  # unless all goes well
         rows = course.prediction(batch[0].step - self._begin, lambda task: self._feeds(batch, task))
         self._course, self._before = course, tuple(batch)
-        return guide(batch, rows)
+        return guide(batch, self._kind.unpack_output(rows, batch[0].latents.shape))
 
     def close(self) -> None:
         """End the threads; the runners are the caller's."""

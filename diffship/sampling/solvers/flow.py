@@ -31,7 +31,9 @@ class FlowSampler(LevelSampler):
 
     A static `shift` is a factor of noise to signal, s / (1 - s). A dynamic one grows with the picture: `mu`, its
     logarithm, is linear in the number of tokens. `mu` is no key of diffusers' configs (there it is an argument of
-    `set_timesteps`); it is filled in when a request is settled, and travels with the trajectory.
+    `set_timesteps`); it is filled in when a request is settled, and travels with the trajectory. So is `last_level`,
+    for pipelines that hand levels from 1 to `last_level`, evenly spaced, to `set_timesteps` (FLUX); None stands for the
+    levels of training.
     """
 
     num_train_timesteps: int = field(default=1000, metadata=bounds(2, 10_000))
@@ -47,6 +49,7 @@ class FlowSampler(LevelSampler):
     use_beta_sigmas: bool = False
     time_shift_type: str = field(default="exponential", metadata=choices("exponential", "linear"))
     mu: float | None = field(default=None, metadata=bounds(-50.0, 50.0))
+    last_level: float | None = field(default=None, metadata=bounds(1e-6, 1.0))
 
     process_kind: ClassVar[str] = "flow"
     refused: ClassVar[Mapping[str, bool]] = {"invert_sigmas": False}
@@ -102,7 +105,9 @@ class FlowSampler(LevelSampler):
         return levels if grid is None else grid(float(levels[-1]), float(levels[0]), steps)
 
     def _ends(self) -> tuple[float, float]:
-        """The first and last level of training, which diffusers shifts, if statically, before the levels between."""
+        """The first and last level before the shift. Those of training diffusers shifts, if statically, beforehand."""
+        if self.last_level is not None:
+            return 1.0, self.last_level
         times: F32 = np.array([self.num_train_timesteps, 1], np.float32)
         ends = times / np.float32(self.num_train_timesteps)
         if not self.use_dynamic_shifting:

@@ -148,9 +148,29 @@ def split(t: Translation, x: Any, sizes: Any, axis: int = 0) -> list[Value]:
     found = t.value(x)
     lengths = [shape[axis] for shape in t.shapes]
     if not all(isinstance(length, int) for length in lengths):
-        raise UnsupportedError("a split along a free axis has no ONNX form here")
+        return _slices(t, found, axis)
     outputs = [(found.dtype, shape) for shape in t.shapes]
     return t.graph.emit_many("Split", [found.name, t.sizes(lengths)], outputs, axis=axis)
+
+
+def _slices(t: Translation, x: Value, axis: int) -> list[Value]:
+    """The pieces of a free axis one by one: TensorRT takes no Split whose lengths are computed."""
+    pieces, start = [], t.graph.ints([0])
+    for i, shape in enumerate(t.shapes):
+        last = i + 1 == len(t.shapes)
+        end = (
+            t.graph.ints([_END])
+            if last
+            else t.emit("Add", start, t.sizes([_size(shape[axis])]), dtype="int64", shape=(1,)).name
+        )
+        ends = (start, end, t.graph.ints([axis]), t.graph.ints([1]))
+        pieces.append(t.emit("Slice", x, *ends, dtype=x.dtype, shape=shape))
+        start = end
+    return pieces
+
+
+def _size(dim: Dim) -> int | Size:
+    return dim if isinstance(dim, int) else Size(dim)
 
 
 @implements("aten.cat.default", "aten.concat.default")
