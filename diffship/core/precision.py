@@ -31,6 +31,7 @@ class Precision:
         such as sinusoids of timesteps, stay in float32.
     ports: dtype of float inputs and outputs; float32 for bf16, which numpy does not have.
     on_cpu: whether engines on a CPU compute it. If not, a part is proved in float32 arithmetic on its rounded weights.
+    palette_bits: bits of an index into a table of weights; 0 if weights are stored one by one.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Precision:
     activations: str
     ports: str
     on_cpu: bool = True
+    palette_bits: int = 0
 
     @property
     def lossless(self) -> bool:
@@ -50,7 +52,7 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one stored weight."""
+        """Bytes of one stored weight, at the most."""
         return TensorMeta(self.weights, ()).nbytes
 
     def for_range(self, wide: bool) -> Precision:
@@ -84,10 +86,16 @@ FP32 = Precision("fp32", "float32", "float32", "float32")
 FP16 = Precision("fp16", "float16", "float16", "float16")
 BF16 = Precision("bf16", "bfloat16", "bfloat16", "float32", on_cpu=False)
 PRECISIONS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
+# Weights as indices of a few bits into tables of float16; arithmetic in float16. Of Core ML alone.
+PALETTES: Mapping[str, Precision] = {
+    f"palette{bits}": Precision(f"palette{bits}", "float16", "float16", "float16", palette_bits=bits)
+    for bits in (8, 6, 4, 2)
+}
+_ALL = {**PRECISIONS, **PALETTES}
 
 
 def precision_of(name: str) -> Precision:
     """The precision called `name`; raises ConfigError, with the nearest legal name, for any other name."""
-    if name not in PRECISIONS:
-        raise ConfigError(unknown("precision", name, PRECISIONS))
-    return PRECISIONS[name]
+    if name not in _ALL:
+        raise ConfigError(unknown("precision", name, _ALL))
+    return _ALL[name]
