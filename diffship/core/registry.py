@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from diffship.core.kind import Kind
 
 EXPORTERS: dict[str, str] = {
-    "coreml": "diffship.exporters.coreml:CoreMl",
     "onnx": "diffship.exporters.onnx:Onnx",
     "tensorrt": "diffship.exporters.tensorrt:TensorRt",
+    "coreml": "diffship.exporters.coreml:CoreMl",
 }
 # How the file that an engine opens, the first of a part, is named in a bundle for that target.
-MODEL_FILES: dict[str, str] = {"coreml": ".mlmodel", "onnx": ".onnx", "tensorrt": ".plan"}
+MODEL_FILES: dict[str, str] = {"onnx": ".onnx", "tensorrt": ".plan", "coreml": ".mlmodel"}
 # By the name of the family in manifests. A source is of the first kind that recognises it.
 KINDS: dict[str, str] = {
     "sd": "diffship.kinds.sd:StableDiffusion",
@@ -28,10 +28,10 @@ KINDS: dict[str, str] = {
     "sd3": "diffship.kinds.sd3:StableDiffusion3",
 }
 RUNNERS: dict[str, str] = {
-    "mil": "diffship.runtimes.engines.mil:MilRunner",
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.engines.openvino:OpenVinoRunner",
     "tensorrt": "diffship.runtimes.engines.tensorrt:TensorRtRunner",
+    "mil": "diffship.runtimes.engines.mil:MilRunner",
     "torch": "diffship.runtimes.engines.torch:TorchRunner",
 }
 SAMPLERS: dict[str, str] = {

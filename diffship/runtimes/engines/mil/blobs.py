@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from diffship.core.errors import BundleError
-from diffship.runtimes.engines.mil.program import BITS, Blob, from_bytes, storage
+from diffship.targets.coreml.program import BITS, Blob, from_bytes, storage
 
 _MARK, _VERSION, _ALIGN = 0xDEADBEEF, 2, 64
 _HEADER, _METADATA = struct.Struct("<II"), struct.Struct("<IIQQ")

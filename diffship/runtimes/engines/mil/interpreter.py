@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diffship.core.errors import BundleError, RunnerError, UnsupportedError
 from diffship.runtimes.engines.mil.blobs import Blobs
 from diffship.runtimes.engines.mil.operators import OPERATORS, parameters
-from diffship.runtimes.engines.mil.program import Blob, Named, Operation, Program, Reference
+from diffship.targets.coreml.program import Blob, Named, Operation, Program, Reference
 
 Array: TypeAlias = NDArray[Any]
 _CONSTANT = ("const", "constexpr_")  # beginnings of the kinds that are computed when a file is opened

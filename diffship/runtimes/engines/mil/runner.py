@@ -14,7 +14,7 @@ from diffship.core.strict import bounded, choices
 from diffship.runtimes.engines.engine import Probe, Session, package_version
 from diffship.runtimes.engines.mil.blobs import Blobs
 from diffship.runtimes.engines.mil.interpreter import Interpreter
-from diffship.runtimes.engines.mil.program import Named, TensorType, read_program
+from diffship.targets.coreml.program import Named, TensorType, read_program
 
 DECLARED, WIDE = "declared", "fp32"
 

@@ -13,9 +13,10 @@ from diffship.runtimes.engines.mil.operators.table import Array, bools, bounded_
 
 @operator("reshape")
 def reshape(x: Array, shape: Any) -> Array:
-    """A size of 0 is that of `x` on the same axis, one of -1 what is left."""
-    sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(ints(shape))]
-    return x.reshape(sizes)
+    """A size of 0 is that of `x` on the same axis, counted from the last one, or 1 beyond its axes; -1: what is left."""
+    wanted = ints(shape)
+    own = [1] * (len(wanted) - x.ndim) + list(x.shape[-len(wanted) :] if wanted else ())
+    return x.reshape([own[i] if size == 0 else size for i, size in enumerate(wanted)])
 
 
 @operator("transpose")

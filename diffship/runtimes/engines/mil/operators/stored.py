@@ -8,7 +8,7 @@ import numpy as np
 
 from diffship.core.errors import UnsupportedError
 from diffship.runtimes.engines.mil.operators.table import Array, bounded_shape, ints, operator
-from diffship.runtimes.engines.mil.program import unpacked
+from diffship.targets.coreml.program import unpacked
 
 _F = np.float32
 
