@@ -33,7 +33,17 @@ BATCH = 2  # samples of a golden call, at different timesteps: one value for all
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
-_PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "coremltools", "numpy", "safetensors")
+_PACKAGES = (
+    "diffship",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "coremltools",
+    "numpy",
+    "safetensors",
+)
 
 
 AnyExporter: TypeAlias = "Exporter | BuiltFromGraph | Packaging"

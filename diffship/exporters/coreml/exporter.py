@@ -64,7 +64,7 @@ class CoreMl:
     proved_here: ClassVar[bool] = True  # by the engine mil, which runs on any machine
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
-    precision: str = _option("of weights and arithmetic; paletteN: tables of 2**N weights", "fp16", choices(*PRECISIONS))
+    precision: str = _option("of weights and arithmetic; paletteN: tables of 2**N", "fp16", choices(*PRECISIONS))
     attention: str = _option("split-einsum for the Neural Engine, original for GPUs", FORMS[1], choices(*FORMS))
     width: int = _option("of the picture, in pixels; 0: the model's own", 0, bounds(0, 4096))
     height: int = _option("of the picture, in pixels; 0: as wide as it is, or the model's own", 0, bounds(0, 4096))

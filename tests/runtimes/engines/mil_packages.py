@@ -27,7 +27,6 @@ def coremltools() -> Any:
         warnings.simplefilter("ignore")
         logging.getLogger("coremltools").setLevel(logging.ERROR)
         import coremltools
-
         import coremltools.optimize.coreml
 
         return coremltools

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("coremltools")
+import torch
 from mil_packages import Pair, compare, convert, opened, require_near
 from torch.nn import functional as F
 
@@ -105,7 +106,11 @@ def test_moving_cutting_and_joining(tmp_path: Path) -> None:
         (lambda mb, x, i: mb.split(x=x, num_splits=2, axis=-2)[0], lambda x, i: x[:, :, :3]),
         (
             lambda mb, x, i: mb.slice_by_index(
-                x=x, begin=(0, 2, -4, 0), end=(0, 3, 0, 4), stride=(1, 1, 1, 2), end_mask=(True, False, True, False),
+                x=x,
+                begin=(0, 2, -4, 0),
+                end=(0, 3, 0, 4),
+                stride=(1, 1, 1, 2),
+                end_mask=(True, False, True, False),
                 squeeze_mask=(False, True, False, False),
             ),
             lambda x, i: x[:, 2, -4:, 0:4:2],
@@ -125,9 +130,18 @@ def test_moving_cutting_and_joining(tmp_path: Path) -> None:
             lambda x, i: torch.gather(x[:, :1, :, :1], 2, i.long().reshape(1, 1, 3, 1)),
         ),
         (lambda mb, x, i: mb.tile(x=x, reps=(2, 1, 1, 3)), lambda x, i: x.repeat(2, 1, 1, 3)),
-        (lambda mb, x, i: mb.pad(x=x, pad=(1, 2, 0, 1), constant_val=0.5), lambda x, i: F.pad(x, (0, 1, 1, 2), value=0.5)),
-        (lambda mb, x, i: mb.pad(x=x, pad=(2, 1, 1, 2), mode="reflect"), lambda x, i: F.pad(x, (1, 2, 2, 1), "reflect")),
-        (lambda mb, x, i: mb.pad(x=x, pad=(1, 1, 2, 1), mode="replicate"), lambda x, i: F.pad(x, (2, 1, 1, 1), "replicate")),
+        (
+            lambda mb, x, i: mb.pad(x=x, pad=(1, 2, 0, 1), constant_val=0.5),
+            lambda x, i: F.pad(x, (0, 1, 1, 2), value=0.5),
+        ),
+        (
+            lambda mb, x, i: mb.pad(x=x, pad=(2, 1, 1, 2), mode="reflect"),
+            lambda x, i: F.pad(x, (1, 2, 2, 1), "reflect"),
+        ),
+        (
+            lambda mb, x, i: mb.pad(x=x, pad=(1, 1, 2, 1), mode="replicate"),
+            lambda x, i: F.pad(x, (2, 1, 1, 1), "replicate"),
+        ),
         (
             lambda mb, x, i: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=3),
             lambda x, i: F.interpolate(x, scale_factor=(2, 3)),
@@ -191,7 +205,12 @@ def test_products_and_pooling(tmp_path: Path) -> None:
     pairs: list[Pair] = [
         (
             lambda mb, x: mb.conv(
-                x=x, weight=weight.numpy(), bias=bias.numpy()[:4], strides=(2, 1), pad_type="custom", pad=(1, 1, 0, 0),
+                x=x,
+                weight=weight.numpy(),
+                bias=bias.numpy()[:4],
+                strides=(2, 1),
+                pad_type="custom",
+                pad=(1, 1, 0, 0),
                 dilations=(1, 2),
             ),
             lambda x: F.conv2d(x, weight, bias[:4], (2, 1), (1, 0), (1, 2)),
@@ -221,7 +240,11 @@ def test_products_and_pooling(tmp_path: Path) -> None:
         ),
         (
             lambda mb, x: mb.avg_pool(
-                x=x, kernel_sizes=(3, 3), strides=(2, 2), pad_type="custom", pad=(1, 1, 1, 1),
+                x=x,
+                kernel_sizes=(3, 3),
+                strides=(2, 2),
+                pad_type="custom",
+                pad=(1, 1, 1, 1),
                 exclude_padding_from_average=True,
             ),
             lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
@@ -279,7 +302,9 @@ class Causal(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("build", "shape"), [(Residual, (1, 8, 9, 7)), (Causal, (2, 6, 16))])
-def test_modules_that_the_exporter_never_saw(build: type[torch.nn.Module], shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_modules_that_the_exporter_never_saw(
+    build: type[torch.nn.Module], shape: tuple[int, ...], tmp_path: Path
+) -> None:
     torch.manual_seed(SEED)
     module, x = build().eval(), random(*shape)
     found = opened(convert(module, (x,)), tmp_path).run({"in_0": x.numpy()})

@@ -116,7 +116,9 @@ def gelu(x: Array, mode: Any = "EXACT") -> Array:
         return _F(0.5) * x * (_F(1) + np.tanh(inner))
     if mode == "SIGMOID_APPROXIMATION":
         return x * sigmoid(_F(1.702) * x)
-    raise UnsupportedError(f"gelu has the mode {str(mode)[:40]!r}; legal: EXACT, TANH_APPROXIMATION, SIGMOID_APPROXIMATION")
+    raise UnsupportedError(
+        f"gelu has the mode {str(mode)[:40]!r}; legal: EXACT, TANH_APPROXIMATION, SIGMOID_APPROXIMATION"
+    )
 
 
 @operator("select")
@@ -127,7 +129,16 @@ def select(cond: Array, a: Array, b: Array) -> Array:
 @operator("cast")
 def cast(x: Array, dtype: Any) -> Array:
     """Float types are all float32 here; the interpreter rounds what the program calls float16."""
-    names = {"fp16": "f4", "fp32": "f4", "bool": "?", "int32": "i4", "int16": "i2", "uint16": "u2", "int8": "i1", "uint8": "u1"}
+    names = {
+        "fp16": "f4",
+        "fp32": "f4",
+        "bool": "?",
+        "int32": "i4",
+        "int16": "i2",
+        "uint16": "u2",
+        "int8": "i1",
+        "uint8": "u1",
+    }
     if dtype not in names:
         raise UnsupportedError(f"cast to {str(dtype)[:40]!r}; legal: {', '.join(names)}")
     return x.astype(names[str(dtype)])

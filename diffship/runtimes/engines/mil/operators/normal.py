@@ -53,7 +53,9 @@ def softmax(x: Array, axis: Any = -1) -> Array:
 
 
 @operator("layer_norm")
-def layer_norm(x: Array, axes: Any, gamma: Array | None = None, beta: Array | None = None, epsilon: Any = 1e-5) -> Array:
+def layer_norm(
+    x: Array, axes: Any, gamma: Array | None = None, beta: Array | None = None, epsilon: Any = 1e-5
+) -> Array:
     """Ba et al. 2016 (arXiv 1607.06450); gamma and beta have the shape of the normalized axes."""
     places = sorted(axis % x.ndim for axis in ints(axes))
     shape = [size if i in places else 1 for i, size in enumerate(x.shape)]

@@ -13,7 +13,7 @@ from diffship.runtimes.engines.mil.operators.table import Array, bools, bounded_
 
 @operator("reshape")
 def reshape(x: Array, shape: Any) -> Array:
-    """A size of 0 is that of `x` on the same axis, counted from the last one, or 1 beyond its axes; -1: what is left."""
+    """A size of 0 is that of `x` on the same axis, counted from the last one (1 beyond its axes); -1: what is left."""
     wanted = ints(shape)
     own = [1] * (len(wanted) - x.ndim) + list(x.shape[-len(wanted) :] if wanted else ())
     return x.reshape([own[i] if size == 0 else size for i, size in enumerate(wanted)])
@@ -142,7 +142,7 @@ def pad(x: Array, pad: Any, mode: Any = "constant", constant_val: Any = 0.0) -> 
 
 @operator("upsample_nearest_neighbor")
 def upsample_nearest_neighbor(x: Array, scale_factor_height: Any = 1, scale_factor_width: Any = 1) -> Array:
-    height, width = (int(size * float(f)) for size, f in zip(x.shape[-2:], (scale_factor_height, scale_factor_width)))
+    height, width = int(x.shape[-2] * float(scale_factor_height)), int(x.shape[-1] * float(scale_factor_width))
     return resize_nearest_neighbor(x, height, width)
 
 
