@@ -98,7 +98,7 @@ def test_the_reader_sees_what_coremltools_sees(bundle: Bundle) -> None:
     module = small_pipeline().components["unet"].module()
     stored = {tuple(np.unique(tensor.half().numpy())) for tensor in module.state_dict().values()}
     found = [tuple(np.unique(blobs.read(blob))) for blob in held if blob.type.count > 2000]
-    assert len(found) > 20 and sum(values in stored for values in found) >= len(found) - 2
+    assert len(found) >= 10 and sum(values in stored for values in found) >= len(found) - 2
 
 
 @pytest.mark.slow
@@ -183,13 +183,17 @@ def test_palettes_take_the_bytes_that_their_bits_say(
     part, bits = made.part("text_encoder"), precision_of(precision).palette_bits
     assert part.proof["status"] == "proved"
     component = pipeline.components["text_encoder"]
-    shapes = [component.weights.meta(name).shape for name in component.weights.names()]
+    shapes = {name: component.weights.meta(name).shape for name in component.weights.names()}
+    packed = {name for name, shape in shapes.items() if takes_palette(name, shape)}
+    assert len(packed) == 5, "the tokens, and two large layers of each block"
     predicted = sum(
-        palette_bytes(shape, bits, group) if takes_palette(shape) else 2 * int(np.prod(shape)) for shape in shapes
+        palette_bytes(shape, bits, group) if name in packed else 2 * int(np.prod(shape))
+        for name, shape in shapes.items()
     )
-    blobs = sum(128 for shape in shapes if int(np.prod(shape)) > 16) * 2  # metadata, and what is left of 64 bytes
+    predicted += 2 * 77 * 77  # the causal mask
+    blobs = 64 * (len(shapes) + len(packed) + 3)  # metadata of each tensor, table and mask; the file's header
     measured = made.manifest.files[part.files[1]].size
-    assert predicted * 0.97 <= measured <= predicted * 1.03 + blobs
+    assert abs(measured / (predicted + blobs) - 1) < 0.03
 
 
 def test_clusters_are_those_of_lloyd() -> None:

@@ -127,13 +127,13 @@ def quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     from tqdm import tqdm
 
-    shown, tqdm.__init__ = tqdm.__init__, _without_bar(tqdm.__init__)  # type: ignore[method-assign]
+    shown, tqdm.__init__ = tqdm.__init__, _without_bar(tqdm.__init__)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        tqdm.__init__ = shown  # type: ignore[method-assign]
+        tqdm.__init__ = shown
         log.setLevel(level)
 
 

@@ -162,7 +162,8 @@ class CoreMl:
         model = converted(self._native(held, order), order)
         operations = histogram(model)
         if self.format.palette_bits:
-            model = palettize(model, self.group)
+            with quiet():
+                model = palettize(model, self.group)
         save(model, out / package_name(component.name))
         job.progress(f"convert {component.name}", 1, 1)
         extra = {

@@ -158,9 +158,10 @@ def all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads
 def each_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, chunk: int) -> torch.Tensor:
     """The same head by head; `chunk`: queries at once, 0 for all of them."""
     size, queries = query.shape[1] // heads, query.shape[3]
-    parts = zip(query.split(size, 1), key.transpose(1, 3).split(size, 3), value.split(size, 1), strict=True)
+    sides = ((query, 1), (key.transpose(1, 3), 3), (value, 1))
+    parts = zip(*(torch.split(side, size, axis) for side, axis in sides), strict=True)
     step = chunk if chunk and queries > chunk else queries
-    done = [[_one_head(piece, k, v) for piece in q.split(step, 3)] for q, k, v in parts]
+    done = [[_one_head(piece, k, v) for piece in torch.split(q, step, 3)] for q, k, v in parts]
     return torch.cat([pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3) for pieces in done], 1)
 
 

@@ -43,12 +43,15 @@ class Palettes(Derived):
         if meta.dtype not in FLOATS:
             return array
         half = to_float32(array, meta.dtype).astype(np.float16)
-        return clustered(half, self._bits, self._group) if takes_palette(meta.shape) else half
+        return clustered(half, self._bits, self._group) if takes_palette(name, meta.shape) else half
 
 
-def takes_palette(shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape gets a palette."""
-    return len(shape) > 1 and int(np.prod(shape)) > MIN_COUNT
+def takes_palette(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this name and shape gets a palette: those that are multiplied or looked up, and are large.
+
+    Position embeddings are added, and coremltools has palettes for factors only.
+    """
+    return len(shape) > 1 and int(np.prod(shape)) > MIN_COUNT and not name.endswith("position_embedding.weight")
 
 
 def groups(shape: tuple[int, ...], group: int) -> int:

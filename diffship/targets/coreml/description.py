@@ -58,7 +58,7 @@ def describe(path: Path) -> Description:
     if not model.is_file():
         raise BundleError(f"{path.name} has no {MODEL}")
     program = read_program(model)  # bounds the size of the file first
-    inputs, outputs, metadata = {}, {}, dict[str, str]()
+    inputs, outputs, metadata = dict[str, Feature](), dict[str, Feature](), dict[str, str]()
     for number, _, value in fields(_description(model)):
         if number in (_INPUT, _OUTPUT):
             name, feature = _feature(message(value))

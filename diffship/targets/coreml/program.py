@@ -307,4 +307,5 @@ def unpacked(packed: NDArray[np.uint8], bits: int, count: int, is_signed: bool =
     single = np.unpackbits(packed, count=bits * count, bitorder="little").reshape(count, bits)
     found = (single << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
     top = np.int8(1 << (bits - 1))
-    return (found.astype(np.int8) ^ top) - top if is_signed else found
+    elements: NDArray[Any] = (found.astype(np.int8) ^ top) - top if is_signed else found
+    return elements

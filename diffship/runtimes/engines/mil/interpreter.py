@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -66,7 +66,7 @@ class Interpreter:
                 found: dict[str, Array] = stop.value
                 return found
 
-    def walk(self, feeds: Mapping[str, Array]) -> Iterator[tuple[Operation, Sequence[Array]]]:
+    def walk(self, feeds: Mapping[str, Array]) -> Generator[tuple[Operation, Sequence[Array]], None, dict[str, Array]]:
         """(operation, its results) one by one; what the generator returns at its end are the results of the program."""
         values: dict[str, Any] = {
             port.name: self._rounded(np.asarray(feeds[port.name]), port) for port in self.program.inputs

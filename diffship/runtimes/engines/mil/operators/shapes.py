@@ -124,7 +124,7 @@ def range_1d(end: Any, start: Any, step: Any) -> Array:
     if step == 0:
         raise UnsupportedError("range_1d has a step of 0")
     bounded_shape([max(0, int((end - start) / step) + 1)])
-    return np.arange(start, end, step, np.asarray(start).dtype)
+    return np.arange(float(start), float(end), float(step)).astype(np.asarray(start).dtype)
 
 
 @operator("pad")

@@ -9,15 +9,14 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diffship.core.errors import RunnerError
 from diffship.core.limits import LIMITS
 
-Array = NDArray[Any]
+Array: TypeAlias = Any  # a numpy array; arithmetic on arrays of any type is Any to the type checker
 Function = TypeVar("Function", bound=Callable[..., Any])
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
