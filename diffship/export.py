@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
 from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityError, SourceError, UnsupportedError
@@ -28,7 +28,7 @@ from diffship.core.strict import unknown
 
 if TYPE_CHECKING:
     from diffship.exporters.golden_feeds import GoldenFeeds
-    from diffship.exporters.protocol import BuiltFromGraph, Exporter
+    from diffship.exporters.protocol import BuiltFromGraph, Exporter, Packaging
     from diffship.exporters.staged import StagedFeeds
     from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
@@ -37,14 +37,27 @@ BATCH = 2  # samples of a golden call, at different timesteps: one value for all
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
-_PACKAGES = ("diffship", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "safetensors")
+_PACKAGES = (
+    "diffship",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "coremltools",
+    "numpy",
+    "safetensors",
+)
+
+
+AnyExporter: TypeAlias = "Exporter | BuiltFromGraph | Packaging"
 
 
 @dataclass(frozen=True)
 class _Work:
     """What stays the same for all parts of one export."""
 
-    exporter: Exporter | BuiltFromGraph
+    exporter: AnyExporter
     pipeline: Pipeline
     folder: Path
     job: Job
@@ -107,7 +120,7 @@ def export(
     from diffship.exporters.card import write_card
     from diffship.exporters.staged import check_stages, find_staging, references, staged
 
-    exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
+    exporter: AnyExporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
         raise ConfigError("no folder for the bundle is given; name one with -o DIR")
     require_place(out, overwrite)  # before torch is imported, which takes seconds
@@ -132,6 +145,7 @@ def export(
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
+        truth = _held(exporter, truth)
         work = _Work(
             exporter, pipeline, draft.folder, job, gate, sizes, runs_here, *references(truth, staging, gate // 2)
         )
@@ -142,6 +156,16 @@ def export(
         manifest = replace(manifest, trajectory=drawn, staging=staging)
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
+
+
+def _held(exporter: AnyExporter, pipeline: Pipeline) -> Pipeline:
+    """`pipeline` as torch must compute it to be compared with what `exporter` writes."""
+    from diffship.exporters.protocol import Packaging
+
+    if not isinstance(exporter, Packaging):
+        return pipeline
+    parts = {name: exporter.held(component) for name, component in pipeline.components.items()}
+    return replace(pipeline, components=parts)
 
 
 def _restored(source: str | Path | Pipeline, to: str, out: Path, overwrite: bool, job: Job) -> Bundle:
@@ -210,7 +234,7 @@ def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     return replace(pipeline, components={part.name: part for part in chosen})
 
 
-def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, verify: bool) -> None:
+def _check(exporter: AnyExporter, pipeline: Pipeline, out: Path, verify: bool) -> None:
     """All that can be known to fail, before any work."""
     refuse(exporter.check(pipeline))
     _rehearse(exporter, pipeline)
@@ -223,7 +247,7 @@ def _check(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, out: Path, v
     require_memory(max(map(exporter.memory_bytes, components)), "the export")
 
 
-def _rehearse(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> None:
+def _rehearse(exporter: AnyExporter, pipeline: Pipeline) -> None:
     """Write and read a manifest with everything that the source says of itself.
 
     Raises:
@@ -240,7 +264,7 @@ def _rehearse(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> None:
         ) from None
 
 
-def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
+def _runs_here(exporter: AnyExporter, verify: bool) -> bool:
     """Whether an engine of this machine reads what the exporter writes.
 
     Raises:
@@ -262,7 +286,7 @@ def _runs_here(exporter: Exporter | BuiltFromGraph, verify: bool) -> bool:
 
 
 def _steps(
-    exporter: Exporter | BuiltFromGraph,
+    exporter: AnyExporter,
     whole: Pipeline,
     sizes: dict[str, int] | None,
     verify: bool,
@@ -289,7 +313,7 @@ def _steps(
     return asked
 
 
-def _golden_sizes(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+def _golden_sizes(exporter: AnyExporter, pipeline: Pipeline) -> dict[str, dict[str, int]]:
     parts = pipeline.components.items()
     return {name: exporter.golden_sizes(component, pipeline.family, BATCH) for name, component in parts}
 
@@ -307,9 +331,14 @@ def _made(work: _Work, component: Component, verify: bool) -> Part:
     return _part(work, work.exporter, component, verify)
 
 
-def _part(work: _Work, exporter: Exporter, component: Component, verify: bool) -> Part:
+def _part(work: _Work, exporter: Exporter | Packaging, component: Component, verify: bool) -> Part:
+    from diffship.exporters.protocol import Packaging
+
     started = time.perf_counter()
-    part = exporter.export(component, work.folder, work.job)
+    if isinstance(exporter, Packaging):
+        part = exporter.package(component, work.pipeline, work.folder, work.job)
+    else:
+        part = exporter.export(component, work.folder, work.job)
     seconds = round(time.perf_counter() - started, 2)
     if not verify:
         part = replace(part, proof={"status": "unproven", "reason": "exported with --no-verify"})
@@ -346,13 +375,14 @@ def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, 
         return replace(part, golden=_whole(work, part) if verify else None, proof=proof)
 
 
-def _proved(work: _Work, exporter: Exporter, component: Component, part: Part) -> Part:
+def _proved(work: _Work, exporter: Exporter | Packaging, component: Component, part: Part) -> Part:
     """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
+    from diffship.exporters.protocol import Packaging
     from diffship.runtimes.engines.engine import choose_engine, make_engine
     from diffship.runtimes.proof.verify import check_part
 
     work.job.progress(f"prove {part.name}", 0, 2)
-    part = replace(part, golden=_golden(work, part))
+    part = replace(part, golden=_whole(work, part) if isinstance(exporter, Packaging) else _golden(work, part))
     work.job.progress(f"prove {part.name}", 1, 2)
     engine = make_engine(choose_engine(exporter.name))
     found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
@@ -430,7 +460,7 @@ def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> Go
     return golden
 
 
-def _manifest(exporter: Exporter | BuiltFromGraph, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
+def _manifest(exporter: AnyExporter, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
     recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **asdict(exporter)}]}
     return Manifest(
         target=exporter.name,

@@ -104,6 +104,7 @@ USES = {
         lambda: load(RUNNERS, "onnxruntime")().open([home / "onnx" / "unet" / "model.onnx"]),
     ),
     "openvino": (lambda: load(RUNNERS, "openvino")().open([home / "onnx" / "unet" / "model.onnx"]),),
+    "coreml": (lambda: load(EXPORTERS, "coreml")().check(None),),
 }
 for extra, uses in USES.items():
     for number, use in enumerate(uses):
@@ -141,7 +142,7 @@ def test_every_module_imports_without_the_optional_dependencies() -> None:
 @pytest.mark.slow
 def test_what_needs_an_extra_names_it_when_it_is_used() -> None:
     lines = without_optional(USE).splitlines()
-    assert {line.partition(" ")[0] for line in lines} == {"torch", "onnx", "onnxruntime", "openvino"}
+    assert {line.partition(" ")[0] for line in lines} == {"torch", "onnx", "onnxruntime", "openvino", "coreml"}
     wrong = [line for line in lines if not line.endswith(f"Run: pip install 'diffship[{line.partition(' ')[0]}]'")]
     assert wrong == []
 
@@ -283,7 +284,7 @@ def test_the_guard_lets_model_eval_pass() -> None:
 def test_extras_are_those_of_the_design() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     engines = "onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx"
-    assert set(extras) == set(f"torch onnx edge prune serve plots dev {engines}".split())
+    assert set(extras) == set(f"torch onnx coreml edge prune serve plots dev {engines}".split())
     assert not any("torch" in line for line in extras["edge"] + extras["onnxruntime"])
 
 

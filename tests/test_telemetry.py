@@ -127,6 +127,10 @@ RUNS: dict[str, list[Sequence[str]]] = {
         ("train", "emoji-vae", "--data", "DATA", "-o", "runs", "--steps", "1", "--batch", "1"),
     ],
     "tensorrt": [("export", TINY, "--to", "tensorrt", *CUT, "--sm", "89", "-o", "plans")],
+    "mil": [
+        ("export", TINY, "--to", "coreml", "--parts", "text_encoder", "--width", "64", "-o", "packages"),
+        ("verify", "packages", "--engine", "mil"),
+    ],
     "bench": [
         ("bench", "BUNDLE", *CUT, "--rounds", "1", "--calls", "1", "--plots", "plots", "-o", "r.json"),
     ],
@@ -150,6 +154,7 @@ serving.terminate()
 sys.exit(code or serving.wait(60))
 """
 NEEDS = {"openvino": "openvino", "tensorrt": "tensorrt_rtx_bindings", "bench": "matplotlib", "torch": "torch_pruning"}
+NEEDS["mil"] = "coremltools"
 
 
 def environment(base: Path) -> dict[str, str]:

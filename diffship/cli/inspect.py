@@ -19,10 +19,14 @@ EXAMPLES = """examples:
   diffship inspect out/emoji
   diffship inspect arch:sd15 --size 512
   diffship inspect emoji --json
+  diffship inspect out/emoji-coreml --lint swift
   diffship inspect arch:sdxl --placement --stages 2
   diffship inspect arch:sd15 --placement --stages 3 --cut speed --stride 2 --warm-up 9
   diffship inspect out/tiny-2 --placement --warm-up 3
 """
+
+
+_CLIENTS = "swift, mochi or diffusers-app"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser)
     parser.add_argument("--size", metavar="N|WxH", type=size, help="count the cost at this size (sources only)")
+    parser.add_argument("--lint", metavar="CLIENT", help=f"what a client makes of a Core ML folder: {_CLIENTS}")
     placement.add_arguments(parser)
 
 
@@ -42,6 +47,10 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     placement.check(options)
+    if options.lint:
+        if options.size or options.base or options.revision or options.placement:
+            raise ConfigError("--size, --base, --revision and --placement are for sources; --lint is for folders")
+        return lint_folder(Path(options.what), options.lint)
     if is_bundle(options.what):
         if any([options.size, options.base, options.revision, *load_fields(options).values()]):
             flags = "--size, --base, --revision, --vae, --ema and --prediction"
@@ -92,6 +101,24 @@ def inspect_bundle(folder: Path) -> Result:
         *(f"{', '.join(n for n in weak if weak[n] == text)}: {text}" for text in dict.fromkeys(weak.values()) if text),
     ]
     return Result(document, _join(facts, table(head, rows), parts, manifest.licence))
+
+
+def lint_folder(folder: Path, client: str) -> Result:
+    """What a client of Core ML refuses or leaves out in `folder`, a bundle or a Resources folder."""
+    from diffship.targets.coreml.clients import lint
+
+    findings = lint(folder, client)
+    errors = sum(finding.level == "error" for finding in findings)
+    document = {
+        "kind": "lint",
+        "name": str(folder),
+        "client": client,
+        "passed": not errors,
+        "findings": [finding.to_json() for finding in findings],
+    }
+    lines = [f"{finding.level}: {finding.file}: {finding.text}" for finding in findings]
+    verdict = f"{errors} errors" if errors else "no errors"
+    return Result(document, "\n".join([*lines, f"{folder} for {client}: {verdict}"]), 1 if errors else 0)
 
 
 def inspect_source(pipeline: Any, options: argparse.Namespace) -> Result:

@@ -75,9 +75,9 @@ class Kind(ABC):
     exact_conditions: those that 16 bits do not hold. patch: latent values a side of one token, by which flow matching
     shifts with the size. begins_with_images: whether a picture can begin with an image. image_strength, mask_strength:
     share of the noise that stock pipelines begin with if they are given an image, and a mask too. classes: the
-    diffusers pipelines whose pictures are drawn. foreign: networks of other kinds of models; a folder that has one is not read as this kind without it.
-    file_texts: how the names of each text encoder's tensors begin in checkpoints of one file, by its folder.
-    vae_facts: keys of the config of its published VAE that no tensor tells.
+    diffusers pipelines whose pictures are drawn. foreign: networks of other kinds of models; a folder that has one is
+    not read as this kind without it. file_texts: how the names of each text encoder's tensors begin in checkpoints of
+    one file, by its folder. vae_facts: keys of the config of its published VAE that no tensor tells.
     """
 
     name: ClassVar[str]

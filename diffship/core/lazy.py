@@ -31,6 +31,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "peft": ("peft", "torch"),
     "huggingface_hub": ("huggingface_hub", "torch"),
     "yaml": ("pyyaml", "torch"),
+    "coremltools": ("coremltools", "coreml"),
     "onnx": ("onnx", "onnx"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),

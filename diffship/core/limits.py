@@ -51,6 +51,9 @@ class Limits:
 
     onnx_messages: int = 4_000_000
     onnx_depth: int = 16
+    mil_bytes: int = 256 * MIB  # a program without its weights
+    mil_operations: int = 1_000_000
+    tensor_elements: int = 1 << 31
     recipe_bytes: int = 1 * MIB
     trajectory_bytes: int = 64 * MIB
 

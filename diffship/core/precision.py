@@ -58,6 +58,7 @@ class Precision:
     chosen: packing by the name of a weight, of one part, where a user or a budget has chosen; None if the rule decides.
     inputs: bits of the codes that inputs of those layers are rounded to; 0 if they are not.
     ranges: these codes by the path of a layer, of one part of one calibration. A precision that is looked up has none.
+    palette_bits: bits of an index into a table of weights; 0 if weights are stored one by one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Precision:
     activations: str
     ports: str
     on_cpu: bool = True
+    palette_bits: int = 0
     packing: Packing | None = None
     chosen: Mapping[str, Packing] | None = field(default=None, compare=False, repr=False)
     inputs: int = 0
@@ -98,7 +100,7 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one stored weight that is not packed."""
+        """Bytes of one stored weight that is not packed, at the most."""
         return TensorMeta(self.weights, ()).nbytes
 
     def for_range(self, wide: bool) -> Precision:
@@ -141,10 +143,16 @@ W8A16 = Precision("w8a16", "float32", "float32", "float32", packing=Packing(8), 
 _PACKED = (INT8_WEIGHTS, INT4_WEIGHTS, MIXED_WEIGHTS, INT8, W8A16)
 FLOATS: Mapping[str, Precision] = {precision.name: precision for precision in (FP32, FP16, BF16)}
 PRECISIONS: Mapping[str, Precision] = {**FLOATS, **{one.name: one for one in _PACKED}}
+# Weights as indices of a few bits into tables of float16; arithmetic in float16. Of Core ML alone.
+PALETTES: Mapping[str, Precision] = {
+    f"palette{bits}": Precision(f"palette{bits}", "float16", "float16", "float16", palette_bits=bits)
+    for bits in (8, 6, 4, 2)
+}
+_ALL = {**PRECISIONS, **PALETTES}
 
 
 def precision_of(name: str) -> Precision:
     """The precision called `name`; raises ConfigError, with the nearest legal name, for any other name."""
-    if name not in PRECISIONS:
-        raise ConfigError(unknown("precision", name, PRECISIONS))
-    return PRECISIONS[name]
+    if name not in _ALL:
+        raise ConfigError(unknown("precision", name, _ALL))
+    return _ALL[name]

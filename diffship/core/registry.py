@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 EXPORTERS: dict[str, str] = {
     "onnx": "diffship.exporters.onnx:Onnx",
     "tensorrt": "diffship.exporters.tensorrt:TensorRt",
+    "coreml": "diffship.exporters.coreml:CoreMl",
 }
 # How the file that an engine opens, the first of a part, is named in a bundle for that target.
-MODEL_FILES: dict[str, str] = {"onnx": ".onnx", "tensorrt": ".plan"}
+MODEL_FILES: dict[str, str] = {"onnx": ".onnx", "tensorrt": ".plan", "coreml": ".mlmodel"}
 # By the name of the family in manifests. A source is of the first kind that recognises it.
 KINDS: dict[str, str] = {
     "sd": "diffship.kinds.sd:StableDiffusion",
@@ -31,6 +32,7 @@ RUNNERS: dict[str, str] = {
     "onnxruntime": "diffship.runtimes.engines.onnxruntime:OnnxRuntimeRunner",
     "openvino": "diffship.runtimes.engines.openvino:OpenVinoRunner",
     "tensorrt": "diffship.runtimes.engines.tensorrt:TensorRtRunner",
+    "mil": "diffship.runtimes.engines.mil:MilRunner",
     "torch": "diffship.runtimes.engines.torch:TorchRunner",
 }
 SAMPLERS: dict[str, str] = {

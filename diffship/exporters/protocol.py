@@ -67,6 +67,24 @@ class Bound(Exporter, Protocol):
 
 
 @runtime_checkable
+class Packaging(Target, Protocol):
+    """An exporter whose files have fixed sizes, or hold weights that are not those of the source.
+
+    It says what torch must compute to be compared with them. Parts are proved as wholes, as `Exporter` says.
+    """
+
+    proved_here: ClassVar[bool]
+
+    def held(self, component: Component) -> Component:
+        """The part as its files hold it: weights as they are stored, and those outputs that the target gives."""
+        ...
+
+    def package(self, component: Component, pipeline: Pipeline, out: Path, job: Job) -> Part:
+        """Write the files of a part of `pipeline` below `out`; returns its manifest entry, not proved yet."""
+        ...
+
+
+@runtime_checkable
 class BuiltFromGraph(Target, Protocol):
     """An exporter that builds a part from an ONNX graph, which is proved; what is built is proved where it runs."""
 

@@ -56,6 +56,12 @@ def test_inspect_bundle(command: Any, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.slow
+def test_inspect_lint(command: Any, tmp_path: Path) -> None:
+    document = check(command("inspect", tmp_path, "--lint", "swift"), "inspect")
+    assert document["exit_code"] == 1 and document["kind"] == "lint" and not document["passed"]
+    assert {"vocab.json", "Unet.mlpackage"} <= {finding["file"] for finding in document["findings"]}
+
+
 def test_inspect_source(command: Any) -> None:
     pytest.importorskip("torch")
     document = check(command("inspect", "arch:tiny-sd"), "inspect")

@@ -29,7 +29,7 @@ from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, beside, write_
 from diffship.exporters.onnx.pour import data_bytes, place_in, pour
 from diffship.exporters.onnx.translate import OPERATORS, Translation
 from diffship.models.digests import remembered_digest
-from diffship.models.parts.component import SHOWN, Component, unexpected
+from diffship.models.parts.component import SHOWN, Component, unexpected, weight_problems
 from diffship.models.parts.filling import INNER, computed, sources
 from diffship.models.pipeline import Pipeline
 from diffship.models.walks.points import point_paths
@@ -183,7 +183,7 @@ class Onnx:
                     "leave --controlnet out, or take fp32, fp16 or bf16"
                 )
             self.bound(component)
-        return [problem for component in pipeline.components.values() for problem in _check_weights(component)]
+        return [problem for component in pipeline.components.values() for problem in weight_problems(component)]
 
     def golden_sizes(self, component: Component, family: Family, batch: int) -> dict[str, int]:
         """Twice the least height by three times the least width: height is not width, no attention has one token."""
@@ -340,21 +340,6 @@ def _held(module: nn.Module, component: Component) -> dict[str, str]:
     """{name in a graph: name in the weights} of tied tensors whose names differ there."""
     found = sources(module, set(component.weights.names()))
     return {name.removeprefix(INNER): source for name, source in found.items() if name.removeprefix(INNER) != source}
-
-
-def _check_weights(component: Component) -> list[Problem]:
-    known, module = set(component.weights.names()), component.meta
-    problems, source_of = [], sources(module, known)
-    for name, tensor in module.state_dict().items():
-        source = source_of[name]
-        if source not in known:
-            problems.append(Problem(component.name, f"its weights have no tensor {source!r}"))
-        elif component.weights.meta(source).shape != tuple(tensor.shape):
-            found = component.weights.meta(source).shape
-            problems.append(
-                Problem(component.name, f"{source} has shape {found}, its config asks for {tuple(tensor.shape)}")
-            )
-    return problems
 
 
 @lru_cache(maxsize=2)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffship.core.brief import brief
 from diffship.core.errors import ConfigError, DiffshipError, SourceError, UnsupportedError
 from diffship.core.lazy import lazy
+from diffship.core.problem import Problem
 from diffship.core.spec import TensorSpec
 from diffship.core.weights import TensorMeta, Weights, count_parameters, source_digest
 from diffship.models.parts.examples import draw
@@ -178,6 +179,22 @@ def fill(module: nn.Module, weights: Weights, device: str, dtype: torch.dtype, l
         filled = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         for name in group:
             filled = assign(module, name, filled)
+
+
+def weight_problems(component: Component) -> list[Problem]:
+    """Tensors of a part that its weights lack, or have in another shape; no weight is read."""
+    known, module = set(component.weights.names()), component.meta
+    problems, source_of = [], sources(module, known)
+    for name, tensor in module.state_dict().items():
+        source = source_of[name]
+        if source not in known:
+            problems.append(Problem(component.name, f"its weights have no tensor {source!r}"))
+        elif component.weights.meta(source).shape != tuple(tensor.shape):
+            found = component.weights.meta(source).shape
+            problems.append(
+                Problem(component.name, f"{source} has shape {found}, its config asks for {tuple(tensor.shape)}")
+            )
+    return problems
 
 
 def unexpected(module: nn.Module, weights: Weights) -> list[str]:

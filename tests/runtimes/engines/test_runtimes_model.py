@@ -181,13 +181,16 @@ def test_default_engine_and_what_to_install(bundle: Bundle, monkeypatch: pytest.
 
 def test_probe_tells_version_devices_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = {probe.engine: probe for probe in engines.probe_all()}
-    assert list(probes) == ["onnxruntime", "openvino", "tensorrt", "torch"]
+    assert list(probes) == ["onnxruntime", "openvino", "tensorrt", "mil", "torch"]
     for name, probe in probes.items():
         on_cpu = probe.available and probe.version and "cpu" in probe.devices
         assert (on_cpu or name == "tensorrt") and not probe.conflict
         assert set(probe.to_json()) >= {"engine", "available", "version", "devices", "reason", "install", "conflict"}
     without(monkeypatch, "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt", "torch")
     for probe in engines.probe_all():
+        if probe.engine == "mil":  # it needs numpy alone
+            assert probe.available
+            continue
         assert not probe.available and "not installed" in probe.reason and f"diffship[{probe.engine}]" in probe.install
 
 

@@ -1,0 +1,3 @@
+"""Core ML packages through torch.export and coremltools."""
+
+from diffship.exporters.coreml.exporter import CoreMl as CoreMl
