@@ -74,9 +74,8 @@ def export(
     `verify=False` the manifest says "unproven". `trajectory` is how many denoising steps lie in the bundle for `verify`
     to draw again (default: what the target says). A `job` with a folder keeps graphs for the next export.
 
-    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, so that pictures
-    can be drawn with clip-skip up to N; those of SDXL and SD3 always do. `embeddings` are textual inversions, FILE or
-    WORD=FILE, whose words prompts of the bundle may use.
+    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, for pictures with
+    clip-skip up to N. `embeddings` are textual inversions, FILE or WORD=FILE, whose words prompts may then use.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -92,6 +91,7 @@ def export(
     """
     from diffship.exporters.card import write_card
     from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.models.inversions import with_texts
 
     exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -102,7 +102,7 @@ def export(
         changes = (parts, base, clip_skip, trajectory or None, embeddings or None)
         plain = all(one is None for one in changes) and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _with_clip_skip(_with_words(_opened(source, base, revision), embeddings), clip_skip)
+    whole = with_texts(_opened(source, base, revision), embeddings, clip_skip)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -110,7 +110,7 @@ def export(
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
-        truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
+        truth = whole if against is None else with_texts(against, embeddings, clip_skip)
         feeds = GoldenFeeds(truth, gate // 2)
         work = _Work(exporter, pipeline, draft.folder, job, gate, sizes, runs_here, truth.components, feeds)
         made = [_made(work, component, verify) for component in pipeline.components.values()]
@@ -147,18 +147,6 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.models.sources.opening import open_source
 
     return open_source(str(source), base=base, revision=revision)
-
-
-def _with_words(pipeline: Pipeline, embeddings: Sequence[str]) -> Pipeline:
-    from diffship.models.inversions import read_inversion, with_inversions
-
-    return with_inversions(pipeline, [read_inversion(text) for text in embeddings])
-
-
-def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:
-    from diffship.models.clip_skip import with_clip_skip
-
-    return pipeline if layers is None else with_clip_skip(pipeline, layers)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
