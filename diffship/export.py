@@ -96,9 +96,8 @@ def export(
     to draw again (default: what the target says). `base`, `revision` and `loading` are those of `open_source`. A `job`
     with a folder keeps graphs for the next export.
 
-    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, so that pictures
-    can be drawn with clip-skip up to N; those of SDXL and SD3 always do. `embeddings` are textual inversions, FILE or
-    WORD=FILE, whose words prompts of the bundle may use.
+    With `clip_skip` N the CLIP text encoders also give the states without their last 1 to N layers, for pictures with
+    clip-skip up to N. `embeddings` are textual inversions, FILE or WORD=FILE, whose words prompts may then use.
 
     `against` is a pipeline with the same parts. If it is given, torch computes the references from it instead of from
     `source`: so a graph of one implementation is proved against another.
@@ -119,6 +118,7 @@ def export(
     """
     from diffship.exporters.card import write_card
     from diffship.exporters.staged import check_stages, find_staging, references, staged
+    from diffship.models.inversions import with_texts
 
     exporter: AnyExporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -130,12 +130,12 @@ def export(
         usual = all(one is None for one in changes) and loading == AS_SAID
         plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _with_clip_skip(_with_words(_opened(source, base, revision, loading), embeddings), clip_skip)
+    whole = with_texts(_opened(source, base, revision, loading), embeddings, clip_skip)
     if controlnets and stages is not None:
         raise UnsupportedError("a denoiser in stages takes no ControlNets: leave --stages or --controlnet out")
     whole = _controlled(whole, controlnets or {}, exporter)
     pipeline = _chosen(whole, parts)
-    truth = whole if against is None else _with_clip_skip(_with_words(against, embeddings), clip_skip)
+    truth = whole if against is None else with_texts(against, embeddings, clip_skip)
     check_stages(exporter, stages, cut, trajectory)
     staging = None if stages is None else find_staging(pipeline, stages, cut)
     pipeline = pipeline if staging is None else staged(pipeline, staging)
@@ -193,28 +193,6 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.compression.vae_beside import open_tried
 
     return open_tried(str(source), base, revision, loading)
-
-
-def _with_words(pipeline: Pipeline, embeddings: Sequence[str]) -> Pipeline:
-    from diffship.models.inversions import read_inversion, with_inversions
-
-    return with_inversions(pipeline, [read_inversion(text) for text in embeddings])
-
-
-def _with_clip_skip(pipeline: Pipeline, layers: int | None) -> Pipeline:
-    from diffship.models.clip_skip import with_clip_skip
-
-    return pipeline if layers is None else with_clip_skip(pipeline, layers)
-
-
-def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph) -> Pipeline:
-    if not controlnets:
-        return pipeline
-    if exporter.name != "onnx":
-        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
-    from diffship.models.sources.controlnet import with_controlnets
-
-    return with_controlnets(pipeline, controlnets)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

@@ -14,6 +14,7 @@ from diffship.core.lazy import lazy
 from diffship.core.limits import LIMITS
 from diffship.core.sniff import also
 from diffship.core.weights import Derived, SafetensorsWeights, Weights
+from diffship.models.clip_skip import with_clip_skip
 from diffship.models.parts.clip import CLIP_TYPE
 from diffship.models.parts.component import Component
 from diffship.models.pipeline import Module, Pipeline, recorded
@@ -94,6 +95,15 @@ def with_inversions(pipeline: Pipeline, inversions: Sequence[Inversion]) -> Pipe
                 raise ConfigError(f"embedding {inversion.word!r} has vectors {width} wide; this model has {legal}")
     entry = {"pass": "embedding", "words": [inversion.word for inversion in inversions]}
     return recorded(replace(pipeline, tokenizers=tokenizers).having(*made), entry)
+
+
+def with_texts(pipeline: Pipeline, embeddings: Sequence[str], clip_skip: int | None = None) -> Pipeline:
+    """The pipeline with the words of `embeddings` (FILE or WORD=FILE) and, unless it is None, with `clip_skip`.
+
+    Raises as `read_inversion`, `with_inversions` and `with_clip_skip`.
+    """
+    made = with_inversions(pipeline, [read_inversion(text) for text in embeddings])
+    return made if clip_skip is None else with_clip_skip(made, clip_skip)
 
 
 def _with_words(files: Mapping[str, bytes], inversions: Sequence[Inversion]) -> tuple[dict[str, bytes], int]:
