@@ -195,6 +195,16 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     return open_tried(str(source), base, revision, loading)
 
 
+def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: AnyExporter) -> Pipeline:
+    if not controlnets:
+        return pipeline
+    if exporter.name != "onnx":
+        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
+    from diffship.models.sources.controlnet import with_controlnets
+
+    return with_controlnets(pipeline, controlnets)
+
+
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
     if parts is None:
         return pipeline

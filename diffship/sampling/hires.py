@@ -31,7 +31,8 @@ def enlarged(request: Request, picture: Picture, place: int, family: Family, sca
     if request.mask is not None:
         raise ConfigError("hires draws the whole picture anew, also where the mask keeps it: leave one of them out")
     height, width = picture.pixels.shape[:2]
-    size = tuple(int(side * scale) // family.size_step * family.size_step for side in (width, height))
+    step = family.size_step
+    size = int(width * scale) // step * step, int(height * scale) // step * step
     family.check_size(*size)
     return replace(
         request,
