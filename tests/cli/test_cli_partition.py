@@ -36,10 +36,11 @@ def test_one_process_threads_and_torchrun_draw_the_same(command: Command, staged
         assert found["exit_code"] == 0, found["stderr"]
         return pixels(tmp_path / f"{name}.png")
 
+    # PNDM makes more calls than steps: a warm-up of nine is all of them
     plain, alone = draw("plain"), draw("alone", "--warm-up", 3)
-    assert np.array_equal(draw("exact", "--warm-up", 6), plain) and not np.array_equal(alone, plain)
+    assert np.array_equal(draw("exact", "--warm-up", 9), plain) and not np.array_equal(alone, plain)
     assert np.array_equal(draw("threads", "--warm-up", 3, "--devices", "cpu,cpu"), alone)
-    halves = draw("halves", "--cfg-parallel", "--warm-up", 6, "--devices", "cpu,cpu,cpu,cpu")
+    halves = draw("halves", "--cfg-parallel", "--warm-up", 9, "--devices", "cpu,cpu,cpu,cpu")
     assert np.abs(halves.astype(int) - plain).max() <= 1
     out = tmp_path / "two.png"
     with torchrun(["run", staged_bundle, *WORDS, "--stride", 1, "--warm-up", 3, "-o", out]) as run:

@@ -263,3 +263,16 @@ def test_conditions_are_put_on_a_device_once() -> None:
     trajectory = replace(drawn(6), positive=words, negative=words, guidance=3.0)
     denoise([trajectory], simulate(placed(2), stages, kind=SD_KIND))
     assert sorted(puts) == ["toy.0", "toy.1"]
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("warm_up", [1, 3, 9])
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_scheme_of_the_paper_is_its_equation(devices: int, stride: int, warm_up: int, shift: bool) -> None:
+    """Twelve steps, so that a warm-up of nine leaves stale ones."""
+    trajectory = drawn(12)
+    (after,) = denoise([trajectory], simulated(devices, Scheme(stride, warm_up, shift)))
+    assert np.array_equal(after.latents, recursive(devices, False, trajectory, stride, warm_up, shift))
+    exact = denoise([trajectory], simulated(devices, Scheme(stride, 12)))[0]
+    assert not np.array_equal(after.latents, exact.latents)
