@@ -93,7 +93,7 @@ def asked(options: argparse.Namespace) -> list[Work]:
     require_hires(options)
     prompts = read_prompts(options)
     images, told = images_of(options)
-    requests = requests_of(options, prompts, images)
+    requests = requests_of(options, prompts, **images)
     if options.save_trajectory and (len(prompts) > 1 or requests[0].images > 1):
         raise ConfigError("--save-trajectory keeps one picture; give one prompt and no --images")
     return [

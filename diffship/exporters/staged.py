@@ -12,7 +12,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.staging import Staging
 from diffship.exporters.golden import reference
 from diffship.exporters.golden_feeds import GoldenFeeds
-from diffship.exporters.protocol import BuiltFromGraph, Exporter
+from diffship.exporters.protocol import Target
 from diffship.models.parts.component import Component
 from diffship.models.pipeline import Pipeline
 from diffship.models.walks.cost import layer_costs
@@ -22,7 +22,7 @@ from diffship.models.walks.stages import Stage
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def check_stages(exporter: Exporter | BuiltFromGraph, stages: int | None, cut: str | None, steps: int | None) -> None:
+def check_stages(exporter: Target, stages: int | None, cut: str | None, steps: int | None) -> None:
     """Whether a denoiser can be cut into `stages` for this target; `steps`: of the golden trajectory that is asked for.
 
     Raises:
@@ -39,8 +39,8 @@ def check_stages(exporter: Exporter | BuiltFromGraph, stages: int | None, cut: s
         raise ConfigError(
             "a bundle of stages has no golden trajectory: each stage is proved alone. Leave --trajectory out"
         )
-    if isinstance(exporter, BuiltFromGraph):
-        raise UnsupportedError(f"stages are not built for {exporter.name} yet; export them with --to onnx")
+    if exporter.name != "onnx":
+        raise UnsupportedError(f"stages are not built for {exporter.name}; export them with --to onnx")
 
 
 def find_staging(pipeline: Pipeline, stages: int, cut: str | None = None) -> Staging:

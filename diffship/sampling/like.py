@@ -72,7 +72,7 @@ def _own(settings: Mapping[str, Any]) -> Likeness:
         if "decoded" in settings:
             fields["memory"] = "low"
         split = tuple((str(one["model"]), int(one["steps"])) for one in settings.get("split", ()))
-        files = (*_FILES.get(settings.get("mode"), ()), *["control"] * bool(settings.get("controls")))
+        files = (*_FILES.get(str(settings.get("mode")), ()), *["control"] * bool(settings.get("controls")))
     except (KeyError, TypeError, ValueError) as fault:
         reason = f"{type(fault).__name__}: {str(fault)[:80]}"
         raise ConfigError(f"its settings are not those of a picture ({reason})") from None

@@ -85,7 +85,7 @@ def pack(trajectory: Trajectory, dtype: str = "float32", embeddings: bool = True
     if dtype == "float16":
         whole = _whole()
         tensors = {name: array if name in whole else _halved(name, array) for name, array in tensors.items()}
-    about = {
+    about: dict[str, Any] = {
         "step": trajectory.step,
         "steps": trajectory.steps,
         "sampler": trajectory.sampler.to_config(),
