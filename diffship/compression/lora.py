@@ -126,8 +126,8 @@ class LoraPass:
         """The same with the steps and the eta that are given."""
         if self.eta is not None and how.sampler != TCD:
             raise ConfigError(f"eta is {self.eta:g}; it is of the sampler {TCD}, and {said} says {how.sampler}")
-        steps, eta = (own if given is None else given for given, own in ((self.steps, how.steps), (self.eta, how.eta)))
-        return replace(how, steps=steps, eta=eta)
+        steps = how.steps if self.steps is None else self.steps
+        return replace(how, steps=steps, eta=how.eta if self.eta is None else self.eta)
 
     def _deltas(self, pipeline: Pipeline) -> tuple[dict[str, dict[str, list[Delta]]], list[LoraFile]]:
         """{part: {tensor: changes}} of all files together, and the files."""
