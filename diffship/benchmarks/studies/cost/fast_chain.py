@@ -60,8 +60,8 @@ def rows_of(pair: Pair, seconds: Sequence[Sequence[float]]) -> list[Row]:
     slower = [None if end is None else 1 / end for end in (found.high, found.low)]  # a verdict is of ours / theirs
     said = ratio_verdict(slower[0], slower[1], found.n)
     facts = {"against": pair.slow.name, "interval": found.how, "verdict": said}
-    times = Row(SUITE, pair.fast.name, "times_as_fast", found.mean, "", conditions=facts)
-    return [*rows, replace(times, low=found.low, high=found.high, n=found.n)]
+    last = Row(SUITE, pair.fast.name, "times_as_fast", found.mean, low=found.low, high=found.high, n=found.n)
+    return [*rows, replace(last, conditions=facts)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
