@@ -120,6 +120,7 @@ def test_the_picture_is_stocks(made: Any, arch: str, count: int, how: dict[str, 
     assert 10 * np.log10(255.0**2 / max(np.mean((ours.pixels - picture) ** 2), 1e-9)) >= LEAST_DB
 
 
+@pytest.mark.slow
 def test_control_travels_and_pictures_with_and_without_share_a_batch(made: Any) -> None:
     model = PipelineModel(made("tiny-sd")[1])
     request = asked(2, scale=[0.7, 1.3], start=0.2, guess=True)

@@ -28,9 +28,9 @@ from diffship.sampling.wire import pack, unpack
 def begun(kind: str = "sd", until: int = 3, **changes: Any) -> Trajectory:
     model = ToyModel(kind)
     asked = {"prompt": "a red äpfel", "sampler": "dpmpp-2m", "steps": 6, "seed": 5, **changes}
-    picture = np.full((64, 64, 3), 90, np.uint8) if kind == "inpaint" else None
-    mask = np.eye(64, dtype=np.uint8) * 255 if kind == "inpaint" else None
-    return denoise(start(model, Request(**asked), picture, mask), denoiser_of(model), until)[0]
+    if kind == "inpaint":
+        asked |= {"image": np.full((64, 64, 3), 90, np.uint8), "mask": np.eye(64, dtype=np.uint8) * 255}
+    return denoise(start(model, Request(**asked)), denoiser_of(model), until)[0]
 
 
 @pytest.mark.parametrize("rng", ["torch", "philox"])

@@ -21,7 +21,7 @@ from diffship.models.model import PipelineModel  # noqa: E402
 from diffship.models.saving import save  # noqa: E402
 from diffship.models.sources.opening import open_source  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 PROMPT, NEGATIVE = "a red apple!", "blurry"
 
 
@@ -51,7 +51,7 @@ def stock(folders: tuple[Path, Path], scheduler: str, steps: int, share: float, 
     ("sampler", "scheduler", "negative"),
     [
         ("euler", "EulerDiscreteScheduler", None),
-        pytest.param("dpmpp-2m", "DPMSolverMultistepScheduler", NEGATIVE, marks=pytest.mark.slow),
+        ("dpmpp-2m", "DPMSolverMultistepScheduler", NEGATIVE),
     ],
 )
 def test_the_picture_is_that_of_stocks_two_pipelines(
