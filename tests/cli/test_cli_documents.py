@@ -89,7 +89,7 @@ def test_inspect_placement(command: Any, tmp_path: Path) -> None:
 def test_flags_of_a_placement_without_it_are_refused(command: Any, tiny_bundle: Path) -> None:
     document = check(command("inspect", "arch:tiny-sd", "--stages", 3, "--warm-up", 2), "inspect")
     assert document["exit_code"] == 2 and "--stages, --warm-up without --placement" in document["error"]["message"]
-    assert "this is a bundle" in command("inspect", tiny_bundle, "--placement")["error"]["message"]
+    assert "holds its unet as one part" in command("inspect", tiny_bundle, "--placement")["error"]["message"]
 
 
 @pytest.mark.slow
