@@ -125,8 +125,7 @@ class Part:
         if not _HEX.match(self.source_digest):
             raise BundleError(f"part {self.name}: source_digest {self.source_digest[:80]!a} is not 64 hex digits")
         blocks = None if self.golden is None else self.golden.blocks
-        one_side = self.format.exact or self.format.simulated
-        if blocks is not None and not one_side and not blocks.engine:
+        if blocks is not None and not blocks.engine and not (self.format.exact or self.format.simulated):
             raise BundleError(f"part {self.name}: {blocks.file} has no tolerances for an engine in {self.precision}")
         if self.proof.get("status") not in ("proved", "unproven"):
             raise BundleError(f"part {self.name}: proof status {str(self.proof.get('status'))[:40]!a} is unknown")
