@@ -20,7 +20,7 @@ def leaves(tree: type[errors.DiffshipError]) -> list[type[errors.DiffshipError]]
 
 
 BAD = {
-    "nothing": ([], 2, "no verb is given; legal: export, compress, run,"),
+    "nothing": ([], 2, "no verb is given; legal: export, compress, calibrate, run,"),
     "help as a verb": (["help"], 2, "did you mean '--help'?"),
     "version as a verb": (["version"], 2, "did you mean '--version'?"),
     "unknown verb": (["exprot", "emoji"], 2, "did you mean 'export'?"),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diffship.calibration.packings import packed_summary, packings, weight_bytes, without
 from diffship.calibration.ranges import METHODS, affine
-from diffship.calibration.sensitivity import Sensitivity, choose, measured_part, read_sensitivity
 from diffship.calibration.stored import Calibration, calibration_digest, read_calibration
 from diffship.core import precision, spec
 from diffship.core.errors import ConfigError, UnsupportedError
@@ -37,8 +36,10 @@ from diffship.models.walks.points import point_paths
 if TYPE_CHECKING:
     import onnx
     from torch import nn
+
+    from diffship.calibration import sensitivity
 else:
-    onnx = lazy("onnx")
+    onnx, sensitivity = lazy("onnx"), lazy("diffship.calibration.sensitivity")
 
 _BF16_OPSET = 22  # the first whose convolutions take it
 _BLOCKS_OPSET = 21  # the first whose DequantizeLinear takes blocks and four bits
@@ -124,7 +125,7 @@ class Onnx:
         """
         if self.format.inputs and component.name not in self._calibrated().parts:
             return replace(self, precision=INT8_WEIGHTS.name, calibration="")
-        if self.format == MIXED_WEIGHTS and component.name != measured_part(self.calibration):
+        if self.format == MIXED_WEIGHTS and component.name != sensitivity.measured_part(self.calibration):
             return replace(self, precision=INT8_WEIGHTS.name, calibration="", bits=0.0)
         fitting = self.format.for_range(component.overflows_half)
         return self if fitting is self.format else replace(self, precision=fitting.name)
@@ -140,7 +141,7 @@ class Onnx:
             return kind
         digest = remembered_digest(component.weights) if self.calibration else ""
         if kind == MIXED_WEIGHTS:
-            chosen = dict(choose(self._sensitivity(component), component, self.bits).packings)
+            chosen = dict(sensitivity.choose(self._sensitivity(component), component, self.bits).packings)
         else:
             chosen = packings(component, kind)
         prefix = f"{component.name}."
@@ -159,8 +160,8 @@ class Onnx:
         ranges = {path: affine(method(seen[path], kind.inputs), kind.inputs) for path in paths}
         return replace(kind, chosen=chosen, ranges=ranges)
 
-    def _sensitivity(self, component: Component) -> Sensitivity:
-        return read_sensitivity(self.calibration, component.name, remembered_digest(component.weights))
+    def _sensitivity(self, component: Component) -> sensitivity.Sensitivity:
+        return sensitivity.read_sensitivity(self.calibration, component.name, remembered_digest(component.weights))
 
     def _calibrated(self) -> Calibration:
         return _calibration(self.calibration, calibration_digest(self.calibration))
@@ -287,7 +288,7 @@ class Onnx:
         told = {"digest": calibration_digest(self.calibration)}
         if self.format != MIXED_WEIGHTS:
             return {"calibration": {**told, "ranges": self.ranges}}
-        found = choose(self._sensitivity(component), component, self.bits)
+        found = sensitivity.choose(self._sensitivity(component), component, self.bits)
         return {"calibration": {**told, "bits": round(found.bits, 4), "predicted_db": round(found.predicted_db, 2)}}
 
     def finish(self, pipeline: Pipeline, out: Path) -> None:
