@@ -90,6 +90,7 @@ def export(
     """
     from diffship.exporters.card import write_card
     from diffship.exporters.golden_feeds import GoldenFeeds
+    from diffship.models.sources.controlnet import with_controlnets
 
     exporter: Exporter | BuiltFromGraph = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -100,7 +101,9 @@ def export(
         asked = (parts, base, controlnets)
         plain = all(one is None for one in asked) and verify and not trajectory and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = _controlled(_opened(source, base, revision), controlnets or {}, exporter)
+    whole = _opened(source, base, revision)
+    if controlnets:
+        whole = with_controlnets(whole, controlnets, exporter.name)
     pipeline = _chosen(whole, parts)
     _check(exporter, pipeline, Path(out), verify)
     runs_here = _runs_here(exporter, verify)
@@ -145,16 +148,6 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.models.sources.opening import open_source
 
     return open_source(str(source), base=base, revision=revision)
-
-
-def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: Exporter | BuiltFromGraph) -> Pipeline:
-    if not controlnets:
-        return pipeline
-    if exporter.name != "onnx":
-        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
-    from diffship.models.sources.controlnet import with_controlnets
-
-    return with_controlnets(pipeline, controlnets)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
