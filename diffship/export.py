@@ -119,6 +119,7 @@ def export(
     from diffship.exporters.card import write_card
     from diffship.exporters.staged import check_stages, find_staging, references, staged
     from diffship.models.inversions import with_texts
+    from diffship.models.sources.controlnet import with_controlnets
 
     exporter: AnyExporter = load_options(load(EXPORTERS, to, "target"), options, f"target {to}")
     if not str(out):
@@ -131,9 +132,10 @@ def export(
         plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
     whole = with_texts(_opened(source, base, revision, loading), embeddings, clip_skip)
-    if controlnets and stages is not None:
-        raise UnsupportedError("a denoiser in stages takes no ControlNets: leave --stages or --controlnet out")
-    whole = _controlled(whole, controlnets or {}, exporter)
+    if controlnets:
+        if stages is not None:
+            raise UnsupportedError("a denoiser in stages takes no ControlNets: leave --stages or --controlnet out")
+        whole = with_controlnets(whole, controlnets, exporter.name)
     pipeline = _chosen(whole, parts)
     truth = whole if against is None else with_texts(against, embeddings, clip_skip)
     check_stages(exporter, stages, cut, trajectory)
@@ -193,16 +195,6 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     from diffship.compression.vae_beside import open_tried
 
     return open_tried(str(source), base, revision, loading)
-
-
-def _controlled(pipeline: Pipeline, controlnets: Mapping[str, str], exporter: AnyExporter) -> Pipeline:
-    if not controlnets:
-        return pipeline
-    if exporter.name != "onnx":
-        raise UnsupportedError(f"ControlNets are exported to onnx, and the target is {exporter.name}: leave them out")
-    from diffship.models.sources.controlnet import with_controlnets
-
-    return with_controlnets(pipeline, controlnets)
 
 
 def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from diffship.core.errors import ConfigError, SourceError
+from diffship.core.errors import ConfigError, SourceError, UnsupportedError
 from diffship.core.kind import Slot
 from diffship.core.sniff import missing, near
 from diffship.models.pipeline import Pipeline
@@ -15,19 +15,22 @@ from diffship.models.sources.diffusers_folder import read_module
 from diffship.models.sources.hub import hub_folder, is_hub_id
 from diffship.models.sources.licences import joined, licence_of
 
+TARGETS = ("onnx",)  # that have a form for them
 SLOT = Slot("controlnet", ("ControlNetModel",))
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}\Z")
 
 
-def with_controlnets(pipeline: Pipeline, sources: Mapping[str, str]) -> Pipeline:
+def with_controlnets(pipeline: Pipeline, sources: Mapping[str, str], target: str = TARGETS[0]) -> Pipeline:
     """`pipeline` with a part for each of `sources` (name: folder or hub id), and one more: its denoiser, which takes
     their residuals.
 
     Raises:
         ConfigError: a name that no part can have, or no denoiser among the parts.
         SourceError: nothing readable is there, or it was trained for another family.
-        UnsupportedError: there are no ControlNets for this kind of model, or not such ones.
+        UnsupportedError: there are no ControlNets for this kind of model, not such ones, or none for this `target`.
     """
+    if target not in TARGETS:
+        raise UnsupportedError(f"ControlNets are exported to {TARGETS[0]}, and the target is {target}: leave them out")
     kind, modules, licence = pipeline.family.kind, {}, dict(pipeline.licence)
     for name, text in sources.items():
         if not _NAME.match(name):
