@@ -30,7 +30,6 @@ from diffship.exporters.coreml.ports import (
 )
 from diffship.models.parts.component import Component, weight_problems
 from diffship.models.pipeline import Pipeline
-from diffship.targets.coreml.package import RESOURCES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +63,7 @@ class CoreMl:
     proved_here: ClassVar[bool] = True  # by the engine mil, which runs on any machine
     trajectory_steps: ClassVar[int] = 0  # each part is proved here; `--trajectory` for those that run elsewhere
 
-    precision: str = _option("of weights and arithmetic; paletteN: tables of 2**N", "fp16", choices(*PRECISIONS))
+    precision: str = _option("of weights and arithmetic; paletteN: indices of N bits", "fp16", choices(*PRECISIONS))
     attention: str = _option("split-einsum for the Neural Engine, original for GPUs", FORMS[1], choices(*FORMS))
     width: int = _option("of the picture, in pixels; 0: the model's own", 0, bounds(0, 4096))
     height: int = _option("of the picture, in pixels; 0: as wide as it is, or the model's own", 0, bounds(0, 4096))
@@ -112,7 +111,7 @@ class CoreMl:
         odd = [
             Problem(part.name, f"{part.class_name} has no Core ML form here; legal: {', '.join(CLASSES)}")
             for part in pipeline.components.values()
-            if part.class_name not in CLASSES or part.name not in RESOURCES
+            if part.class_name not in CLASSES
         ]
         return odd or [problem for part in pipeline.components.values() for problem in weight_problems(part)]
 

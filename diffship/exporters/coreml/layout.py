@@ -7,12 +7,12 @@ from pathlib import Path
 from diffship.core.atomic import write_file
 from diffship.models.folder import write_json, write_tokenizer
 from diffship.models.pipeline import Pipeline
-from diffship.targets.coreml.package import FILES, RESOURCES, SUFFIX, TOKENIZER_FILES
+from diffship.targets.coreml.package import FILES, SUFFIX, TOKENIZER_FILES, resource_name
 
 
 def package_name(part: str) -> str:
     """`Unet.mlpackage`."""
-    return f"{RESOURCES[part]}{SUFFIX}"
+    return f"{resource_name(part)}{SUFFIX}"
 
 
 def part_files(part: str) -> tuple[str, ...]:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffship.core.dtype import FLOATS, TensorMeta, to_float32
 from diffship.core.lazy import lazy
 from diffship.core.weights import Derived, Weights
 
 if TYPE_CHECKING:
     import coremltools
+    import numpy as np
+    from numpy.typing import NDArray
 else:
-    coremltools = lazy("coremltools")
+    coremltools, np = lazy("coremltools"), lazy("numpy")
 
 MIN_COUNT = 2048  # smaller weights stay as they are: coremltools' own limit, below which a table saves nothing
 _ROUNDS = 40  # of Lloyd's iteration, which has settled long before

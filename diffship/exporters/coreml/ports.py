@@ -26,8 +26,8 @@ else:
 
 _STATES = "hidden_states."
 _TEXT = "encoder_hidden_states"
-_OUT = {"out_sample": "noise_pred", "latent_parameters": "latent", "sample": "image"}
-_IN = {"vae_encoder": {"sample": "x"}, "vae_decoder": {"latent_sample": "z"}}
+_MOMENTS = "latent_parameters"  # what an encoder gives
+_OUT = {"out_sample": "noise_pred", _MOMENTS: "latent", "sample": "image"}
 CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "CLIPTextModel", "CLIPTextModelWithProjection")
 
 
@@ -38,7 +38,8 @@ def is_text(component: Component) -> bool:
 
 def native_inputs(component: Component, floats: str) -> tuple[Binding, ...]:
     """The inputs of the package; `floats` is the type of float tensors. Token ids are float32, as Swift feeds them."""
-    names = _IN.get(component.name, {})
+    encodes = component.outputs[0].name == _MOMENTS
+    names = {"sample": "x"} if encodes else {"latent_sample": "z"}
     return tuple(_input(spec, names.get(spec.name, spec.name), floats) for spec in component.inputs)
 
 

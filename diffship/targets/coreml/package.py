@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
 
 SUFFIX, COMPILED = ".mlpackage", ".mlmodelc"
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
@@ -16,14 +15,6 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 MANIFEST = "Manifest.json"
 FILES = (MODEL, WEIGHTS, MANIFEST)  # the first is what an engine opens
 
-# part -> what Apple's clients call it
-RESOURCES: Mapping[str, str] = {
-    "text_encoder": "TextEncoder",
-    "text_encoder_2": "TextEncoder2",
-    "unet": "Unet",
-    "vae_encoder": "VAEEncoder",
-    "vae_decoder": "VAEDecoder",
-}
 TOKENIZER_FILES = ("vocab.json", "merges.txt")  # of CLIP's byte pairs, beside the packages
 
 _AUTHOR, _ROOM = "com.apple.CoreML", uuid.UUID("5d0f3f5e-2f57-5f0e-9d7c-6b1b7c0d5a11")
@@ -31,6 +22,11 @@ _ITEMS = (
     ("CoreML Model Specification", "model.mlmodel", f"{_AUTHOR}/model.mlmodel"),
     ("CoreML Model Weights", "weights", f"{_AUTHOR}/weights"),
 )
+
+
+def resource_name(part: str) -> str:
+    """What Apple's clients call a part: its words joined, each with a capital (`TextEncoder2`), and VAE in capitals."""
+    return "".join("VAE" if word == "vae" else word.capitalize() for word in part.split("_"))
 
 
 def manifest(digest: str) -> bytes:
