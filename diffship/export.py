@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffship.core.bundle import Bundle, FileRecord, require_place, write_bundle
-from diffship.core.errors import BundleError, ConfigError, MissingExtra, ParityError, SourceError, UnsupportedError
+from diffship.core.bundle import Bundle, require_place, write_bundle
+from diffship.core.errors import BundleError, ConfigError, MissingExtra, SourceError, UnsupportedError
 from diffship.core.job import Job, available_memory, require_disk, require_memory
-from diffship.core.leftovers import temporary_folder
 from diffship.core.limits import LIMITS, check_range
 from diffship.core.load_options import AS_SAID, LoadOptions
-from diffship.core.manifest import Golden, GoldenTrajectory, Manifest, Part, parse_manifest
-from diffship.core.precision import Precision
+from diffship.core.manifest import Manifest, Part, parse_manifest
 from diffship.core.problem import refuse
 from diffship.core.registry import EXPORTERS, load
 from diffship.core.strict import load as load_options
 from diffship.core.strict import unknown
+from diffship.proved_part import BATCH, AnyExporter, Work, drawn, made_part
 
 if TYPE_CHECKING:
-    from diffship.exporters.golden_feeds import GoldenFeeds
-    from diffship.exporters.protocol import BuiltFromGraph, Exporter, Packaging
-    from diffship.exporters.staged import StagedFeeds
-    from diffship.models.parts.component import Component
     from diffship.models.pipeline import Pipeline
 
-BATCH = 2  # samples of a golden call, at different timesteps: one value for all would not show one that is ignored
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
@@ -48,24 +41,6 @@ _PACKAGES = (
     "numpy",
     "safetensors",
 )
-
-
-AnyExporter: TypeAlias = "Exporter | BuiltFromGraph | Packaging"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What stays the same for all parts of one export."""
-
-    exporter: AnyExporter
-    pipeline: Pipeline
-    folder: Path
-    job: Job
-    gate_bytes: int
-    sizes: Mapping[str, dict[str, int]]  # of golden vectors, by part and axis
-    runs_here: bool  # whether an engine of this machine reads the target
-    against: Mapping[str, Component]  # what torch computes, by part: the exported parts unless the caller says others
-    feeds: GoldenFeeds | StagedFeeds
 
 
 def export(
@@ -148,14 +123,14 @@ def export(
     started, gate = time.perf_counter(), _gate_bytes()
     with write_bundle(out, overwrite) as draft:
         truth = _held(exporter, truth)
-        work = _Work(
+        work = Work(
             exporter, pipeline, draft.folder, job, gate, sizes, runs_here, *references(truth, staging, gate // 2)
         )
-        made = [_made(work, component, verify) for component in pipeline.components.values()]
+        made = [made_part(work, component, verify) for component in pipeline.components.values()]
         exporter.finish(pipeline, draft.folder)
-        drawn = _drawn(work, truth, made, steps) if steps else None
+        golden = drawn(work, truth, made, steps) if steps else None
         manifest = _manifest(exporter, pipeline, made, round(time.perf_counter() - started, 1))
-        manifest = replace(manifest, trajectory=drawn, staging=staging)
+        manifest = replace(manifest, trajectory=golden, staging=staging)
         write_card(manifest, draft.folder, pipeline.licence)
         return draft.finish(manifest)
 
@@ -301,143 +276,6 @@ def _golden_sizes(exporter: AnyExporter, pipeline: Pipeline) -> dict[str, dict[s
 def _gate_bytes() -> int:
     free = available_memory()
     return GATE_BYTES if free is None else max(min(GATE_BYTES, free // 2), _MIN_GATE)
-
-
-def _made(work: _Work, component: Component, verify: bool) -> Part:
-    from diffship.exporters.protocol import BuiltFromGraph
-
-    if isinstance(work.exporter, BuiltFromGraph):
-        return _through_graph(work, work.exporter, component, verify)
-    return _part(work, work.exporter, component, verify)
-
-
-def _part(work: _Work, exporter: Exporter | Packaging, component: Component, verify: bool) -> Part:
-    from diffship.exporters.protocol import Packaging
-
-    started = time.perf_counter()
-    if isinstance(exporter, Packaging):
-        part = exporter.package(component, work.pipeline, work.folder, work.job)
-    else:
-        part = exporter.export(component, work.folder, work.job)
-    seconds = round(time.perf_counter() - started, 2)
-    if not verify:
-        part = replace(part, proof={"status": "unproven", "reason": "exported with --no-verify"})
-    elif work.runs_here:
-        part = _proved(work, exporter, component, part)
-    else:
-        part = _unproven(work, component, part)
-    return replace(part, proof={**part.proof, "export_seconds": seconds})
-
-
-def _unproven(work: _Work, component: Component, part: Part) -> Part:
-    """`part` with golden vectors, for a machine that has an engine for it."""
-    reason = "no engine of this machine runs it: `diffship verify` proves it on one that has an engine"
-    return replace(part, golden=_whole(work, part), proof={"status": "unproven", "reason": reason})
-
-
-def _through_graph(work: _Work, exporter: BuiltFromGraph, component: Component, verify: bool) -> Part:
-    """A part of a target that is built from an ONNX graph and runs on another machine.
-
-    The graph is proved here, block by block, at sizes of its own; what was built of it is not, and says so until
-    `verify` runs where it can, on golden vectors at sizes that the engine takes.
-    """
-    # inside the draft, which the next export sweeps up if this process is killed
-    with temporary_folder("graph", work.folder) as folder:
-        graphs = exporter.through(component)
-        sizes = {component.name: graphs.golden_sizes(component, work.pipeline.family, BATCH)}
-        inner = replace(work, exporter=graphs, folder=folder, runs_here=True, sizes=sizes)
-        graph = _part(inner, graphs, component, verify)
-        started = time.perf_counter()
-        part = exporter.build(component, work.pipeline, graph, inner.folder, work.folder, work.job)
-        seconds = round(time.perf_counter() - started, 2)
-        proof = {"status": "unproven", "export_seconds": seconds, "graph": graph.proof}
-        proof["reason"] = "built, not run: `diffship verify` proves it on a machine with the GPU"
-        return replace(part, golden=_whole(work, part) if verify else None, proof=proof)
-
-
-def _proved(work: _Work, exporter: Exporter | Packaging, component: Component, part: Part) -> Part:
-    """`part` with golden vectors and the figures of an engine that meets them; raises ParityError otherwise."""
-    from diffship.exporters.protocol import Packaging
-    from diffship.runtimes.engines.engine import choose_engine, make_engine
-    from diffship.runtimes.proof.verify import check_part
-
-    work.job.progress(f"prove {part.name}", 0, 2)
-    part = replace(part, golden=_whole(work, part) if isinstance(exporter, Packaging) else _golden(work, part))
-    work.job.progress(f"prove {part.name}", 1, 2)
-    engine = make_engine(choose_engine(exporter.name))
-    found = check_part(_unfinished(work, part), part, engine, work.gate_bytes)
-    work.job.progress(f"prove {part.name}", 2, 2)
-    found.require(f"part {part.name} ({part.precision})")
-    assert found.report is not None
-    worst = found.report.worst.to_json()
-    figures = {name: worst[name] for name in ("max_abs", "mean_abs", "max_rel", "psnr_db", "cosine")}
-    probe = engine.probe()
-    proof = {"status": "proved", "engine": f"{probe.engine} {probe.version}", "stages": found.stages, **figures}
-    proof["blocks"] = [block.to_json() for block in found.blocks]
-    if found.quality is not None and math.isfinite(found.quality.worst.psnr_db):
-        proof["quality_db"] = round(found.quality.worst.psnr_db, 2)
-    return replace(part, proof={**proof, "output": worst["name"], "seconds": round(found.seconds, 3)})
-
-
-def _golden(work: _Work, part: Part) -> Golden:
-    """References of the whole part and of its blocks."""
-    from diffship.exporters.golden_blocks import block_sizes, write_blocks
-
-    truth = work.against[part.name]
-    sizes = block_sizes(work.sizes[part.name], work.pipeline.family.vae_factor)
-    feeds = part.format.feeds(truth.inputs, work.feeds.inside(truth, sizes))
-    blocks = write_blocks(truth, feeds, work.folder, _format(work, part), work.gate_bytes // 2)
-    return replace(_whole(work, part), blocks=blocks)
-
-
-def _format(work: _Work, part: Part) -> Precision:
-    """The part's precision, with its packings, and ranges of its calibration if it has any."""
-    from diffship.exporters.protocol import Bound
-
-    if part.format.packing is not None and isinstance(work.exporter, Bound):
-        return work.exporter.bound(work.pipeline.components[part.name])
-    return part.format
-
-
-def _whole(work: _Work, part: Part) -> Golden:
-    """References of the whole part alone."""
-    from diffship.exporters.golden import write_golden
-
-    truth, sizes = work.against[part.name], work.sizes[part.name]
-    calls = work.feeds.calls(truth, sizes)
-    return write_golden(truth, calls, sizes, work.folder, _format(work, part), work.gate_bytes // 2)
-
-
-def _unfinished(work: _Work, part: Part, trajectory: GoldenTrajectory | None = None) -> Bundle:
-    """The draft as a Bundle of one part, whose files are there but not hashed yet."""
-    made = Manifest(work.exporter.name, work.pipeline.family, (part,), trajectory=trajectory)
-    files = {name: FileRecord((work.folder / name).stat().st_size, "0" * 64) for name in made.named_files()}
-    return Bundle(work.folder, replace(made, files=files))
-
-
-def _drawn(work: _Work, whole: Pipeline, made: Sequence[Part], steps: int) -> GoldenTrajectory:
-    """Draw the golden trajectory with torch; if an engine of this machine reads the target, check that it draws the
-    same.
-
-    Raises:
-        ParityError: it does not; the message has the figures by step.
-    """
-    from diffship.exporters.golden_trajectory import write_trajectory
-    from diffship.runtimes.engines.engine import choose_engine, make_engine
-    from diffship.runtimes.proof.verify_trajectory import check_trajectory
-
-    denoiser = next(part for part in made if part.name == whole.family.kind.denoiser)
-    work.job.progress("draw trajectory", 0, 1)
-    golden = write_trajectory(
-        whole, work.sizes[denoiser.name], work.folder, steps, _format(work, denoiser), work.gate_bytes // 2
-    )
-    if work.runs_here:
-        engine = make_engine(choose_engine(work.exporter.name))
-        found = check_trajectory(_unfinished(work, denoiser, golden), golden, engine, work.gate_bytes)
-        if found.status == "failed":
-            raise ParityError(f"the exported {denoiser.name} does not draw the same: {found.text()}")
-    work.job.progress("draw trajectory", 1, 1)
-    return golden
 
 
 def _manifest(exporter: AnyExporter, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:

@@ -20,7 +20,8 @@ BELOW = {
     "compression": {"training", "calibration", "models", "sampling", "core"},
     "exporters": {"calibration", "models", "targets", "sampling", "core"},
 }
-BELOW["export"] = {"compression", "exporters", "runtimes", *BELOW["compression"], *BELOW["exporters"]}
+BELOW["proved_part"] = {"exporters", "runtimes", *BELOW["exporters"]}
+BELOW["export"] = {"proved_part", "compression", "exporters", "runtimes", *BELOW["compression"], *BELOW["exporters"]}
 BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
 BELOW["side_by_side"] = {"runtimes", "models", *BELOW["runtimes"]}
