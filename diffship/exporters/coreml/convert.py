@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,6 +128,7 @@ def quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with processes, and lies in the file system
     shown, tqdm.__init__ = tqdm.__init__, _without_bar(tqdm.__init__)
     try:
         with warnings.catch_warnings():
