@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -279,7 +279,7 @@ def _gate_bytes() -> int:
 
 
 def _manifest(exporter: AnyExporter, pipeline: Pipeline, parts: list[Part], seconds: float) -> Manifest:
-    recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **asdict(exporter)}]}
+    recipe = {"schema": 1, "source": pipeline.source.get("id"), "target": [{"to": exporter.name, **_options(exporter)}]}
     return Manifest(
         target=exporter.name,
         family=pipeline.family,
@@ -291,6 +291,14 @@ def _manifest(exporter: AnyExporter, pipeline: Pipeline, parts: list[Part], seco
         tools={**_tools(), "python": platform.python_version(), "export_seconds": seconds},
         licence=dict(pipeline.licence),
     )
+
+
+def _options(exporter: AnyExporter) -> dict[str, Any]:
+    """The options that the recipe tells: all but later ones at their default, which older bundles do not have."""
+    quiet = {
+        one.name for one in fields(exporter) if one.metadata.get("later") and getattr(exporter, one.name) == one.default
+    }
+    return {name: value for name, value in asdict(exporter).items() if name not in quiet}
 
 
 def _tools() -> Mapping[str, str]:

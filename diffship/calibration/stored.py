@@ -77,6 +77,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+@bounded
 class _PartEntry:
     """A part in calibration.json. edges: of the histogram of each layer, in the order of the file's tensors."""
 

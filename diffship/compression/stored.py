@@ -26,6 +26,7 @@ from diffship.models.saving import save
 from diffship.models.sources.opening import open_source
 
 _PATH_CHARS = 1024
+_LATER = {"guided": True, "latents_mean": None, "latents_std": None}  # of a family: no part of keys at these values
 
 
 def is_kept(step: Any) -> bool:
@@ -100,7 +101,8 @@ def _tokenizer_digests(pipeline: Pipeline) -> dict[str, dict[str, str]]:
 def settings_key(pipeline: Pipeline) -> str:
     """sha256 (hex) over what a pipeline computes with beside its tensors: configs, scheduler, family, tokenizers."""
     parts = {name: [part.class_name, plain(part.config)] for name, part in pipeline.components.items()}
-    return digest_of([parts, plain(pipeline.family), plain(pipeline.scheduler), _tokenizer_digests(pipeline)])
+    family = {key: value for key, value in plain(pipeline.family).items() if key not in _LATER or value != _LATER[key]}
+    return digest_of([parts, family, plain(pipeline.scheduler), _tokenizer_digests(pipeline)])
 
 
 def options_key(step: Any) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Family:
     default_height: int | None = field(default=None, metadata=bounds(8, 4096))
     strength_default: float = field(default=1.0, metadata=bounds(*LIMITS.strength))
     guided: bool = True
-    latents_mean: tuple[float, ...] | None = field(default=None, metadata=bounds(-1e6, 1e6))
-    latents_std: tuple[float, ...] | None = field(default=None, metadata=bounds(1e-6, 1e6))
+    latents_mean: tuple[float, ...] | None = field(default=None, repr=False, metadata=bounds(-1e6, 1e6))
+    latents_std: tuple[float, ...] | None = field(default=None, repr=False, metadata=bounds(1e-6, 1e6))
 
     def __post_init__(self) -> None:
         for name, numbers in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):

@@ -94,7 +94,7 @@ def _legal(kind: Any, metadata: Any) -> Any:
         ("scaling_factor", math.nan),
         ("default_size", 8192),
         ("prediction_type", "flow_prediction"),
-        ("latent_channels", 128),
+        ("latent_channels", 512),
         ("latent_channels", 4.0),
         ("latent_channels", True),
     ],

@@ -265,6 +265,7 @@ CASES: dict[str, list[Case]] = {
         lambda img: img.chunk(4, -1)[2],
         lambda x: x.split(3, 1)[1],
         lambda x: x.split([1, 3], -1)[1],
+        lambda x: x.split([2, x.shape[0] - 2])[1],
         lambda x, w: torch.cat([x, w]),
         lambda x, i: torch.cat([x, i], -1),
         lambda x: torch.cat([x]),
@@ -409,7 +410,6 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "vector weight": (lambda x, w: functional.linear(x, w[0]), "one axis"),
     "circular": (lambda img: functional.pad(img, (1, 1, 1, 1), mode="circular"), "no form in opset 18"),
     "no form": (lambda x: torch.special.i0(x), r"no ONNX form for aten\.\S*i0"),
-    "free split": (lambda x: x.split([2, x.shape[0] - 2])[1], "free axis"),
 }
 
 

@@ -213,7 +213,11 @@ def test_a_fault_is_seen(
 
     kind = flux2.Flux2Klein
     changes: dict[str, tuple[Any, str, Any]] = {
-        "text ignored": (kind, "encode", lambda self, *_: ({"encoder_hidden_states": np.zeros((512, 48), "f4")}, ())),
+        "text ignored": (
+            kind,
+            "encode",
+            lambda self, *_, **__: ({"encoder_hidden_states": np.zeros((512, 48), "f4")}, ()),
+        ),
         "one token off": (flux2, "text_places", lambda tokens: text_places(tokens + 1)[1:]),
         "axes exchanged": (flux2, "image_places", exchanged),
         "shift": (flux2, "empirical_shift", lambda tokens, steps: empirical_shift(tokens, 50)),

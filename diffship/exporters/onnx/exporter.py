@@ -83,17 +83,19 @@ class Onnx:
         metadata={**bounds(min(IR_VERSION), max(IR_VERSION)), "help": f"{min(IR_VERSION)} to {max(IR_VERSION)}"},
     )
 
-    calibration: str = field(default="", metadata={"help": "folder that diffship calibrate wrote; for int8 and w8a16"})
+    calibration: str = field(
+        default="", metadata={"help": "folder that diffship calibrate wrote; for int8 and w8a16", "later": True}
+    )
     ranges: str = field(
         default="mse",
-        metadata={**choices(*METHODS), "help": f"with --calibration: {', '.join(METHODS)}"},
+        metadata={**choices(*METHODS), "help": f"with --calibration: {', '.join(METHODS)}", "later": True},
     )
-
     bits: float = field(
-        default=0.0, metadata={**bounds(0, 32), "help": "a weight, at the most, of --precision mixed-weights"}
+        default=0.0,
+        metadata={**bounds(0, 32), "help": "a weight, at the most, of --precision mixed-weights", "later": True},
     )
     keep: tuple[str, ...] = field(
-        default=(), metadata={"help": "layers whose weights stay float32, such as unet.mid_block"}
+        default=(), metadata={"help": "layers whose weights stay float32, such as unet.mid_block", "later": True}
     )
 
     def __post_init__(self) -> None:

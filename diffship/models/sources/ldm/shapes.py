@@ -56,7 +56,7 @@ def vae_config(weights: Weights, facts: Mapping[str, Any]) -> Config:
         **{f"use_{name}": f"{name}.weight" in names for name in ("quant_conv", "post_quant_conv")},
     }
     alike = [config for config in known.VAES.values() if {key: config.get(key, True) for key in found} == found]
-    published = [config for config in alike if config["scaling_factor"] == facts.get("scaling_factor")]
+    published = [config for config in alike if config.get("scaling_factor") == facts.get("scaling_factor")]
     if published:
         return dict(published[0])
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
