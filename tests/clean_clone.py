@@ -34,6 +34,11 @@ def clean_clone(folder: Path) -> Path:
     Path(places["purelib"], "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     install = "install -q --no-deps --no-build-isolation --ignore-installed --no-index -e .".split()
     outside(folder, sys.executable, "-m", "pip", "--python", str(Path(places["scripts"], "python")), *install)
+    torchrun = Path(places["scripts"], "torchrun")  # a command of torch's, which pip would have written
+    torchrun.write_text(
+        f"#!{places['scripts']}/python\nfrom torch.distributed.run import main\n\nmain()\n", encoding="utf-8"
+    )
+    torchrun.chmod(0o755)
     for stamp in STAMPS:  # so that make installs nothing again
         (made / stamp).touch()
     return folder

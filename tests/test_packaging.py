@@ -26,7 +26,7 @@ ROOMS = ("exporters", "runtimes", "compression", "calibration", "benchmarks")
 
 OPTIONAL = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "onnx"),
-    *("onnxscript",),
+    *("onnxscript", "coremltools"),
     *(
         "onnxruntime",
         "openvino",
