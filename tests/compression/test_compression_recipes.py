@@ -155,7 +155,7 @@ LAYOUT = 'type = "layout"\nname = "bk-base"'
 
 def test_passes_with_hyphens_in_their_names_are_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = recipe_file(tmp_path, 'type = "train-lora"\ndata = "x"')
-    words = ["--set", "train-lora.data=nowhere", "--set", "train-lora.lora-out=out"]
+    words = ["--set", "train-lora.data=nowhere", "--set", f"train-lora.lora-out={tmp_path / 'lora'}"]
     assert main(["compress", "--recipe", str(file), *words, "-o", str(tmp_path / "out"), "--quiet"]) == 2
     assert "nowhere is not a folder of pictures" in capsys.readouterr().err
 
