@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
-from diffship.core.kind import Kind, Shape, Slot
+from diffship.core.kind import Shape, Slot
 from diffship.core.reading import PLAIN, Reading
-from diffship.kinds import stock
 from diffship.kinds.facts import require_rgb
-from diffship.kinds.stock import INDEX, Stock
+from diffship.kinds.stock import Stock
+from diffship.kinds.transformer import TransformerKind
 from diffship.sampling.encode import require_text, run_encoder
 from diffship.sampling.qwen_tokenizer import QwenTokenizer, require_fast
 from diffship.sampling.solvers.flow import FlowSampler
@@ -42,7 +42,7 @@ _SIDE = 2  # latents of the VAE a side of one token
 _THETA = 2000.0
 
 
-class Flux2Klein(Kind):
+class Flux2Klein(TransformerKind):
     """The latents of a picture are (4 channels of the VAE, height / 16, width / 16): two by two of the VAE's, each
     channel normalised by the statistics of its batch norm. One such place is one token of the transformer."""
 
@@ -50,7 +50,6 @@ class Flux2Klein(Kind):
     slots = (_TEXT, _TRANSFORMER, _VAE)
     denoiser = _TRANSFORMER.folder
     encoder, decoder = _VAE.parts
-    sample_input, output = "hidden_states", "out_hidden_states"
     begins_with_images = False
     patch = 1
     foreign = ("unet", "prior", "text_encoder_2")
@@ -138,17 +137,6 @@ class Flux2Klein(Kind):
 
     # ---- reading and building
 
-    def recognises(self, modules: Mapping[str, Module]) -> bool:
-        return self.denoiser in modules and modules[self.denoiser].class_name == _CLASS
-
-    def missing(self, material: Material) -> list[str]:
-        found = [slot.folder for slot in self.slots if slot.folder not in material.modules]
-        found += [
-            slot.tokenizer for slot in self.text_slots if slot.tokenizer and slot.tokenizer not in material.tokenizers
-        ]
-        found.sort(key=lambda folder: folder != self.denoiser)
-        return found if material.scheduler else [*found, "scheduler"]
-
     def complete_tokenizer(self, slot: Slot, files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
         from diffship.models.sources.qwen_files import require_template
 
@@ -158,22 +146,6 @@ class Flux2Klein(Kind):
 
     def new_index(self, modules: Mapping[str, Module]) -> dict[str, Any]:
         return {"_class_name": self.plain_class, _DISTILLED: True}
-
-    def repaired(self, material: Material) -> Material:
-        from diffship.models.sources.defaults import completed
-
-        named = material.index.get("_class_name")
-        legal = (self.plain_class, *self.from_text)
-        if named is not None and named not in legal:
-            raise UnsupportedError(
-                f"{INDEX}: _class_name is {str(named)[:80]!r}, which is not drawn here; legal: {', '.join(legal)}"
-            )
-        given = material.modules
-        modules = {name: replace(one, config=completed(one.class_name, one.config)) for name, one in given.items()}
-        return replace(material, modules=modules)
-
-    def notes(self, material: Material) -> list[str]:
-        return stock.notes(material.index, self.plain_class, self.from_text)
 
     def family(self, material: Material) -> Family:
         from diffship.models.parts.autoencoder import latent_statistics, vae_factor

@@ -10,12 +10,12 @@ import numpy as np
 
 from diffship.core.errors import SourceError, UnsupportedError
 from diffship.core.family import Family
-from diffship.core.kind import Kind, Shape, Slot
+from diffship.core.kind import Shape, Slot
 from diffship.core.limits import LIMITS
 from diffship.core.reading import PLAIN, Reading
-from diffship.kinds import stock
 from diffship.kinds.facts import require_rgb
-from diffship.kinds.stock import INDEX, Stock
+from diffship.kinds.stock import Stock
+from diffship.kinds.transformer import TransformerKind
 from diffship.kinds.unet import VAE_SLOT
 from diffship.sampling.encode import run_encoder
 from diffship.sampling.t5_tokenizer import LENGTH, T5Tokenizer, require_fast
@@ -36,7 +36,7 @@ _CLIPS = (_CLIP, _CLIP_2)
 _TOKENIZERS = {_T5.folder: "T5TokenizerFast"}
 
 
-class StableDiffusion3(Kind):
+class StableDiffusion3(TransformerKind):
     """Esser et al. 2024 (arXiv 2403.03206), with the conditioning of diffusers' StableDiffusion3Pipeline.
 
     The text is 77 tokens of both CLIP encoders side by side (the states before their last layers), filled up with
@@ -48,7 +48,6 @@ class StableDiffusion3(Kind):
     slots = (_CLIP, _CLIP_2, _T5, _TRANSFORMER, VAE_SLOT)
     denoiser = _TRANSFORMER.folder
     encoder, decoder = VAE_SLOT.parts
-    sample_input, output = "hidden_states", "out_hidden_states"
     condition_names = ("encoder_hidden_states", "pooled_projections")
     image_strength, mask_strength = 0.6, 0.6
     foreign = ("unet", "prior")
@@ -59,6 +58,8 @@ class StableDiffusion3(Kind):
         *("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         *("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
     )
+
+    other_class = f". If its transformer draws as {plain_class} does, write that name there"
 
     # ---- drawing
 
@@ -94,19 +95,11 @@ class StableDiffusion3(Kind):
 
     # ---- reading and building
 
-    def recognises(self, modules: Mapping[str, Module]) -> bool:
-        return self.denoiser in modules and modules[self.denoiser].class_name == _CLASS
-
-    def missing(self, material: Material) -> list[str]:
+    def needed(self, material: Material) -> list[Slot]:
         """All but T5; that too if the model_index has it, for the picture would silently be another one."""
         from diffship.models.pipeline import listed
 
-        needed = [slot for slot in self.slots if slot != _T5 or listed(material.index, slot.folder)]
-        found = [slot.folder for slot in needed if slot.folder not in material.modules]
-        texts = [slot for slot in self.text_slots if slot in needed or slot.folder in material.modules]
-        found += [slot.tokenizer for slot in texts if slot.tokenizer and slot.tokenizer not in material.tokenizers]
-        found.sort(key=lambda folder: folder != self.denoiser)
-        return found if material.scheduler else [*found, "scheduler"]
+        return [slot for slot in self.slots if slot != _T5 or listed(material.index, slot.folder)]
 
     def texts_fit(self, modules: Mapping[str, Module]) -> bool:
         """Whether both CLIP encoders are there: a model that has them and no T5 is meant so."""
@@ -122,23 +115,6 @@ class StableDiffusion3(Kind):
 
     def new_index(self, modules: Mapping[str, Module]) -> dict[str, Any]:
         return {"_class_name": self.plain_class}
-
-    def repaired(self, material: Material) -> Material:
-        from diffship.models.sources.defaults import completed
-
-        named = material.index.get("_class_name")
-        legal = (self.plain_class, *self.from_text)
-        if named is not None and named not in legal:
-            raise UnsupportedError(
-                f"{INDEX}: _class_name is {str(named)[:80]!r}, which is not drawn here; legal: {', '.join(legal)}. "
-                f"If its transformer draws as {self.plain_class} does, write that name there"
-            )
-        given = material.modules
-        modules = {name: replace(one, config=completed(one.class_name, one.config)) for name, one in given.items()}
-        return replace(material, modules=modules)
-
-    def notes(self, material: Material) -> list[str]:
-        return stock.notes(material.index, self.plain_class, self.from_text)
 
     def family(self, material: Material) -> Family:
         from diffship.models.parts.autoencoder import scaling_factor, vae_factor
