@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
+from diffship.compression.runs import MIXED, require_one_folder, require_room, spread_captions
 from diffship.compression.trained import MIN_SNR, trained_schedule
+from diffship.compression.unet_run import fit
 from diffship.core.atomic import write_file
 from diffship.core.errors import ConfigError
-from diffship.core.job import Job, require_disk
+from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
@@ -21,8 +22,8 @@ from diffship.sampling.tokenizer import check_prompt
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
 from diffship.training.distillation_data import Captions, make_latents
 from diffship.training.distillation_pairs import KINDS, Pair, feature_pairs
-from diffship.training.distillation_report import InTraining, Look, Report
-from diffship.training.loop import new_accelerator, train
+from diffship.training.distillation_report import Look
+from diffship.training.loop import new_accelerator
 from diffship.training.paired import PairedPictures
 
 if TYPE_CHECKING:
@@ -116,26 +117,16 @@ def train_student(
     accelerator = new_accelerator(MIXED[options.precision])
     require_one_folder(folder, accelerator)
     pairs = feature_pairs(options.features, pipeline.denoiser, teacher.denoiser)
-    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * pipeline.denoiser.parameters, "the checkpoint of the distillation")
+    require_room(folder, pipeline.denoiser.parameters, "the checkpoint of the distillation")
     device, main = accelerator.device, accelerator.is_main_process
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "pairs.json", json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
     task = make_task(options, pipeline, teacher, pictures, pairs, job, device, main)
-    model = InTraining(pipeline, task.student, str(device))
     look = Look(options.prompts or spread_captions(pictures), pictures.size)
     if options.teacher_steps:  # a few-step teacher has its guidance in its weights
         look = replace(look, steps=(options.teacher_steps,), guidance=1.0)
-    report = Report(model, look, folder, lambda text: job.progress(text, 1, 1))
-    train(
-        task,
-        schedule(options, options.rate),
-        folder,
-        validate=report,
-        precision=MIXED[options.precision],
-        progress=lambda step, steps: job.progress("distill", step, steps),
-    )
+    fit(task, options, options.rate, pipeline, look, folder, job, "distill", device)
 
 
 def make_task(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
+from diffship.compression.runs import MIXED, require_one_folder, require_room, spread_captions, trainable
 from diffship.compression.trained import trained_schedule
 from diffship.compression.trained_lora import alpha_of
+from diffship.compression.unet_run import fit
 from diffship.core.dtype import TensorMeta
 from diffship.core.errors import ConfigError
-from diffship.core.job import Job, require_disk
+from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.precision import precision_of
 from diffship.core.strict import bounded, bounds, choices
@@ -29,8 +30,8 @@ from diffship.training.consistency import LOSSES, Consistency, Diffusion
 from diffship.training.consistency_task import ConsistencyTask, GuidedDraws
 from diffship.training.distillation import Draws
 from diffship.training.distillation_data import Captions, make_latents
-from diffship.training.distillation_report import InTraining, Look, Report
-from diffship.training.loop import new_accelerator, train
+from diffship.training.distillation_report import Look
+from diffship.training.loop import new_accelerator
 from diffship.training.paired import PairedPictures
 
 if TYPE_CHECKING:
@@ -169,22 +170,9 @@ def train_consistency(
     require_one_folder(folder, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     task = make_task(options, student, teacher, pictures, job, device, main)
-    trained = sum(value.numel() for value in task.student.parameters() if value.requires_grad)
-    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * trained, "the checkpoint of the distillation")
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
+    require_room(folder, trainable(task.student), "the checkpoint of the distillation")
     look = Look(options.prompts or spread_captions(pictures), pictures.size, LOOKS)
-    model = InTraining(student, task.student, str(device))
-    train(
-        task,
-        schedule(options, options.learning_rate),
-        folder,
-        validate=Report(model, look, folder, lambda text: job.progress(text, 1, 1)),
-        precision=MIXED[options.precision],
-        progress=lambda step, steps: job.progress("lcm", step, steps),
-        follow=task.follow,
-    )
+    fit(task, options, options.learning_rate, student, look, folder, job, "lcm", device, task.follow)
 
 
 def make_task(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from diffship.core.errors import ConfigError
+from diffship.core.job import require_disk
 from diffship.core.lazy import lazy
 from diffship.training.loop import Schedule
 from diffship.training.paired import PairedPictures
@@ -14,6 +15,7 @@ from diffship.training.paired import PairedPictures
 if TYPE_CHECKING:
     import accelerate
     import torch
+    from torch import nn
 else:
     torch = lazy("torch")
 
@@ -93,3 +95,14 @@ def require_one_folder(folder: Path, accelerator: accelerate.Accelerator) -> Non
     torch.distributed.all_reduce(span, op=torch.distributed.ReduceOp.MAX)  # no timeout: torch's own, for every exchange
     if int(span[0]) != -int(span[1]):
         raise ConfigError("the processes have no folder in common; give the job one (compress --cache DIR)")
+
+
+def require_room(folder: Path, parameters: int, what: str) -> None:
+    """Raises UnsupportedError if a checkpoint of so many trained parameters does not fit on the disk of `folder`."""
+    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
+    require_disk(folder, 8 * 4 * parameters, what)
+
+
+def trainable(module: nn.Module) -> int:
+    """How many of a module's parameters are trained."""
+    return sum(value.numel() for value in module.parameters() if value.requires_grad)

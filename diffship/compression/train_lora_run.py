@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffship.compression.runs import MIXED, require_one_folder, schedule, spread_captions
+from diffship.compression.runs import MIXED, require_one_folder, require_room, spread_captions, trainable
 from diffship.compression.trained import MIN_SNR, trained_schedule
 from diffship.compression.trained_lora import alpha_of
-from diffship.core.job import Job, require_disk
+from diffship.compression.unet_run import fit
+from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds, choices
 from diffship.models.pipeline import Pipeline
@@ -17,8 +18,8 @@ from diffship.sampling.tokenizer import check_prompt
 from diffship.training.adapters import ATTENTION, TARGETS, add_lora
 from diffship.training.distillation import DistillationTask, Draws, Forward, Losses
 from diffship.training.distillation_data import Captions, make_latents
-from diffship.training.distillation_report import InTraining, Look, Report
-from diffship.training.loop import new_accelerator, train
+from diffship.training.distillation_report import Look
+from diffship.training.loop import new_accelerator
 from diffship.training.paired import PairedPictures
 
 if TYPE_CHECKING:
@@ -94,21 +95,9 @@ def train_lora(options: TrainLoraOptions, pipeline: Pipeline, pictures: PairedPi
     require_one_folder(folder, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     task = make_task(options, pipeline, pictures, job, device, main)
-    trained = sum(value.numel() for value in task.student.parameters() if value.requires_grad)
-    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * trained, "the checkpoint of the LoRA")
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
+    require_room(folder, trainable(task.student), "the checkpoint of the LoRA")
     look = Look(options.prompts or spread_captions(pictures), pictures.size)
-    model = InTraining(pipeline, task.student, str(device))
-    train(
-        task,
-        schedule(options, options.rate),
-        folder,
-        validate=Report(model, look, folder, lambda text: job.progress(text, 1, 1)),
-        precision=MIXED[options.precision],
-        progress=lambda step, steps: job.progress("train-lora", step, steps),
-    )
+    fit(task, options, options.rate, pipeline, look, folder, job, "train-lora", device)
 
 
 def make_task(

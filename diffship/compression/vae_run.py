@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffship.compression.runs import MIXED, STATE, require_one_folder, schedule
+from diffship.compression.runs import MIXED, STATE, require_one_folder, require_room, schedule
 from diffship.compression.vae_students import NEW, SMALL
 from diffship.core.errors import ConfigError
-from diffship.core.job import Job, require_disk
+from diffship.core.job import Job
 from diffship.core.lazy import lazy
 from diffship.core.strict import bounded, bounds, choices
 from diffship.models.assemble import with_vae
@@ -131,8 +131,7 @@ def train_vae(
     device, main = accelerator.device, accelerator.is_main_process
     task = make_task(options, teacher, student, pictures, perceptual, job, device, main)
     trained = sum(value.numel() for module in task.modules.values() for value in module.parameters())
-    # weights, their average and two moments, twice while a checkpoint takes the place of the last one
-    require_disk(folder, 8 * 4 * trained, f"the checkpoint {STATE}")
+    require_room(folder, trained, f"the checkpoint {STATE}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     looked = signed(pictures.pixels(spread_rows(len(pictures), _LOOKED_AT))).to(device)
