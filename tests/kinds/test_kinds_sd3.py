@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_checks import require_served, require_verified
 
 from diffship.core.bundle import Bundle
 from diffship.core.errors import SourceError, UnsupportedError
@@ -350,36 +349,14 @@ def test_a_split_over_the_wire_is_the_whole(bundle: Bundle) -> None:
 
 @pytest.mark.slow
 def test_the_server_draws_what_generate_draws(bundle: Bundle) -> None:
-    from PIL import Image
-
-    from diffship.runtimes.serve.forms import GenerateForm
-    from diffship.runtimes.serve.jobs import Generation
-    from diffship.runtimes.serve.options import ServeOptions
-    from diffship.runtimes.serve.order import generate_order
-    from diffship.runtimes.serve.worker import Served, Worker
-
     with opened(bundle) as model:
-        (alone,) = generate(model, Request(PROMPT, negative=NEGATIVE, seed=3, steps=3))
-        worker = Worker(Served("sd3", model), ServeOptions())
-        worker.load()
-        form = GenerateForm(prompt=PROMPT, response="json", negative_prompt=NEGATIVE, seed=3, steps=3)
-        generation = Generation("sd3", generate_order(form, model), time.monotonic() + 60)
-        worker.submit(generation)
-        while worker.turn():
-            pass
-        ((png, _),) = generation.result(0).pictures
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), alone.pixels)
+        require_served(model, Request(PROMPT, negative=NEGATIVE, seed=3, steps=3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_verify_draws_the_golden_trajectory_again(bundle: Bundle, engine: str) -> None:
-    pytest.importorskip(engine)
-    from diffship.runtimes.proof.verify import verify
-
-    report = verify(bundle, engine=engine)
-    assert report.passed, report.text()
-    assert report.trajectory is not None and report.trajectory.status == "passed"
+    require_verified(bundle, engine)
 
 
 @pytest.mark.slow
