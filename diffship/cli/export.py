@@ -72,10 +72,11 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 def _refuse_others(parser: argparse.ArgumentParser, words: Sequence[str], target: str) -> None:
     """Raises ConfigError for a flag that only another target has: a near name of this one would mislead."""
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for name in EXPORTERS:
+    foreign = [flag for flag in given if flag not in parser._option_string_actions]
+    for name in EXPORTERS if foreign else ():  # --help and the usual call load their own target alone
         flags = {flag_of(field) for field in dataclasses.fields(load(EXPORTERS, name, "target"))}
-        for flag in given:
-            if flag in flags and flag not in parser._option_string_actions:
+        for flag in foreign:
+            if flag in flags:
                 raise ConfigError(
                     f"{flag} is of --to {name}, and the target is {target}; see diffship export --to {name} --help"
                 )

@@ -21,12 +21,11 @@ from diffship.core.manifest import Part
 from diffship.core.precision import INT8_WEIGHTS, MIXED_WEIGHTS, PRECISIONS, Precision, precision_of
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices, plain
-from diffship.exporters.onnx import operators  # noqa: F401  fills the table of operators
 from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, beside, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, place_in, pour
-from diffship.exporters.onnx.translate import OPERATORS, Translation
+from diffship.exporters.onnx.translate import Translation
 from diffship.models.digests import remembered_digest
 from diffship.models.parts.component import SHOWN, Component, unexpected, weight_problems
 from diffship.models.parts.filling import INNER, computed, sources
@@ -38,8 +37,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from diffship.calibration import sensitivity
+    from diffship.exporters.onnx import operators
 else:
     onnx, sensitivity = lazy("onnx"), lazy("diffship.calibration.sensitivity")
+    operators = lazy("diffship.exporters.onnx.operators")  # its first use fills the table: not for --help
 
 _BF16_OPSET = 22  # the first whose convolutions take it
 _BLOCKS_OPSET = 21  # the first whose DequantizeLinear takes blocks and four bits
@@ -304,10 +305,9 @@ class Onnx:
         programs = capture(module, specs, trace_sizes(component.smallest_sizes()), self.format)
         need("onnx")  # teaches numpy bfloat16
         constants = computed(module, component.build, component.name)
-        programs = decomposed(programs, OPERATORS)
-        packed = packings(component, self.format, module)
+        programs = decomposed(programs, operators.OPERATORS)
         kind = self.bound(component)
-        packed = packings(component, kind)
+        packed = packings(component, kind, module)
         translation = Translation(programs, self.opset, _weight_name, constants, packed, kind.ranges)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)

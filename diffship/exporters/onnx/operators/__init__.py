@@ -3,3 +3,4 @@
 from diffship.exporters.onnx.operators import arithmetic as arithmetic
 from diffship.exporters.onnx.operators import layers as layers
 from diffship.exporters.onnx.operators import shapes as shapes
+from diffship.exporters.onnx.translate import OPERATORS as OPERATORS
