@@ -20,6 +20,7 @@ from diffship.core.precision import FP32
 from diffship.core.weights import source_digest
 from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.exporter import _code_digest
+from diffship.exporters.onnx.retrace import retraced
 from diffship.models.pipeline import Pipeline
 
 PARTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -186,16 +187,42 @@ def test_a_module_that_branches_on_its_size_is_refused() -> None:
 
     from diffship.core.spec import TensorSpec
     from diffship.exporters.onnx.capture import capture
-    from diffship.exporters.onnx.translate import Translation
+    from diffship.exporters.onnx.operators import OPERATORS
 
     class Branching(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (x.relu() if x.shape[0] > 5 else x.tanh(),)
 
     spec = TensorSpec("x", "float32", ("batch_size", 4))
-    programs = capture(Branching(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32)
     with pytest.raises(UnsupportedError, match="other operations at other sizes"):
-        Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
+        capture(Branching(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32, OPERATORS)
+
+
+def test_the_cheaper_traces_say_what_torch_export_says(tiny_sd: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffship.exporters.onnx import capture
+
+    told = []
+    monkeypatch.setattr(capture, "retraced", lambda *given: told.append(retraced(*given)) or told[-1])
+    component = tiny_sd.components["vae_decoder"]
+    quick = Onnx().graph(component)
+    assert [found is not None for found in told] == [True, True]
+    monkeypatch.setattr(capture, "retraced", lambda *given: None)
+    assert Onnx().graph(component) == quick
+
+
+def test_traces_that_read_other_tensors_are_not_taken_for_the_same() -> None:
+    import torch
+    from torch._subclasses import fake_tensor
+
+    class Crossed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            one, other = x.relu(), x.tanh()
+            return (one - other if x.shape[0] < 5 else other - one,)
+
+    with fake_tensor.FakeTensorMode(), torch.no_grad():
+        program = torch.export.export(Crossed(), (torch.zeros(3, 4),), strict=False)
+        assert retraced(program, Crossed(), (torch.zeros(4, 4),)) is not None
+        assert retraced(program, Crossed(), (torch.zeros(6, 4),)) is None
 
 
 def test_an_operation_without_a_form_is_named() -> None:
@@ -203,6 +230,7 @@ def test_an_operation_without_a_form_is_named() -> None:
 
     from diffship.core.spec import TensorSpec
     from diffship.exporters.onnx.capture import capture
+    from diffship.exporters.onnx.operators import OPERATORS
     from diffship.exporters.onnx.translate import Translation
 
     class Odd(torch.nn.Module):
@@ -210,9 +238,9 @@ def test_an_operation_without_a_form_is_named() -> None:
             return (torch.special.i0(x),)
 
     spec = TensorSpec("x", "float32", ("batch_size", 4))
-    programs = capture(Odd(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32)
+    captured = capture(Odd(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32, OPERATORS)
     with pytest.raises(UnsupportedError, match=r"no ONNX form for aten\.\S*i0"):
-        Translation(programs, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
+        Translation(captured, 23, str).run((spec,), (TensorSpec("y", "float32", ("batch_size", 4)),), "test")
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """torch.export of a component whose weights do not exist: every tensor is fake, only shapes and dtypes are real.
 
-A part is traced at three sets of sizes; a number that differs between the programs is a free size. That takes three
-quarters of the time of one trace with symbolic sizes, most of which sympy spends on the shapes behind strided
-convolutions. Two sets would do for numbers that follow an axis; the third shows those that only seem to, such as
-`min(height, 100)`.
+A part is traced at three sets of sizes, twice with make_fx; a number that differs between the traces is a free size.
+That takes about half of the time of one trace with symbolic sizes, most of which sympy spends on the shapes behind
+strided convolutions. Two sets would do for numbers that follow an axis; the third shows those that only seem to, such
+as `min(height, 100)`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy, lazy_base
 from diffship.core.precision import Precision
 from diffship.core.spec import TensorSpec
+from diffship.exporters.onnx.retrace import NO_EFFECT, Feed, Twins, by_name, retraced
 from diffship.models.parts.component import assign
 from diffship.models.parts.filling import computed_names, tied
 
@@ -30,8 +32,6 @@ else:
     torch, fake_tensor = lazy("torch"), lazy("torch._subclasses.fake_tensor")
     Module = lazy_base("torch.nn", "Module")
 
-Programs: TypeAlias = "tuple[torch.export.ExportedProgram, ...]"
-NO_EFFECT = ("aten._assert", "aten.sym_constrain", "aten._guard")  # nodes that no graph needs
 LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a constant becomes a tensor of the program
 # multiples of an axis's smallest size in each trace; no two axes, halves or products of axes have one ratio. All but
 # the first have a multiple of 8 and one less than that, which tells `h // 4` from `(h + 1) // 4`. Small: a VAE's
@@ -39,15 +39,29 @@ LIFTED = ("aten.lift_fresh.default", "aten.lift_fresh_copy.default")  # a consta
 _RATIOS = ((3, 17, 2), (7, 16, 31), (15, 8, 37), (23, 48, 71), (39, 32, 47))
 
 
-def capture(
-    module: torch.nn.Module, inputs: Sequence[TensorSpec], sizes: Sequence[Mapping[str, int]], precision: Precision
-) -> Programs:
-    """The programs of `module` (on the meta device) at all `sizes`, equal but for numbers that depend on a size.
+@dataclass(frozen=True)
+class Capture:
+    """program: at the first sizes. twins: what each of its nodes is at all sizes, the first included."""
 
-    Parameters have the dtype of `precision.activations`, inputs and outputs those of its ports.
+    program: torch.export.ExportedProgram
+    twins: Mapping[torch.fx.Node, tuple[torch.fx.Node, ...]]
+
+
+def capture(
+    module: torch.nn.Module,
+    inputs: Sequence[TensorSpec],
+    sizes: Sequence[Mapping[str, int]],
+    precision: Precision,
+    known: Collection[str],
+) -> Capture:
+    """What `module` (on the meta device) computes at all `sizes`: one program, whose numbers may depend on a size.
+
+    Parameters have the dtype of `precision.activations`, inputs and outputs those of its ports. Operators that are not
+    `known` (such as `aten.linear.default`) are taken apart, as far as torch can.
 
     Raises:
-        UnsupportedError: torch.export cannot follow the module's Python code.
+        UnsupportedError: torch.export cannot follow the module's Python code, or it computes other operations at
+            other sizes.
     """
     inner, outer = (getattr(torch, name) for name in (precision.activations, precision.ports))
     own = copy.deepcopy(module).eval().requires_grad_(False)
@@ -56,19 +70,32 @@ def capture(
         casts = [spec.is_float and not spec.exact for spec in inputs]
         fake = _Positional(part) if inner == outer else _Between(part, casts, inner, outer)
         ports = [precision.port(spec) for spec in inputs]
-        return tuple(_export(fake, tuple(_feed(port, known) for port in ports)) for known in sizes)
+        first, *others = (tuple(_feed(port, chosen) for port in ports) for chosen in sizes)
+        program = _export(fake, first)
+        if any(_is_unknown(node, known) for node in program.graph.nodes):
+            table = _decompositions(known)
+            programs = [one.run_decompositions(table) for one in (program, *(_export(fake, feed) for feed in others))]
+            return Capture(programs[0], _joined(programs[0], [by_name(programs[0], one) for one in programs[1:]]))
+        return Capture(program, _joined(program, [_twins(program, fake, feed) for feed in others]))
 
 
-def decomposed(programs: Programs, known: Collection[str]) -> Programs:
-    """`programs` whose operators are `known` (such as `aten.linear.default`), as far as torch can take others apart."""
-    if not any(_is_unknown(node, known) for node in programs[0].graph.nodes):
-        return programs
+def _twins(program: torch.export.ExportedProgram, module: torch.nn.Module, feed: Feed) -> Twins:
+    found = retraced(program, module, feed)
+    # a program that torch.export cleaned up is compared with one that it cleaned up, too
+    return by_name(program, _export(module, feed)) if found is None else found
+
+
+def _joined(program: torch.export.ExportedProgram, twins: Sequence[Twins]) -> dict[Any, tuple[Any, ...]]:
+    common = [node for node in program.graph.nodes if all(node in other for other in twins)]
+    return {node: (node, *(other[node] for other in twins)) for node in common}
+
+
+def _decompositions(known: Collection[str]) -> Any:
     table = torch.export.default_decompositions()
     for operator in list(table):
         if str(operator) in known:
             del table[operator]
-    with _quiet():
-        return tuple(program.run_decompositions(table) for program in programs)
+    return table
 
 
 def _is_unknown(node: torch.fx.Node, known: Collection[str]) -> bool:

@@ -21,7 +21,7 @@ from diffship.core.manifest import Part
 from diffship.core.precision import INT8_WEIGHTS, MIXED_WEIGHTS, PRECISIONS, Precision, precision_of
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices, plain
-from diffship.exporters.onnx.capture import capture, decomposed, trace_sizes
+from diffship.exporters.onnx.capture import capture, trace_sizes
 from diffship.exporters.onnx.graph import IR_VERSION
 from diffship.exporters.onnx.layout import DATA_FILE, MODEL_FILE, beside, write_part_config, write_pipeline_files
 from diffship.exporters.onnx.pour import data_bytes, place_in, pour
@@ -302,13 +302,13 @@ class Onnx:
         """The ONNX file without its weights: it names them, and where in the data file they will lie."""
         specs = component.inputs
         module = component.meta
-        programs = capture(module, specs, trace_sizes(component.smallest_sizes()), self.format)
+        sizes = trace_sizes(component.smallest_sizes())
+        captured = capture(module, specs, sizes, self.format, operators.OPERATORS)
         need("onnx")  # teaches numpy bfloat16
         constants = computed(module, component.build, component.name)
-        programs = decomposed(programs, operators.OPERATORS)
         kind = self.bound(component)
         packed = packings(component, kind, module)
-        translation = Translation(programs, self.opset, _weight_name, constants, packed, kind.ranges)
+        translation = Translation(captured, self.opset, _weight_name, constants, packed, kind.ranges)
         points = point_paths(component, module.get_submodule("inner"))
         model = translation.run(specs, component.outputs, "diffship", points)
         return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]

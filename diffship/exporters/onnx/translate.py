@@ -17,9 +17,10 @@ from diffship.core.errors import UnsupportedError
 from diffship.core.lazy import lazy
 from diffship.core.precision import Affine, Packing
 from diffship.core.spec import TensorSpec
-from diffship.exporters.onnx.capture import LIFTED, NO_EFFECT, Programs
+from diffship.exporters.onnx.capture import LIFTED, Capture
 from diffship.exporters.onnx.graph import TYPES, Dim, Graph, Size, Value, Weight, port
 from diffship.exporters.onnx.points import module_outputs
+from diffship.exporters.onnx.retrace import IDLE, NO_EFFECT, PLACEMENT
 from diffship.exporters.onnx.sizes import Rule, rule_for
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Translation:
 
     def __init__(
         self,
-        programs: Programs,
+        capture: Capture,
         opset: int,
         weight_name: Callable[[str], str],
         constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
@@ -67,8 +68,8 @@ class Translation:
         """
         self.graph = Graph(opset)
         self.opset = opset
-        self._program = programs[0]
-        self._twins = _matched(programs)
+        self._program = capture.program
+        self._twins = capture.twins
         self._weight_name = weight_name
         self._constants = constants
         self._packed = packed
@@ -217,14 +218,14 @@ class Translation:
         twins = self._twins[node]
         arguments = self._resolved(*(twin.args for twin in twins))
         keywords = {
-            key: self._resolved(*(twin.kwargs[key] for twin in twins)) for key in node.kwargs if key not in _IDLE
+            key: self._resolved(*(twin.kwargs[key] for twin in twins)) for key in node.kwargs if key not in IDLE
         }
         if target in LIFTED:
             return arguments[0]
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         if _foldable(arguments) and _foldable(keywords):
-            given = {key: value for key, value in node.kwargs.items() if key not in _PLACEMENT}
+            given = {key: value for key, value in node.kwargs.items() if key not in PLACEMENT}
             return node.target(*_off_device(arguments), **{**given, **keywords})  # type: ignore[operator]
         if target not in OPERATORS:
             raise UnsupportedError(f"no ONNX form for {target} in {self.graph.scope or 'the part itself'}")
@@ -313,17 +314,11 @@ class Translation:
             self.graph.rename({self.graph.emit("Identity", [now], value.dtype, value.shape).name: name})
 
 
-# arguments, as ATen names them, that change no value, or whose meaning lies in the result's type
-_PLACEMENT = ("device", "pin_memory", "layout", "non_blocking", "memory_format", "copy")
-_IDLE = {*_PLACEMENT, "dtype", "half_to_float", "implicit"}
-_IDLE |= {"cudnn_enable", "cudnn_enabled", "padding_idx", "scale_grad_by_freq", "sparse"}
-
-
 def _meaningful(target: Any, arguments: Sequence[Any]) -> list[Any]:
     """`arguments` without those at their end that say nothing to a graph."""
     names = [argument.name for argument in target._schema.arguments[: len(arguments)]]
     kept = len(names)
-    while kept and names[kept - 1] in _IDLE:
+    while kept and names[kept - 1] in IDLE:
         kept -= 1
     return list(arguments[:kept])
 
@@ -374,15 +369,6 @@ def scope_of(node: torch.fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = str(stack[-1][0]).split(".") if stack else []
     return ".".join(path[sum(name == wrapper for name, wrapper in zip(path, ("part", "inner"), strict=False)) :])
-
-
-def _matched(programs: Programs) -> dict[torch.fx.Node, tuple[torch.fx.Node, ...]]:
-    """Node of the first program -> what it is in each program, the first included."""
-    nodes = [list(program.graph.nodes) for program in programs]
-    told = [[(node.name, str(node.target)) for node in listed] for listed in nodes]
-    if any(other != told[0] for other in told):
-        raise UnsupportedError("the part does other operations at other sizes, so it has no graph for all sizes")
-    return {same[0]: same for same in zip(*nodes, strict=True)}
 
 
 def _dim(sizes: tuple[int, ...]) -> Dim:
