@@ -288,6 +288,7 @@ def test_extras_are_those_of_the_design() -> None:
     assert not any("torch" in line for line in extras["edge"] + extras["onnxruntime"])
 
 
+@pytest.mark.slow
 def test_no_extra_is_offered_for_nothing() -> None:
     """Something in the package asks for a package of each extra."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -74,6 +74,7 @@ def double(monkeypatch: pytest.MonkeyPatch, plans: None) -> Any:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_encoder", "vae_decoder"])
 def test_stretches_that_compute_the_same_clear_the_engine(tiny_bundle: Path, double: Any, name: str) -> None:
     made = double()

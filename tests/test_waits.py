@@ -116,6 +116,7 @@ def _waits(call: ast.Call) -> bool:
     return not limited and (name in METHODS or name in TIMED or bool({name, written} & ENDLESS))
 
 
+@pytest.mark.slow
 def test_every_wait_has_a_limit_or_says_what_ends_it() -> None:
     found = {str(file.relative_to(PACKAGE)): faults(file.read_text(encoding="utf-8")) for file in FILES}
     assert {name: waits for name, waits in found.items() if waits} == {}

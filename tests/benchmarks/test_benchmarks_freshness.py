@@ -54,18 +54,21 @@ def test_comments_docstrings_and_layout_make_nothing_stale(edited: Edit) -> None
     assert edited("core/errors.py", '"""No capacity right now;', '"""None;') == set()
 
 
+@pytest.mark.slow
 def test_a_doubled_clock_of_the_server_makes_its_file_stale(edited: Edit) -> None:
     service, clock, median = "benchmarks/studies/service", "time.perf_counter()", "statistics.median(values)"
     assert edited(f"{service}/load.py", f"{clock} - begin, client", f"2 * {clock}, client") == {"serving"}
     assert edited(f"{service}/serving.py", median, f"2 * {median}") == {"serving"}
 
 
+@pytest.mark.slow
 def test_what_materials_are_made_of_counts_for_those_who_use_them(edited: Edit) -> None:
     call = 'export(source, to="onnx"'
     made = edited("benchmarks/studies/workbench.py", call, f'{call}, precision="fp16"')
     assert {"cold-start", "serving"} <= made
 
 
+@pytest.mark.slow
 def test_what_a_sampler_computes_counts_for_those_who_draw(edited: Edit) -> None:
     assert {"cold-start", "serving"} <= edited("sampling/solvers/ddim.py", "return Coefficients(", "return Other(")
 
@@ -80,6 +83,7 @@ def test_statistics_and_figures_count(edited: Edit) -> None:
     assert edited("benchmarks/studies/repeats.py", "value / middle - 1", "value / middle") == {"cpu-edge-repeats"}
 
 
+@pytest.mark.slow
 def test_rooms_count_for_the_suites_that_use_them(edited: Edit) -> None:
     assert edited("runtimes/serve/batcher.py", "def ", "async def ") == {"serving"}
     assert edited("compression/distill.py", "def ", "async def ") == {"compression"}
@@ -88,6 +92,7 @@ def test_rooms_count_for_the_suites_that_use_them(edited: Edit) -> None:
     assert edited("benchmarks/report/tables.py", "def ", "async def ") == set()
 
 
+@pytest.mark.slow
 def test_engines_of_the_rows_count() -> None:
     assert "diffship.runtimes.engines.tensorrt" not in modules(of_suite("gpu"))
     assert "diffship.runtimes.engines.tensorrt" in modules(of_suite("gpu"), ["tensorrt:graphs=false"])
@@ -172,6 +177,7 @@ def test_what_a_run_imports_is_what_its_file_depends_on(tiny_bundle: Path, tmp_p
     assert {name for name in loaded - known if not name.startswith(tuple(others))} == set()
 
 
+@pytest.mark.slow
 def test_every_committed_file_is_in_the_catalogue_and_can_be_measured() -> None:
     results = {file.stem for file in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert results <= set(FILES)

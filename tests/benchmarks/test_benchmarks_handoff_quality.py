@@ -56,6 +56,7 @@ def test_every_split_is_drawn_as_by_itself_and_no_call_is_made_twice() -> None:
             assert np.array_equal(alone.pixels, pixels), end
 
 
+@pytest.mark.slow
 def test_what_a_seed_drew_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     large, small = pair()
@@ -131,6 +132,7 @@ def test_splits_that_cannot_be_compared_are_refused(splits: list[str], message: 
     assert parse_splits(["25,0", "10,15"]) == Ask(25, (10, 25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "metric"), [("emoji-top5", "top5"), ("emoji-distance", "large_rms")])
 def test_the_committed_curves_are_those_of_the_results_and_of_these_models(name: str, metric: str) -> None:
     curve = read_curve(ROOT / "benchmarks" / "curves" / f"{name}.json")

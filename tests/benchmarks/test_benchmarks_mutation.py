@@ -107,6 +107,7 @@ def test_every_kind_of_module_mutant_of_unets_is_another_network(sd: Pipeline, x
     assert kinds >= {*KINDS, *values.EDITS, QK} - {"causal mask off"}
 
 
+@pytest.mark.slow
 def test_the_second_text_encoder_is_the_one_that_is_ignored(xl: Pipeline) -> None:
     unet, first = xl.components["unet"], int(xl.components["text_encoder"].config["hidden_size"])
     (mutant,) = component_mutants("source", unet, first)[SECOND]

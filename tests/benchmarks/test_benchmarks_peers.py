@@ -22,6 +22,7 @@ def test_pins_are_exact_and_torch_comes_first() -> None:
         assert not peer.first or peer.first[0] == TORCH
 
 
+@pytest.mark.slow
 def test_requirements_are_met_by_name_and_version() -> None:
     import numpy
 

@@ -16,6 +16,7 @@ def python(code: str, timeout: float = 30, limit: int | None = None) -> Measured
     return measure([sys.executable, "-c", code], timeout, memory_limit=limit)
 
 
+@pytest.mark.slow
 def test_memory_of_children_counts() -> None:
     measured = python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLD!r}])")
     assert (measured.code, measured.status, measured.reason) == (0, "ok", "")
@@ -47,6 +48,7 @@ def test_the_mark_of_a_process_stays_when_its_memory_is_given_back() -> None:
     assert memory_of(2**22 + 1).peak == 0, "a process that is gone"
 
 
+@pytest.mark.slow
 def test_a_subject_that_hangs_is_killed_and_said_to_be() -> None:
     measured = python("import time; print('{\"a\": 1}', flush=True); time.sleep(60)", timeout=1)
     assert (measured.code, measured.status) == (124, "failed")
@@ -56,6 +58,7 @@ def test_a_subject_that_hangs_is_killed_and_said_to_be() -> None:
         python("print('nothing')").document()
 
 
+@pytest.mark.slow
 def test_children_of_a_subject_that_hangs_go_with_it() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     started = time.monotonic()

@@ -135,6 +135,7 @@ def test_a_figure_may_leave_out_what_a_subject_counts(root: Path) -> None:
         shown("emoji*")
 
 
+@pytest.mark.slow
 def test_results_of_other_code_are_named(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +155,7 @@ def test_results_of_other_code_are_named(
     )
 
 
+@pytest.mark.slow
 def test_results_of_another_question_are_named(root: Path) -> None:
     """A suite's file may change and its code not: then the figures answer what nobody asks any more."""
     (root / "benchmarks" / "suites").mkdir()

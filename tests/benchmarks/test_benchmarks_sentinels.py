@@ -163,10 +163,12 @@ def test_what_is_not_measured_is_told_and_fails_where_all_is_wanted(
         main(["--only", "cals", "--root", str(ROOT)])
 
 
+@pytest.mark.slow
 def test_the_rulers_are_right(kit: Kit) -> None:
     assert contradicted({"instruments": readings.instruments(kit)}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ruler", ["clock", "client_clock", "peak", "false_verdicts"])
 def test_a_ruler_that_is_changed_is_noticed(ruler: str, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock doubled, requests timed from when they are sent, half the memory seen, a level of one half."""
@@ -215,6 +217,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     yield seconds
 
 
+@pytest.mark.slow
 def test_an_engine_that_became_slow_is_contradicted(kit: Kit, engines: dict[str, float]) -> None:
     wrong = [line.text for line in judged({"calls": readings.calls(kit)}, FIGURES) if line.status == "contradicted"]
     assert wrong == []

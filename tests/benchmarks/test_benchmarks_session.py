@@ -64,6 +64,7 @@ def by_metric(rows: Sequence[Row], subject: str) -> dict[str, Row]:
     return {row.metric: row for row in rows if row.subject == subject}
 
 
+@pytest.mark.slow
 def test_rounds_interleave_the_cases_that_are_compared(tmp_path: Path) -> None:
     _, ran = measured(tmp_path, {"fast": REPORT % [1, 1], "slow": REPORT % [2, 2]})
     assert ran == [("fast", 0), ("slow", 0)] * 3
@@ -89,6 +90,7 @@ def test_figures_of_a_case(tmp_path: Path) -> None:
     assert found["call_seconds_p50"].conditions["weights"] == "random weights"
 
 
+@pytest.mark.slow
 def test_ratios_are_paired_and_carry_an_interval(tmp_path: Path) -> None:
     rows, _ = measured(tmp_path, {"fast": REPORT % [1, 1], "slow": REPORT % [2, 2]})
     (ratio,) = [row for row in rows if row.subject == "toy / fast / unet against slow"]
@@ -138,6 +140,7 @@ def test_a_limit_makes_a_row_out_of_memory_and_leaves_the_next_alone(tmp_path: P
     assert by_metric(rows, "toy / slow / unet")["call_seconds_p50"].status == "ok"
 
 
+@pytest.mark.slow
 def test_rounds_that_failed_are_counted(tmp_path: Path) -> None:
     once = f"import pathlib; p = pathlib.Path({str(tmp_path / 'flag')!r}); e = p.exists(); p.touch()\nassert not e\n"
     rows, _ = measured(tmp_path, {"fast": once + REPORT % [1], "slow": REPORT % [2]})
@@ -164,6 +167,7 @@ def test_an_interrupted_suite_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(measured(tmp_path, programs)[1]) == 6  # without --resume everything is measured anew
 
 
+@pytest.mark.slow
 def test_other_code_or_another_limit_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = {"fast": REPORT % [1], "slow": REPORT % [1]}
     measured(tmp_path, programs, rounds=1)

@@ -49,6 +49,7 @@ def test_processes_call_in_turn_after_all_are_loaded(tmp_path: Path) -> None:
         assert min(figures["turns"]) >= least  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 def test_a_short_call_has_one_before_it_for_the_caches(tmp_path: Path) -> None:
     (measured,) = take_turns([player("a", 0.04, tmp_path / "log")], 3, 60)
     figures: Any = measured.document()

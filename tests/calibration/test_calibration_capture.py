@@ -44,6 +44,7 @@ def made(tiny: Pipeline, work: Path) -> Calibration:
     return calibrate(tiny, ASKED, Job(work))
 
 
+@pytest.mark.slow
 def test_ranges_are_those_that_other_hooks_see(tiny: Pipeline, made: Calibration) -> None:
     """The same pictures, drawn one at a time by the loop that draws pictures."""
     import torch

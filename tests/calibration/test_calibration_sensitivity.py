@@ -68,6 +68,7 @@ def test_a_planted_outlier_is_found(tmp_path: Path) -> None:
         read_sensitivity(tmp_path, "unet", "0" * 64)
 
 
+@pytest.mark.slow
 def test_a_budget_buys_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four layers, three choices each: all 81 are tried."""
     unet = open_source("arch:tiny-sd").components["unet"]

@@ -62,6 +62,7 @@ def test_inspect_lint(command: Any, tmp_path: Path) -> None:
     assert {"vocab.json", "Unet.mlpackage"} <= {finding["file"] for finding in document["findings"]}
 
 
+@pytest.mark.slow
 def test_inspect_source(command: Any) -> None:
     pytest.importorskip("torch")
     document = check(command("inspect", "arch:tiny-sd"), "inspect")
@@ -99,6 +100,7 @@ def test_verify(command: Any, tiny_bundle: Path) -> None:
     assert check(command("verify", tiny_bundle, "--hashes-only"), "verify")["files"] == document["files"]
 
 
+@pytest.mark.slow
 def test_run_writes_pictures_with_their_settings(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     words = ["run", tiny_bundle, "red apple", "black cat", "--steps", 2, "--seed", 5, "--images", 2]
     document = check(command(*words, "-o", tmp_path / "o", "--grid", tmp_path / "g.png"), "run")
@@ -269,6 +271,7 @@ def test_what_would_fail_at_the_end_is_refused_before_the_work(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["dir.png", "file", "kept"]
 
 
+@pytest.mark.slow
 def test_prompts_behind_two_dashes_may_begin_with_one(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +284,7 @@ def test_prompts_behind_two_dashes_may_begin_with_one(
     assert main([*words, "--overwrite", "--quiet", "x"]) == 0 and capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "facts", [{}, {"seed": "abc"}, {"seed": None}, {"seed": [1]}, {"seed": 1, "warnings": 5}, {"warnings": [["a"]]}]
 )

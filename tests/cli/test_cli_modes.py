@@ -23,6 +23,7 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "given.png"
 
 
+@pytest.mark.slow
 def test_an_image_a_mask_and_a_second_pass_are_what_the_api_draws(
     command: Any, tiny_bundle: Path, image: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_templates_are_refused_by_name(form: str, message: str) -> None:
     assert message in str(fault.value)
 
 
+@pytest.mark.slow
 def test_what_only_the_model_knows_waits_for_it(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     form = tmp_path / "{prompt}-{sampler}-{steps}-{guidance}-{size}-{engine}.png"
     words = ["run", tiny_bundle, "red apple", "--steps", 1, "--size", 64, "-o", form]

@@ -28,6 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, save(pipeline, place / "folder")
 
 
+@pytest.mark.slow
 def test_run_draws_what_the_folder_draws(command: Any, model: tuple[Path, Path], tmp_path: Path) -> None:
     pictures = []
     for number, source in enumerate(model):
@@ -37,6 +38,7 @@ def test_run_draws_what_the_folder_draws(command: Any, model: tuple[Path, Path],
     assert np.array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_inspect_and_compress_take_it(command: Any, model: tuple[Path, Path]) -> None:
     file, folder = model
     one, other = command("inspect", file), command("inspect", folder)

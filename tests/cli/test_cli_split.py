@@ -52,6 +52,7 @@ def test_large_and_small_in_their_own_engines(command: Any, small: Path, tiny_bu
     assert [entry["steps"] for entry in settings["split"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_one_model_reports_itself(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     document = valid(command("run", tiny_bundle, "x", "--steps", 2, "--sampler", "ddim", "-o", tmp_path / "a.png"))
     (model,) = document["models"]
@@ -59,6 +60,7 @@ def test_one_model_reports_itself(command: Any, tiny_bundle: Path, tmp_path: Pat
     assert "split" not in document["pictures"][0]["settings"]
 
 
+@pytest.mark.slow
 def test_the_text_lists_files_and_then_models(capsys: Any, small: Path, tmp_path: Path) -> None:
     words = ["run", "red apple", "--models", LARGE, str(small), "--split", "2,1", "--sampler", "ddim"]
     assert main([*words, "-o", str(tmp_path / "a.png"), "--quiet"]) == 0
@@ -154,6 +156,7 @@ def test_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_the_pair_check_warns_of_is_in_the_document(command: Any, small: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(small, other)
@@ -173,6 +176,7 @@ def test_shared_latents_admits_a_tiny_vae(command: Any, tmp_path: Path) -> None:
     assert document["exit_code"] == 0, document
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_half_precision_on_a_cpu_is_told_once(command: Any, tiny_bundle: Path, tmp_path: Path, engine: str) -> None:
     """A CPU computes it in float32; what the manifest says counts, so that it says fp16 of a copy."""

@@ -83,6 +83,7 @@ class CodePage(io.TextIOWrapper):
         return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_words_of_a_verb_are_an_internal_error(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -117,6 +118,7 @@ def shell(redirections: str, words: list[str], cwd: Path, **env: str) -> subproc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the redirections are sh's")
 @pytest.mark.parametrize(
     ("redirections", "code", "out", "err"),
@@ -136,6 +138,7 @@ def test_streams_that_are_closed_or_full(
     assert out in done.stdout and bool(out) == bool(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the redirections are sh's")
 def test_work_with_stderr_closed_is_done_and_its_document_is_the_only_thing_on_stdout(
     tmp_path: Path, tiny_bundle: Path

@@ -94,6 +94,7 @@ def test_the_loss_is_the_sum_of_its_published_terms(features: str, tmp_path: Pat
     assert all(value.grad is None for value in task.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_min_snr_weighs_each_sample(tmp_path: Path) -> None:
     task = tiny_task(tmp_path, features="none", weighting="min-snr-5-capped", w_out=0.0)
     feeds, noise = noised(task, 4, seed=6)
@@ -246,6 +247,7 @@ def with_family(**changes: Any) -> Callable[[Pipeline], Pipeline]:
     return lambda pipeline: dataclasses.replace(pipeline, family=dataclasses.replace(pipeline.family, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -270,6 +272,7 @@ def test_a_teacher_or_option_that_does_not_fit_is_refused(
     assert any(message in str(problem) for problem in problems), problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -282,6 +285,7 @@ def test_students_of_other_kinds_are_refused(source: str, message: str, tmp_path
     assert any(message in str(problem) for problem in problems), problems
 
 
+@pytest.mark.slow
 def test_data_without_captions_and_fp16_on_a_cpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for caption in pictures_in(tmp_path).glob("*.txt"):
         caption.unlink()
@@ -291,12 +295,14 @@ def test_data_without_captions_and_fp16_on_a_cpu_are_refused(tmp_path: Path, mon
     assert "6 of 6 pictures have no caption" in str(problems[1]) and "needs a GPU" in str(problems[0])
 
 
+@pytest.mark.slow
 def test_processes_share_a_batch_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     (problem,) = DistillPass(str(pictures_in(tmp_path)), batch=4).check(open_source("arch:tiny-sd"))
     assert "batch 4 cannot be shared by 3 processes" in str(problem)
 
 
+@pytest.mark.slow
 def test_what_fits_has_no_problem_and_tells_its_calls(tmp_path: Path) -> None:
     student = student_of(open_source("arch:tiny-sd"))
     step = DistillPass(str(pictures_in(tmp_path)), steps=10, batch=3, accumulate=2)

@@ -98,12 +98,14 @@ def test_a_student_pairs_whose_norm_groups_have_one_value_in_the_smallest_pictur
     assert names("blocks", student, teacher) == EQUAL
 
 
+@pytest.mark.slow
 def test_self_attention_pairs_with_the_layer_that_it_was_copied_from(teacher: Pipeline) -> None:
     leaf = "transformer_blocks.0.attn1"
     table = {f"{own}.{leaf}": f"{other}.{leaf}" for own, other in TINY_ATTENTION.items()}
     assert names("self-attention", student_of(teacher), teacher) == table
 
 
+@pytest.mark.slow
 def test_the_same_topology_pairs_layer_by_layer(teacher: Pipeline) -> None:
     pairs = names("self-attention", teacher, teacher)
     assert len(pairs) == 16 and all(own == other for own, other in pairs.items())
@@ -141,6 +143,7 @@ def changed(component: Component, **changes: Any) -> Component:
     return unet({**component.config, **changes}, MemoryWeights({}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [

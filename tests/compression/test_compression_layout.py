@@ -56,6 +56,7 @@ def narrowed(weights: Weights, widths: Widths, heads: Mapping[str, int]) -> Weig
     return cut(weights, by_norm(weights, widths, heads), heads)
 
 
+@pytest.mark.slow
 def test_cutting_feed_forward_channels_that_give_nothing_changes_nothing() -> None:
     """Values and gates go together with the column that reads them: without silent channels outputs are as before."""
     pipeline = open_source("arch:tiny-sd")
@@ -105,6 +106,7 @@ def test_what_cannot_be_kept_is_refused(kept: Kept, text: str) -> None:
         narrow_unet(open_source("arch:tiny-sd"), kept, {})
 
 
+@pytest.mark.slow
 def test_cutting_a_head_that_gives_nothing_changes_nothing() -> None:
     """The cuts of q, k, v and the output pair up: without the silent head every output is as it was."""
     component = open_source("arch:tiny-sd").components["unet"]
@@ -151,6 +153,7 @@ def test_heads_are_weighed_by_all_their_weights() -> None:
         assert found[head] == pytest.approx((square + float(out[:, rows].double().square().sum())) ** 0.5)
 
 
+@pytest.mark.slow
 def test_a_narrowed_model_survives_the_folder_bit_for_bit(tmp_path: Path) -> None:
     small = compress("emoji", [LayoutPass("hybrid-224m")], tmp_path / "small")
     again = open_source(str(tmp_path / "small"))
@@ -162,6 +165,7 @@ def test_a_narrowed_model_survives_the_folder_bit_for_bit(tmp_path: Path) -> Non
     assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
+@pytest.mark.slow
 def test_a_layout_opens_in_stock_diffusers(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 

@@ -101,6 +101,7 @@ def as_picture(lcm: Any, output: Tensor, latents: Tensor, time: int) -> Tensor:
     return skip * latents + out * clean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "source"), COMBINATIONS)
 def test_the_loss_is_that_of_the_published_scripts(form: str, source: str, tmp_path: Path) -> None:
     pipeline = velocity(open_source(source)) if source == "arch:tiny-sd" else open_source(source)
@@ -144,6 +145,7 @@ def test_the_target_of_the_full_form_is_the_average(tmp_path: Path) -> None:
     assert task.loss(6, step_generator(3, 1))[0].item() == pytest.approx(wanted, rel=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["full", "lora"])
 def test_training_begins_with_the_teacher_itself(form: str, tmp_path: Path) -> None:
     source = open_source("arch:tiny-sd")
@@ -175,6 +177,7 @@ def test_a_pruned_student_learns_the_trajectories_of_the_whole_model(tmp_path: P
     assert not any(".lora_" in name for name, _ in task.teacher.named_parameters())
 
 
+@pytest.mark.slow
 def test_guidance_is_drawn_evenly_and_sample_by_sample(tmp_path: Path) -> None:
     task = task_of(options_for(tmp_path, w_min=2.0, w_max=6.0), open_source("arch:tiny-sd"), tmp_path)
     _, guidances = task.draws(2000, step_generator(1, 0))

@@ -64,6 +64,7 @@ def differences(fused: Pipeline, base: Pipeline, theirs: dict[str, torch.Tensor]
     return worst, changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", [False, True])
 def test_peft_s_own_file_is_fused_as_peft_merges_it(root: bool, base: Pipeline, saved: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -76,6 +77,7 @@ def test_peft_s_own_file_is_fused_as_peft_merges_it(root: bool, base: Pipeline, 
     assert entry["scaled_by"] == ["adapter_config.json beside adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_diffusers_notes_in_the_header_are_read(alone: bool, base: Pipeline, saved: Path, tmp_path: Path) -> None:
     """`save_lora_adapter` of a U-Net alone, and `save_lora_weights` of a pipeline, which puts the part first."""
@@ -155,6 +157,7 @@ def test_beginnings_that_leave_the_base_alone_are_fused(start: Any, base: Pipeli
     assert LoraPass((str(tmp_path / "adapter_model.safetensors"),)).check(base) == []
 
 
+@pytest.mark.slow
 def test_files_of_mixed_ranks_that_diffusers_saved_again_are_fused(base: Pipeline, saved: Path, tmp_path: Path) -> None:
     """diffusers 0.42 names their layers in full behind a `^`; it reads such a file back itself."""
     draw = torch.Generator().manual_seed(0)
@@ -193,6 +196,7 @@ def test_notes_that_are_of_another_file_are_refused(
     assert re.search(message, str(problem))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
 def test_peft_s_files_of_text_encoders_are_fused_as_peft_merges_them(part: str, tmp_path: Path) -> None:

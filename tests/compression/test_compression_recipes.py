@@ -494,6 +494,7 @@ def test_the_result_validates_too(tmp_path: Path, command: Any) -> None:
     assert "plan" not in document and document["unet"]["parameters"] == document["history"][0]["parameters"]
 
 
+@pytest.mark.slow
 def test_the_card_lists_what_was_done(tmp_path: Path) -> None:
     teacher = save(open_source("arch:tiny-sd"), tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Teacher\n")
@@ -511,6 +512,7 @@ def test_the_card_lists_what_was_done(tmp_path: Path) -> None:
     assert licence_of(tmp_path / "small") == made.licence
 
 
+@pytest.mark.slow
 def test_a_card_survives_odd_findings(tmp_path: Path) -> None:
     pipeline = open_source("arch:tiny-sd")
     entry = {"pass": "x|y", "list": list(range(99)), "text": "a\nb|" + "c" * 90, "none": None, "table": {"a": 1}}
@@ -549,6 +551,7 @@ def test_places_that_would_fail_at_the_end_are_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_link_to_an_empty_folder_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

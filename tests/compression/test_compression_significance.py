@@ -154,6 +154,7 @@ def size(pipeline: Pipeline) -> int:
     return sum(parameter.numel() for parameter in pipeline.components["unet"].meta.parameters())
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_used(base: Pipeline, scores: str) -> None:
     small = compress(base, [SignificancePass(parameters=0.7, scores=scores)])
     assert 0.68 * size(base) < size(small) <= 0.7 * size(base)
@@ -191,6 +192,7 @@ def test_less_budget_never_scores_better(base: Pipeline, scores: str) -> None:
     assert found == sorted(found, reverse=True) and found[-1] == 0 and found[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["random", "magnitude"])
 def test_allocations_to_compare_with_keep_the_same_budget(base: Pipeline, allocation: str) -> None:
     step = SignificancePass(parameters=0.7, allocation=allocation, seed=1)
@@ -249,6 +251,7 @@ def test_the_released_code_keeps_the_first_heads_and_the_largest_filters(tmp_pat
     assert interiors(theirs.components["unet"]).inner["down_blocks.0.resnets.0"] == 64, "not below 64 channels"
 
 
+@pytest.mark.slow
 def test_a_narrowed_model_can_be_narrowed_again(base: Pipeline) -> None:
     once = compress(base, [SignificancePass(parameters=0.9, allocation="magnitude", feedforward=True)])
     twice = compress(once, [SignificancePass(parameters=0.9, allocation="magnitude", feedforward=True)])
@@ -321,11 +324,13 @@ def test_it_is_refused_before_work_starts(base: Pipeline, options: dict[str, Any
         compress(base, [SignificancePass(**options)], job=Job(cancel=lambda: pytest.fail("work has started")))
 
 
+@pytest.mark.slow
 def test_a_model_that_fills_masks_is_not_scored_by_prompts() -> None:
     with pytest.raises(ConfigError, match="fills masks"):
         compress("arch:tiny-inpaint", [SignificancePass(parameters=0.9)])
 
 
+@pytest.mark.slow
 def test_scores_of_another_model_are_refused(base: Pipeline, scores: str) -> None:
     with pytest.raises(ConfigError, match=r"have no .* narrowed to"):
         compress(base, [SignificancePass(parameters=0.9, keeps=(0.1, 0.9), feedforward=True, scores=scores)])
@@ -339,6 +344,7 @@ def test_scores_of_another_model_are_refused(base: Pipeline, scores: str) -> Non
         compress(other, [SignificancePass(parameters=0.9, scores=scores)])
 
 
+@pytest.mark.slow
 def test_scores_of_another_shape_are_told_as_such_and_not_by_a_width_that_they_lack(scores: str) -> None:
     asked = SignificancePass(parameters=0.9, scores=scores)
     with pytest.raises(ConfigError, match=r"unet: significance: scores: .* is of another U-Net: .* scores_out=FILE"):
@@ -358,6 +364,7 @@ def test_prompts_come_one_a_line(tmp_path: Path) -> None:
             read_captions(file)
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_bar_for_every_layer(base: Pipeline, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image

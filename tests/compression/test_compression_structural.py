@@ -135,6 +135,7 @@ def test_options_are_checked(options: dict[str, Any], text: str) -> None:
         load_options(load(PASSES, "prune", "pass"), options, "pass prune")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -158,6 +159,7 @@ def test_the_least_budget_is_legal(small: Pipeline) -> None:
     assert set(interiors(made.components["unet"]).heads.values()) == {1}
 
 
+@pytest.mark.slow
 def test_data_is_checked_before_work(small: Pipeline, pictures: Path, tmp_path: Path) -> None:
     step = PrunePass(keep=0.5, criterion="taylor", data=str(pictures), batch=9, layers=("feedforward",))
     assert [str(problem) for problem in step.check(small)] == [f"data: batch is 9; {pictures} has 4 pictures"]
@@ -183,6 +185,7 @@ def test_without_torch_pruning_its_extra_is_named(small: Pipeline, monkeypatch: 
             ask()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_named(small: Pipeline) -> None:
     class Damaged:
         def __init__(self, weights: Weights) -> None:

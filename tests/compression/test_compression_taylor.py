@@ -65,6 +65,7 @@ def test_the_batch_is_drawn_by_the_seed(pictures: Path) -> None:
     assert len({tuple(drawn(data, 3, seed)) for seed in range(6)}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_is_that_of_diffusers(small: Pipeline, batch: Examples, prediction: str) -> None:
     scheduler = DDPMScheduler.from_config({**small.scheduler, "prediction_type": prediction})

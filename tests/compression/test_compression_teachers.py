@@ -50,6 +50,7 @@ def mid_depth(config: Any) -> int:
         return len(UNet2DConditionModel(**plain).mid_block.attentions[0].transformer_blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, [1, 1, 1, 2], [1, 2, 1, 3]])
 def test_bk_base_keeps_the_mid_block_whole_whatever_its_depth(layers: Any) -> None:
     teacher = teacher_with("arch:tiny-sd", transformer_layers_per_block=layers)
@@ -144,6 +145,7 @@ def test_files_that_were_asked_for_are_written_although_a_later_pass_is_done(tmp
     assert (tmp_path / "scores.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_download_of_one_variant_opens_although_the_index_of_the_other_came_along(tmp_path: Path) -> None:
     folder = save(open_source("arch:tiny-sd"), tmp_path / "m", dtype="float16")
     unet = folder / "unet"
@@ -197,6 +199,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
     assert caught.value.filename == str(tmp_path / "state.partial") and not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_leaves_a_folder_that_stock_diffusers_opens(tmp_path: Path) -> None:
     folder = save(open_source("arch:tiny-sd"), tmp_path / "m")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -219,6 +222,7 @@ def test_a_half_source_is_drawn_by_stock_diffusers_from_what_is_saved(tmp_path: 
     assert drawn.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_dry_run_opens_no_data_and_promises_no_hours_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +241,7 @@ def lora_file(folder: Path) -> str:
     return str(folder / "style.safetensors")
 
 
+@pytest.mark.slow
 def test_a_fused_lora_is_not_trained_away(tmp_path: Path) -> None:
     """The default teacher is the source, which lacks it: run and dry run refuse, and name what to type."""
     data = str(pictures_in(tmp_path / "data"))
@@ -252,6 +257,7 @@ def test_a_fused_lora_is_not_trained_away(tmp_path: Path) -> None:
     assert taught.check(again) == []
 
 
+@pytest.mark.slow
 def test_a_model_of_few_steps_does_not_learn_from_one_of_many(tmp_path: Path) -> None:
     lcm = compress("arch:tiny-sd", [LoraPass((lora_file(tmp_path),), sampler="lcm")])
     step = DistillPass(str(pictures_in(tmp_path / "data")), **{**SMALL, "teacher": "arch:tiny-sd"})

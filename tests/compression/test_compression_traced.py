@@ -198,6 +198,7 @@ def test_magnitude_has_a_closed_form(small: Pipeline, found: list[Interior]) -> 
         assert {layer.weight.device.type for layer in one.layers.values()} == {"meta"}  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_what_scores_least_goes(small: Pipeline, found: list[Interior]) -> None:
     before, after = small.components["unet"].weights, PrunePass(keep=0.5).run(small, Job()).components["unet"].weights
     for one in (one for one in found if one.kind == "heads"):

@@ -103,6 +103,7 @@ def test_the_loss_is_that_of_diffusers_script(source: str, change: Any, targets:
     assert any("conv1" in layer for layer in layers) == (targets == "all") and any("attn2" in layer for layer in layers)
 
 
+@pytest.mark.slow
 def test_all_timesteps_are_trained(tmp_path: Path) -> None:
     task = task_of(options_for(tmp_path), open_source("arch:tiny-sd"), tmp_path)
     steps = [sample.step for sample in task.draws(3000, step_generator(3, 1))]

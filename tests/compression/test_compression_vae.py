@@ -66,6 +66,7 @@ def test_the_tiny_one_has_the_published_size_and_is_that_of_diffusers() -> None:
     assert ours == {name: tuple(value.shape) for name, value in stock.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_the_small_one_has_the_published_size() -> None:
     """62.01 M of Hybrid SD, where the KL one has 83.65 M; no stock config says so."""
     config = {**VAES["sd15"], "diffship": {"decoder": [96, 192, 384, 384]}}
@@ -84,6 +85,7 @@ def test_the_small_one_has_the_published_size() -> None:
         open_source("arch:sd15+small-vae+taesd")
 
 
+@pytest.mark.slow
 def test_decoders_cost_what_the_page_says(emoji: Pipeline) -> None:
     """Counted conv and linear GMAC; those of SD1.5 and TAESD at 512 px are the guide's, too."""
     recipe = read_recipe(ROOT / "recipes" / "emoji-tiny-vae.toml").passes[0][1].outline(emoji).pipeline
@@ -117,6 +119,7 @@ def test_widths_that_make_no_decoder_are_refused(vae: str, said: dict[str, Any],
         with_vae(tiny, Module(vae, config, MemoryWeights({})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), STUDENTS.items(), ids=STUDENTS)
 def test_the_losses_of_every_turn_by_hand(name: str, more: dict[str, Any], tiny: Pipeline, tmp_path: Path) -> None:
     """The batch is the task's own; everything after it is computed here, with diffusers' whole auto-encoders."""
@@ -230,6 +233,7 @@ def test_what_cannot_start_is_refused_before(
         refuse(made.check(open_source(source)))
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_calls_and_tells_the_decoder(
     tiny: Pipeline, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
@@ -260,6 +264,7 @@ def kl_decoder(pipeline: Pipeline) -> Any:
     return lambda latents: vae.decode(latents / vae.config.scaling_factor).sample
 
 
+@pytest.mark.slow
 def test_a_swapped_vae_is_drawn_with_by_its_own_scale(tmp_path: Path) -> None:
     """Stock diffusers divides by the scaling factor of the VAE that is in the folder: 0.18215, or a tiny one's 1."""
     source = open_source("arch:tiny-sd")
@@ -300,6 +305,7 @@ def test_latents_of_another_family_are_refused(config: dict[str, Any], message: 
         swap_vae(emoji, new_vae(config))
 
 
+@pytest.mark.slow
 def test_a_vae_that_does_not_fit_is_forced_or_says_whose_latents_it_has(emoji: Pipeline, tmp_path: Path) -> None:
     vae = new_vae(tiny_vae(8))
     made, report = swap_vae(emoji, vae, force=True)

@@ -68,6 +68,7 @@ def test_a_training_waits_and_says_so_and_gives_up_in_the_end() -> None:
     assert len(said) == 1 and "something is timed (serving, process" in said[0] and "at most 0 s" in said[0]
 
 
+@pytest.mark.slow
 def test_a_training_begins_when_the_timing_is_over() -> None:
     with another("timing") as process:
         threading.Timer(0.5, process.kill).start()

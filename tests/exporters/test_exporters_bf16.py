@@ -76,6 +76,7 @@ def test_weights_are_bfloat16_and_boundaries_float32(made: Made, tiny_sd: Pipeli
         assert np.array_equal(numpy_helper.to_array(stored[key]).astype(np.float32), tensor.numpy()), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_the_twin_computes_what_torch_does_with_rounded_weights(made: Made, tiny_sd: Pipeline, name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -99,6 +100,7 @@ def test_times_stay_float32_until_the_part_casts_them(made: Made) -> None:
     assert {kinds[name] for node in waves for name in (*node.input, *node.output)} == {WIDE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
 def test_torch_in_bfloat16_is_within_the_tolerance_that_its_simulation_gives(name: str) -> None:
     component = open_source("emoji").components[name]

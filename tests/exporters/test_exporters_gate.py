@@ -92,6 +92,7 @@ class Counting(TextEncoder):
         return tuple(output * (min(len(input_ids), 2) / 2) for output in super().forward(input_ids))
 
 
+@pytest.mark.slow
 def test_a_part_whose_samples_depend_on_their_number_is_refused(tiny_sd: Pipeline, tmp_path: Path) -> None:
     text = tiny_sd.components["text_encoder"]
     wrong = mutant(tiny_sd, "text_encoder", lambda: Counting(text.config, False, False))

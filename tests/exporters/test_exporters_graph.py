@@ -145,6 +145,7 @@ def test_lower_opsets_get_plain_operators(tiny_sd: Pipeline, opset: int) -> None
     assert model.opset_import[0].version == opset
 
 
+@pytest.mark.slow
 def test_a_cached_graph_is_not_made_again(tiny_sd: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exporter, component, job = Onnx(), tiny_sd.components["text_encoder"], Job(tmp_path / "job")
     first = exporter.export(component, tmp_path / "a", job)

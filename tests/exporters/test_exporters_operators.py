@@ -361,6 +361,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "opset"), RUNS)
 def test_operators_compute_what_torch_computes(group: str, opset: int) -> None:
     cases = CASES[group]

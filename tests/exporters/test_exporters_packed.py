@@ -68,6 +68,7 @@ def stored_weights(bundle: Bundle) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PACKED)
 def test_what_is_stored(tiny_sd: Pipeline, bundles: Callable[[str], Bundle], precision: str) -> None:
     bundle, component = bundles(precision), tiny_sd.components[PART]

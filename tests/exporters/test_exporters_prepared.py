@@ -32,6 +32,7 @@ print(sorted(name for name in ("torch", "onnx", "diffusers") if name in sys.modu
 """
 
 
+@pytest.mark.slow
 def test_export_without_torch_gives_the_bundle_that_was_proved(tmp_path: Path) -> None:
     out = tmp_path / "emoji"
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(out)], capture_output=True, text=True, timeout=120)

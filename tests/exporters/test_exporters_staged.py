@@ -115,6 +115,7 @@ def test_stages_that_cannot_be_exported_are_refused_before_any_work(tiny_sd: Pip
     assert not place.exists()
 
 
+@pytest.mark.slow
 def test_a_cut_read_from_a_manifest_is_the_cut_that_was_made(tiny_sd: Pipeline) -> None:
     staging = find_staging(tiny_sd, 3)
     again = partition(tiny_sd.denoiser, Cuts(staging.after, staging.homes))

@@ -265,6 +265,7 @@ def test_what_the_library_refuses_is_its_own_reason(rtx: Any, tmp_path: Path) ->
     assert not (tmp_path / "plan").exists()
 
 
+@pytest.mark.slow
 def test_a_silent_build_hears_that_it_is_stopped_and_has_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +296,7 @@ print('{"phase": "a", "done": 0, "total": 1}', flush=True)
 """
 
 
+@pytest.mark.slow
 def test_no_build_outlives_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_END_SECONDS", 0.2)
     begin, asked = time.monotonic(), iter([False] * 3 + [True] * 9)

@@ -61,6 +61,7 @@ def test_verify_draws_it_again_and_tells_each_step(bundle: Bundle) -> None:
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["trajectory"]["status"] == "passed"
 
 
+@pytest.mark.slow
 def test_it_is_what_torch_draws_whole(bundle: Bundle, tiny: Pipeline) -> None:
     golden = bundle.manifest.trajectory
     assert golden is not None
@@ -91,6 +92,7 @@ def changed(bundle: Bundle, folder: Path, names: dict[str, Any]) -> Bundle:
     return Bundle(folder, bundle.manifest)
 
 
+@pytest.mark.slow
 def test_the_first_step_that_misses_is_named(bundle: Bundle, tmp_path: Path) -> None:
     golden = bundle.manifest.trajectory
     assert golden is not None
@@ -100,6 +102,7 @@ def test_the_first_step_that_misses_is_named(bundle: Bundle, tmp_path: Path) -> 
     assert check.status == "failed" and check.reason.startswith("step.2: PSNR ") and check.reason in check.text()
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_and_too_little_memory(bundle: Bundle) -> None:
     golden = bundle.manifest.trajectory
     assert golden is not None
@@ -140,6 +143,7 @@ def test_its_files_must_be_listed_and_legal(bundle: Bundle) -> None:
         parse_manifest(json.dumps(document).encode())
 
 
+@pytest.mark.slow
 def test_where_there_can_be_none(tiny: Pipeline, tmp_path: Path) -> None:
     texts = replace(tiny, components={"unet": tiny.components["unet"]})
     refused = [
@@ -155,6 +159,7 @@ def test_where_there_can_be_none(tiny: Pipeline, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_engine_gets_golden_inputs_that_its_profile_takes() -> None:
     for name in ("emoji", "arch:sd15", "arch:sdxl"):
         pipeline = open_source(name)

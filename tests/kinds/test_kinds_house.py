@@ -54,6 +54,7 @@ def users_of_part_names(package: Path) -> set[str]:
     return {file.relative_to(package).as_posix() for file in found}
 
 
+@pytest.mark.slow
 def test_few_files_know_how_a_part_is_called() -> None:
     found = {file for file in users_of_part_names(PACKAGE) if not file.startswith("kinds/")}
     assert len(found) <= MOST, sorted(found)

@@ -190,6 +190,7 @@ def test_defaults_are_stocks(folders: dict[str, Path]) -> None:
     assert family.size_step == 16 and family.default_sides == (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side", "width", "count"),
     [

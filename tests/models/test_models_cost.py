@@ -40,6 +40,7 @@ def test_published_unets(name: str, side: int, params: int, conv_linear: float, 
     assert found.bytes == 4 * params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("px", "kl", "attention", "tiny"), [(512, 1240, 17, 70.7), (1024, 4960, 275, 282.7)])
 def test_published_decoders(px: int, kl: float, attention: float, tiny: float) -> None:
     sizes = {"height": px // 8, "width": px // 8}
@@ -50,6 +51,7 @@ def test_published_decoders(px: int, kl: float, attention: float, tiny: float) -
     assert (small.conv_linear_macs / 1e9, small.attention_macs) == (pytest.approx(tiny, rel=1e-3), 0)
 
 
+@pytest.mark.slow
 def test_published_auto_encoder_parameters() -> None:
     # guide 5.4 counts encoder and decoder without the two 1x1 convolutions beside them
     assert cost(part("sd15", "vae_encoder")).params == 34_163_592 + 8 * 8 + 8
@@ -65,6 +67,7 @@ def test_variants_differ_by_what_they_add() -> None:
     assert cost(part("lcm-sdxl", "unet")).params == 2_567_463_684 + 256 * 320
 
 
+@pytest.mark.slow
 def test_published_text_encoders() -> None:
     assert cost(part("sdxl", "text_encoder_2")).params == 694_659_840
     assert cost(part("sd15", "text_encoder")).params == 123_060_480
@@ -83,6 +86,7 @@ def test_macs_equal_torchs_own_flop_counter(name: str, parts: str) -> None:
         assert 2 * cost(component, sizes).macs == counter.get_total_flops(), component.name
 
 
+@pytest.mark.slow
 def test_image_size_stands_for_the_axes_of_the_auto_encoder() -> None:
     sizes = {"height": 16, "width": 8, "image_height": 128, "image_width": 64}
     own = {"sample_height": 128, "sample_width": 64}

@@ -108,6 +108,7 @@ def size(component: Component, side: int) -> dict[str, int]:
     return {**component.smallest_sizes(), "batch_size": 2, "height": side, "width": side}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "stages"), ROWS, ids=str)
 def test_published_cuts_give_each_device_the_modules_of_the_table(model: str, stages: int) -> None:
     component = part({"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}.get(model, model))
@@ -131,6 +132,7 @@ def test_all_published_rows_are_in_the_tables() -> None:
     assert {(model, stages) for model in PUBLISHED for stages in PUBLISHED[model]} == set(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side", "megabytes", "share"),
     [
@@ -176,6 +178,7 @@ def test_stages_of_every_cut_equal_the_whole_bit_for_bit(name: str) -> None:
         assert np.array_equal(values["out_sample"], expected), (kind, stages, cuts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
 def test_layers_cost_what_the_whole_costs(name: str) -> None:
     component = part(name)
@@ -205,6 +208,7 @@ def _largest(component: Component, cuts: Cuts, side: int) -> tuple[int, int]:
     return max(macs), max(held_bytes(stages, cuts.homes))
 
 
+@pytest.mark.slow
 def test_measured_times_and_unequal_devices_move_the_cut() -> None:
     component = part("tiny-sd")
     names = [name for name in layer_costs(component) if name != "time_embedding"]
@@ -221,6 +225,7 @@ COSTS = st.lists(st.integers(1, 9).map(float), min_size=5, max_size=9)
 CROSSINGS = st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8), st.integers(1, 4), st.integers(1, 50)), max_size=6)
 
 
+@pytest.mark.slow
 @given(COSTS, CROSSINGS, st.integers(2, 4), st.booleans(), st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=4))
 @settings(max_examples=150, deadline=None)
 def test_the_balance_is_the_best_of_all_cuts(
@@ -253,6 +258,7 @@ def test_the_balance_is_the_best_of_all_cuts(
     assert tried[found][1] == min(sent for largest, sent in tried.values() if largest <= limit + 1e-12)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_is_refused() -> None:
     component = part("tiny-sd")
     with pytest.raises(ConfigError, match="stages is 5; published for sd15: 2, 3, 4"):

@@ -37,6 +37,7 @@ def test_absent_keys_of_a_text_encoder_have_transformers_defaults() -> None:
     assert found["num_hidden_layers"] == theirs.num_hidden_layers and found["hidden_act"] == theirs.hidden_act
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "wide"), [("arch:tiny-sdxl", True), ("arch:tiny-sd", False)])
 def test_an_absent_force_upcast_keeps_sdxls_vae_wide_and_no_other(source: str, wide: bool, tmp_path: Path) -> None:
     """The class says true; the SD pipelines never ask, those of SDXL do."""

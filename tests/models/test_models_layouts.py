@@ -76,6 +76,7 @@ def teacher_of(name: str) -> str:
     return "sd15" if name.startswith(("bk", "hybrid")) else "sdxl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters", "conv_linear", "attention"), PUBLISHED)
 def test_counts_are_the_published_ones(name: str, parameters: int, conv_linear: float, attention: float) -> None:
     component = open_source(f"arch:{name}").components["unet"]

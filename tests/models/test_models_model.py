@@ -37,6 +37,7 @@ def test_parts_are_loaded_once_and_released() -> None:
             model.use("controlnet")
 
 
+@pytest.mark.slow
 def test_digest_covers_every_part() -> None:
     model: Model = PipelineModel(arch("tiny-sd"))
     lines = "".join(f"{name} {component.digest}\n" for name, component in sorted(arch("tiny-sd").components.items()))
@@ -44,6 +45,7 @@ def test_digest_covers_every_part() -> None:
     assert model.digest != PipelineModel(arch("tiny-sd+taesd")).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl+taesd", "tiny-lcm"])
 def test_a_picture_on_torch(name: str) -> None:
     model = PipelineModel(arch(name))

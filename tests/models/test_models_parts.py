@@ -51,6 +51,7 @@ def stock_unet(component: Component) -> UNet2DConditionModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-inpaint", "tiny-lcm", "tiny-sdxl", "tiny-sdxl+lcm", "tiny-refiner"])
 def test_unet_equals_diffusers(name: str) -> None:
     component = part(name, "unet")
@@ -362,6 +363,7 @@ def test_training_a_part_leaves_its_source_alone() -> None:
     assert unused([component]) == ["part does not take 1 tensors of its weight files: extra"]
 
 
+@pytest.mark.slow
 def test_a_model_on_torch_tells_of_tensors_that_no_part_takes(tmp_path: Path) -> None:
     whole = pipeline("tiny-sd")
     text = whole.components["text_encoder"]

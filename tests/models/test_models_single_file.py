@@ -309,6 +309,7 @@ def test_zero_terminal_snr_is_marked(tmp_path: Path) -> None:
 # ---- parts of a model
 
 
+@pytest.mark.slow
 def test_a_file_without_text_encoders_takes_a_base(tmp_path: Path, folder: Path) -> None:
     whole, alone = tensors("tiny-sd"), changed(tmp_path, {}, without=TEXT)
     with pytest.raises(DiffshipError, match=r"has no text_encoder, tokenizer.*run take --base SOURCE"):

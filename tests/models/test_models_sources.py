@@ -74,6 +74,7 @@ def test_stock_diffusers_loads_the_saved_folder_and_agrees(saved: Path) -> None:
     assert latents.shape == (1, 4, 8, 8) and torch.isfinite(latents).all()
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_sdxl_in_half_precision(tmp_path: Path) -> None:
     folder = save(arch("tiny-sdxl"), tmp_path / "xl", dtype="float16")
     assert {
@@ -132,6 +133,7 @@ def test_wrong_architectures_are_refused_with_the_nearest_name() -> None:
         open_source("arch:sd15+lmc")
 
 
+@pytest.mark.slow
 def test_full_precision_is_preferred_and_half_is_accepted(folder: Path) -> None:
     before = digests(open_source(str(folder)))
     half = (
@@ -495,6 +497,7 @@ def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> Non
     assert f"SourceError: 'nobody/nothing' is no path in {Path.cwd()}" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_small_sibling_shares_all_but_the_unet_with_its_teacher() -> None:
     small, large = open_source("emoji-small"), open_source("emoji")
     unet = small.components["unet"]

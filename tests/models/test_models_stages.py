@@ -71,6 +71,7 @@ def test_every_part_can_be_cut(which: str) -> None:
     assert worst(chain(stages, feeds), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_published_cuts_of_sd15_carry_the_skips_that_cross() -> None:
     first, second, third = cut(part("tiny-sd"), ["down_blocks.3", "up_blocks.2.resnets.2"])
     assert first.layers[-1] == "down_blocks.3.resnets.1" and second.layers[0] == "mid_block.resnets.0"
@@ -85,6 +86,7 @@ def test_published_cuts_of_sd15_carry_the_skips_that_cross() -> None:
     assert shapes["down_blocks.2.downsamplers.0.out"] == ("batch_size", 32, "height / 8", "width / 8")
 
 
+@pytest.mark.slow
 def test_boundaries_match_their_specs_at_another_size() -> None:
     component = part("tiny-sdxl")
     sizes = {"batch_size": 2, "height": 8, "width": 12, "sequence_length": 5}
@@ -96,6 +98,7 @@ def test_boundaries_match_their_specs_at_another_size() -> None:
         values.update(outputs)
 
 
+@pytest.mark.slow
 def test_recomputed_time_embedding_lets_stages_stand_at_their_own_timestep() -> None:
     component = part("tiny-lcm")
     feeds, expected = whole("tiny-lcm")
@@ -106,6 +109,7 @@ def test_recomputed_time_embedding_lets_stages_stand_at_their_own_timestep() -> 
     assert worst(chain(stages, feeds), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_stage_can_be_cut_again() -> None:
     feeds, expected = whole("tiny-lcm")
     first, second = cut(part("tiny-lcm"), ["mid_block"], embed="recompute")
@@ -115,6 +119,7 @@ def test_a_stage_can_be_cut_again() -> None:
     assert worst(chain([*again, second], feeds), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_stages_own_disjoint_weights_that_make_up_the_whole() -> None:
     stages = cut(part("tiny-sdxl"), ["down_blocks.1", "mid_block"])
     names = [name for stage in stages for name in stage.weights.names()]
@@ -138,12 +143,14 @@ def test_memory_stages_stay_under_their_bound(name: str, which: str) -> None:
     assert worst(stages_forward(part(name, which), feeds, limit), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_full_size_sdxl_fits_stages_of_a_quarter_gigabyte() -> None:
     stages = memory_stages(part("sdxl"), 256 << 20)
     assert max(stage.weights.nbytes for stage in stages) <= 256 << 20
     assert sum(stage.weights.nbytes for stage in stages) == part("sdxl").weights.nbytes == 4 * 2_567_463_684
 
 
+@pytest.mark.slow
 def test_blocks_of_sd15() -> None:
     names = blocks(part("tiny-sd"))
     assert names[:5] == (
@@ -168,6 +175,7 @@ def test_blocks_of_sd15() -> None:
     assert names == blocks(open_source("arch:sd15").components["unet"])
 
 
+@pytest.mark.slow
 def test_wrong_cuts_are_refused() -> None:
     component = part("tiny-sd")
     with pytest.raises(ConfigError, match=r"did you mean 'mid_block"):

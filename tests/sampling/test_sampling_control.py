@@ -168,6 +168,7 @@ def test_what_cannot_be_controlled_is_refused(made: Any, tmp_path: Path) -> None
         with_controlnets(open_source(str(folder)), {"My Edges": str(folder / "edges")})
 
 
+@pytest.mark.slow
 def test_a_controlnet_of_another_family_or_that_pools_is_refused(made: Any, tmp_path: Path) -> None:
     folder, _ = made("tiny-sd")
     with pytest.raises(SourceError, match="it was trained for another family"):

@@ -163,6 +163,7 @@ def test_run_like_gives_the_same_bytes(command: Any, tiny_bundle: Path, tmp_path
     assert Path(picture["file"]).name == "000-a-dog-9-tiny-like-c0.png"
 
 
+@pytest.mark.slow
 def test_run_like_the_picture_of_another_program(command: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     texts = PngImagePlugin.PngInfo()
     texts.add_text("parameters", PUBLISHED.replace("512x512", "64x64").replace("Steps: 20", "Steps: 1"))

@@ -31,6 +31,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stock")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _params())
 def test_a_picture_is_stocks_or_refused_by_file_and_key(
     case: Case, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -90,6 +90,7 @@ def _equal(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_unpacking_refuses_a_wrong_folder_and_existing_runs(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a packed family"):
         run("emoji-unpack", TrainOptions(data=tmp_path, out=tmp_path / "runs"))

@@ -102,6 +102,7 @@ def test_a_restart_that_opens_half_of_the_files_does_not_count_as_alive(
 SIZES = {"batch_size": 1, "height": 8, "width": 8, "sequence_length": 77}
 
 
+@pytest.mark.slow
 def test_what_the_engine_refuses_is_its_own_error_and_the_process_goes_on(model: BundleModel, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(RunnerError, match=r"onnxruntime refuses .*bad\.onnx"):
@@ -162,6 +163,7 @@ def hung(model: BundleModel) -> Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_behind_a_call_that_hangs(model: BundleModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_END_SECONDS", 0.3)
     model.use("text_encoder")
@@ -172,6 +174,7 @@ def test_closing_does_not_wait_behind_a_call_that_hangs(model: BundleModel, monk
     assert time.monotonic() - begun < 5 and not thread.is_alive() and gone(pid)
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_a_process_that_stands_still(
     model: BundleModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +188,7 @@ def test_closing_does_not_wait_for_a_process_that_stands_still(
     assert time.monotonic() - begun < 5 and gone(pid)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ended_in_a_call_does_not_wait_for_it(
     model: BundleModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def test_a_process_that_is_ended_in_a_call_does_not_wait_for_it(
     assert time.monotonic() - begun < 5 and not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_killed_engine_ends_its_call_and_starts_no_more(model: BundleModel) -> None:
     thread, pid, begun = hung(model), process(model).pid, time.monotonic()
     assert pid is not None
@@ -259,6 +264,7 @@ def test_a_fault_of_our_own_takes_one_call_and_not_the_process(capsys: pytest.Ca
     assert unknown["error"] == ["RunnerError"] and "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [MemoryError("7 GB"), KeyboardInterrupt()])
 def test_an_answer_that_was_not_read_whole_is_not_taken_for_the_next_one(
     fault: BaseException, monkeypatch: pytest.MonkeyPatch

@@ -301,6 +301,7 @@ class Causal(torch.nn.Module):
         return x + F.gelu(self.out(attended.transpose(1, 2).reshape(2, 6, 16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "shape"), [(Residual, (1, 8, 9, 7)), (Causal, (2, 6, 16))])
 def test_modules_that_the_exporter_never_saw(
     build: type[torch.nn.Module], shape: tuple[int, ...], tmp_path: Path

@@ -97,6 +97,7 @@ def test_same_seed_is_bit_equal_and_a_batch_equals_singles(ort_model: BundleMode
         assert np.abs(together.trajectory.latents - alone.trajectory.latents).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_thread_count_changes_less_than_1e_5(tiny_bundle: Path, ort_model: BundleModel) -> None:
     with open_model(tiny_bundle, "onnxruntime", threads=2) as model:
         two = generate(model, REQUEST)[0].trajectory.latents
@@ -133,6 +134,7 @@ def test_facts_equal_those_of_the_source(ort_model: BundleModel, torch_model: ob
         np.testing.assert_array_equal(ort_model.tokenizers[name](prompts).ids, tokenizer(prompts).ids)
 
 
+@pytest.mark.slow
 def test_low_memory_gives_the_same_picture_and_frees_parts(tiny_bundle: Path, ort_model: BundleModel) -> None:
     with open_model(tiny_bundle, "onnxruntime", threads=1, arena=False) as model:
         low = generate(model, Request(prompt="a red apple", steps=2, size=(64, 64), seed=1, memory="low"))[0].pixels
@@ -150,6 +152,7 @@ def test_what_is_neither_bundle_nor_model(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_torch_opens_sources_but_no_bundles(tiny_bundle: Path) -> None:
     with open_model("arch:tiny-sd", "torch") as model:
         assert "unet" in model.parts
@@ -245,6 +248,7 @@ def test_a_bundle_whose_files_are_hard_links_is_drawn_with_where_it_was_opened_s
         assert set(model.tokenizers) == {"tokenizer"}
 
 
+@pytest.mark.slow
 def test_what_a_prompt_shows_is_one_short_line(ort_model: BundleModel, torch_model: Any, tiny_bundle: Path) -> None:
     picture = generate(ort_model, REQUEST)[0]
     bundle, pipeline = ort_model.bundle, torch_model.pipeline

@@ -32,6 +32,7 @@ print(heard == [signal.SIGINT])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_is_heard_after_another_thread_has_closed_a_model(tiny_bundle: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tiny_bundle / "vae_decoder" / "model.onnx")]

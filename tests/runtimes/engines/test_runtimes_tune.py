@@ -114,6 +114,7 @@ def test_reading_and_writing_keeps_the_model() -> None:
     assert kept == onnx.load_from_string(data)
 
 
+@pytest.mark.slow
 def test_a_tuned_bundle_part_computes_the_same(tiny_bundle: Path) -> None:
     path = tiny_bundle / "unet" / "model.onnx"
     counts = ops(tuned(path.read_bytes()) or b"")

@@ -59,6 +59,7 @@ def test_every_difference_that_matters_is_refused_by_name(reason: str) -> None:
     assert len(differences(large(), other).reasons) == 1
 
 
+@pytest.mark.slow
 def test_a_model_fits_itself_and_its_sibling() -> None:
     assert check_pair([large()]) == check_pair([large(), large()]) == check_pair([large(), small(), large()]) == ()
 
@@ -70,6 +71,7 @@ def test_all_reasons_are_named_at_once() -> None:
         check_pair([large(), other])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["tiny-lcm", "tiny-sdxl", "tiny-inpaint", "tiny-sd+taesd"])
 def test_other_kinds_of_model_are_refused(other: str) -> None:
     for pair in ((large(), large(other)), (large(other), large())):
@@ -142,6 +144,7 @@ def arrived(**changes: Any) -> Trajectory:
     return replace(unpack(pack(half)), **changes)
 
 
+@pytest.mark.slow
 def test_what_fits_arrives() -> None:
     assert check_arrival(arrived(), large()) == check_arrival(arrived(), small()) == ()
     (warning,) = check_arrival(arrived(origin=None), small())
@@ -154,6 +157,7 @@ def test_another_family_does_not_arrive(other: str) -> None:
         check_arrival(arrived(), large(other))
 
 
+@pytest.mark.slow
 def test_another_schedule_or_vae_does_not_arrive() -> None:
     betas, vae, trained = stand(), stand(), stand()
     betas.scheduler["beta_end"] = 0.02

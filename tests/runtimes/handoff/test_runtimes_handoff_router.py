@@ -75,6 +75,7 @@ def test_the_same_model_on_both_sides_changes_no_bit_torch(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_the_same_model_on_both_sides_changes_no_bit_onnxruntime(name: str, ort: Model, ort_again: Model) -> None:
     request = asked(steps=4, sampler=name, rng="philox")
@@ -128,6 +129,7 @@ def test_a_pair_of_consistency_models(split: tuple[int, int]) -> None:
     assert equal == [split[0] == 8, split[1] == 8]
 
 
+@pytest.mark.slow
 def test_sdxl_and_its_embeddings() -> None:
     request = asked(steps=3)
     whole = generate(large("tiny-sdxl"), request)[0]
@@ -137,6 +139,7 @@ def test_sdxl_and_its_embeddings() -> None:
         np.testing.assert_array_equal(over_the_wire(pair, split, request).latents, whole.trajectory.latents)
 
 
+@pytest.mark.slow
 def test_a_mask_and_its_latents_travel() -> None:
     pair = [large("tiny-inpaint"), large("tiny-inpaint")]
     image, mask = np.full((64, 64, 3), 90, np.uint8), np.eye(64, dtype=np.uint8) * 255
@@ -183,6 +186,7 @@ def test_engines_may_differ(tiny_bundle: Path, engine: str, order: str) -> None:
         assert np.abs(whole - split).max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_the_surplus_call_goes_to_the_last_model_with_a_share() -> None:
     for split, calls in (((2, 2), [2, 3]), ((4, 0), [5, 0]), ((0, 4), [0, 5])):
         router = Router([large(), small()], split)
@@ -239,6 +243,7 @@ class Watched:
         self.log.append(f"-{part}")
 
 
+@pytest.mark.slow
 def test_low_memory_loads_one_unet_after_the_other() -> None:
     first, last = Watched(large()), Watched(small())
     router = Router([first, last], (2, 2), keep=False)
@@ -272,6 +277,7 @@ def test_embeddings_travel_and_prompts_are_encoded_where_they_arrive() -> None:
     np.testing.assert_array_equal(bare.pixels, whole.pixels)
 
 
+@pytest.mark.slow
 def test_a_resumed_trajectory_goes_on_with_the_model_of_its_step() -> None:
     whole = split_picture([large(), small()], (2, 2), asked(sampler="dpmpp-2m"))
     for step in range(5):

@@ -143,6 +143,7 @@ def pipe() -> Iterator[Any]:
     assert "forward" not in vars(made.unet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "stride", "warm_up"), [(1, 1, 1), (2, 1, STEPS), (3, 2, STEPS + 2), (4, 1, STEPS), (5, 1, STEPS)]
 )
@@ -166,6 +167,7 @@ def test_schedulers_that_repeat_timesteps_or_draw_noise_stay_in_step(scheduler: 
     assert torch.equal(exact, draw(pipe)) and not torch.equal(stale, exact)
 
 
+@pytest.mark.slow
 def test_threads_draw_what_one_thread_draws_and_every_picture_begins_anew(pipe: Any) -> None:
     expected = {}
     for seed in (0, 1):
@@ -175,6 +177,7 @@ def test_threads_draw_what_one_thread_draws_and_every_picture_begins_anew(pipe: 
         assert all(torch.equal(draw(pipe, seed), expected[seed]) for seed in (0, 1, 0))
 
 
+@pytest.mark.slow
 def test_image_to_image_embeds_the_timesteps_that_are_left() -> None:
     """The published code counts them from the list's first, whatever strength is."""
     kind = diffusers.StableDiffusionImg2ImgPipeline
@@ -196,6 +199,7 @@ def redraw(pipe: Any, call: dict[str, Any]) -> Any:
     ).images
 
 
+@pytest.mark.slow
 def test_the_forward_is_restored_after_a_fault_and_the_stage_is_named(pipe: Any) -> None:
     plain = draw(pipe)
 
@@ -261,6 +265,7 @@ def test_what_stages_would_not_heed_is_refused(pipe: Any, change: Callable[[Any]
         diffship.AsyncDenoiser(pipe)
 
 
+@pytest.mark.slow
 def test_calls_that_stages_would_not_heed_are_refused(pipe: Any) -> None:
     x, words = torch.zeros(1, 4, 8, 8), torch.zeros(1, 7, 32)
     pipe.scheduler.set_timesteps(4)
@@ -290,6 +295,7 @@ def test_calls_that_stages_would_not_heed_are_refused(pipe: Any) -> None:
             draw(pipe, callback_on_step_end=halve, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_asked_for(pipe: Any) -> None:
     with pytest.raises(ConfigError, match="2 stages at stride 2 take 3 devices; got 2"):
         diffship.AsyncDenoiser(pipe, 2, 2, devices=["cpu", "cpu"])
@@ -321,6 +327,7 @@ def in_halves(pipe: Any, forward: Callable[..., Any]) -> None:
     pipe.unet.forward = run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
 def test_halves_of_guidance_are_the_picture_of_a_unet_that_is_called_for_each(pipe: Any, devices: Any) -> None:
     with diffship.AsyncDenoiser(pipe, 1, devices=devices, cfg_parallel=True):

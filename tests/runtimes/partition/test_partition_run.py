@@ -76,6 +76,7 @@ def recursive(devices: int, ends: bool, trajectory: Trajectory, stride: int, war
 WARM_UPS = st.sampled_from([1, 2, 3, 9])
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4), st.booleans(), st.integers(1, 2), WARM_UPS, st.booleans(), st.integers(1, 14))
 @settings(max_examples=80, deadline=None)
 def test_predictions_are_those_of_the_published_equation(

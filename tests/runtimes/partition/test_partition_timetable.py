@@ -57,6 +57,7 @@ def test_small_tables_by_hand(case: tuple[int, int, int, bool, int]) -> None:
         read |= {(made.round, made.device) for task in table.rounds[i].tasks for made in task.reads}
 
 
+@pytest.mark.slow
 @given(CASES)
 @settings(max_examples=150, deadline=None)
 def test_every_timetable_holds_and_says_what_it_costs(case: tuple[int, bool, int, int, bool, int]) -> None:

@@ -108,6 +108,7 @@ def checked(path: Path) -> tuple[bool, str, tuple[BlockCheck, ...]]:
     return report.passed, report.text(), report.checks[0].blocks
 
 
+@pytest.mark.slow
 def test_a_sound_part_passes_with_its_closest_point(tiny_bundle: Path) -> None:
     passed, text, (block,) = checked(tiny_bundle)
     assert passed and block.kind == "graph" and not block.failed
@@ -117,6 +118,7 @@ def test_a_sound_part_passes_with_its_closest_point(tiny_bundle: Path) -> None:
     assert Bundle.open(tiny_bundle).part("vae_decoder").proof["blocks"][0]["points"] == document["points"]
 
 
+@pytest.mark.slow
 def test_another_reference_fails_and_names_its_point(edited: Callable[[Change], Path]) -> None:
     names: list[str] = []
 
@@ -181,6 +183,7 @@ def test_a_graph_without_references_inside_it_is_told_to_be_proved_as_a_whole(
     assert passed and not blocks and "proved as a whole: the bundle has no references inside it" in text
 
 
+@pytest.mark.slow
 def test_a_fault_that_the_whole_part_hides_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
     """One convolution, half a per cent off."""
     copy = tmp_path / "copy"

@@ -59,6 +59,7 @@ def graph(tiny_bundle: Path) -> Any:
     return file, read_golden(bundle, part.golden)[0][0], tolerance_of(part), node.output[0], node.name
 
 
+@pytest.mark.slow
 def test_a_node_that_is_always_wrong_is_named(graph: Any) -> None:
     file, feeds, tolerance, output, node = graph
     where, what = suspects(file, Faulty(output), feeds, tolerance)

@@ -68,6 +68,7 @@ def test_a_file_of_another_size_does_not_open(bundle: Bundle) -> None:
         verify(bundle.path)
 
 
+@pytest.mark.slow
 def test_only_chosen_parts_and_unknown_ones(tiny_bundle: Path) -> None:
     report = verify(tiny_bundle, parts=["vae_decoder"], threads=1)
     assert report.passed and [check.part for check in report.checks] == ["vae_decoder"]
@@ -105,6 +106,7 @@ def test_a_budget_that_no_stage_fits_is_a_failed_check(tiny_bundle: Path) -> Non
     assert not report.passed and "needs at least" in report.checks[0].reason
 
 
+@pytest.mark.slow
 def test_reduce_blames_the_graph_where_engines_agree(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     part = bundle.part("vae_decoder")

@@ -49,6 +49,7 @@ def stalled_server() -> Iterator[Server]:
         thread.join(10)
 
 
+@pytest.mark.slow
 def test_those_who_could_not_even_ask_have_waited_too() -> None:
     """40 requests a second, two of them at once, and a second of silence: whoever fell due in it waited for its end.
 
@@ -98,6 +99,7 @@ def test_fairness_is_the_slowest_mean_over_the_fastest() -> None:
     assert _fairness(answers) == 4.0
 
 
+@pytest.mark.slow
 def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
     model = HeldModel(delay=0.01)
     with toy_server(model) as (url, service):
@@ -109,6 +111,7 @@ def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
     assert max(model.batches) == 8  # two rows an image
 
 
+@pytest.mark.slow
 def test_an_open_loop_asks_at_its_own_pace_whatever_the_server_does() -> None:
     model = HeldModel(delay=0.02)
     with toy_server(model, batch=1, queue=1) as (url, _):

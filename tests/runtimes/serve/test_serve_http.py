@@ -103,6 +103,7 @@ def test_case_28_a_client_that_crashes_after_half_a_body_starts_nothing() -> Non
     assert model.batches == []
 
 
+@pytest.mark.slow
 def test_case_29_headers_that_come_byte_by_byte_are_cut_off() -> None:
     with toy_server(header_seconds=0.3) as (url, _), connect(url) as slow:
         begin = time.monotonic()
@@ -120,6 +121,7 @@ def test_case_29_headers_that_come_byte_by_byte_are_cut_off() -> None:
         assert httpx.get(f"{url}/live").status_code == 200
 
 
+@pytest.mark.slow
 def test_case_29_a_body_that_comes_too_slowly_is_408() -> None:
     with toy_server(body_seconds=0.3) as (url, _), connect(url) as slow:
         slow.sendall(post({"prompt": "cat"}, length=1000))
@@ -234,6 +236,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections.Door, "accept", small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_buffers")
 def test_case_29_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_LOOK_SECONDS", 0.05)
@@ -339,6 +342,7 @@ def test_an_address_that_this_machine_lacks_is_left_out(monkeypatch: pytest.Monk
         assert [door.getsockname()[0] for door in doors] == ["127.0.0.1"]
 
 
+@pytest.mark.slow
 def test_an_idle_connection_stays_as_long_as_it_is_told_to() -> None:
     with toy_server(keep_alive=1.0) as (url, _), connect(url) as client:
         client.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -96,6 +96,7 @@ def test_a_load_that_hangs_is_ended_and_is_no_fault_of_the_model() -> None:
     assert model.kills == 1 and heard == [] and worker.state == STOPPED and worker.fault is None
 
 
+@pytest.mark.slow
 def test_several_that_hang_share_the_time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "STOP_SECONDS", 1.0)
     models = [Hanging(f"toy{i}") for i in range(4)]

@@ -185,6 +185,7 @@ def test_split_auto_measures_chooses_and_keeps(
     assert document["exit_code"] == 2 and "is of another edge" in document["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_profile_is_of_what_was_measured() -> None:
     """A toy whose calls take 20 ms there and 5 ms here."""
     from serve_toy import HeldModel, toy_server

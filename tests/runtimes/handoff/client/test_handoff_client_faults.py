@@ -61,6 +61,7 @@ FALLS = {  # fault -> kind, handoffs sent
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FALLS)
 def test_case_42_finishes_alone_inside_the_deadline_and_says_why(fault: str) -> None:
     kind, sent = FALLS[fault]
@@ -114,6 +115,7 @@ def test_the_circuit_opens_after_three_and_closes_after_a_good_trial() -> None:
             assert right(made) and made.report.fallback is None and client.breaker.state == "closed"
 
 
+@pytest.mark.slow
 def test_the_deadline_leaves_room_for_drawing_alone() -> None:
     """A call takes 50 ms here; of 1 s the cloud, which hangs, gets what six of them and a decode leave."""
     small = HeldModel(delay=0.05)
@@ -125,6 +127,7 @@ def test_the_deadline_leaves_room_for_drawing_alone() -> None:
     assert report.late_ms < 200 and 100 < report.cloud_ms < 720
 
 
+@pytest.mark.slow
 def test_a_cloud_that_is_given_up_is_told_so_at_once() -> None:
     """The first call tells that alone takes 1.4 of 2 s, when the request has been sent for 1 s."""
     model, small = HeldModel(), HeldModel(delay=0.2)
@@ -140,6 +143,7 @@ def test_a_cloud_that_is_given_up_is_told_so_at_once() -> None:
     assert cancelled[1] == 1  # and not only when the exchange's own clock was over
 
 
+@pytest.mark.slow
 def test_a_deadline_that_is_too_short_for_anything_is_reported_as_missed() -> None:
     small = HeldModel(delay=0.05)
     with toy_server(ToyModel()) as (url, _), fault_proxy(url, "none", "hang") as proxy:
@@ -189,6 +193,7 @@ def test_case_43_a_duplicate_answer_reaches_no_later_picture() -> None:
                 assert made.report.fallback is None and made.report.cloud_calls == 2
 
 
+@pytest.mark.slow
 def test_case_43_an_answer_after_the_local_finish_is_given_up_and_counted() -> None:
     model = HeldModel()
     with toy_server(model) as (url, service):
@@ -231,6 +236,7 @@ def test_prompts_and_times_are_told_as_the_server_takes_them() -> None:
     assert (body["split"], body["steps"], body["embeddings"]) == (2, 6, False)
 
 
+@pytest.mark.slow
 def test_threads_and_connections_do_not_pile_up() -> None:
     with toy_server(ToyModel()) as (url, _), fault_proxy(url, "refuse", "reset", "garbage", "none") as proxy:
         for _ in range(3):

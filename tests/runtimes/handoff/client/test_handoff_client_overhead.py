@@ -26,6 +26,7 @@ def test_rows_are_medians_with_their_spread() -> None:
     assert made["handoff_bytes", True].kind == "size" and made["generation_ms", None].value == 100
 
 
+@pytest.mark.slow
 def test_a_toy_in_whole(tmp_path: Path) -> None:
     with toy_server(HeldModel(delay=0.005)) as (url, _), HybridClient(ToyModel(), url) as client:
         found, whole = measure(client, PLAN)
@@ -39,6 +40,7 @@ def test_a_toy_in_whole(tmp_path: Path) -> None:
     assert [row.metric for row in read_result(tmp_path / "r.json").rows] == [row.metric for row in made]
 
 
+@pytest.mark.slow
 def test_a_cloud_that_fails_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     place = "diffship.benchmarks.studies.service.handoff_overhead.overhead"
     monkeypatch.setattr(place, lambda *_: Overhead(1, 1, 1, 1))
