@@ -101,9 +101,9 @@ ABUSE = {
 def test_abuse_is_bounded(small: ClipTokenizer, name: str) -> None:
     seconds = []
     for _ in range(5):  # the machine may be busy: the fastest counts
-        began = time.perf_counter()
+        began = time.process_time()
         tokens = small([ABUSE[name]])
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert min(seconds) < 0.05
     assert tokens.ids.shape == (1, 77)
     assert tokens.ids.min() >= 0 and tokens.ids.max() < 2000
@@ -111,10 +111,10 @@ def test_abuse_is_bounded(small: ClipTokenizer, name: str) -> None:
 
 @pytest.mark.parametrize("prompt", ["x" * 1_000_000, 5, None, b"bytes", ["list"]])
 def test_what_is_no_prompt_is_refused_at_once(small: ClipTokenizer, prompt: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="prompt"):
         small([prompt])
-    assert time.perf_counter() - began < 0.05
+    assert time.process_time() - began < 0.05
 
 
 @settings(max_examples=150, deadline=None)
