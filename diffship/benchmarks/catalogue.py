@@ -79,6 +79,7 @@ FILES = {
         ResultsFile("emoji-quality", "studies.quality.emoji_quality"),
         ResultsFile("few-steps", "studies.quality.few_steps", uses=_FEW, data=("models/emoji", "models/emoji-small")),
         ResultsFile("fast-chain", "studies.cost.fast_chain", uses=_FEW, data=("models/emoji", "models/emoji-small")),
+        ResultsFile("formats", "studies.quality.formats"),
         experiment_file("compression"),
         experiment_file("criteria"),
         experiment_file("features"),

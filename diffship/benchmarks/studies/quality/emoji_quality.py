@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffship.benchmarks.catalogue import results_file
 from diffship.benchmarks.entry import enter
+from diffship.benchmarks.freshness import digest
 from diffship.benchmarks.measure.case import label
 from diffship.benchmarks.measure.record import write_result
 from diffship.benchmarks.measure.row import Row
 from diffship.benchmarks.studies.quality.judging import RANKS, Bench, Judging, ask, figure_rows
 from diffship.benchmarks.studies.quality.scores import hits, nearest
 from diffship.benchmarks.studies.workbench import JUDGE, add_work, emoji_data, untrained
+from diffship.core.job import Job, digest_of
 
 SUITE = "emoji-quality"
 Uint8 = NDArray[np.uint8]
@@ -73,6 +76,18 @@ def draw(
         pictures += [picture.pixels for picture in generate_many(model, requests[first : first + batch])]
         print(f"drawn {len(pictures)} of {len(requests)}", file=sys.stderr)
     return np.stack(pictures)
+
+
+def draw_once(job: Job, suite: str, model: Any, texts: Sequence[str], seed: int, **how: Any) -> Uint8:
+    """(n, size, size, 3): `draw` with one seed, which `job` keeps as long as the suite's code and `model` stay."""
+    from safetensors.numpy import load_file, save_file
+
+    def make(out: Path) -> None:
+        pixels = draw(model, texts, 1, first_seed=seed, **how)
+        save_file({"pixels": np.ascontiguousarray(pixels)}, out)
+
+    facts = [digest(results_file(suite), ["onnxruntime"]), model.digest, how, seed, list(texts)]
+    return np.asarray(load_file(job.once(f"drawn-{digest_of(facts)[:20]}", make))["pixels"], np.uint8)
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

@@ -22,14 +22,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffship.benchmarks import freshness
-from diffship.benchmarks.catalogue import results_file
 from diffship.benchmarks.entry import enter
 from diffship.benchmarks.measure.intervals import LEVEL, spread
 from diffship.benchmarks.measure.record import write_result
 from diffship.benchmarks.measure.row import Row
 from diffship.benchmarks.studies.quality.distilled import MADE, Distilled, add_made
-from diffship.benchmarks.studies.quality.emoji_quality import draw
+from diffship.benchmarks.studies.quality.emoji_quality import draw_once
 from diffship.benchmarks.studies.quality.judging import (
     RANKS,
     Judged,
@@ -40,7 +38,6 @@ from diffship.benchmarks.studies.quality.judging import (
     show,
 )
 from diffship.benchmarks.studies.workbench import JUDGE, add_work, emoji_data
-from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
 from diffship.sampling.generate import generate
 from diffship.sampling.model import Model
@@ -83,19 +80,6 @@ def ways(models: Sequence[str]) -> list[Way]:
     guided = {"emoji-lcm": GUIDANCE}
     distilled = [Way(model, "lcm", steps, guided.get(model, 1.0)) for model in models for steps in STEPS]
     return [*samplers, *undistilled, *distilled]
-
-
-def drawn(job: Job, model: Model, way: Way, texts: Sequence[str], seed: int) -> Uint8:
-    """(n, size, size, 3): a picture of every prompt; what was drawn before is read."""
-    from safetensors.numpy import load_file, save_file
-
-    def make(out: Path) -> None:
-        pixels = draw(model, texts, 1, way.steps, way.guidance, sampler=way.sampler, first_seed=seed)
-        save_file({"pixels": np.ascontiguousarray(pixels)}, out)
-
-    code = freshness.digest(results_file(SUITE), ["onnxruntime"])
-    facts = [code, model.digest, asdict(way), seed, list(texts)]
-    return np.asarray(load_file(job.once(f"drawn-{digest_of(facts)[:20]}", make))["pixels"], np.uint8)
 
 
 def kept_row(subject: str, ours: Sequence[Judged], reference: Sequence[Judged], metric: str) -> Row:
@@ -154,7 +138,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         judging = Judging.read(arguments.data, arguments.judge, tokenizer, arguments.prompts)
         for way, judged in found.items():
             for seed in range(arguments.seeds):
-                pixels = drawn(made.job, models[way.model], way, judging.asked.texts, seed)
+                how = {"steps": way.steps, "guidance": way.guidance, "sampler": way.sampler}
+                pixels = draw_once(made.job, SUITE, models[way.model], judging.asked.texts, seed, **how)
                 judged.append(judging.look(pixels, {}))
                 shown.setdefault(way.name, pixels[:SHOWN])
             print(f"{way.name}: top5 {statistics.mean(judged[0].by_prompt['top5']):.3f}", file=sys.stderr)
