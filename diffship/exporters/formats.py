@@ -8,8 +8,8 @@ buckets of T5's relative positions), which code casts to float32 by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ else:
     TorchDispatchMode = lazy_base("torch.utils._python_dispatch", "TorchDispatchMode")
 
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
+# float32 has 24 bits of significand; results with 3 fewer are wrong by 8 times (18 dB) as much as float32's own
+COARSE_BITS = 3
 _EXACT = ("Timesteps",)  # class names of modules that compute in float32 in every deployment
 
 
@@ -61,14 +63,23 @@ def rounding(module: nn.Module, precision: Precision) -> Iterator[None]:
 
     What an exact module gives is rounded once, where a deployment casts it. Constants are rounded as in `constants`.
     """
-    with _outside_exact(module, _Format(_kind(precision), results=True)):
+    with _outside_exact(module, _Format(_to(precision), results=True)):
         yield
+
+
+def coarse() -> AbstractContextManager[None]:
+    """Within it, every float result of every operator has COARSE_BITS fewer bits of significand than float32.
+
+    That is what rounding does to a network, enlarged. Sinusoids of timesteps are no exception: at a timestep of 999 the
+    last bit of a frequency is a ten-thousandth of the sinusoid, and engines differ there.
+    """
+    return _Format(_coarser, results=True)
 
 
 @contextmanager
 def constants(module: nn.Module, precision: Precision) -> Iterator[None]:
     """Within it, numbers that code adds or multiplies with are rounded to `precision`, as constants of a graph are."""
-    with _outside_exact(module, _Format(_kind(precision), results=False)):
+    with _outside_exact(module, _Format(_to(precision), results=False)):
         yield
 
 
@@ -93,9 +104,9 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
     nothing else.
     """
 
-    def __init__(self, kind: torch.dtype, results: bool) -> None:
+    def __init__(self, rounded: Callable[[torch.Tensor], torch.Tensor], results: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kind, self._results = kind, results
+        self._rounded, self._results = rounded, results
         self._paused = 0
         self._exact = weak.WeakIdKeyDictionary()  # of tensors as objects; they end while this lives
 
@@ -105,7 +116,7 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._paused or self._of_integers(args):
             return self._kept(func(*args, **(kwargs or {})))
         if func.overloadpacket.__name__.rstrip("_") in _ARITHMETIC:
-            args = tuple(float(torch.tensor(v, dtype=self._kind)) if isinstance(v, float) else v for v in args)
+            args = tuple(float(self._rounded(torch.tensor(v))) if isinstance(v, float) else v for v in args)
         out = func(*args, **(kwargs or {}))
         aliases = [entry.alias_info for entry in func._schema.returns]
         if not self._results or any(alias is not None and not alias.is_write for alias in aliases):
@@ -126,7 +137,7 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _round(self, value: Any, written: bool) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
-        rounded = value.to(self._kind).to(torch.float32)
+        rounded = self._rounded(value)
         return value.copy_(rounded) if written else rounded
 
     def pause(self, *_: Any) -> None:
@@ -136,12 +147,18 @@ class _Format(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def resume(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """An exact module ends; what the outermost gives is a result."""
         self._paused -= 1
-        return output.to(self._kind).to(output.dtype) if self._results and not self._paused else output
+        return self._rounded(output) if self._results and not self._paused else output
 
 
-def _kind(precision: Precision) -> torch.dtype:
+def _to(precision: Precision) -> Callable[[torch.Tensor], torch.Tensor]:
     kind: torch.dtype = getattr(torch, precision.activations)
-    return kind
+    return lambda value: value.to(kind).to(value.dtype)
+
+
+def _coarser(value: torch.Tensor) -> torch.Tensor:
+    """float32 values, each the nearest that has COARSE_BITS fewer bits; half way, the larger one."""
+    bits = value.contiguous().view(torch.int32)
+    return ((bits + (1 << (COARSE_BITS - 1))) & -(1 << COARSE_BITS)).view(torch.float32)
 
 
 def simulated_forward(
@@ -153,7 +170,7 @@ def simulated_forward(
 ) -> dict[str, NDArray[np.generic]]:
     """Outputs of a part in `precision`, float32 arrays, with at most `max_bytes` of its weights loaded at once.
 
-    moved: as in `coded_inputs`.
+    moved: as engines differ: inputs of coded layers as in `coded_inputs`; `coarse` results if `precision` is exact.
     """
     try:
         stages: Sequence[Component] = memory_stages(component, max_bytes)
@@ -164,8 +181,13 @@ def simulated_forward(
     for stage in stages:
         module = stage.module()
         round_weights(module, precision, packed)
-        results = coded_inputs(module, precision, moved) if precision.simulated else rounding(module, precision)
-        with torch.no_grad(), results:
+        with torch.no_grad(), _results(module, precision, moved):
             made = module(*(values[spec.name] for spec in stage.inputs))
         values.update((spec.name, tensor) for spec, tensor in zip(stage.outputs, made, strict=True))
     return {spec.name: values[spec.name].numpy() for spec in component.outputs}
+
+
+def _results(module: nn.Module, precision: Precision, moved: bool) -> AbstractContextManager[None]:
+    if precision.exact and moved:
+        return coarse()
+    return coded_inputs(module, precision, moved) if precision.simulated else rounding(module, precision)

@@ -18,7 +18,7 @@ from diffship.models.pipeline import Pipeline
 class GatedModel(PipelineModel):
     """A Model in float32 whose parts are run stage by stage if they have more than `max_bytes` of weights.
 
-    precision: which format is simulated in the denoiser (`golden.simulated`); none if it is lossless. moved: as there.
+    precision, moved: which format is simulated in the denoiser, and how (`golden.simulated`).
     """
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, precision: Precision = FP32, moved: bool = False) -> None:
@@ -31,7 +31,7 @@ class GatedModel(PipelineModel):
 
     def use(self, part: str) -> Runner:
         component = self.pipeline.components[part]
-        if part == self.family.kind.denoiser and not self._precision.lossless:
+        if part == self.family.kind.denoiser and (self._moved or not self._precision.lossless):
             return _Staged(component, self._max_bytes, self._precision, self._moved)
         return super().use(part) if 4 * component.parameters <= self._max_bytes else _Staged(component, self._max_bytes)
 
@@ -49,7 +49,7 @@ class _Staged:
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {name: np.asarray(feed.value if isinstance(feed, Handle) else feed) for name, feed in feeds.items()}
-        if self._precision.lossless:
+        if self._precision.lossless and not self._moved:
             return dict(golden.reference(self._component, arrays, self._max_bytes))
         return dict(golden.simulated(self._component, arrays, self._max_bytes, self._precision, self._moved))
 

@@ -52,7 +52,7 @@ def write_trajectory(
             model.release(part)
         formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
         found = formatted if precision.simulated else latents_by_step(trajectory, denoiser_of(model))
-        if precision.inputs:
+        if precision.inputs or precision.exact:
             formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision, moved=True)))
     finally:
         model.close()

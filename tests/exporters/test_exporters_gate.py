@@ -17,6 +17,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from diffship.benchmarks.studies.mutation.random_source import random_pipeline
 from diffship.cli.inspect import inspect_bundle
 from diffship.core.bundle import Bundle
 from diffship.core.bundle_check import digest_file
@@ -26,10 +27,10 @@ from diffship.core.job import Job
 from diffship.core.precision import BF16, FP16, Precision, precision_of
 from diffship.core.weights import Weights
 from diffship.export import export
-from diffship.exporters.formats import constants, rounding, simulated_forward
+from diffship.exporters.formats import COARSE_BITS, coarse, constants, rounding, simulated_forward
 from diffship.exporters.golden_feeds import GoldenFeeds
 from diffship.exporters.onnx import Onnx
-from diffship.exporters.tolerances import measured
+from diffship.exporters.tolerances import conditioned, exact, measured
 from diffship.models.parts.clip import TextEncoder
 from diffship.models.parts.component import Component
 from diffship.models.parts.unet import UNet
@@ -123,6 +124,40 @@ def test_rounding_follows_writes_in_place_and_leaves_views_alone() -> None:
         row.mul_(1 / 3)
     third = torch.tensor(1 / 3, dtype=torch.float16)
     assert values[1, 0] == third.float() and values[0, 0] == (third.float() * third.float()).half().float()
+
+
+def test_coarse_results_are_the_nearest_with_fewer_bits() -> None:
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 1e3
+    with coarse():
+        found = (values * 1.0).numpy()
+    sizes = np.abs(values.numpy().astype(np.float64))
+    step = 2.0 ** (np.floor(np.log2(sizes)) - 23 + COARSE_BITS)  # float32 has 23 bits behind the first
+    assert np.array_equal(np.abs(found), np.floor(sizes / step + 0.5) * step)
+    assert np.array_equal(np.sign(found), np.sign(values.numpy()))
+
+
+def test_a_float32_tolerance_is_never_tighter_and_loosens_by_what_rounding_costs() -> None:
+    reference = np.linspace(-1, 1, 1001, dtype=np.float32)
+    plain = exact(reference)
+    assert conditioned(reference, reference + np.float32(1e-6)) == plain
+    loose = conditioned(reference, reference + np.float32(2e-3))
+    assert loose.psnr_db is not None and plain.psnr_db is not None and loose.atol is not None
+    assert loose.psnr_db == pytest.approx(20 * np.log10(1 / 2e-3), abs=0.02) and loose.psnr_db < plain.psnr_db
+    assert 2e-3 <= loose.atol < 2.1e-3
+
+
+@pytest.mark.slow
+def test_a_sound_part_that_enlarges_rounding_errors_is_proved_and_a_spoilt_one_is_not(tmp_path: Path) -> None:
+    """Layers of four channels, nearly equal ones among them, are normalised: two float32 engines agree to 70 dB."""
+    pipeline = random_pipeline(135)
+    unet = pipeline.components["unet"]
+    part = export(pipeline, "onnx", tmp_path / "sound", parts=["unet"]).part("unet")
+    assert part.golden is not None and part.golden.tolerance.psnr_db is not None
+    assert "enlarges rounding errors" in str(part.golden.method) and 40 < part.golden.tolerance.psnr_db < 80
+    path = "down_blocks.1.attentions.0.transformer_blocks.1.attn2"
+    wrong = mutant(pipeline, "unet", lambda: without(path, unet))
+    with pytest.raises(ParityError, match=path):
+        export(wrong, "onnx", tmp_path / "wrong", parts=["unet"], against=pipeline)
 
 
 @pytest.mark.slow
