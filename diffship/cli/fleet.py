@@ -126,20 +126,19 @@ def inspect_fleet(folder: Path) -> Result:
 
     rows = read_rows(folder)
     same = all(row.manifest is not None and not row.odd for row in rows)
+    total, again = sum(row.bytes for row in rows), repeated_bytes(rows)
     document = {
         "kind": "fleet",
         "name": str(folder),
         "bundles": [row.to_json() for row in rows],
         "same_source": same,
-        "bytes": sum(row.bytes for row in rows),
-        "repeated_bytes": repeated_bytes(rows),
+        "bytes": total,
+        "repeated_bytes": again,
     }
     head = ("name", "target", "precision", "parts", "bytes", "proof", "source digest")
     lines = [table(head, map(_cells, rows)), *(f"{row.name}: {row.fault}" for row in rows if row.fault)]
-    total, again = size_text(document["bytes"]), size_text(document["repeated_bytes"])
-    lines.append(
-        f"fleet of {len(rows)} bundles in {folder}: {total}, of which {again} are copies of files in another one"
-    )
+    sizes = f"{size_text(total)}, of which {size_text(again)} are copies of files in another one"
+    lines.append(f"fleet of {len(rows)} bundles in {folder}: {sizes}")
     return Result(document, "\n".join(lines), 1 if any(row.fault for row in rows) else 0)
 
 

@@ -207,9 +207,11 @@ def _require_engine(exporter: AnyExporter, verify: bool) -> None:
     from diffship.exporters.protocol import BuiltFromGraph
     from diffship.runtimes.engines.engine import choose_engine
 
-    if verify and isinstance(exporter, BuiltFromGraph):
+    if not verify:
+        return
+    if isinstance(exporter, BuiltFromGraph):
         choose_engine("onnx")
-    elif verify and exporter.proved_here:
+    elif exporter.proved_here:
         choose_engine(exporter.name)
 
 
