@@ -46,6 +46,7 @@ def words(recipe: Path, graphs: Path) -> list[object]:
     return ["export", "--recipe", recipe, "-o", out, "--parts", "text_encoder", "--cache", graphs, "--no-verify"]
 
 
+@pytest.mark.slow
 def test_one_command_writes_all_and_inspect_shows_them(command: Any, recipe: Path, graphs_folder: Path) -> None:
     out = recipe.parent / "new" / "out"
     document = check(command(*words(recipe, graphs_folder)), "export")

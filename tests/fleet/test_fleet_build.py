@@ -80,6 +80,7 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_bundles_are_those_of_single_exports(made: Made, tmp_path: Path) -> None:
     assert states(made.report) == ["made", "made"] and made.report.exit_code == 0
     for target in TARGETS:
