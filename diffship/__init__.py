@@ -19,6 +19,8 @@ from diffship.core import telemetry
 
 if TYPE_CHECKING:
     from diffship.core.compare import compare as compare
+    from diffship.fleet.build import export_fleet as export_fleet
+    from diffship.fleet.recipe import read_fleet as read_fleet
     from diffship.runtimes.engines.model import open_model as open_model
     from diffship.runtimes.handoff.client import HybridClient as HybridClient
     from diffship.runtimes.partition.async_denoiser import AsyncDenoiser as AsyncDenoiser
@@ -27,15 +29,20 @@ if TYPE_CHECKING:
     from diffship.sampling.generate import generate as generate
 
 __version__ = "0.1.0"
-__all__ = ["AsyncDenoiser", "HybridClient", "Request", "__version__", "compare", "generate", "open_model", "verify"]
+__all__ = [
+    *("AsyncDenoiser", "HybridClient", "Request", "__version__", "compare", "export_fleet", "generate", "open_model"),
+    *("read_fleet", "verify"),
+]
 
 _WHERE = {
     "AsyncDenoiser": "diffship.runtimes.partition.async_denoiser",
     "HybridClient": "diffship.runtimes.handoff.client",
     "Request": "diffship.sampling.generate",
     "compare": "diffship.core.compare",
+    "export_fleet": "diffship.fleet.build",
     "generate": "diffship.sampling.generate",
     "open_model": "diffship.runtimes.engines.model",
+    "read_fleet": "diffship.fleet.recipe",
     "verify": "diffship.runtimes.proof.verify",
 }
 

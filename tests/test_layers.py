@@ -22,12 +22,13 @@ BELOW = {
 }
 BELOW["proved_part"] = {"exporters", "runtimes", *BELOW["exporters"]}
 BELOW["export"] = {"proved_part", "compression", "exporters", "runtimes", *BELOW["compression"], *BELOW["exporters"]}
+BELOW["fleet"] = {"export", *BELOW["export"]}
 BELOW["reduce"] = {"exporters", "runtimes", *BELOW["exporters"], *BELOW["runtimes"]}
 BELOW["compress"] = {"compression", *BELOW["compression"]}
 BELOW["side_by_side"] = {"runtimes", "models", *BELOW["runtimes"]}
 BELOW["adapted"] = {"compression", "runtimes", *BELOW["compression"], *BELOW["runtimes"]}
 BELOW["benchmarks"] = {"export", "compress", *BELOW["export"]}
-BELOW["cli"] = {"benchmarks", "adapted", "reduce", "side_by_side", *BELOW["benchmarks"]}
+BELOW["cli"] = {"benchmarks", "fleet", "adapted", "reduce", "side_by_side", *BELOW["benchmarks"]}
 
 # Among the rooms of `runtimes`. "engines.model" is a bundle opened as a Model: who draws needs no more of an engine.
 RUNTIMES = {

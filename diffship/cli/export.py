@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names, worded
+from diffship.cli.fleet import SOURCES, describe_report, export_recipe
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.placement import CUTS
 from diffship.cli.progress import Stages, note, warn_of
@@ -26,15 +27,17 @@ EXAMPLES = """examples:
   diffship export path/to/diffusers-folder --to onnx --precision fp16 -o out/model-for-gpus
   diffship export arch:sd15 --to onnx --parts unet --no-verify -o out/sd15-unet
   diffship export arch:tiny-sd --to onnx --stages 2 -o out/tiny-2
+  diffship export --recipe recipes/tiny-fleet.toml -o out/tiny-fleet
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME"
-    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help=SOURCES)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the bundle goes")
-    parser.add_argument("--to", choices=tuple(EXPORTERS), default="onnx", help="target (default: onnx)")
+    parser.add_argument("--to", choices=tuple(EXPORTERS), help="target (default: onnx)")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="every [[target]] of a TOML file, each into DIR/NAME"
+    )
     add_source(parser)
     parser.add_argument("--parts", metavar="A,B", type=names, help="only these parts")
     parser.add_argument(
@@ -99,11 +102,16 @@ def run(options: argparse.Namespace) -> Result:
         raise ConfigError("--parts names no part; give for example --parts unet,vae_decoder")
     if len(names := [name for name, _ in options.controlnet]) != len(set(names)):
         raise ConfigError(f"--controlnet gives one name twice: {', '.join(names)}")
-    chosen = given_fields(options, load(EXPORTERS, options.to, "target"))
+    if options.recipe is not None:
+        return _run_fleet(options)
+    if not options.source:
+        raise ConfigError(f"no source is given; legal: {SOURCES}; or name a recipe with --recipe FILE")
+    to = options.to or "onnx"
+    chosen = given_fields(options, load(EXPORTERS, to, "target"))
     with made_parents(options.output), Stages(options.quiet) as stages:
         bundle = export(
             options.source,
-            to=options.to,
+            to=to,
             out=options.output,
             base=options.base,
             revision=options.revision,
@@ -120,12 +128,30 @@ def run(options: argparse.Namespace) -> Result:
             job=Job(options.cache, progress=stages),
             **chosen,
         )
-    warn_of(bundle.manifest.source)
-    if bundle.manifest.staging is not None:
-        note(f"note: {clients_text(bundle.manifest.staging)}")
-    _warn_of_sampler(bundle.manifest.sampler)
-    _warn_of_unused(bundle.manifest.parts)
+    _warn_of_all(bundle.manifest)
     return describe(bundle.path, bundle.manifest)
+
+
+def _run_fleet(options: argparse.Namespace) -> Result:
+    from diffship.core.job import Job
+
+    with made_parents(options.output), Stages(options.quiet) as stages:
+        report = export_recipe(options, Job(options.cache, progress=stages))
+    made = next((one.bundle for one in report.outcomes if one.bundle is not None), None)
+    if made is not None:  # what a source lacks, all its bundles lack
+        _warn_of_all(made.manifest)
+    for one in report.outcomes:
+        if one.state == "skipped":
+            note(f"warning: {one.target.name} is left out, as it is optional: {one.fault}")
+    return describe_report(report)
+
+
+def _warn_of_all(manifest: Any) -> None:
+    warn_of(manifest.source)
+    if manifest.staging is not None:
+        note(f"note: {clients_text(manifest.staging)}")
+    _warn_of_sampler(manifest.sampler)
+    _warn_of_unused(manifest.parts)
 
 
 def _warn_of_sampler(scheduler: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffship.cli import placement
 from diffship.cli.flags import add_source, load_fields, size
+from diffship.cli.fleet import inspect_fleet
 from diffship.cli.output import Result, size_text, table
 from diffship.core.errors import ConfigError
 from diffship.core.load_options import LoadOptions
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   diffship inspect arch:sdxl --placement --stages 2
   diffship inspect arch:sd15 --placement --stages 3 --cut speed --stride 2 --warm-up 9
   diffship inspect out/tiny-2 --placement --warm-up 3
+  diffship inspect out/tiny-fleet
 """
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         metavar="DIR|SOURCE",
-        help="a bundle, a diffusers folder or .safetensors file, a hub id, emoji or arch:NAME",
+        help="a bundle, a folder of bundles, a diffusers folder or .safetensors file, a hub id, emoji or arch:NAME",
     )
     add_source(parser)
     parser.add_argument("--size", metavar="N|WxH", type=size, help="count the cost at this size (sources only)")
@@ -51,11 +53,17 @@ def run(options: argparse.Namespace) -> Result:
         if options.size or options.base or options.revision or options.placement:
             raise ConfigError("--size, --base, --revision and --placement are for sources; --lint is for folders")
         return lint_folder(Path(options.what), options.lint)
+    from diffship.fleet.overview import bundles_in
+
     if is_bundle(options.what):
         if any([options.size, options.base, options.revision, *load_fields(options).values()]):
             flags = "--size, --base, --revision, --vae, --ema and --prediction"
             raise ConfigError(f"{flags} are for sources; this is a bundle")
         return placement.inspect_staged(options) if options.placement else inspect_bundle(Path(options.what))
+    if bundles_in(options.what):
+        if any([options.size, options.base, options.revision, options.placement, *load_fields(options).values()]):
+            raise ConfigError(f"{options.what} is a folder of bundles, which takes no flags; name one of them")
+        return inspect_fleet(Path(options.what))
     from diffship.models.sources.opening import open_source
 
     loading = LoadOptions(**load_fields(options))

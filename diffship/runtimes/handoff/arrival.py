@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diffship.core.errors import HandoffError
+from diffship.core.kind import CONTROLNET
 from diffship.runtimes.handoff.pair import Facts, ModelFacts, differences, other_texts
 from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory
@@ -27,13 +28,21 @@ def check_arrival(trajectory: Trajectory, model: Facts, shared_latents: bool = F
     if origin is not None:
         there = replace(there, family=origin.family, digests=dict(origin.digests))
     found = differences(there, here, name, shared_latents)
-    reasons = list(found.reasons)
+    reasons = [*found.reasons, *_without_controls(trajectory, here)]
     if trajectory.positive is None and not trajectory.done:
         parts = other_texts(there, here)
         reasons += [f"it came without embeddings, and {' and '.join(parts)} differ: send them"] if parts else []
     if reasons:
         raise HandoffError(f"the trajectory does not fit {model.name}: {'; '.join(reasons)}")
     return found.warnings
+
+
+def _without_controls(trajectory: Trajectory, here: ModelFacts) -> list[str]:
+    """Why its ControlNets cannot act on the calls that are left."""
+    has = ", ".join(part.removeprefix(CONTROLNET) for part in here.digests if part.startswith(CONTROLNET))
+    names = [] if trajectory.done else [control.name for control in trajectory.controls]
+    gone = [name for name in names if f"{CONTROLNET}{name}" not in here.digests]
+    return [f"the ControlNet {name} acts on it, and the model has {has or 'none'}" for name in gone]
 
 
 def require_answer(trajectory: Trajectory, request: Request, step: int, image: int = 0) -> None:

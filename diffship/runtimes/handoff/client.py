@@ -193,6 +193,7 @@ class HybridClient:
         steps = check_split(split, 2, request.steps)
         if request.images != 1 or request.first_image or request.latents is not None:
             raise ConfigError("a handoff is of one image, with its own noise: ask for images one by one, by seed")
+        _require_prompt_alone(request)
         settled = self.settled(request, steps)
         assert settled.size is not None and settled.guidance is not None
         pace = self._paces.setdefault((settled.size, settled.guidance > 1), Pace())
@@ -359,6 +360,17 @@ def _counting(work: Work | None) -> Callable[[CloudError], None]:
             work.ignore(fault)
 
     return count
+
+
+def _require_prompt_alone(request: Request) -> None:
+    """Raises ConfigError for pictures: they do not travel, so the cloud's calls would be made as if there were none."""
+    given = {"image": request.image is not None, "mask": request.mask is not None, "controls": bool(request.controls)}
+    named = [name for name, there in given.items() if there]
+    if named:
+        raise ConfigError(
+            f"no pictures travel to the cloud, and the request has {' and '.join(named)}: leave them out, or ask its "
+            "/v1/handoff for the first calls and go on with `diffship run --resume`"
+        )
 
 
 def _require_whole(model: Model) -> None:

@@ -30,7 +30,7 @@ class Strand:
 
 
 class Batcher:
-    """Strands under way, in groups that may share a call: equal latents, equal conditioning shapes.
+    """Strands under way, in groups that may share a call: equal latents, equal conditioning shapes, equal ControlNets.
 
     Groups take turns, so that a rare size is not starved by a common one; within a group that is larger than `batch`,
     so do the strands. Every strand keeps its own step, sampler and guidance.
@@ -54,7 +54,7 @@ class Batcher:
 
     def add(self, strands: Iterable[Strand]) -> None:
         for strand in strands:
-            self._groups.setdefault(group_key(strand.trajectory), deque()).append(strand)
+            self._groups.setdefault(_key(strand.trajectory), deque()).append(strand)
 
     def remove(self, owner: object) -> None:
         """Forget every strand of `owner`."""
@@ -94,3 +94,8 @@ class Batcher:
             return
         for strand, trajectory in zip(strands, moved, strict=True):
             strand.trajectory = trajectory
+
+
+def _key(trajectory: Trajectory) -> Key:
+    """`group_key`, and the ControlNets by name: with others the denoiser would make a call for each choice of them."""
+    return (*group_key(trajectory), tuple(control.name for control in trajectory.controls))

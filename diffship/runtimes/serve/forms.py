@@ -31,11 +31,30 @@ _SEEDS = 1 << 32  # of those that the server draws; every client holds such a nu
 
 @dataclass(frozen=True, kw_only=True)
 @bounded
+class ControlForm:
+    """A ControlNet of the bundle by its name, and what it sees: a PNG, JPEG or WebP file in base64.
+
+    `scale` weighs what it adds; it acts on the calls between the shares `start` and `end` of all that are made.
+    """
+
+    name: str = field(metadata={"chars": (1, 32)})
+    image: str = field(metadata={"chars": (1, _PICTURE_CHARS)})
+    scale: float = field(default=1.0, metadata=bounds(*LIMITS.control_scale))
+    start: float = field(default=0.0, metadata=bounds(0.0, 1.0))
+    end: float = field(default=1.0, metadata=bounds(0.0, 1.0))
+
+    def __post_init__(self) -> None:
+        check_chars(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+@bounded
 class Drawing:
     """What is drawn; what is not given is the model's own choice. `width` and `height` come together.
 
     `image` is a PNG, JPEG or WebP file in base64 that the picture begins with, under the share `strength` of the noise;
-    `mask` is another, white where the image is drawn anew.
+    `mask` is another, white where the image is drawn anew. `controls` are ControlNets with the pictures that they see;
+    with `guess` they lead without a prompt.
     """
 
     prompt: str = field(metadata={"chars": (1, LIMITS.prompt_chars)})
@@ -53,6 +72,8 @@ class Drawing:
     image: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
     mask: str | None = field(default=None, metadata={"chars": (1, _PICTURE_CHARS)})
     strength: float | None = field(default=None, metadata=bounds(*LIMITS.strength))
+    controls: tuple[ControlForm, ...] = field(default=(), metadata={"items": LIMITS.controls})
+    guess: bool = False
     prompt_syntax: str = field(default=PLAIN.syntax, metadata=choices(*SYNTAXES))
     clip_skip: int = field(default=PLAIN.clip_skip, metadata=bounds(*LIMITS.clip_skip))
     deadline_seconds: float | None = field(default=None, metadata=bounds(*DEADLINE_SECONDS))
@@ -60,6 +81,8 @@ class Drawing:
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
             raise ConfigError("width and height come together; give both or neither")
+        if len(self.controls) > LIMITS.controls:
+            raise ConfigError(f"there are {len(self.controls)} controls; at most {LIMITS.controls} act at once")
         check_chars(self)
 
 
@@ -206,7 +229,10 @@ def json_schema(cls: type[Any]) -> dict[str, Any]:
 
 
 def field_schema(kind: Any, entry: dataclasses.Field[Any]) -> dict[str, Any]:
-    """The schema of one field."""
+    """The schema of one field; a tuple of forms is an array of them."""
+    if typing.get_origin(kind) is tuple:
+        items = json_schema(typing.get_args(kind)[0])
+        return {"type": "array", "items": items, "maxItems": entry.metadata["items"], "default": []}
     names = {int: "integer", float: "number", str: "string", bool: "boolean"}
     plain, meta = _kind(kind), entry.metadata
     made: dict[str, Any] = {"type": names[plain]}

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from diffship.core.errors import ConfigError, HandoffError
 from diffship.runtimes.handoff.arrival import check_arrival
 from diffship.runtimes.serve.forms import Drawing, GenerateForm, HandoffForm, ResumeForm
+from diffship.sampling.control import Control, Controlled
+from diffship.sampling.controlled import require_controls
 from diffship.sampling.generate import conditioned, finish, require_parts, start
-from diffship.sampling.init_image import Canvas
+from diffship.sampling.init_image import Canvas, controlled
 from diffship.sampling.model import Model
 from diffship.sampling.picture import Picture, grey, image_in
 from diffship.sampling.request import Request, Settled, settle
@@ -60,7 +62,7 @@ class Order:
     `until` is the call to stop before (None: the end). `deadline` in seconds, None for the server's.
     `previews`: one every so many calls, 0 for none. `warnings` are for the client. `encodes`, `decodes`: whether it
     begins with text to encode and ends with pictures to decode, which is what takes time there. `guided`: whether a
-    call computes two rows an image.
+    call computes two rows an image. `controls`: names of the ControlNets that every call computes too.
     """
 
     begin: Callable[[Model], list[Trajectory]]
@@ -75,6 +77,7 @@ class Order:
     encodes: bool = True
     decodes: bool = True
     guided: bool = False
+    controls: tuple[str, ...] = ()
 
     def goal(self, trajectory: Trajectory) -> int:
         return trajectory.calls if self.until is None else min(self.until, trajectory.calls)
@@ -99,6 +102,7 @@ def generate_order(form: GenerateForm, model: Model) -> Order:
         previews=form.previews,
         warnings=warnings,
         guided=_guided(settled.guidance, model),
+        controls=_names(settled.request.controls),
     )
 
 
@@ -121,6 +125,7 @@ def handoff_order(form: HandoffForm, model: Model) -> Order:
         warnings=warnings,
         decodes=False,
         guided=_guided(settled.guidance, model),
+        controls=_names(settled.request.controls),
     )
 
 
@@ -153,11 +158,13 @@ def resume_order(data: bytes, form: ResumeForm, model: Model) -> Order:
         encodes=trajectory.positive is None and not trajectory.done,
         decodes=form.until is None,
         guided=_guided(trajectory.guidance, model),
+        controls=_names(trajectory.controls),
     )
 
 
 def _settled(form: Drawing, model: Model, images: int) -> tuple[Settled, tuple[str, ...]]:
-    """The settled request, whose image and mask have the picture's size already, and warnings of them."""
+    """The settled request, whose pictures have the size of what is drawn already, and warnings of them."""
+    require_controls(model, [control.name for control in form.controls])
     size = None if form.width is None or form.height is None else (form.width, form.height)
     request = Request(
         form.prompt,
@@ -177,16 +184,42 @@ def _settled(form: Drawing, model: Model, images: int) -> tuple[Settled, tuple[s
     )
     read = {name: _picture(name, text) for name in ("image", "mask") if (text := getattr(form, name)) is not None}
     pixels: dict[str, Any] = {name: grey(found) if name == "mask" else found for name, (found, _) in read.items()}
-    settled = settle(replace(request, **pixels), model.family, model.scheduler)
+    controls, told = _controls(form)
+    request = replace(request, controls=controls, guess=form.guess, **pixels)
+    settled, resized = _fitted(settle(request, model.family, model.scheduler))
     if settled.request.image is not None:
         require_parts(model, model.family.kind.encoder)
     canvas = Canvas.of(settled)
-    told = tuple(warning for _, warnings in read.values() for warning in warnings)
+    told = tuple(warning for _, warnings in read.values() for warning in warnings) + told + resized
     if canvas is None:
         return settled, told
     # a queue of requests holds pictures of the size that is drawn, whatever came
     mask = None if canvas.mask is None else (canvas.mask * 255).astype(np.uint8)
     return replace(settled, request=replace(settled.request, image=canvas.image, mask=mask)), told + canvas.warnings
+
+
+def _controls(form: Drawing) -> tuple[tuple[Control, ...], tuple[str, ...]]:
+    """The controls of a form with their pictures as they came, and warnings."""
+    made: list[Control] = []
+    told: list[str] = []
+    for control in form.controls:
+        pixels, warnings = _picture(f"image of control {control.name}", control.image)
+        made.append(Control(control.name, pixels, control.scale, control.start, control.end))
+        told += warnings
+    return tuple(made), tuple(told)
+
+
+def _fitted(settled: Settled) -> tuple[Settled, tuple[str, ...]]:
+    """The same with the pictures of its controls in the size of what is drawn, and warnings."""
+    fitting, told = controlled(settled)
+    images = [np.ascontiguousarray(one.image.transpose(1, 2, 0), dtype=np.uint8) for one in fitting]
+    pairs = zip(settled.request.controls, images, strict=True)
+    controls = tuple(replace(control, image=image) for control, image in pairs)
+    return replace(settled, request=replace(settled.request, controls=controls)), told
+
+
+def _names(controls: Sequence[Control | Controlled]) -> tuple[str, ...]:
+    return tuple(control.name for control in controls)
 
 
 def _picture(name: str, text: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

@@ -60,20 +60,24 @@ class Work:
         return cls(order, order.images, order.calls, order.encodes)
 
 
+Key = tuple[tuple[int, ...], tuple[str, ...]]  # shape of the latents, names of the ControlNets
+
+
 class Paces:
-    """The pace of every size, by the shape of its latents. Threads may share it."""
+    """The pace of every size, by the shape of its latents, and by the ControlNets that are computed in its calls.
+    Threads may share it."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], Pace] = {}
+        self._known: dict[Key, Pace] = {}
 
     def of(self, order: Order) -> Pace:
-        return self._known.setdefault(order.shape, Pace())
+        return self._known.setdefault((order.shape, order.controls), Pace())
 
     def seconds(self, works: Iterable[Work], batch: int) -> float:
         """Until all of it is done, `batch` images of a size sharing a call, and the sizes taking turns."""
-        sizes: dict[tuple[int, ...], list[Work]] = {}
+        sizes: dict[Key, list[Work]] = {}
         for work in works:
-            sizes.setdefault(work.order.shape, []).append(work)
+            sizes.setdefault((work.order.shape, work.order.controls), []).append(work)
         return sum(self._of_a_size(together, batch) for together in sizes.values())
 
     def _of_a_size(self, works: list[Work], batch: int) -> float:
@@ -89,7 +93,8 @@ class Paces:
 
     def listed(self, factor: int) -> list[dict[str, float]]:
         """What has been measured, by size in pixels (`factor` a latent), in ms: an image's encoding and decoding, the
-        model call of one image without and with guidance."""
+        model call of one image without and with guidance. Calls with ControlNets are left out: clients who judge a
+        split by this list send none."""
         return [
             {
                 "width": shape[-1] * factor,
@@ -99,6 +104,6 @@ class Paces:
                 "guided_call_ms": round(1000 * pace.call(2), 3),
                 "end_ms": round(1000 * pace.end, 3),
             }
-            for shape, pace in list(self._known.items())
-            if pace.begin or pace.calls or pace.end
+            for (shape, controls), pace in list(self._known.items())
+            if not controls and (pace.begin or pace.calls or pace.end)
         ]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
+from diffship.core.kind import CONTROLNET
+from diffship.sampling.control import Controlled
 from diffship.sampling.decode import decode
 from diffship.sampling.encode import encode, text_parts
 from diffship.sampling.loop import Denoiser
@@ -12,7 +18,8 @@ from diffship.sampling.trajectory import Trajectory
 
 
 def warm_up(model: Model, denoiser: Denoiser) -> None:
-    """Encode a prompt, make one call of `denoiser` and decode, at the model's usual size and guidance.
+    """Encode a prompt, make one call of `denoiser`, one with each ControlNet, and decode, at the model's usual size and
+    guidance.
 
     No sampler steps: the model's own scheduler may be one that is not built, or one that takes no single step. A part
     that is missing is left out, and so is the denoiser's call without a text encoder, whose output it needs.
@@ -37,5 +44,13 @@ def warm_up(model: Model, denoiser: Denoiser) -> None:
             negative=encoded.negative,
         )
         denoiser([start])
+        for name in controls_of(model):  # each opens its ControlNet, and the first one the denoiser that heeds it
+            seen = np.zeros((3, *reversed(size)), np.float32)
+            denoiser([replace(start, controls=(Controlled(name, seen, first=0, stop=1),))])
     if family.kind.decoder in model.parts:
         decode(model, latents)
+
+
+def controls_of(model: Model) -> list[str]:
+    """Names of its ControlNets, as requests give them."""
+    return sorted(part.removeprefix(CONTROLNET) for part in model.parts if part.startswith(CONTROLNET))

@@ -15,6 +15,7 @@ from serve_toy import HeldModel, toy_server, until
 from diffship.core.errors import Cancelled, ConfigError, RunnerError, UnsupportedError
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.report import Hybrid
+from diffship.sampling.control import Control
 from diffship.sampling.generate import Request, generate
 from diffship.sampling.picture import Picture
 from diffship.sampling.wire import pack, unpack
@@ -179,6 +180,9 @@ def test_models_that_cannot_finish_are_refused() -> None:
         HybridClient(part, "http://127.0.0.1:9")
 
 
+GREY = np.full((64, 64, 3), 128, np.uint8)
+
+
 @pytest.mark.parametrize(
     ("request_", "split", "message"),
     [
@@ -187,8 +191,10 @@ def test_models_that_cannot_finish_are_refused() -> None:
         (Request("x", steps=5), (2, 4), "makes 6 steps, asked are 5"),
         (Request("x", images=2), (2, 4), "one image"),
         (Request("x", size=(72, 64)), (2, 4), "nearest"),
+        (Request("x", image=GREY), (2, 4), "no pictures travel .* has image:"),
+        (Request("x", controls=(Control("edges", GREY),)), (2, 4), "no pictures travel .* has controls:"),
     ],
-    ids=["three", "negative", "steps", "images", "size"],
+    ids=["three", "negative", "steps", "images", "size", "image", "controls"],
 )
 def test_requests_that_are_not_legal(request_: Request, split: tuple[int, ...], message: str) -> None:
     with HybridClient(ToyModel(), "http://127.0.0.1:9") as client, pytest.raises(ConfigError, match=message):
