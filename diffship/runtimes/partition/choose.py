@@ -70,7 +70,8 @@ def choose(
     """The fastest way for a picture of `calls` model calls that fits and whose PSNR reaches `floor_db`.
 
     `fidelity` gives the PSNR of a way in dB. It is asked from the fastest way on until one reaches the floor, and never
-    for a way in which nothing is stale. Of ways that take equally long the one with fewer devices is taken.
+    for a way in which nothing is stale. Of ways that take equally long, to the nanosecond, the one with fewer devices
+    is taken, and then the one with the longer warm-up.
 
     Raises:
         ConfigError: no way both fits and reaches the floor.
@@ -79,7 +80,7 @@ def choose(
         Candidate(way, seconds(profile, way, calls), max(held(profile, way)), math.inf if way.exact else None, SLOWER)
         for way in ways(profile, calls, warm_ups)
     ]
-    every.sort(key=lambda each: (each.seconds, each.way.devices))
+    every.sort(key=lambda each: (round(each.seconds, 9), each.way.devices, -each.way.scheme.warm_up))
     for place, each in enumerate(every):
         every[place] = judged = _judged(profile, each, floor_db, fidelity)
         if not judged.why:

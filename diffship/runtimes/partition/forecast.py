@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 
 from diffship.core.errors import ConfigError
@@ -65,7 +65,7 @@ class Way:
     the halves are apart. The devices of the profile are taken in order, those of the negative half first."""
 
     homes: tuple[int, ...]
-    scheme: Scheme = Scheme()
+    scheme: Scheme = field(default_factory=Scheme)
     parts: int = 1
 
     @property

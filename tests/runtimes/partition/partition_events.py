@@ -1,5 +1,7 @@
-"""A simulation of devices by events, which knows nothing of diffship's timetable: which work the published equation asks
-for, who does it, and when each device is done."""
+"""A simulation of devices by events, which knows nothing of diffship's timetable.
+
+Which work the published equation asks for, who does it, and when each device is done.
+"""
 
 from __future__ import annotations
 
