@@ -178,8 +178,8 @@ def _counting(denoiser: Denoiser, warm_up: int) -> Denoiser:
         first = batch[0]
         if not told and first.steps <= warm_up < first.calls:
             note(
-                f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up counts "
-                f"calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag; {first.calls} is all"
+                f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
+                f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
             )
         told.append(True)
         return denoiser(batch)
