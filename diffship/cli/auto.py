@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -137,7 +138,7 @@ def _line(taken: Candidate, seconds: float) -> str:
 
 def _fidelity(candidate: Candidate) -> str:
     db = candidate.fidelity_db
-    return "not drawn" if db is None else figure(db, ".1f") + ("" if candidate.way.exact else " dB")
+    return "not drawn" if db is None else figure(db, ".1f") + (" dB" if math.isfinite(db) else "")
 
 
 def _table(choice: Choice, images: int) -> str:

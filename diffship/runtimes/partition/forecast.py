@@ -99,15 +99,21 @@ class Way:
 def ways(profile: PartitionProfile, calls: int, warm_ups: Sequence[int] = WARM_UPS) -> list[Way]:
     """Every way that the devices allow: neighbouring stages joined in all manners, strides, warm-ups, both halves.
 
-    A warm-up of all `calls` is one device with detours, and is left out.
+    Devices are taken in the order in which they are named. A way of several devices in which nothing lags, because of
+    its long warm-up, is one device with detours, and is left out.
     """
     parts = (1, 2) if profile.half else (1,)
-    found = [
+    every = (
         Way(homes, Scheme(stride, warm_up), part)
         for part, homes, stride in product(parts, joined(profile.placement), STRIDES)
-        for warm_up in ((1,) if homes[-1] == 0 and stride == 1 else (each for each in warm_ups if each < calls))
-    ]
-    return [way for way in found if way.devices <= len(profile.devices)]
+        for warm_up in ((1,) if homes[-1] == 0 and stride == 1 else warm_ups)
+    )
+    return [way for way in every if way.devices <= len(profile.devices) and (way.exact or _lags(way, calls))]
+
+
+def _lags(way: Way, calls: int) -> bool:
+    """Whether some call is stale; at stride 2 a last one that is left alone is so only by what other devices made."""
+    return calls - way.scheme.warm_up >= (1 if way.stages > 1 else 2)
 
 
 def joined(placement: Placement) -> list[tuple[int, ...]]:

@@ -49,7 +49,7 @@ class Spread:
                 self._away[id(parameter)] = parameter, parameter.device
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         if self._away:
-            self._guard = self._whole.register_state_dict_pre_hook(_refuse)
+            self._guard = self._whole.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
         """Bring back what was given up, one parameter after the other, and drop the copies.

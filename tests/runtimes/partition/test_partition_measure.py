@@ -15,8 +15,24 @@ from partition_oracle import placed as toy_placement
 from test_partition_run import SD_KIND, drawn
 
 from diffship.core.job import available_memory
+from diffship.models.sources.opening import open_source
+from diffship.models.walks.cuts import find_cuts, partition
+from diffship.runtimes.engines.model import open_model
+from diffship.runtimes.partition.choose import choose
+from diffship.runtimes.partition.forecast import Way
 from diffship.runtimes.partition.lanes import ThreadEach
-from diffship.runtimes.partition.measure import _Chain, _crowd, _exchange, free_bytes, psnr
+from diffship.runtimes.partition.measure import (
+    Fidelity,
+    _Chain,
+    _crowd,
+    _exchange,
+    free_bytes,
+    measure_profile,
+    psnr,
+)
+from diffship.runtimes.partition.placement import boundary_bytes, place
+from diffship.runtimes.partition.timetable import Scheme
+from diffship.sampling.request import Request
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,29 @@ def test_devices_that_are_one_core_are_found_out(shared: bool) -> None:
     assert found[0] == 1.0 and list(found) == sorted(found)
     # three sleeps of one core last three times as long, of three cores as long as one
     assert found[2] > 2.3 if shared else found[2] < 1.8
+
+
+@pytest.mark.slow
+def test_stages_of_torch_are_measured_and_a_way_is_chosen() -> None:
+    """The API on a pipeline: two stages on two names of this machine; halves of guidance are exact, lag is not."""
+    pytest.importorskip("torch")
+    component = open_source("arch:tiny-sd").denoiser
+    cuts = find_cuts(component, 2)
+    stages = partition(component, cuts)
+    runners, placement = [stage.load() for stage in stages], place(stages, cuts.homes)
+    request = Request("red apple", steps=3, size=(64, 64), sampler="ddim")
+    with open_model("arch:tiny-sd") as model:
+        held = [100, 50]
+        profile = measure_profile(model, ["cpu", "cpu:1"], placement, [runners, runners], request, held, timeout=60)
+        fidelity = Fidelity(model, placement, runners, [request], 3)
+        assert fidelity(Way((0, 0))) == math.inf and 0 < fidelity(Way((0, 1))) < 60
+        assert fidelity(Way((0, 1), Scheme(1, 3))) == math.inf
+        # of 30 calls 28 are exact: of the three not the first two, after which nothing lags
+        assert Fidelity(model, placement, runners, [request], 30)(Way((0, 0), Scheme(2, 28))) < math.inf
+    assert len(profile.whole) == len(profile.half) == 2 and profile.link.seconds > 0 and profile.crowd[0] == 1.0
+    boundaries = boundary_bytes(stages, {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 77}, 4)
+    assert profile.sizes == boundaries
+    assert choose(profile, 3, 500.0, fidelity).taken.way.exact
 
 
 def test_psnr_by_its_definition() -> None:
