@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def denoisers(options: argparse.Namespace) -> Iterator[Make]:
             raise ConfigError(f"these stages take {plan.needed} devices, and --devices names {len(options.devices)}")
         if not options.devices:
             note(f"note: the picture is that of {plan.needed} devices, the time that of one; name them with --devices")
-        yield lambda model: _counting(_here(stack, plan, model, options), plan.scheme.warm_up)
+        yield lambda model: _counting(_loaded(stack, plan, model, options), plan.scheme.warm_up)
 
 
 def _counting(denoiser: Denoiser, warm_up: int) -> Denoiser:
@@ -255,6 +256,14 @@ def _team(plan: Plan, ranks: Any, model: BundleModel) -> Team:
     inputs = {spec.name: spec for part in parts for spec in part.inputs if spec.name not in written}
     kind = plan.bundle.manifest.family.kind
     return Team(ranks, plan.placement, plan.scheme, tuple(inputs.values()), boundaries, runners, kind, plan.parts)
+
+
+def _loaded(stack: ExitStack, plan: Plan, model: Any, options: argparse.Namespace) -> Denoiser:
+    """As `_here`; what it takes to open the models of other devices is loading, and not drawing."""
+    since, own = time.perf_counter(), model.load_seconds
+    made = _here(stack, plan, model, options)
+    model.load_seconds = own + time.perf_counter() - since
+    return made
 
 
 def _here(stack: ExitStack, plan: Plan, model: Any, options: argparse.Namespace) -> Denoiser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 pytest.importorskip("torch")
 jsonschema = pytest.importorskip("jsonschema")
 
-from diffship.cli import auto  # noqa: E402
+from diffship.cli import auto, partition  # noqa: E402
 from diffship.runtimes.partition.forecast import Link, PartitionProfile  # noqa: E402
 
 Command = Callable[..., dict[str, Any]]
@@ -63,9 +64,17 @@ def test_the_way_taken_is_drawn_and_its_fidelity_is_that_of_the_files(
     assert taken["predicted_seconds"] == pytest.approx(
         profile.begin + drawing + 7 * profile.rest + profile.end, abs=1e-5
     )
-    by_hand = pixels(draw("hand", "--stride", 2, "--warm-up", 1, "--devices", "cpu,cpu,cpu", "--option", "threads=1"))
+    opened = partition._models
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(1.0)
+        return opened(*args)
+
+    monkeypatch.setattr(partition, "_models", slowly)  # loading, and not drawing
+    by_hand = draw("hand", "--stride", 2, "--warm-up", 1, "--devices", "cpu,cpu,cpu", "--option", "threads=1")
+    assert by_hand["load_seconds"] > 1.0 and 2 * by_hand["picture_seconds"] < by_hand["seconds"] - 1.0
     found = pixels(stale)
-    assert all(np.array_equal(one, other) for one, other in zip(found, by_hand, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(found, pixels(by_hand), strict=True))
     errors = [np.mean((one - other) ** 2) for one, other in zip(found, plain, strict=True)]
     assert taken["fidelity_db"] == pytest.approx(10 * math.log10(255**2 / max(errors)), abs=0.02)
 
