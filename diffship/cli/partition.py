@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,21 +25,32 @@ if TYPE_CHECKING:
     from diffship.runtimes.partition.timetable import Scheme
     from diffship.sampling.loop import Denoiser
     from diffship.sampling.model import Model
+    from diffship.sampling.trajectory import Trajectory
 
 WAIT_SECONDS = 600.0
-_FLAGS = ("stride", "warm_up", "time_shift", "cfg_parallel", "devices", "wait")
+_FLAGS = ("stride", "warm_up", "time_shift", "cfg_parallel", "devices", "wait", "auto", "fidelity")
 Make = Callable[["Model"], "Denoiser"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several devices for one picture (a bundle of export --stages; torchrun)")
     group.add_argument("--stride", metavar="S", type=int, help="steps that one round makes, 1 or 2 (default: 1)")
-    group.add_argument("--warm-up", metavar="W", type=int, help="steps that are exact, the first ones (default: 1)")
+    group.add_argument(
+        "--warm-up", metavar="W", type=int, help="model calls that are exact, the first ones (default: 1)"
+    )
     group.add_argument("--time-shift", action="store_true", help="embed the timestep before, after them")
     group.add_argument(
         "--cfg-parallel", action="store_true", help="the halves of guidance apart: twice as many devices, any bundle"
     )
     group.add_argument("--devices", metavar="A,B", type=names, help="one for each, in this process or by rank")
+    group.add_argument(
+        "--auto", action="store_true", help="measure the --devices, and take the fastest way of sharing the picture"
+    )
+    group.add_argument(
+        "--fidelity", metavar="DB", type=float, help="for --auto: least PSNR to the sequential picture (default: 30)"
+    )
+    # what --auto settles: the device of each stage
+    parser.set_defaults(homes=None)
     group.add_argument(
         "--wait", metavar="SECONDS", type=float, help=f"for another device, at most (default: {WAIT_SECONDS:g})"
     )
@@ -68,6 +81,10 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("--device is for one device, --devices for several: give one of them")
     if options.wait is not None:
         check_range("wait", options.wait, 0.1, 86_400.0)
+    if options.auto or options.fidelity is not None:
+        from diffship.cli.auto import check_flags
+
+        check_flags(options)
 
 
 @dataclass(frozen=True)
@@ -105,21 +122,31 @@ def plan_of(options: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: DIR is no bundle, or its denoiser is one part. BundleError: it is damaged.
     """
-    from diffship.core.bundle import Bundle
-    from diffship.core.manifest import MANIFEST_NAME
+    from diffship.runtimes.partition.forecast import placed
     from diffship.runtimes.partition.staged import placement_of, whole_placement
     from diffship.runtimes.partition.timetable import Scheme
+
+    bundle = bundle_of(options)
+    alone = options.cfg_parallel and options.stride in (None, 1) and not options.time_shift
+    one_part = bundle.manifest.staging is None and (alone or options.homes is not None)
+    placement = whole_placement(bundle) if one_part else placement_of(bundle)
+    if options.homes is not None:
+        placement = placed(placement, options.homes)
+    scheme = Scheme(options.stride or 1, 1 if options.warm_up is None else options.warm_up, options.time_shift)
+    return Plan(bundle, placement, scheme, 2 if options.cfg_parallel else 1, options.wait or WAIT_SECONDS)
+
+
+def bundle_of(options: argparse.Namespace) -> Bundle:
+    """The bundle DIR. Raises ConfigError: DIR is none. BundleError: it is damaged."""
+    from diffship.core.bundle import Bundle
+    from diffship.core.manifest import MANIFEST_NAME
 
     if options.bundle is None or not (Path(options.bundle) / MANIFEST_NAME).is_file():
         raise ConfigError(
             f"a partitioned run takes a bundle, and {options.bundle} is none. "
             "Run: diffship export SOURCE --to onnx --stages 2 -o DIR"
         )
-    bundle = Bundle.open(Path(options.bundle))
-    alone = bundle.manifest.staging is None and options.cfg_parallel and options.stride in (None, 1)
-    placement = whole_placement(bundle) if alone and not options.time_shift else placement_of(bundle)
-    scheme = Scheme(options.stride or 1, 1 if options.warm_up is None else options.warm_up, options.time_shift)
-    return Plan(bundle, placement, scheme, 2 if options.cfg_parallel else 1, options.wait or WAIT_SECONDS)
+    return Bundle.open(Path(options.bundle))
 
 
 @contextmanager
@@ -134,13 +161,31 @@ def denoisers(options: argparse.Namespace) -> Iterator[Make]:
     plan, place = plan_of(options), place_of()
     with ExitStack() as stack:
         if place is not None:
-            yield _led(stack, plan, place, options)
+            led = _led(stack, plan, place, options)
+            yield lambda model: _counting(led(model), plan.scheme.warm_up)
             return
         if options.devices and len(options.devices) != plan.needed:
             raise ConfigError(f"these stages take {plan.needed} devices, and --devices names {len(options.devices)}")
         if not options.devices:
             note(f"note: the picture is that of {plan.needed} devices, the time that of one; name them with --devices")
-        yield lambda model: _here(stack, plan, model, options)
+        yield lambda model: _counting(_loaded(stack, plan, model, options), plan.scheme.warm_up)
+
+
+def _counting(denoiser: Denoiser, warm_up: int) -> Denoiser:
+    """The same denoiser, which says once if a warm-up of all steps is not one of all calls."""
+    told: list[bool] = []
+
+    def run(batch: Sequence[Trajectory]) -> Sequence[Any]:
+        first = batch[0]
+        if not told and first.steps <= warm_up < first.calls:
+            note(
+                f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
+                f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
+            )
+        told.append(True)
+        return denoiser(batch)
+
+    return run
 
 
 def follow(options: argparse.Namespace) -> None:
@@ -156,7 +201,7 @@ def follow(options: argparse.Namespace) -> None:
     plan, place = plan_of(options), place_of()
     assert place is not None  # `run` asks before
     _require_ranks(plan, place)
-    chosen = _engine(options, place.rank)
+    chosen = _engine(plan.bundle, options, place.rank)
     with Ranks(place, plan.facts(options), plan.wait) as ranks, BundleModel(plan.bundle, options.engine, **chosen) as m:
         work(_team(plan, ranks, m))
 
@@ -213,6 +258,14 @@ def _team(plan: Plan, ranks: Any, model: BundleModel) -> Team:
     return Team(ranks, plan.placement, plan.scheme, tuple(inputs.values()), boundaries, runners, kind, plan.parts)
 
 
+def _loaded(stack: ExitStack, plan: Plan, model: Any, options: argparse.Namespace) -> Denoiser:
+    """As `_here`; what it takes to open the models of other devices is loading, and not drawing."""
+    since, own = time.perf_counter(), model.load_seconds
+    made = _here(stack, plan, model, options)
+    model.load_seconds = own + time.perf_counter() - since
+    return made
+
+
 def _here(stack: ExitStack, plan: Plan, model: Any, options: argparse.Namespace) -> Denoiser:
     """All devices in this process: a thread for each if they are named, else one after the other."""
     from diffship.runtimes.partition.denoiser import Partitioned, seats
@@ -243,13 +296,27 @@ def _models(stack: ExitStack, model: Any, plan: Plan, options: argparse.Namespac
     if not options.devices:
         return [model for _ in devices]
     return [
-        stack.enter_context(BundleModel(plan.bundle, options.engine, **_engine(options, device))) for device in devices
+        stack.enter_context(BundleModel(plan.bundle, options.engine, **_engine(plan.bundle, options, device)))
+        for device in devices
     ]
 
 
-def _engine(options: argparse.Namespace, device: int) -> dict[str, Any]:
-    chosen = engine_options(options)
-    return {**chosen, "device": options.devices[device]} if options.devices else chosen
+def _engine(bundle: Bundle, options: argparse.Namespace, device: int) -> dict[str, Any]:
+    return device_options(bundle, options, options.devices[device]) if options.devices else engine_options(options)
+
+
+def device_options(bundle: Bundle, options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Options of the engine on the device `name`: an engine that counts its devices takes `cuda:1` as two options."""
+    from diffship.core.registry import RUNNERS, load
+    from diffship.runtimes.engines.engine import choose_engine
+
+    kind, _, number = name.partition(":")
+    fields = {
+        field.name for field in dataclasses.fields(load(RUNNERS, choose_engine(bundle.manifest.target, options.engine)))
+    }
+    if number.isdigit() and "device_id" in fields:
+        return {**engine_options(options), "device": kind, "device_id": int(number)}
+    return {**engine_options(options), "device": name}
 
 
 def _require_ranks(plan: Plan, place: Place) -> None:

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="AsyncDiff's, or the one that spreads time or bytes (default: published where there is one, else speed)",
     )
     group.add_argument("--stride", metavar="S", type=int, help="steps that one round makes, 1 or 2 (default: 1)")
-    group.add_argument("--warm-up", metavar="W", type=int, help="steps that are exact (default: 1)")
+    group.add_argument("--warm-up", metavar="W", type=int, help="model calls that are exact (default: 1)")
     group.add_argument("--time-shift", action="store_const", const=True, help="embed the timestep before, after them")
-    group.add_argument("--steps", metavar="T", type=int, help="steps of the timetable (default: 10)")
+    group.add_argument("--steps", metavar="T", type=int, help="model calls of the timetable (default: 10)")
     group.add_argument("--chart", metavar="FILE", type=Path, help="write the timetable as an SVG drawing, too")
     add_overwrite(group, "charts")
 

@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   diffship run out/emoji "red apple" --sampler euler -o 'out/{prompt}-{seed}-{sampler}.png'
   diffship run out/emoji "a (red:1.3) apple" --prompt-syntax a1111 -o out/apple.png
   diffship run out/emoji --like out/apple.png -o out/again.png
+  diffship run out/tiny-2 "red apple" --devices cpu,cpu --auto --fidelity 30 -o out/apple.png
   torchrun --nproc-per-node 2 -m diffship run out/tiny-2 "red apple" --stride 1 --warm-up 3 -o out/apple.png
 """
 EXAMPLES += "\nfields of a template:\n" + "\n".join(f"  {name:<9} {what}" for name, what in FIELDS.items()) + "\n"
@@ -158,6 +159,10 @@ def run(options: argparse.Namespace) -> Result:
         from diffship.cli.hybrid import draw as draw_hybrid
 
         return draw_hybrid(options)
+    if options.auto:
+        from diffship.cli.auto import draw as draw_auto
+
+        return draw_auto(options)
     from diffship.cli.drawing import draw
 
     stray = [f"--{name.replace('_', '-')}" for name in _CLOUD_FLAGS if getattr(options, name)]

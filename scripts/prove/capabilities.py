@@ -68,6 +68,7 @@ CAPABILITIES: Mapping[str, Capability] = {
     "transformer": Capability("diffusion transformers (Stable Diffusion 3, PixArt)", _never),
     "upscaler": Capability("the x4 upscaler", _never),
     "video": Capability("video models", _never),
+    "staged-controlnet": Capability("ControlNet beside a denoiser in stages", _never),
     "controlnet": Capability("ControlNet", lambda: parses("export", "A", "--controlnet", "n=B", "-o", "C")),
 }
 

@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from diffship.cli.partition import device_options
 
 Command = Callable[..., dict[str, Any]]
 WORDS = ("a cat", "--steps", "6", "--size", "64")
@@ -31,21 +34,29 @@ def torchrun(words: list[object], *flags: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_one_process_threads_and_torchrun_draw_the_same(command: Command, staged_bundle: Path, tmp_path: Path) -> None:
+    told: dict[str, str] = {}
+
     def draw(name: str, *flags: object) -> Any:
         found = command("run", staged_bundle, *WORDS, *flags, "-o", tmp_path / f"{name}.png")
         assert found["exit_code"] == 0, found["stderr"]
+        told[name] = found["stderr"]
         return pixels(tmp_path / f"{name}.png")
 
-    # PNDM makes more calls than steps: a warm-up of nine is all of them
     plain, alone = draw("plain"), draw("alone", "--warm-up", 3)
-    assert np.array_equal(draw("exact", "--warm-up", 9), plain) and not np.array_equal(alone, plain)
+    assert np.array_equal(draw("exact", "--warm-up", 7), plain) and not np.array_equal(alone, plain)
+    # PNDM makes seven calls of six steps, and a warm-up counts calls
+    assert not np.array_equal(draw("steps", "--warm-up", 6), plain)
+    assert (
+        told["steps"].count("pndm makes 7 model calls of 6 steps") == 1 and "--warm-up 6 leaves 1 to" in told["steps"]
+    )
+    assert not any("model calls of" in told[name] for name in ("plain", "alone", "exact"))
     assert np.array_equal(draw("threads", "--warm-up", 3, "--devices", "cpu,cpu"), alone)
     halves = draw("halves", "--cfg-parallel", "--warm-up", 9, "--devices", "cpu,cpu,cpu,cpu")
     assert np.abs(halves.astype(int) - plain).max() <= 1
     out = tmp_path / "two.png"
     with torchrun(["run", staged_bundle, *WORDS, "--stride", 1, "--warm-up", 3, "-o", out]) as run:
-        told, errors = run.communicate(timeout=120)
-    assert run.returncode == 0 and told.split() == [str(out)], errors
+        printed, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and printed.split() == [str(out)], errors
     assert np.array_equal(pixels(out), alone)
 
 
@@ -90,6 +101,17 @@ def test_what_does_not_fit_is_refused(
         monkeypatch.setenv(name, value)
     found = command("run", staged_bundle, *WORDS)
     assert found["exit_code"] == 2 and "3 processes run together, and these stages take 2" in found["stderr"]
+
+
+def test_a_device_with_a_number_is_two_options_of_an_engine_that_counts_its_devices() -> None:
+    bundle = SimpleNamespace(manifest=SimpleNamespace(target="onnx"))
+    for engine, name, expected in (
+        ("onnxruntime", "cuda:1", {"device": "cuda", "device_id": 1}),
+        ("onnxruntime", "cpu", {"device": "cpu"}),
+        ("openvino", "gpu:1", {"device": "gpu:1"}),
+    ):
+        options = SimpleNamespace(engine=engine, device=None, option=[("threads", 2)])
+        assert device_options(bundle, options, name) == {"threads": 2, **expected}  # type: ignore[arg-type]
 
 
 def test_flags_that_do_not_go_together_are_refused(command: Command, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from diffship.models.sources.opening import open_source
 PUBLISHED = read_pages()
 CATALOGUE = read_catalogue()
 # lacking these, a command can parse and still have nothing that it could read or be judged by
-BEYOND_THE_COMMAND_LINE = {"asymmetric-vae", "coco", "transformer", "upscaler", "video"}
+BEYOND_THE_COMMAND_LINE = {"asymmetric-vae", "coco", "staged-controlnet", "transformer", "upscaler", "video"}
 BY_NAME = {page.name: page for page in PUBLISHED}
 
 

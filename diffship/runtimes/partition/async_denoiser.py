@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffship.runtimes.partition.denoiser import TIMEOUT_SECONDS, Seat, seats
 from diffship.runtimes.partition.halves import NAMES, both
 from diffship.runtimes.partition.lanes import Lanes, OneByOne, ThreadEach
 from diffship.runtimes.partition.placement import place
+from diffship.runtimes.partition.spread import Spread
 from diffship.runtimes.partition.timetable import Scheme, Task, Timetable, timetable
 
 # the order of UNet2DConditionModel.forward
@@ -38,10 +38,12 @@ class AsyncDenoiser:
         with parallel:
             image = pipeline("a cat").images[0]
 
-    `devices` names one for each stage, and one more at stride 2; a stage on another device than the pipeline's is
-    copied there. Without them all stages run one after another where the pipeline is: the pictures are those of several
-    devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one
-    for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
+    `devices` names one for each stage, and one more at stride 2. A stage on another device than the pipeline's is moved
+    there on entry, so that each device holds its own stages alone, and back on exit, also after a fault; meanwhile the
+    U-Net cannot be saved. Without devices all stages run one after another where the pipeline is: the pictures are
+    those of several devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one
+    if there is one for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the
+    pipeline draws.
 
     `cfg_parallel` splits the rows of every call in two halves, each with devices of its own: twice as many `devices`,
     the first ones for the negative prompts. Rows do not mix, so nothing is stale: with `stages=1` the picture is, bit
@@ -79,6 +81,7 @@ class AsyncDenoiser:
         self._run: _Run | None = None
         self._lanes: Lanes | None = None
         self._halves: list[_Half] = []
+        self._spread: Spread | None = None
         self._count = len(NAMES) if cfg_parallel else 1
         component = live_unet(self._unet)
         self.cuts = find_cuts(component, stages, cut, _sizes(self._unet))
@@ -101,7 +104,7 @@ class AsyncDenoiser:
         if self.pipeline.unet is not self._unet:
             raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
         live_unet(self._unet)  # nothing may have changed since
-        self._halves = [_Half(self._load(half), self._own_lanes(1)) for half in range(self._count)]
+        self._halves = self._move()
         # a call is at most as many exchanges as there are stages, and its halves end theirs first
         self._lanes = self._own_lanes(len(self._stages) + 1)
         self._unet.forward = self._forward
@@ -112,12 +115,26 @@ class AsyncDenoiser:
         for lanes in [half.lanes for half in self._halves] + ([] if self._lanes is None else [self._lanes]):
             lanes.close()
         self._run, self._lanes, self._halves = None, None, []
+        spread, self._spread = self._spread, None
+        if spread is not None:
+            spread.restore()
 
     def _own_lanes(self, exchanges: int) -> Lanes:
         return OneByOne() if self.devices is None else ThreadEach(self._timeout * exchanges)
 
-    def _load(self, half: int) -> dict[Seat, Runner]:
-        """A runner for every seat of a half; stages on the pipeline's own device share its weights."""
+    def _move(self) -> list[_Half]:
+        """Every stage on its device, and there alone."""
+        self._spread, kept = Spread(self._unet), list[Any]()
+        halves = [_Half(self._load(half, self._spread, kept), self._own_lanes(1)) for half in range(self._count)]
+        try:
+            self._spread.give_up(kept)
+        except BaseException:
+            self._spread.restore()  # nobody leaves what was not entered
+            raise
+        return halves
+
+    def _load(self, half: int, spread: Spread, kept: list[Any]) -> dict[Seat, Runner]:
+        """A runner for every seat of a half; stages on the pipeline's own device share its weights, and are `kept`."""
         import torch
 
         from diffship.models.parts.runner import TorchRunner
@@ -129,8 +146,10 @@ class AsyncDenoiser:
         for device, piece in seats(self.placement, self.scheme):
             stage, module = self._stages[piece], share(self._stages[piece], self._unet)
             where = home if self.devices is None else torch.device(self.devices[first + device])
-            if where != home:
-                module = copy.deepcopy(module).to(where)
+            if where == home:
+                kept.append(module)
+            else:
+                module = spread.on(module, where)
             found[device, piece] = TorchRunner(module, stage.inputs, stage.outputs, str(where), dtype)
         return found
 

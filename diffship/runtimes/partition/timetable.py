@@ -2,6 +2,9 @@
 
 AsyncDiff (arXiv 2406.06911): after a warm-up in which one stage follows the other, all stages of a step run at once,
 each on what its predecessors made in the round before. Steps and rounds count from 0, in the timesteps really used.
+
+A step is one model call here, as in the published code: PNDM and Heun make more calls than their sampler has steps.
+A warm-up counts calls too, and a call whose timestep is that of the call before is a step like any other.
 """
 
 from __future__ import annotations

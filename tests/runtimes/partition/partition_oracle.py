@@ -5,7 +5,7 @@ Nothing of diffship's timetable is used: `published` asks for each prediction an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,9 @@ def published(
     stride: int,
     warm_up: int,
     shift: bool,
+    scales: Sequence[float] | None = None,
 ) -> list[Any]:
-    """Predictions of all steps; `follow(step, x, eps)` is the sampler.
+    """Predictions of all steps; `follow(step, x, eps)` is the sampler, `scales` what it multiplies latents with.
 
     eps_i = F_N(... F_1(x, t) ...), where stages on other devices are those of the round before and the first steps are
     exact; with stride 2 a round's owners embed the step ahead, while the extra device finishes step i itself.
@@ -94,7 +95,11 @@ def published(
     def run(k: int, begin: int, time: int) -> Mapping[str, Any]:
         if (k, begin, time) not in known:
             feeds = {name: boundary(name, k, begin, time) for name in stages[k].reads}
-            feeds |= {} if stages[k].reads else {"sample": xs[begin]}
+            feeds |= (
+                {}
+                if stages[k].reads
+                else {"sample": xs[begin] if scales is None else xs[begin] * np.float32(scales[begin])}
+            )
             known[k, begin, time] = stages[k].run({**feeds, "timestep": np.float32([times[time]])})
         return known[k, begin, time]
 

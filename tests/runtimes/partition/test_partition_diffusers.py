@@ -136,6 +136,21 @@ def test_pictures_are_those_of_the_published_mechanism(name: str, stages: int, s
     assert not torch.equal(found, draw(pipe)) and "forward" not in vars(pipe.unet)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers
+@pytest.mark.parametrize(("scheduler", "calls"), [("PNDMScheduler", STEPS + 1), ("HeunDiscreteScheduler", 11)])
+def test_more_calls_than_steps_are_those_of_the_published_mechanism(scheduler: str, calls: int) -> None:
+    """The published code counts calls: PNDM makes its second one twice, Heun all but the last."""
+    reference, pipe = pipeline(scheduler=scheduler), pipeline(scheduler=scheduler)
+    reference.scheduler.set_timesteps(STEPS)
+    times = list(reference.scheduler.timesteps)
+    assert len(times) == calls
+    published = Published(reference.unet, ROWS["tiny-sd", 2], times, (2, STEPS - 1, False))
+    with diffship.AsyncDenoiser(pipe, 2, 2, STEPS - 1):
+        found = draw(pipe)
+    assert torch.equal(found, draw(reference)) and published.step == calls
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Iterator[Any]:
     made = pipeline()

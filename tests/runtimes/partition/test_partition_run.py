@@ -59,17 +59,21 @@ def simulated(devices: int, scheme: Scheme, ends: bool = False) -> Partitioned:
 
 
 def recursive(devices: int, ends: bool, trajectory: Trajectory, stride: int, warm_up: int, shift: bool) -> Any:
-    """The oracle's predictions carried through the sampler (one without history): the last latents."""
+    """The oracle's predictions carried through the sampler: the last latents."""
     end: list[Any] = []
+    history: tuple[Any, ...] = ()
 
     def follow(step: int, x: Any, eps: Any) -> Any:
-        now = trajectory.sampler.coefficients(step, trajectory.steps, 0)
-        (after,) = apply_matrix(now.matrix, x[0], eps[0], None, ())
+        nonlocal history
+        now = trajectory.sampler.coefficients(step, trajectory.steps, len(history))
+        after, *rest = apply_matrix(now.matrix, x[0], eps[0], None, history)
+        history = tuple(rest)
         end.append(after)
         return after[None]
 
     times = list(times_of(trajectory.sampler, trajectory.steps))
-    published(devices, ends, trajectory.latents[None], times, follow, stride, warm_up, shift)
+    scales = [trajectory.sampler.coefficients(step, trajectory.steps, 0).input_scale for step in range(len(times))]
+    published(devices, ends, trajectory.latents[None], times, follow, stride, warm_up, shift, scales)
     return end[-1]
 
 
@@ -86,6 +90,21 @@ def test_predictions_are_those_of_the_published_equation(
     trajectory = drawn(steps)
     (after,) = denoise([trajectory], simulated(devices, Scheme(stride, warm_up, shift), ends))
     assert np.array_equal(after.latents, recursive(devices, ends, trajectory, stride, warm_up, shift))
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("pndm", 8), ("heun", 13)])
+@pytest.mark.parametrize("scheme", [(1, 1, False), (2, 2, False), (2, 7, True), (1, 7, True)], ids=str)
+def test_a_sampler_that_makes_more_calls_than_steps_is_counted_by_calls(
+    sampler: str, calls: int, scheme: tuple[int, int, bool]
+) -> None:
+    """Seven steps; a warm-up of seven calls is not all of them."""
+    trajectory = drawn(7, sampler)
+    assert trajectory.calls == calls == len(times_of(trajectory.sampler, 7))
+    (after,) = denoise([trajectory], simulated(3, Scheme(*scheme)))
+    assert np.array_equal(after.latents, recursive(3, False, trajectory, *scheme))
+    (exact,) = denoise([trajectory], simulated(3, Scheme(1, calls)))
+    assert not np.array_equal(after.latents, exact.latents)
+    assert np.array_equal(exact.latents, recursive(3, False, trajectory, 1, calls, False))
 
 
 @pytest.mark.parametrize("ends", [False, True])
