@@ -106,18 +106,18 @@ def export(
         usual = all(one is None for one in changes) and loading == AS_SAID
         plain = usual and verify and exporter == type(exporter)()
         return _restored(source, to, Path(out), overwrite, job) if plain else _without_torch()
-    whole = with_texts(_opened(source, base, revision, loading), embeddings, clip_skip)
+    whole = with_texts(open_given(source, base, revision, loading), embeddings, clip_skip)
     if controlnets:
         if stages is not None:
             raise UnsupportedError("a denoiser in stages takes no ControlNets: leave --stages or --controlnet out")
         whole = with_controlnets(whole, controlnets, exporter.name)
-    pipeline = _chosen(whole, parts)
+    pipeline = choose_parts(whole, parts)
     truth = whole if against is None else with_texts(against, embeddings, clip_skip)
     check_stages(exporter, stages, cut, trajectory)
     staging = None if stages is None else find_staging(pipeline, stages, cut)
     pipeline = pipeline if staging is None else staged(pipeline, staging)
     _check(exporter, pipeline, Path(out), verify)
-    runs_here = _runs_here(exporter, verify)
+    runs_here = engine_here(exporter, verify)
     sizes = _golden_sizes(exporter, pipeline)
     steps = _steps(exporter, whole, sizes.get(whole.family.kind.denoiser), verify, trajectory, job)
     started, gate = time.perf_counter(), _gate_bytes()
@@ -164,7 +164,8 @@ def _without_torch() -> NoReturn:
     raise MissingExtra("torch", "torch,onnx")
 
 
-def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, loading: LoadOptions) -> Pipeline:
+def open_given(source: str | Path | Pipeline, base: str | None, revision: str | None, loading: LoadOptions) -> Pipeline:
+    """`source` itself if it is open already."""
     if not isinstance(source, (str, Path)):
         return source
     from diffship.compression.vae_beside import open_tried
@@ -172,7 +173,12 @@ def _opened(source: str | Path | Pipeline, base: str | None, revision: str | Non
     return open_tried(str(source), base, revision, loading)
 
 
-def _chosen(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
+def choose_parts(pipeline: Pipeline, parts: Iterable[str] | None) -> Pipeline:
+    """`pipeline` with these parts alone, or with all of them for None.
+
+    Raises:
+        ConfigError: it has no such part, none is named, or one lies over the data of a part that is not.
+    """
     if parts is None:
         return pipeline
     wanted = list(dict.fromkeys(parts))
@@ -219,7 +225,7 @@ def _rehearse(exporter: AnyExporter, pipeline: Pipeline) -> None:
         ) from None
 
 
-def _runs_here(exporter: AnyExporter, verify: bool) -> bool:
+def engine_here(exporter: AnyExporter, verify: bool) -> bool:
     """Whether an engine of this machine reads what the exporter writes.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,12 @@ from diffship.core.lazy import need
 from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.problem import refuse
-from diffship.core.strict import unknown
+from diffship.export import choose_parts, engine_here, export, open_given
 from diffship.fleet.done import Source, Wanted, difference
 from diffship.fleet.recipe import FleetTarget, require_distinct
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
-    from diffship.proved_part import AnyExporter
 
 _SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs of one bundle
 
@@ -98,10 +97,10 @@ def export_fleet(
     require_distinct(targets, "the fleet")
     folder = _fleet_folder(out)
     need("torch")
-    opened, job = _opened(source, base, revision, loading), job or Job()
+    opened, job = open_given(source, base, revision, loading), job or Job()
     whole = _controlled(with_texts(opened, embeddings, clip_skip), controlnets, targets)
     parts = None if parts is None else tuple(parts)
-    shared = Source(_chosen(whole, parts))
+    shared = Source(choose_parts(whole, parts))
     wanted = [Wanted(target.exporter, shared, verify, trajectory) for target in targets]
     plans = [_plan(target, one, folder, overwrite) for target, one in zip(targets, wanted, strict=True)]
     _require_room(folder, [one for one, plan in zip(wanted, plans, strict=True) if plan is None])
@@ -129,14 +128,6 @@ def _fleet_folder(out: str | Path) -> Path:
     return folder
 
 
-def _opened(source: str | Path | Pipeline, base: str | None, revision: str | None, loading: LoadOptions) -> Pipeline:
-    if not isinstance(source, (str, Path)):
-        return source
-    from diffship.compression.vae_beside import open_tried
-
-    return open_tried(str(source), base, revision, loading)
-
-
 def _controlled(pipeline: Pipeline, sources: Mapping[str, str] | None, targets: Sequence[FleetTarget]) -> Pipeline:
     """`pipeline` with ControlNets, which every target must have a form for."""
     if not sources:
@@ -144,15 +135,6 @@ def _controlled(pipeline: Pipeline, sources: Mapping[str, str] | None, targets: 
     from diffship.models.sources.controlnet import with_controlnets
 
     return [with_controlnets(pipeline, sources, target.exporter.name) for target in targets][-1]
-
-
-def _chosen(pipeline: Pipeline, parts: Sequence[str] | None) -> Pipeline:
-    for name in parts or ():
-        if name not in pipeline.components:
-            raise ConfigError(unknown("part", name, pipeline.components))
-    if parts is None:
-        return pipeline
-    return replace(pipeline, components={name: pipeline.components[name] for name in dict.fromkeys(parts)})
 
 
 def _plan(target: FleetTarget, wanted: Wanted, folder: Path, overwrite: bool) -> Outcome | None:
@@ -166,7 +148,7 @@ def _plan(target: FleetTarget, wanted: Wanted, folder: Path, overwrite: bool) ->
         if (kept := _kept(place, wanted, overwrite)) is not None:
             return Outcome(target, "kept", kept)
         refuse(target.exporter.check(wanted.pipeline))
-        _require_engine(target.exporter, wanted.verify)
+        engine_here(target.exporter, wanted.verify)
     except MissingExtra as fault:
         if target.optional:
             return Outcome(target, "skipped", fault=fault)
@@ -202,19 +184,6 @@ def _kept(place: Path, wanted: Wanted, overwrite: bool) -> Bundle | None:
     return None
 
 
-def _require_engine(exporter: AnyExporter, verify: bool) -> None:
-    """Raises UnsupportedError, or MissingExtra, if the proof needs an engine and none is here."""
-    from diffship.exporters.protocol import BuiltFromGraph
-    from diffship.runtimes.engines.engine import choose_engine
-
-    if not verify:
-        return
-    if isinstance(exporter, BuiltFromGraph):
-        choose_engine("onnx")
-    elif exporter.proved_here:
-        choose_engine(exporter.name)
-
-
 def _require_room(folder: Path, wanted: Sequence[Wanted]) -> None:
     """Raises UnsupportedError if the disk cannot hold all the bundles that are to be made."""
     sizes = [one.exporter.disk_bytes(part) for one in wanted for part in one.pipeline.components.values()]
@@ -234,8 +203,6 @@ def _made(folder: Path) -> Iterator[None]:
 
 def _export(opened: Pipeline, target: FleetTarget, folder: Path, shared: Source, options: Mapping[str, Any]) -> Outcome:
     """Make one bundle; a failure is an outcome, and stops nobody else."""
-    from diffship.export import export
-
     options["job"].progress(f"target {target.name}", 1, 1)
     given = {field.name: getattr(target.exporter, field.name) for field in fields(target.exporter)}
     try:
