@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from diffship import __version__
-from diffship.cli import bench, calibrate, compare, compress, doctor, export, inspect, run, serve, train, verify
 from diffship.cli.output import Result, error_document, print_json
 from diffship.cli.progress import say
 from diffship.cli.stops import Stops
@@ -19,19 +19,37 @@ from diffship.core.printable import printable
 from diffship.core.streams import prepare, silence
 from diffship.core.strict import unknown
 
-VERBS = {
-    "export": export,
-    "compress": compress,
-    "calibrate": calibrate,
-    "run": run,
-    "serve": serve,
-    "verify": verify,
-    "inspect": inspect,
-    "compare": compare,
-    "bench": bench,
-    "doctor": doctor,
-    "train": train,
-}
+
+class Verbs(Mapping[str, Any]):
+    """Name of a verb -> its module, which is imported when it is asked for: a command line needs one of them."""
+
+    names = (
+        "export",
+        "compress",
+        "calibrate",
+        "run",
+        "serve",
+        "verify",
+        "inspect",
+        "compare",
+        "bench",
+        "doctor",
+        "train",
+    )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return import_module(f"diffship.cli.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+VERBS = Verbs()
 EPILOG = """examples:
   diffship export emoji --to onnx -o out/emoji
   diffship verify out/emoji
@@ -57,8 +75,8 @@ class Parser(argparse.ArgumentParser):
             self.exit(unheard)
 
 
-def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The whole parser and the parser of each verb."""
+def make_parser(verbs: Iterable[str] = VERBS) -> tuple[Parser, dict[str, Parser]]:
+    """A parser that knows `verbs`, and the parser of each."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="diffship",
@@ -68,11 +86,12 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"diffship {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    entries = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     parsers = {}
-    for name, module in VERBS.items():
+    for name in verbs:
+        module = VERBS[name]
         summary = (module.__doc__ or "").splitlines()[0].partition(": ")[2]
-        entry = verbs.add_parser(
+        entry = entries.add_parser(
             name,
             help=summary.rstrip("."),
             description=summary,
@@ -96,16 +115,16 @@ def _add_manners(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line. Raises ConfigError for a word that nothing takes, with the nearest legal flag."""
-    parser, parsers = make_parser()
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in parsers:
-        legal = [*parsers, "--help", "--version"]  # for whoever asks for them as verbs
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        legal = [*VERBS, "--help", "--version"]  # for whoever asks for them as verbs
         raise ConfigError(f"{unknown('verb', arguments[0], legal)} (diffship --help)")
+    parser, parsers = make_parser(arguments[:1] if arguments and arguments[0] in VERBS else VERBS)
     if arguments and arguments[0] in parsers:
         VERBS[arguments[0]].complete(parsers[arguments[0]], arguments[1:])
     words, behind = _split_at_dashes(arguments, parsers)
     options, rest = parser.parse_known_args(words)
     if options.verb is None:
-        raise ConfigError(f"no verb is given; legal: {', '.join(parsers)} (diffship --help)")
+        raise ConfigError(f"no verb is given; legal: {', '.join(VERBS)} (diffship --help)")
     if hasattr(options, "prompts") and not any(word.startswith("-") for word in rest):
         # argparse takes positionals in one piece; prompts may also stand behind flags
         options.prompts = [*options.prompts, *rest, *behind]
@@ -134,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = words[0] if words and words[0] in VERBS else ""
     prepare()
-    as_json, debug = bench.prints_json(words) if verb == "bench" else "--json" in words, "--debug" in words
+    as_json, debug = VERBS[verb].prints_json(words) if verb == "bench" else "--json" in words, "--debug" in words
     with Stops() as stops:
         try:
             options = parse(words)

@@ -20,7 +20,6 @@ from diffship.core.limits import MIB
 from diffship.core.manifest import Part
 from diffship.core.problem import Problem
 from diffship.core.strict import bounded, bounds, choices
-from diffship.exporters.onnx import Onnx
 from diffship.exporters.onnx.graph import IR_VERSION, NAMES
 from diffship.exporters.onnx.layout import write_part_config, write_pipeline_files
 from diffship.exporters.tensorrt.build import Order
@@ -34,6 +33,8 @@ from diffship.targets.tensorrt.plan import KINDS, PlanFacts, PlanInput, PlanOutp
 
 if TYPE_CHECKING:
     import onnx
+
+    from diffship.exporters.onnx import Onnx
 else:
     onnx = lazy("onnx")
 
@@ -129,6 +130,8 @@ class TensorRt:
         return check_sm(self.flavour, self.sm)
 
     def _graphs(self) -> Onnx:
+        from diffship.exporters.onnx import Onnx  # not for --help
+
         return Onnx(precision=self.precision, opset=self.opset)
 
     def through(self, component: Component) -> Onnx:
