@@ -152,7 +152,7 @@ def clamp(t: Translation, x: Any, low: float | None = None, high: float | None =
     return t.emit("Clip", t.cast(x, t.dtype), *bounds)
 
 
-@implements("aten.minimum.default")
+@implements("aten.minimum.default", "aten.min.other")
 def minimum(t: Translation, a: Any, b: Any) -> Value:
     return _binary(t, "Min", a, b)
 

@@ -60,6 +60,15 @@ def matmul(t: Translation, a: Any, b: Any) -> Value:
     return t.emit("MatMul", a, b)
 
 
+@implements("aten.einsum.default")
+def einsum(t: Translation, equation: str, operands: Sequence[Any]) -> Value:
+    """A Transpose where letters of one tensor are only put in another order, as networks that fold patches do."""
+    before, _, after = equation.replace(" ", "").partition("->")
+    if len(operands) == 1 and sorted(before) == sorted(set(after)) and len(before) == len(after):
+        return t.emit("Transpose", operands[0], perm=[before.index(letter) for letter in after])
+    return t.emit("Einsum", *operands, equation=equation)
+
+
 @implements("aten.conv2d.default")
 def conv2d(
     t: Translation,
@@ -107,6 +116,25 @@ def layer_norm(
 ) -> Value:
     scale = _ones(t, shape) if weight is None else weight
     return t.emit("LayerNormalization", x, scale, *([] if bias is None else [bias]), axis=-len(shape), epsilon=eps)
+
+
+@implements("aten.rms_norm.default")
+def rms_norm(t: Translation, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Value:
+    """Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4; in float32 whatever the part computes in, as in torch."""
+    wide = t.cast(x, "float32")
+    rank = len(shape)
+    narrow = (*wide.shape[: len(wide.shape) - rank], *[1] * rank)
+
+    def emit(op: str, *inputs: Any, of: tuple[Dim, ...] = narrow, **attributes: Any) -> Value:
+        return t.emit(op, *inputs, dtype="float32", shape=of, **attributes)
+
+    square = emit("ReduceMean", emit("Mul", wide, wide, of=wide.shape), t.graph.ints(range(-rank, 0)), keepdims=1)
+    least = float(np.finfo(np.float32).eps) if eps is None else eps
+    root = emit("Reciprocal", emit("Sqrt", emit("Add", square, t.value(least, "float32"))))
+    scaled = emit("Mul", wide, root, of=wide.shape)
+    if weight is not None:
+        scaled = emit("Mul", scaled, t.cast(weight, "float32"), of=wide.shape)
+    return t.cast(scaled, t.dtype)
 
 
 def _ones(t: Translation, shape: Sequence[int], value: float = 1.0) -> Value:
