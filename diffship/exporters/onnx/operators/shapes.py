@@ -30,7 +30,7 @@ def dropout(t: Translation, x: Any, share: float, train: bool) -> Value:
     return t.value(x)
 
 
-@implements("aten.to.dtype", "aten.to.device", "aten._to_copy.default")
+@implements("aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default")
 def convert(t: Translation, x: Any) -> Value:
     return t.cast(x, t.dtype)
 
@@ -140,6 +140,13 @@ def slice_(t: Translation, x: Any, axis: int = 0, start: Any = None, end: Any = 
 @implements("aten.select.int")
 def select(t: Translation, x: Any, axis: int, index: Any) -> Value:
     return t.emit("Gather", x, t.value(index, "int64"), axis=axis)
+
+
+@implements("aten.unbind.int")
+def unbind(t: Translation, x: Any, axis: int = 0) -> list[Value]:
+    """As many results as the axis is long; traces at other lengths have other results, which is refused before."""
+    pieces = enumerate(t.shapes)
+    return [t.emit("Gather", x, t.value(place, "int64"), axis=axis, shape=shape) for place, shape in pieces]
 
 
 @implements("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default")
