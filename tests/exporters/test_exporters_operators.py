@@ -133,6 +133,7 @@ CASES: dict[str, list[Case]] = {
         lambda x, w: x.clamp(w[0], w[1]),
         lambda x, w: x.clamp(min=w[0]),
         lambda x, w: x.clamp(max=w[0]),
+        lambda x: torch.clip(x, -0.5, 0.5),
         lambda x, w: torch.minimum(x, w[0]),
         lambda i: torch.minimum(i, -i),
         lambda x, w: torch.min(x, w[0]),

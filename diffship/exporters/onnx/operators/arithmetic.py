@@ -146,7 +146,7 @@ def masked_fill(t: Translation, x: Any, mask: Any, value: float) -> Value:
     return t.emit("Where", mask, t.value(value), x)
 
 
-@implements("aten.clamp.default")
+@implements("aten.clamp.default", "aten.clip.default")
 def clamp(t: Translation, x: Any, low: float | None = None, high: float | None = None) -> Value:
     bounds = [None if bound is None else t.value(bound) for bound in (low, high)]
     return t.emit("Clip", t.cast(x, t.dtype), *bounds)
