@@ -164,7 +164,7 @@ def _as_fake(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
     Its weights have `dtype`, tied ones stay tied, and computed buffers keep their own dtype.
     """
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)
     for group in tied(module):
         tensor = _blank(state[group[0]], dtype)
         for name in group:

@@ -43,7 +43,7 @@ def sources(module: nn.Module, known: Collection[str]) -> dict[str, str]:
 
 def computed_names(module: nn.Module) -> list[str]:
     """Buffers that no weight file holds (`persistent=False`), such as position tables."""
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)
     return [name for name, _ in module.named_buffers() if name not in state]
 
 
