@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffship.cli.flags import existing_file, flag_of, load_fields
 from diffship.cli.output import Result, size_text, table
+from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
 from diffship.core.load_options import LoadOptions
 from diffship.core.outcome import outcome
@@ -72,6 +73,8 @@ def _source(options: argparse.Namespace, fleet: Fleet) -> str:
             f"{options.recipe} has passes; run them first: diffship compress --recipe {options.recipe} -o MODEL, then "
             f"diffship export MODEL --recipe {options.recipe} -o {options.output}"
         )
+    if fleet.passes:
+        note(f"note: the passes of {options.recipe} are not run: {options.source} is exported as it is")
     source = options.source or fleet.source
     if not source:
         raise ConfigError(f"no source is given, and {options.recipe} names none; legal: {SOURCES}")
