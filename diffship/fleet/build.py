@@ -192,13 +192,15 @@ def _require_room(folder: Path, wanted: Sequence[Wanted]) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder of the fleet, made if it is missing, and removed at the end if nothing came into it."""
-    folder.mkdir(exist_ok=True)
+    """The folder of the fleet, made if it is missing; then it is removed at the end if nothing came into it."""
+    missing = not folder.exists()
     try:
+        folder.mkdir(exist_ok=True)
         yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        if missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _export(opened: Pipeline, target: FleetTarget, folder: Path, shared: Source, options: Mapping[str, Any]) -> Outcome:
