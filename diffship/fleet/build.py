@@ -21,6 +21,7 @@ from diffship.core.errors import (
 )
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import need
+from diffship.core.limits import LIMITS, check_range
 from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.problem import refuse
@@ -95,6 +96,8 @@ def export_fleet(
     from diffship.models.inversions import with_texts
 
     require_distinct(targets, "the fleet")
+    if trajectory is not None:
+        check_range("trajectory", trajectory, 0, LIMITS.steps[1])
     folder = _fleet_folder(out)
     need("torch")
     opened, job = open_given(source, base, revision, loading), job or Job()

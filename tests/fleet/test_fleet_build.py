@@ -256,6 +256,7 @@ def test_a_source_that_changes_meanwhile_is_no_fleet(made: Made, tmp_path: Path)
         ({"controlnets": {"edges": "nowhere"}}, "exported to onnx, and the target is coreml"),
         ({"targets": ()}, "has no [[target]]"),
         ({"out": ""}, "no folder for the fleet"),
+        ({"trajectory": -1}, "trajectory is -1"),
         ({"out": "nowhere/out"}, "is not a folder"),
     ],
 )
