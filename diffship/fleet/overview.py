@@ -69,7 +69,7 @@ def bundles_in(folder: str | Path) -> list[Path]:
         ConfigError: there are more than a fleet has.
     """
     root = Path(folder)
-    if not root.is_dir() or any((root / name).exists() for name in (MANIFEST_NAME, "model_index.json")):
+    if not root.is_dir() or any((root / name).is_file() for name in (MANIFEST_NAME, "model_index.json")):
         return []
     found = (path for path in root.iterdir() if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file())
     few = sorted(islice(found, MOST + 1))

@@ -300,6 +300,9 @@ def test_every_bundle_of_a_folder_is_found_or_they_are_too_many(tmp_path: Path) 
         (tmp_path / f"{number:02}").mkdir()
         (tmp_path / f"{number:02}" / "diffship.json").touch()
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "00").rename(tmp_path / "model_index.json")  # a legal name of a target
+    assert len(bundles_in(tmp_path)) == MOST
+    (tmp_path / "model_index.json").rename(tmp_path / "00")
     assert [path.name for path in bundles_in(tmp_path)] == [f"{number:02}" for number in range(MOST)]
     (tmp_path / "one more").mkdir()
     (tmp_path / "one more" / "diffship.json").touch()
