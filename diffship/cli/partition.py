@@ -186,13 +186,14 @@ def _counting(denoiser: Denoiser, warm_up: int) -> Denoiser:
     told: list[bool] = []
 
     def run(batch: Sequence[Trajectory]) -> Sequence[Any]:
-        first = batch[0]
-        if not told and first.steps <= warm_up < first.calls:
-            note(
-                f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
-                f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
-            )
-        told.append(True)
+        if not told:
+            told.append(True)
+            first = batch[0]
+            if first.steps <= warm_up < first.calls:
+                note(
+                    f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
+                    f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
+                )
         return denoiser(batch)
 
     return run
