@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffship.benchmarks.studies.quality.formats import (
     EQUAL_DB,
     FORMATS,
     REFERENCE,
+    command_of,
     cost_rows,
     main,
     picture_db,
@@ -60,6 +62,14 @@ def test_pictures_of_one_format_are_not_taken_for_those_of_another(
     assert len({model.digest for model in models}) == 1
     found = [draw_once(Job(tmp_path), "formats", model, ["red apple"], 0, steps=1, guidance=1.0) for model in models]
     assert [int(pixels[0, 0, 0, 0]) for pixels in found] == [1, 2, 1]
+
+
+def test_the_command_of_a_file_says_all_that_was_asked_for() -> None:
+    asked = argparse.Namespace(prompts=3, seeds=2, samples=8, rounds=5, formats=list(FORMATS))
+    told = "python -m diffship.benchmarks formats --prompts=3 --seeds=2 --samples=8 --rounds=5"
+    assert command_of(asked) == told
+    asked.formats = ["fp16", "int8, max"]
+    assert command_of(asked) == f"{told} --formats fp16 'int8, max'"
 
 
 def test_decibels_are_those_of_the_definition() -> None:
