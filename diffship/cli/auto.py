@@ -14,7 +14,7 @@ from diffship.cli.drawing import draw as draw_pictures
 from diffship.cli.flags import requests_of
 from diffship.cli.models import sources_of
 from diffship.cli.output import Result, figure, size_text, table
-from diffship.cli.partition import WAIT_SECONDS, bundle_of, device_options
+from diffship.cli.partition import WAIT_SECONDS, bundle_of, device_options, is_given
 from diffship.cli.progress import note
 from diffship.cli.prompts import read_prompts
 from diffship.core.bundle import Bundle
@@ -22,7 +22,7 @@ from diffship.core.errors import ConfigError, UnsupportedError
 from diffship.core.limits import check_range
 from diffship.runtimes.engines.model import BundleModel
 from diffship.runtimes.partition.choose import FLOOR_DB, Candidate, Choice, choose
-from diffship.runtimes.partition.forecast import Way
+from diffship.runtimes.partition.forecast import Way, joined
 from diffship.runtimes.partition.measure import FIDELITY_STEPS, Fidelity, free_bytes, measure_profile
 from diffship.runtimes.partition.ranks import place_of
 from diffship.runtimes.partition.staged import placement_of, whole_placement
@@ -44,7 +44,7 @@ def check_flags(options: argparse.Namespace) -> None:
         )
     if not options.devices:
         raise ConfigError("--auto needs --devices A,B,...: the devices that it may take, in this process")
-    given = [f"--{name.replace('_', '-')}" for name in SETTLED if getattr(options, name)]
+    given = [f"--{name.replace('_', '-')}" for name in SETTLED if is_given(options, name)]
     if given:
         raise ConfigError(f"--auto settles {', '.join(given)}: leave them out, or leave --auto out")
     given = [f"--{name.replace('_', '-')}" for name in _OTHERS if getattr(options, name) not in (None, [])]
@@ -74,6 +74,7 @@ def settle(options: argparse.Namespace) -> tuple[Choice, int]:
     """
     bundle, names = bundle_of(options), options.devices
     placement = whole_placement(bundle) if bundle.manifest.staging is None else placement_of(bundle)
+    joined(placement, len(names))  # too many ways are refused before anything is measured
     options.prompts, options.prompts_file = read_prompts(options), None  # a pipe is read once
     requests = requests_of(options, options.prompts)
     held = [_weights(bundle, piece.name) for piece in placement.pieces]

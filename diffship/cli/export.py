@@ -152,6 +152,7 @@ def _warn_of_all(manifest: Any) -> None:
         note(f"note: {clients_text(manifest.staging)}")
     _warn_of_sampler(manifest.sampler)
     _warn_of_unused(manifest.parts)
+    _warn_of_loose(manifest.parts)
 
 
 def _warn_of_sampler(scheduler: Any) -> None:
@@ -170,6 +171,15 @@ def _warn_of_unused(parts: Iterable[Any]) -> None:
         unused = part.extra.get("unused_tensors")
         if unused:
             note(f"warning: {unused_text(part.name, unused['count'], unused['first'])}")
+
+
+def _warn_of_loose(parts: Iterable[Any]) -> None:
+    """Of float32 parts whose tolerance was measured, because they enlarge rounding errors: it is looser than usual."""
+    for part in parts:
+        method = {} if part.golden is None else part.golden.method
+        if "measured" in method and "psnr_db" in method:
+            least = f"{part.golden.tolerance.psnr_db:g} dB, and not the usual {method['psnr_db']:g}"
+            note(f"warning: {part.name} enlarges rounding errors: as a whole it is held to {least}")
 
 
 @contextmanager

@@ -78,6 +78,9 @@ def _source(options: argparse.Namespace, fleet: Fleet) -> str:
     source = options.source or fleet.source
     if not source:
         raise ConfigError(f"no source is given, and {options.recipe} names none; legal: {SOURCES}")
+    if fleet.passes:
+        passes = f"diffship compress --recipe {options.recipe}"
+        note(f"note: {source} is exported as it is; the passes of the recipe are run by: {passes}")
     return str(source)
 
 
@@ -96,6 +99,8 @@ def describe_report(report: FleetReport) -> Result:
     faults = [f"{one['name']} {one['outcome']}: {one['problem']['message']}" for one in targets if one["problem"]]
     failed = sum(one["outcome"] == "failed" for one in targets)
     last = f"fleet of {len(targets)} targets in {report.folder}"
+    if all(one["outcome"] == "skipped" for one in targets):
+        last = f"nothing was written: all targets are optional, and what they need is not installed ({report.folder})"
     if failed:
         last = f"{failed} of {len(targets)} targets failed, and the same command goes on with them: {report.folder}"
     return Result(document, "\n".join([table(head, rows), *faults, last]), report.exit_code)

@@ -42,6 +42,10 @@ class Verbs(Mapping[str, Any]):
             raise KeyError(name)
         return import_module(f"diffship.cli.{name}")
 
+    def __contains__(self, name: object) -> bool:
+        """Without importing it: what goes wrong there is told as every fault of a verb is."""
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -167,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stops.settle()
             if debug and not isinstance(fault, KeyboardInterrupt):
                 traceback.print_exc()
-            left = getattr(VERBS.get(verb), "STOPPED", "what was not finished was not kept")
+            # of a verb that was not even imported, nothing is left
+            left = getattr(sys.modules.get(f"diffship.cli.{verb}"), "STOPPED", "what was not finished was not kept")
             told = ("Cancelled", f"{stops.word}; {left}", stops.code) if stopped else outcome(fault)
             return _fail(verb, *told, as_json)
 

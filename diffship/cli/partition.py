@@ -60,7 +60,14 @@ def asked(options: argparse.Namespace) -> bool:
     """Whether this run is partitioned: a flag says so, or other processes run beside this one."""
     from diffship.runtimes.partition.ranks import place_of
 
-    return any(getattr(options, name) for name in _FLAGS) or place_of() is not None
+    return any(is_given(options, name) for name in _FLAGS) or place_of() is not None
+
+
+def is_given(options: argparse.Namespace, name: str) -> bool:
+    """Whether the command line has this flag: 0 and an empty list are values, which are refused rather than passed
+    over."""
+    value = getattr(options, name)
+    return value is not None and value is not False
 
 
 def check(options: argparse.Namespace) -> None:
@@ -77,6 +84,8 @@ def check(options: argparse.Namespace) -> None:
     ]  # fmt: skip
     if others:
         raise ConfigError(f"{others[0]} does not go with a partitioned run; leave it out, or run with one device")
+    if options.devices is not None and not options.devices:
+        raise ConfigError("--devices names no device; give for example --devices cuda:0,cuda:1")
     if options.devices and options.device:
         raise ConfigError("--device is for one device, --devices for several: give one of them")
     if options.wait is not None:
@@ -127,12 +136,13 @@ def plan_of(options: argparse.Namespace) -> Plan:
     from diffship.runtimes.partition.timetable import Scheme
 
     bundle = bundle_of(options)
-    alone = options.cfg_parallel and options.stride in (None, 1) and not options.time_shift
+    stride = 1 if options.stride is None else options.stride
+    alone = options.cfg_parallel and stride == 1 and not options.time_shift
     one_part = bundle.manifest.staging is None and (alone or options.homes is not None)
     placement = whole_placement(bundle) if one_part else placement_of(bundle)
     if options.homes is not None:
         placement = placed(placement, options.homes)
-    scheme = Scheme(options.stride or 1, 1 if options.warm_up is None else options.warm_up, options.time_shift)
+    scheme = Scheme(stride, 1 if options.warm_up is None else options.warm_up, options.time_shift)
     return Plan(bundle, placement, scheme, 2 if options.cfg_parallel else 1, options.wait or WAIT_SECONDS)
 
 
@@ -176,13 +186,14 @@ def _counting(denoiser: Denoiser, warm_up: int) -> Denoiser:
     told: list[bool] = []
 
     def run(batch: Sequence[Trajectory]) -> Sequence[Any]:
-        first = batch[0]
-        if not told and first.steps <= warm_up < first.calls:
-            note(
-                f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
-                f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
-            )
-        told.append(True)
+        if not told:
+            told.append(True)
+            first = batch[0]
+            if first.steps <= warm_up < first.calls:
+                note(
+                    f"note: {first.sampler.name} makes {first.calls} model calls of {first.steps} steps, and a warm-up "
+                    f"counts calls: --warm-up {warm_up} leaves {first.calls - warm_up} to stages that lag"
+                )
         return denoiser(batch)
 
     return run

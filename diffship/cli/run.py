@@ -159,13 +159,13 @@ def run(options: argparse.Namespace) -> Result:
         from diffship.cli.hybrid import draw as draw_hybrid
 
         return draw_hybrid(options)
+    stray = [f"--{name.replace('_', '-')}" for name in _CLOUD_FLAGS if getattr(options, name) not in (None, [])]
+    if stray:
+        raise ConfigError(f"{', '.join(stray)} means nothing without --cloud URL")
     if options.auto:
         from diffship.cli.auto import draw as draw_auto
 
         return draw_auto(options)
     from diffship.cli.drawing import draw
 
-    stray = [f"--{name.replace('_', '-')}" for name in _CLOUD_FLAGS if getattr(options, name)]
-    if stray:
-        raise ConfigError(f"{', '.join(stray)} means nothing without --cloud URL")
     return draw(options)

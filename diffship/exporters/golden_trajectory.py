@@ -22,6 +22,7 @@ from diffship.sampling.encode import text_parts
 from diffship.sampling.generate import Request, start
 from diffship.sampling.loop import denoiser_of, latents_by_step
 from diffship.sampling.request import settle
+from diffship.sampling.trajectory import Trajectory
 from diffship.sampling.wire import pack
 
 PROMPT, NEGATIVE = "a photograph of an apple on a table", "blurry"
@@ -50,10 +51,12 @@ def write_trajectory(
         (trajectory,) = start(model, request)
         for part in (*text_parts(model), model.family.kind.encoder):
             model.release(part)
-        formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision)))
-        found = formatted if precision.simulated else latents_by_step(trajectory, denoiser_of(model))
+        found = _drawn(trajectory, GatedModel(pipeline, max_bytes, precision) if precision.simulated else model)
+        formatted = found
         if precision.inputs or precision.exact:
-            formatted = latents_by_step(trajectory, denoiser_of(GatedModel(pipeline, max_bytes, precision, moved=True)))
+            formatted = _drawn(trajectory, GatedModel(pipeline, max_bytes, precision, moved=True))
+        elif not precision.simulated:
+            formatted = _drawn(trajectory, GatedModel(pipeline, max_bytes, precision))
     finally:
         model.close()
     for name, array in found.items():
@@ -65,6 +68,11 @@ def write_trajectory(
     limits = [limit(precision, array, formatted[name]) for name, array in found.items()]
     # errors add up over the steps, and elements near zero say nothing: so PSNR of the whole decides
     return GoldenTrajectory(START, LATENTS, Tolerance(psnr_db=loosest(limits).psnr_db))
+
+
+def _drawn(trajectory: Trajectory, model: GatedModel) -> dict[str, Any]:
+    """Latents after each step; the weights that this loads are freed with `model`."""
+    return latents_by_step(trajectory, denoiser_of(model))
 
 
 def why_not(pipeline: Pipeline, sizes: Mapping[str, int], steps: int = 0) -> str:

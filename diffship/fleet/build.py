@@ -21,6 +21,7 @@ from diffship.core.errors import (
 )
 from diffship.core.job import Job, require_disk
 from diffship.core.lazy import need
+from diffship.core.limits import LIMITS, check_range
 from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.problem import refuse
@@ -95,6 +96,8 @@ def export_fleet(
     from diffship.models.inversions import with_texts
 
     require_distinct(targets, "the fleet")
+    if trajectory is not None:
+        check_range("trajectory", trajectory, 0, LIMITS.steps[1])
     folder = _fleet_folder(out)
     need("torch")
     opened, job = open_given(source, base, revision, loading), job or Job()
@@ -192,13 +195,15 @@ def _require_room(folder: Path, wanted: Sequence[Wanted]) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder of the fleet, made if it is missing, and removed at the end if nothing came into it."""
-    folder.mkdir(exist_ok=True)
+    """The folder of the fleet, made if it is missing; then it is removed at the end if nothing came into it."""
+    missing = not folder.exists()
     try:
+        folder.mkdir(exist_ok=True)
         yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        if missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _export(opened: Pipeline, target: FleetTarget, folder: Path, shared: Source, options: Mapping[str, Any]) -> Outcome:

@@ -14,8 +14,6 @@ from diffship.core.errors import ConfigError, DiffshipError
 from diffship.core.manifest import MANIFEST_NAME, Manifest
 from diffship.fleet.recipe import MOST
 
-_ENTRIES = 4096  # of a folder that are looked at
-
 
 @dataclass(frozen=True)
 class FleetRow:
@@ -71,13 +69,13 @@ def bundles_in(folder: str | Path) -> list[Path]:
         ConfigError: there are more than a fleet has.
     """
     root = Path(folder)
-    if not root.is_dir() or any((root / name).exists() for name in (MANIFEST_NAME, "model_index.json")):
+    if not root.is_dir() or any((root / name).is_file() for name in (MANIFEST_NAME, "model_index.json")):
         return []
-    entries = sorted(islice(root.iterdir(), _ENTRIES))
-    found = [path for path in entries if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file()]
-    if len(found) > MOST:
-        raise ConfigError(f"{root} holds {len(found)} bundles; a fleet has at most {MOST}. Name one of them")
-    return found
+    found = (path for path in root.iterdir() if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file())
+    few = sorted(islice(found, MOST + 1))
+    if len(few) > MOST:
+        raise ConfigError(f"{root} holds more than {MOST} bundles, the most that a fleet has. Name one of them")
+    return few
 
 
 def read_rows(folder: str | Path) -> tuple[FleetRow, ...]:

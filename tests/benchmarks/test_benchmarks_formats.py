@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from diffship.benchmarks.studies.quality import emoji_quality
+from diffship.benchmarks.studies.quality.emoji_quality import draw_once
 from diffship.benchmarks.studies.quality.formats import (
     EQUAL_DB,
     FORMATS,
     REFERENCE,
+    command_of,
     cost_rows,
     main,
     picture_db,
     quality_rows,
 )
 from diffship.benchmarks.studies.quality.judging import Judged
+from diffship.core.bundle import Bundle
 from diffship.core.errors import ConfigError
+from diffship.core.job import Job
 from diffship.exporters.onnx import Onnx
+from diffship.runtimes.engines.model import BundleModel
 
 
 def judged(top5: list[float]) -> Judged:
@@ -29,6 +40,36 @@ def test_every_format_is_one_that_the_exporter_takes() -> None:
         assert Onnx(**options).precision == entry.options["precision"]
     with pytest.raises(ConfigError, match="did you mean 'fp16'"):
         main(["--formats", "fp15", "--data", "nowhere"])
+
+
+def test_pictures_of_one_format_are_not_taken_for_those_of_another(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles of one source have one digest; their files tell them apart."""
+    bundle = Bundle.open(tiny_bundle)
+    manifest, name = bundle.manifest, bundle.part("unet").files[-1]
+    files = {**manifest.files, name: replace(manifest.files[name], sha256="0" * 64)}
+    other = replace(bundle, manifest=replace(manifest, files=files))
+    drawn: list[Any] = []
+
+    def draw(model: Any, *_: Any, **more: Any) -> Any:
+        drawn.append(model)
+        return np.full((1, 8, 8, 3), len(drawn), np.uint8)
+
+    monkeypatch.setattr(emoji_quality, "draw", draw)
+    monkeypatch.setattr(emoji_quality, "digest", lambda *_: "")  # of the code, which takes a second
+    models = [BundleModel(one, "onnxruntime") for one in (bundle, other, bundle)]
+    assert len({model.digest for model in models}) == 1
+    found = [draw_once(Job(tmp_path), "formats", model, ["red apple"], 0, steps=1, guidance=1.0) for model in models]
+    assert [int(pixels[0, 0, 0, 0]) for pixels in found] == [1, 2, 1]
+
+
+def test_the_command_of_a_file_says_all_that_was_asked_for() -> None:
+    asked = argparse.Namespace(prompts=3, seeds=2, samples=8, rounds=5, formats=list(FORMATS))
+    told = "python -m diffship.benchmarks formats --prompts=3 --seeds=2 --samples=8 --rounds=5"
+    assert command_of(asked) == told
+    asked.formats = ["fp16", "int8, max"]
+    assert command_of(asked) == f"{told} --formats fp16 'int8, max'"
 
 
 def test_decibels_are_those_of_the_definition() -> None:

@@ -117,6 +117,13 @@ def test_a_bundle_that_is_one_part_may_share_its_halves_and_one_device_is_a_plai
         (("--auto", "--devices", "cpu,cpu", "--cfg-parallel"), "--auto settles --cfg-parallel"),
         (("--auto", "--devices", "cpu,cpu", "--hires", "2"), "does not go with --hires"),
         (("--auto", "--devices", "cpu,cpu", "--fidelity", "-3"), "--fidelity is -3"),
+        (("--auto", "--devices", "cpu,cpu", "--fidelity", "nan"), "--fidelity is nan"),
+        # 0 and nothing are values
+        (("--fidelity", "0"), "--fidelity is the floor of --auto"),
+        (("--auto", "--devices", "cpu,cpu", "--warm-up", "0"), "--auto settles --warm-up"),
+        (("--auto", "--devices", "cpu,cpu", "--deadline", "5"), "--deadline means nothing without --cloud"),
+        (("--devices", ","), "--devices names no device"),
+        (("--auto", "--devices", ","), "--devices names no device"),
         (("--auto", "--devices", "cpu,cpu"), "a partitioned run takes a bundle"),
     ],
 )

@@ -14,7 +14,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from diffship.cli.fleet import describe_report
+from diffship.core.errors import MissingExtra
 from diffship.exporters.onnx import Onnx
+from diffship.fleet.build import FleetReport, Outcome
+from diffship.fleet.recipe import fleet_target
 
 jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(__file__).parents[2]
@@ -113,6 +117,19 @@ def test_what_cannot_be_is_exit_code_two_and_writes_nothing(name: str, command: 
     document = check(command("export", "--recipe", recipe, "-o", recipe.parent / "new" / "out", *flags), "export")
     assert document["exit_code"] == 2 and message in document["error"]["message"]
     assert [path.name for path in recipe.parent.iterdir()] == ["fleet.toml"]
+
+
+def test_passes_of_a_recipe_are_not_passed_over_without_a_word(command: Any, recipe: Path) -> None:
+    recipe.write_text(f'{RECIPE}[[pass]]\ntype = "layout"\nname = "bk-tiny"\n', encoding="utf-8")
+    document = command("export", "arch:tiny-sd", "--recipe", recipe, "-o", recipe.parent / "out", "--parts", "none")
+    assert "arch:tiny-sd is exported as it is" in document["stderr"]
+    assert f"diffship compress --recipe {recipe}" in document["stderr"]
+
+
+def test_a_fleet_of_which_nothing_is_installed_says_that_nothing_was_written(tmp_path: Path) -> None:
+    missing = Outcome(fleet_target("onnx", optional=True), "skipped", fault=MissingExtra("onnx", "onnx"))
+    told = describe_report(FleetReport(tmp_path / "out", (missing,), {}))
+    assert told.exit_code == 0 and "nothing was written: all targets are optional" in told.text.splitlines()[-1]
 
 
 def test_without_source_and_recipe_both_are_named(command: Any, tmp_path: Path) -> None:

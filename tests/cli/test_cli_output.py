@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,19 @@ from PIL import Image, ImageFont
 
 from diffship.cli import doctor
 from diffship.cli.compress import fitting
-from diffship.cli.export import _target
+from diffship.cli.export import _target, _warn_of_loose
 from diffship.cli.flags import add_fields, given_fields, names, setting, size, worded
 from diffship.cli.main import main
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.cli.pass_help import option_texts
 from diffship.cli.prompts import read_prompts
+from diffship.core.compare import Tolerance
 from diffship.core.errors import ConfigError
 from diffship.core.outcome import outcome
+from diffship.core.precision import FP16, FP32
 from diffship.core.registry import EXPORTERS, PASSES, load
 from diffship.core.strict import choices, plain_value
+from diffship.exporters.tolerances import method
 from diffship.sampling.grid import grid, png_bytes, wrapped
 from diffship.side_by_side import picture_psnr
 
@@ -42,6 +46,14 @@ def test_size(text: str, expected: tuple[int, int]) -> None:
 def test_size_refuses(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not N or WxH"):
         size(text)
+
+
+def test_a_float32_part_that_is_held_loosely_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for precision, loosened in ((FP32, True), (FP32, False), (FP16, False)):
+        golden = SimpleNamespace(method=method(precision, loosened), tolerance=Tolerance(atol=1.0, psnr_db=71.5))
+        _warn_of_loose([SimpleNamespace(name="unet", golden=golden), SimpleNamespace(name="vae_decoder", golden=None)])
+        told = "unet enlarges rounding errors: as a whole it is held to 71.5 dB, and not the usual 100"
+        assert (told in capsys.readouterr().err) == loosened
 
 
 def test_settings_and_names() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffship.cli.partition import device_options
+from diffship.cli.main import parse
+from diffship.cli.partition import asked, device_options
 
 Command = Callable[..., dict[str, Any]]
 WORDS = ("a cat", "--steps", "6", "--size", "64")
@@ -94,6 +95,7 @@ def test_what_does_not_fit_is_refused(
         (tiny_bundle, ("--cfg-parallel", "--devices", "cpu"), "take 2 devices, and --devices names 1"),
         (staged_bundle, ("--stride", 2, "--devices", "cpu,cpu"), "take 3 devices, and --devices names 2"),
         (staged_bundle, ("--stride", 3), "stride"),
+        (staged_bundle, ("--stride", 0, "--devices", "cpu,cpu"), "stride is 0"),
     ):
         found = command("run", bundle, *WORDS, *flags)
         assert found["exit_code"] == 2 and why in found["stderr"]
@@ -112,6 +114,13 @@ def test_a_device_with_a_number_is_two_options_of_an_engine_that_counts_its_devi
     ):
         options = SimpleNamespace(engine=engine, device=None, option=[("threads", 2)])
         assert device_options(bundle, options, name) == {"threads": 2, **expected}  # type: ignore[arg-type]
+
+
+def test_a_flag_of_zero_asks_for_a_partition_which_refuses_it() -> None:
+    words = ["run", "out/tiny", "a cat"]
+    assert not asked(parse(words))
+    for flags in (["--stride", "0"], ["--warm-up", "0"], ["--fidelity", "0"], ["--wait", "0"], ["--devices", ""]):
+        assert asked(parse([*words, *flags])), flags
 
 
 def test_flags_that_do_not_go_together_are_refused(command: Command, tmp_path: Path) -> None:

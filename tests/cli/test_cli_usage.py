@@ -158,6 +158,16 @@ def test_other_faults(fault: BaseException, code: int, message: str, capsys: Any
     assert message in captured.err and "Traceback" not in captured.err
 
 
+def test_a_verb_that_does_not_import_is_told_in_one_line(capsys: Any, monkeypatch: Any) -> None:
+    def fail(name: str) -> None:
+        raise KeyError("a table of it")
+
+    monkeypatch.setattr(entry, "import_module", fail)
+    assert main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert "internal error: KeyError: 'a table of it'" in captured.err and "Traceback" not in captured.err
+
+
 def test_debug_shows_the_traceback(capsys: Any, monkeypatch: Any) -> None:
     def fail(options: object) -> None:
         raise errors.BundleError("the reason")

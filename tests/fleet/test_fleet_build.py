@@ -32,8 +32,8 @@ from diffship.exporters.onnx import Onnx
 from diffship.fleet import build
 from diffship.fleet.build import FleetReport, export_fleet
 from diffship.fleet.done import Source, Wanted, difference
-from diffship.fleet.overview import read_rows, repeated_bytes
-from diffship.fleet.recipe import FleetTarget, fleet_target
+from diffship.fleet.overview import bundles_in, read_rows, repeated_bytes
+from diffship.fleet.recipe import MOST, FleetTarget, fleet_target
 from diffship.models.pipeline import Pipeline
 from diffship.models.sources.opening import open_source
 
@@ -233,9 +233,12 @@ def test_a_target_that_fails_stops_no_other(others: None, made: Made, tmp_path: 
     assert states(again(made, tmp_path / "out", monkeyed, verify=False)) == ["failed", "kept"]
 
 
-def test_if_all_fail_there_is_no_folder(others: None, made: Made, tmp_path: Path) -> None:
+def test_if_all_fail_there_is_no_folder_but_the_users_own(others: None, made: Made, tmp_path: Path) -> None:
     assert states(again(made, tmp_path / "out", (FleetTarget("bad", Wrong()),), verify=False)) == ["failed"]
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    assert states(again(made, tmp_path / "mine", (FleetTarget("bad", Wrong()),), verify=False)) == ["failed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_source_that_changes_meanwhile_is_no_fleet(made: Made, tmp_path: Path) -> None:
@@ -253,6 +256,7 @@ def test_a_source_that_changes_meanwhile_is_no_fleet(made: Made, tmp_path: Path)
         ({"controlnets": {"edges": "nowhere"}}, "exported to onnx, and the target is coreml"),
         ({"targets": ()}, "has no [[target]]"),
         ({"out": ""}, "no folder for the fleet"),
+        ({"trajectory": -1}, "trajectory is -1"),
         ({"out": "nowhere/out"}, "is not a folder"),
     ],
 )
@@ -289,3 +293,18 @@ def test_rows_tell_the_odd_one_out(made: Made, tmp_path: Path) -> None:
         again(made, tmp_path, (fleet_target("onnx", name),), pipeline=pipeline, verify=False)
     assert [(row.name, row.odd) for row in read_rows(tmp_path)] == [("a", ()), ("b", ("text_encoder",)), ("c", ())]
     assert {row.proof for row in read_rows(tmp_path)} == {"unproven"}
+
+
+def test_every_bundle_of_a_folder_is_found_or_they_are_too_many(tmp_path: Path) -> None:
+    for number in range(MOST):
+        (tmp_path / f"{number:02}").mkdir()
+        (tmp_path / f"{number:02}" / "diffship.json").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "00").rename(tmp_path / "model_index.json")  # a legal name of a target
+    assert len(bundles_in(tmp_path)) == MOST
+    (tmp_path / "model_index.json").rename(tmp_path / "00")
+    assert [path.name for path in bundles_in(tmp_path)] == [f"{number:02}" for number in range(MOST)]
+    (tmp_path / "one more").mkdir()
+    (tmp_path / "one more" / "diffship.json").touch()
+    with pytest.raises(ConfigError, match="holds more than 64 bundles"):
+        bundles_in(tmp_path)

@@ -40,10 +40,11 @@ class AsyncDenoiser:
 
     `devices` names one for each stage, and one more at stride 2. A stage on another device than the pipeline's is moved
     there on entry, so that each device holds its own stages alone, and back on exit, also after a fault; meanwhile the
-    U-Net cannot be saved. Without devices all stages run one after another where the pipeline is: the pictures are
-    those of several devices, the time is that of one. `cut` is that of models.walks.cuts; by default the published one
-    if there is one for this U-Net, else the one that is balanced by time. A warm-up of all steps draws what the
-    pipeline draws.
+    U-Net cannot be saved. If Ctrl-C stops the exit itself, the next `with` on the same object brings back the rest.
+
+    Without devices all stages run one after another where the pipeline is: the pictures are those of several devices,
+    the time is that of one. `cut` is that of models.walks.cuts; by default the published one if there is one for this
+    U-Net, else the one that is balanced by time. A warm-up of all steps draws what the pipeline draws.
 
     `cfg_parallel` splits the rows of every call in two halves, each with devices of its own: twice as many `devices`,
     the first ones for the negative prompts. Rows do not mix, so nothing is stale: with `stages=1` the picture is, bit
@@ -103,21 +104,33 @@ class AsyncDenoiser:
 
         if self.pipeline.unet is not self._unet:
             raise ConfigError("the pipeline has another U-Net than it had; make a new AsyncDenoiser")
+        if self._lanes is None:
+            self._restore()  # what an exit that was stopped left away
         live_unet(self._unet)  # nothing may have changed since
-        self._halves = self._move()
-        # a call is at most as many exchanges as there are stages, and its halves end theirs first
-        self._lanes = self._own_lanes(len(self._stages) + 1)
-        self._unet.forward = self._forward
+        try:
+            self._halves = self._move()
+            # a call is at most as many exchanges as there are stages, and its halves end theirs first
+            self._lanes = self._own_lanes(len(self._stages) + 1)
+            self._unet.forward = self._forward
+        except BaseException:
+            self.__exit__()  # nobody leaves what was not entered
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         vars(self._unet).pop("forward", None)
-        for lanes in [half.lanes for half in self._halves] + ([] if self._lanes is None else [self._lanes]):
-            lanes.close()
-        self._run, self._lanes, self._halves = None, None, []
-        spread, self._spread = self._spread, None
-        if spread is not None:
-            spread.restore()
+        try:
+            for lanes in [half.lanes for half in self._halves] + ([] if self._lanes is None else [self._lanes]):
+                lanes.close()
+        finally:
+            self._run, self._lanes, self._halves = None, None, []
+            self._restore()
+
+    def _restore(self) -> None:
+        """The weights are home again. If that is stopped, what is still away is kept for the next time."""
+        if self._spread is not None:
+            self._spread.restore()
+            self._spread = None
 
     def _own_lanes(self, exchanges: int) -> Lanes:
         return OneByOne() if self.devices is None else ThreadEach(self._timeout * exchanges)
@@ -126,11 +139,7 @@ class AsyncDenoiser:
         """Every stage on its device, and there alone."""
         self._spread, kept = Spread(self._unet), list[Any]()
         halves = [_Half(self._load(half, self._spread, kept), self._own_lanes(1)) for half in range(self._count)]
-        try:
-            self._spread.give_up(kept)
-        except BaseException:
-            self._spread.restore()  # nobody leaves what was not entered
-            raise
+        self._spread.give_up(kept)
         return halves
 
     def _load(self, half: int, spread: Spread, kept: list[Any]) -> dict[Seat, Runner]:

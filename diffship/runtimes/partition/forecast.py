@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import chain, combinations, groupby, product
+from math import comb
 
 from diffship.core.errors import ConfigError
 from diffship.runtimes.partition.denoiser import remembered, seats
@@ -12,6 +13,7 @@ from diffship.runtimes.partition.placement import Placement
 from diffship.runtimes.partition.timetable import STRIDES, Round, Scheme, Task
 
 WARM_UPS = (1, 2, 3, 5, 7, 9, 11)  # those of AsyncDiff's Table 2, and 2
+MOST_JOINED = 512  # manners of joining stages that are tried; each has a timetable for every stride and warm-up
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,14 @@ def ways(profile: PartitionProfile, calls: int, warm_ups: Sequence[int] = WARM_U
 
     Devices are taken in the order in which they are named. A way of several devices in which nothing lags, because of
     its long warm-up, is one device with detours, and is left out.
+
+    Raises:
+        ConfigError: stages can be joined in more than MOST_JOINED manners.
     """
     parts = (1, 2) if profile.half else (1,)
     every = (
         Way(homes, Scheme(stride, warm_up), part)
-        for part, homes, stride in product(parts, joined(profile.placement), STRIDES)
+        for part, homes, stride in product(parts, joined(profile.placement, len(profile.devices)), STRIDES)
         for warm_up in ((1,) if homes[-1] == 0 and stride == 1 else warm_ups)
     )
     return [way for way in every if way.devices <= len(profile.devices) and (way.exact or _lags(way, calls))]
@@ -116,11 +121,21 @@ def _lags(way: Way, calls: int) -> bool:
     return calls - way.scheme.warm_up >= (1 if way.stages > 1 else 2)
 
 
-def joined(placement: Placement) -> list[tuple[int, ...]]:
-    """Homes of the pieces if neighbouring devices of `placement` are joined into fewer, in every manner."""
+def joined(placement: Placement, most: int) -> list[tuple[int, ...]]:
+    """Homes of the pieces if neighbouring devices of `placement` are joined into `most` or fewer, in every manner.
+
+    Raises:
+        ConfigError: there are more than MOST_JOINED.
+    """
     count, found = placement.devices, []
-    for ends in product((0, 1), repeat=count - 1):  # ends[d]: whether a new device begins after device d
-        device = [sum(ends[:d]) for d in range(count)]
+    numbers = range(min(most, count))  # of devices beside the first
+    if (manners := sum(comb(count - 1, number) for number in numbers)) > MOST_JOINED:
+        raise ConfigError(
+            f"{count} stages are joined into {most} or fewer in {manners} manners, and at most {MOST_JOINED} are "
+            "tried: name fewer devices, or cut into fewer stages"
+        )
+    for begins in chain.from_iterable(combinations(range(1, count), number) for number in numbers):
+        device = [sum(begin <= d for begin in begins) for d in range(count)]
         found.append(tuple(device[piece.home] for piece in placement.pieces))
     return sorted(found, key=lambda homes: (homes[-1], homes))
 

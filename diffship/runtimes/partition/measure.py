@@ -112,7 +112,7 @@ class Fidelity:
     they are equal. Pictures are drawn in one thread, whatever the devices, once for each way that differs in them.
 
     `requests` have few steps: a warm-up is shortened in proportion, and rounded down, so that no more of a picture is
-    exact than in the one that is asked for.
+    exact than in the one that is asked for; but its first call always is, which is a larger share of few steps.
     """
 
     def __init__(

@@ -73,6 +73,12 @@ class Paces:
     def of(self, order: Order) -> Pace:
         return self._known.setdefault((order.shape, order.controls), Pace())
 
+    def expected(self, order: Order) -> Pace:
+        """What is known of an order: of ControlNets that were not drawn yet what pictures without them take, which is
+        less, and not nothing."""
+        own, plain = self.of(order), self._known.get((order.shape, ()), Pace())
+        return Pace(own.begin or plain.begin, own.end or plain.end, own.calls or plain.calls)
+
     def seconds(self, works: Iterable[Work], batch: int) -> float:
         """Until all of it is done, `batch` images of a size sharing a call, and the sizes taking turns."""
         sizes: dict[Key, list[Work]] = {}
@@ -81,7 +87,7 @@ class Paces:
         return sum(self._of_a_size(together, batch) for together in sizes.values())
 
     def _of_a_size(self, works: list[Work], batch: int) -> float:
-        pace = self.of(works[0].order)
+        pace = self.expected(works[0].order)
         around = sum(work.images * (work.encodes * pace.begin + work.order.decodes * pace.end) for work in works)
         images = sum(work.images * work.calls for work in works)  # one call each
         if not images:

@@ -16,7 +16,7 @@ from partition_oracle import toys
 
 from diffship.core.errors import ConfigError
 from diffship.runtimes.partition.choose import Choice, choose
-from diffship.runtimes.partition.forecast import Link, PartitionProfile, Way, held, placed, seconds, ways
+from diffship.runtimes.partition.forecast import Link, PartitionProfile, Way, held, joined, placed, seconds, ways
 from diffship.runtimes.partition.timetable import Scheme, timetable
 
 
@@ -79,13 +79,13 @@ def likeness(way: Way | Plan) -> float:
 def tried(world: World, homes: list[int], calls: int, floor: float, warm_ups: range, room: int | None) -> Plan | None:
     """The best of everything, by trying everything."""
     count, legal = len(world.costs), []
-    for joined in set(joined_by_hand(homes)):
+    for found in set(joined_by_hand(homes)):
         for stride in (1, 2):
             for warm_up in warm_ups:
                 for parts in (1, 2):
-                    plan = Plan(joined, stride, warm_up, calls, parts)
+                    plan = Plan(found, stride, warm_up, calls, parts)
                     load = [0] * (plan.devices + 1)
-                    for k, home in enumerate(joined):
+                    for k, home in enumerate(found):
                         load[home] += 100 * (k + 1)
                     heaviest = max(load)
                     # nothing lags: exact, and on several devices for nothing
@@ -180,6 +180,14 @@ def test_a_profile_that_is_not_whole_is_refused() -> None:
         profile_of(world, 2, False, whole=((1.0, 1.0),))
     with pytest.raises(ConfigError, match="2 stages has one figure for each"):
         profile_of(world, 2, False, held=(1,))
+
+
+def test_many_stages_on_few_devices_are_joined_at_once_and_too_many_are_refused() -> None:
+    """63 gaps between 64 stages: none or one of them on two devices; on three, 1953 pairs more."""
+    found = joined(toy_placement(64), 2)
+    assert len(found) == 64 and {homes[-1] for homes in found} == {0, 1}
+    with pytest.raises(ConfigError, match=r"64 stages are joined into 3 or fewer in 2017 manners.*fewer devices"):
+        joined(toy_placement(64), 3)
 
 
 def test_ways_cover_what_devices_allow_and_no_warm_up_of_all_calls() -> None:

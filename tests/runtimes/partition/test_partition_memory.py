@@ -100,9 +100,10 @@ def test_weights_come_back_after_a_fault_wherever_it_falls(monkeypatch: pytest.M
     with pytest.raises(KeyError), diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER]):
         raise KeyError("stop")
     assert whole()
-    with pytest.raises(RuntimeError, match="nowhere"), diffship.AsyncDenoiser(pipe, devices=[OTHER, "nowhere"]):
+    held, parallel = everywhere(), diffship.AsyncDenoiser(pipe, devices=[OTHER, "nowhere"])
+    with pytest.raises(RuntimeError, match="nowhere"), parallel:
         pass
-    assert whole()
+    assert whole() and everywhere() == held  # the first stage's copy is not left on its device
     to, calls = torch.Tensor.to, []
 
     def full(tensor: Any, *args: Any, **more: Any) -> Any:
@@ -115,6 +116,52 @@ def test_weights_come_back_after_a_fault_wherever_it_falls(monkeypatch: pytest.M
         with diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER]):
             monkeypatch.setattr(torch.Tensor, "to", full)
     assert whole()
+
+
+def test_weights_come_back_after_an_exit_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C while the first one's exit copies: what is still away is neither lost nor saved as nothing."""
+    pipe = pipeline()
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    parallel = diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER])
+    to, calls = torch.Tensor.to, []
+
+    def stopped(tensor: Any, *args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return to(tensor, *args, **more)
+
+    with pytest.raises(KeyboardInterrupt), parallel:
+        monkeypatch.setattr(torch.Tensor, "to", stopped)
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedError, match="leave the AsyncDenoiser to read or save"):
+        pipe.unet.state_dict()
+    with parallel:
+        draw(pipe)
+    after = pipe.unet.state_dict()
+    assert len(after) == len(before) and all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_what_comes_back_can_be_trained_and_goes_where_the_pipeline_went() -> None:
+    pipe = pipeline()
+    with torch.inference_mode(), diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER]):
+        draw(pipe)
+    assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())
+    with diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER]):
+        pipe.unet.to(torch.float64)
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float64}
+
+
+def test_it_is_entered_once_at_a_time() -> None:
+    pipe = pipeline()
+    picture, parallel = draw(pipe), diffship.AsyncDenoiser(pipe, warm_up=20, devices=["cpu", OTHER])
+    with parallel:
+        with pytest.raises(UnsupportedError, match="leave the AsyncDenoiser"), parallel:
+            pass
+        with pytest.raises(UnsupportedError, match="leave the AsyncDenoiser"):
+            diffship.AsyncDenoiser(pipe)
+        assert torch.equal(draw(pipe), picture)
+    assert torch.equal(draw(pipe), picture)
 
 
 @pytest.mark.slow

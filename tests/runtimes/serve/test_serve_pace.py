@@ -12,7 +12,7 @@ from serve_toy import POISON, Bench, HeldModel
 from diffship.runtimes.serve.admission import Busy
 from diffship.runtimes.serve.forms import HandoffForm, ResumeForm
 from diffship.runtimes.serve.order import Order, handoff_order, resume_order
-from diffship.runtimes.serve.pace import Pace, blended
+from diffship.runtimes.serve.pace import Pace, Paces, Work, blended
 from diffship.sampling.generate import Request, start
 from diffship.sampling.wire import pack
 
@@ -68,6 +68,17 @@ def test_a_call_of_many_rows_is_judged_by_calls_of_as_many() -> None:
     assert (known.call(1), known.call(2), known.call(4)) == (1.0, 1.0, 2.0), "in proportion until more is known"
     known.learn_call(8, 2.5)
     assert (known.call(5), known.call(8), known.call(16)) == (1.75, 2.5, 5.0)
+
+
+def test_controls_that_were_never_drawn_take_what_pictures_without_them_take() -> None:
+    plain, paces = handoff(timed()), Paces()
+    controlled = replace(plain, controls=("edges",))
+    assert paces.seconds([Work.of(controlled)], 4) == 0.0, "nothing is known"
+    paces.of(plain).begin = 0.25
+    paces.of(plain).learn_call(2, 1.0)
+    assert paces.seconds([Work.of(controlled)], 4) == paces.seconds([Work.of(plain)], 4) == 1.25
+    paces.of(controlled).learn_call(2, 3.0)
+    assert paces.seconds([Work.of(controlled)], 4) == 3.25 and paces.seconds([Work.of(plain)], 4) == 1.25
 
 
 def test_a_call_that_stalled_once_does_not_close_the_door() -> None:

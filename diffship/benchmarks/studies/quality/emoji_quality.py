@@ -79,15 +79,26 @@ def draw(
 
 
 def draw_once(job: Job, suite: str, model: Any, texts: Sequence[str], seed: int, **how: Any) -> Uint8:
-    """(n, size, size, 3): `draw` with one seed, which `job` keeps as long as the suite's code and `model` stay."""
+    """(n, size, size, 3): `draw` with one seed, which `job` keeps as long as the suite's code and the files of `model`
+    stay."""
     from safetensors.numpy import load_file, save_file
 
     def make(out: Path) -> None:
         pixels = draw(model, texts, 1, first_seed=seed, **how)
         save_file({"pixels": np.ascontiguousarray(pixels)}, out)
 
-    facts = [digest(results_file(suite), ["onnxruntime"]), model.digest, how, seed, list(texts)]
+    facts = [digest(results_file(suite), ["onnxruntime"]), model.digest, _files(model), how, seed, list(texts)]
     return np.asarray(load_file(job.once(f"drawn-{digest_of(facts)[:20]}", make))["pixels"], np.uint8)
+
+
+def _files(model: Any) -> dict[str, str]:
+    """sha256 of the files of a bundle's parts: in all number formats its digest is that of the same source weights."""
+    from diffship.runtimes.engines.model import BundleModel
+
+    if not isinstance(model, BundleModel):
+        return {}
+    manifest = model.bundle.manifest
+    return {name: manifest.files[name].sha256 for part in manifest.parts for name in part.files}
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

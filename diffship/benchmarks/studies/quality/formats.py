@@ -10,6 +10,7 @@ that a run that was interrupted goes on.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -202,6 +203,13 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     return [*quality_rows(found, likeness), *cost_rows(sizes, seconds)]
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    numbers = [f"--{name}={getattr(arguments, name)}" for name in ("prompts", "seeds", "samples", "rounds")]
+    some = [] if list(arguments.formats) == list(FORMATS) else ["--formats", *arguments.formats]
+    return shlex.join(["python", "-m", "diffship.benchmarks", SUITE, *numbers, *some])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="*", metavar="NAME", default=list(FORMATS), help=f"{', '.join(FORMATS)}")
@@ -220,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.data = arguments.data or emoji_data(arguments.work)
     rows = run(arguments)
     if arguments.out:
-        command = f"python -m diffship.benchmarks {SUITE} --prompts {arguments.prompts} --seeds {arguments.seeds}"
-        write_result(arguments.out, SUITE, command, rows, {"reference": REFERENCE.name, "samples": arguments.samples})
+        settings = {"reference": REFERENCE.name, "samples": arguments.samples}
+        write_result(arguments.out, SUITE, command_of(arguments), rows, settings)
     for row in rows:
         print(f"{row.subject:30} {row.metric:24} {row.value} {row.unit} {row.conditions.get('verdict', '')}")
 
