@@ -73,8 +73,6 @@ def _source(options: argparse.Namespace, fleet: Fleet) -> str:
             f"{options.recipe} has passes; run them first: diffship compress --recipe {options.recipe} -o MODEL, then "
             f"diffship export MODEL --recipe {options.recipe} -o {options.output}"
         )
-    if fleet.passes:
-        note(f"note: the passes of {options.recipe} are not run: {options.source} is exported as it is")
     source = options.source or fleet.source
     if not source:
         raise ConfigError(f"no source is given, and {options.recipe} names none; legal: {SOURCES}")
