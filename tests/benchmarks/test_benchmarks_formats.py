@@ -91,6 +91,6 @@ def test_formats_are_compared_with_the_reference_and_it_is_not_with_itself() -> 
 def test_costs_are_shares_of_the_reference_in_the_same_rounds() -> None:
     seconds = {"fp32": [1.0, 2.0, 4.0], "int8, max": [0.5, 1.0, 2.0]}
     rows = {(row.subject, row.metric): row for row in cost_rows({"fp32": 400, "int8, max": 100}, seconds)}
-    assert rows["int8, max", "unet_bytes_share"].value == 0.25
+    assert rows["int8, max", "denoiser_bytes_share"].value == 0.25
     assert rows["int8, max", "picture_seconds_ratio"].value == pytest.approx(0.5)
     assert rows["int8, max", "picture_seconds_ratio"].conditions["verdict"] == "faster"

@@ -124,9 +124,10 @@ def picture_db(ours: Uint8, reference: Uint8) -> list[float]:
     return np.minimum(-10 * np.log10(np.maximum(error, 1e-12)), EQUAL_DB).tolist()  # type: ignore[no-any-return]
 
 
-def part_bytes(bundle: Path, part: str = "unet") -> int:
+def denoiser_bytes(bundle: Path) -> int:
     opened = Bundle.open(bundle)
-    return sum(opened.file(name).stat().st_size for name in opened.part(part).files)
+    part = opened.part(opened.manifest.family.kind.denoiser)
+    return sum(opened.file(name).stat().st_size for name in part.files)
 
 
 def seconds_of(models: Mapping[str, Model], rounds: int) -> dict[str, list[float]]:
@@ -158,11 +159,11 @@ def quality_rows(found: Mapping[str, Sequence[Judged]], likeness: Mapping[str, S
 
 
 def cost_rows(sizes: Mapping[str, int], seconds: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Bytes of the U-Net, seconds of a picture, and both as shares of the reference's."""
+    """Bytes of the denoiser, seconds of a picture, and both as shares of the reference's."""
     rows, name = [], REFERENCE.name
     for other, size in sizes.items():
-        rows.append(Row(SUITE, other, "unet_bytes", size, "bytes", kind="size"))
-        rows.append(Row(SUITE, other, "unet_bytes_share", round(size / sizes[name], 4), "share", kind="size"))
+        rows.append(Row(SUITE, other, "denoiser_bytes", size, "bytes", kind="size"))
+        rows.append(Row(SUITE, other, "denoiser_bytes_share", round(size / sizes[name], 4), "share", kind="size"))
     for other, each in seconds.items():
         value = float(np.median(each))
         rows.append(Row(SUITE, other, "picture_seconds", value, "s", conditions=dict(HOW), **spread(each)))
@@ -199,7 +200,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             seconds = seconds_of(models, arguments.rounds)
     if arguments.grid:
         show(arguments.grid, shown, texts[:SHOWN])
-    sizes = {name: part_bytes(place) for name, place in bundles.items()}
+    sizes = {name: denoiser_bytes(place) for name, place in bundles.items()}
     return [*quality_rows(found, likeness), *cost_rows(sizes, seconds)]
 
 
