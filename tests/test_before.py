@@ -65,6 +65,7 @@ def test_results_and_runs_of_before_are_found(tiny: Pipeline, monkeypatch: pytes
     )
 
 
+@pytest.mark.slow
 def test_scores_of_before_are_not_measured_again(
     tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

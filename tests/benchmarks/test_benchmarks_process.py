@@ -33,6 +33,7 @@ SPIKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", SPIKES)
 def test_memory_that_is_held_for_milliseconds_is_seen(where: str) -> None:
     """The measuring process is a small one, as it is in use: the kernel counts a child from its parent's size on."""

@@ -53,6 +53,7 @@ def test_a_result_comes_back_with_its_machine_in_every_row(file: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found.environment["date"])
 
 
+@pytest.mark.slow
 def test_code_that_changed_while_it_ran_is_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ def test_a_reading_that_is_no_number_supports_no_claim(reading: str) -> None:
     assert contradicted(known) == [reading]
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_is_told_and_fails_where_all_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

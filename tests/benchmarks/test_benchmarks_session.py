@@ -107,6 +107,7 @@ def test_one_round_has_no_spread_and_no_interval(tmp_path: Path) -> None:
     assert {row.low for row in found.values()} == {row.high for row in found.values()} == {None}
 
 
+@pytest.mark.slow
 def test_macs_of_an_image_are_those_of_its_calls(tmp_path: Path) -> None:
     bench = Bench(("toy",), ("fast",), parts=("image",), steps=(4,), batches=(2,))
     rows, _ = measured(tmp_path, {"fast": REPORT % [1]}, [bench])

@@ -62,6 +62,7 @@ def test_a_pass_that_does_not_exist_is_refused_when_the_file_is_read(tmp_path: P
         read_experiment(tmp_path / "x.toml")
 
 
+@pytest.mark.slow
 def test_what_other_code_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the results file would call itself fresh with models and pictures of another day."""
     teacher = SimpleNamespace(denoiser=SimpleNamespace(digest="d"))

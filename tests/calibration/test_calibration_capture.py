@@ -83,6 +83,7 @@ def test_text_is_seen_once_a_picture(tiny: Pipeline, made: Calibration) -> None:
     assert {one.calls for one in layers.values()} == {1}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(
     tiny: Pipeline, made: Calibration, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

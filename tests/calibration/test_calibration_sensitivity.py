@@ -103,6 +103,7 @@ def test_a_budget_buys_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(table, unet, 3.0)
 
 
+@pytest.mark.slow
 def test_layers_that_a_user_keeps_stay() -> None:
     unet = open_source("arch:tiny-sd").components["unet"]
     found = packings(

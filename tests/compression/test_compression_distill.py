@@ -319,6 +319,7 @@ def test_what_fits_has_no_problem_and_tells_its_calls(tmp_path: Path) -> None:
     assert [calls.count for calls in lone.calls] == [240]
 
 
+@pytest.mark.slow
 def test_what_is_foreseen_of_a_half_precision_student_is_float32(tmp_path: Path) -> None:
     half = converted(student_of(open_source("arch:tiny-sd")), "float16")
     outline = DistillPass(str(pictures_in(tmp_path / "data")), **SMALL).outline(half)

@@ -158,6 +158,7 @@ def test_what_does_not_pair_is_refused(kind: str, changes: Any, message: str, te
         feature_pairs(kind, whole, changed(whole, **changes))
 
 
+@pytest.mark.slow
 def test_a_student_with_more_blocks_is_refused(teacher: Pipeline) -> None:
     small = student_of(teacher).components["unet"]
     with pytest.raises(ConfigError, match=r"the teacher has no down_blocks.3 for the student's down_blocks.3"):
@@ -181,6 +182,7 @@ def test_taps_keep_the_first_tensor_of_a_call_and_nothing_between_calls() -> Non
     assert taps.gather(lambda: root(torch.zeros(1)))[1][1].item() == 0.0
 
 
+@pytest.mark.slow
 def test_names_are_derived_from_the_modules(teacher: Pipeline) -> None:
     """The same table without configs: from what the built networks have."""
     student = student_of(teacher)

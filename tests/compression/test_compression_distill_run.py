@@ -241,6 +241,7 @@ def test_a_grid_has_white_where_no_picture_is() -> None:
     assert made[::2, ::2, 0].tolist() == [[10, 20], [30, 255]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["scheduler", "vae"])
 def test_a_corrected_config_is_another_run_with_other_latents(change: str, tmp_path: Path) -> None:
     """Tensors and options are the same: the folder of the job must not give back what the wrong config made."""

@@ -72,6 +72,7 @@ def test_widths_are_legal(size: int, step: int, keep: float) -> None:
     assert Layer("x", RESIDUAL, size, step, 1).kept(keep) == KEPT[size, step, keep]
 
 
+@pytest.mark.slow
 def test_wide_models_keep_multiples_of_32_and_narrow_ones_their_norm_groups() -> None:
     wide = layers(open_source("arch:sd15").components["unet"], feedforward=True)
     assert {layer.step for layer in wide} == {1, 32}

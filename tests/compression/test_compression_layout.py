@@ -180,6 +180,7 @@ def test_a_layout_opens_in_stock_diffusers(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_refused_before_work_starts(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"unet: koala-700m: the teacher has 4 down blocks"):
         compress("arch:tiny-sd", [LayoutPass("koala-700m")], tmp_path / "out")

@@ -455,6 +455,7 @@ def test_bytes_are_those_of_what_is_written(
     )
 
 
+@pytest.mark.slow
 def test_a_call_is_timed() -> None:
     pipeline = open_source("arch:tiny-sdxl")
     assert 0 < time_call(u(pipeline), {"height": 8, "width": 8}, "cpu") < 30

@@ -355,6 +355,7 @@ def reference(emoji: Pipeline) -> Sides:
     return Sides(decoder.decode, encoder.encode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_report_finds_planted_faults(name: str, reference: Sides) -> None:
     assert reference.encode is not None

@@ -272,6 +272,7 @@ def test_blocks_are_small_whatever_the_part(tiny_sd_bundle: Bundle) -> None:
         assert all(numpy_helper.to_array(t).size < 1 << 12 for t in model.graph.initializer if not t.external_data)
 
 
+@pytest.mark.slow
 def test_a_bundle_of_the_first_form_is_told_that_its_proof_is_weaker(tiny_sd_bundle: Bundle, tmp_path: Path) -> None:
     """Whole parts at the smallest square, with the tolerance that was assumed then."""
     from diffship.core.dtype import meta_of

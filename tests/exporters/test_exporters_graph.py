@@ -183,6 +183,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
         Onnx(**options)
 
 
+@pytest.mark.slow
 def test_a_module_that_branches_on_its_size_is_refused() -> None:
     import torch
 
@@ -199,6 +200,7 @@ def test_a_module_that_branches_on_its_size_is_refused() -> None:
         capture(Branching(), (spec,), ({"batch_size": 3}, {"batch_size": 17}), FP32, OPERATORS)
 
 
+@pytest.mark.slow
 def test_the_cheaper_traces_say_what_torch_export_says(tiny_sd: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffship.exporters.onnx import capture
 
@@ -226,6 +228,7 @@ def test_traces_that_read_other_tensors_are_not_taken_for_the_same() -> None:
         assert retraced(program, Crossed(), (torch.zeros(6, 4),)) is None
 
 
+@pytest.mark.slow
 def test_an_operation_without_a_form_is_named() -> None:
     import torch
 

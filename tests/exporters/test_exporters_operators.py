@@ -386,6 +386,7 @@ def test_operators_compute_what_torch_computes(group: str, opset: int) -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_every_operator_of_the_table_is_met_by_these_cases() -> None:
     whole = [capture(Many(CASES[group]), INPUTS, SIZES[:1], FP32, Everything()) for group in GROUPS]
     met = {str(node.target) for captured in whole for node in captured.program.graph.nodes}

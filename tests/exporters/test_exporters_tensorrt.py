@@ -226,6 +226,7 @@ def test_the_key_of_a_plan_changes_with_everything_it_depends_on(
 # --- real builds ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_engine_is_built_once_and_then_taken_from_the_cache(
     rtx: Any, emoji: Pipeline, tmp_path: Path, monkeypatch: Any
 ) -> None:

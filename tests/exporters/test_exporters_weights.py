@@ -73,6 +73,7 @@ def test_problems_of_all_parts_are_reported_together(tiny_sd: Pipeline) -> None:
     assert {problem.part for problem in found} == set(tiny_sd.components)
 
 
+@pytest.mark.slow
 def test_values_that_fp16_cannot_hold_are_refused(tiny_sd: Pipeline, tmp_path: Path, graphs: Job) -> None:
     text = refused(with_text(tiny_sd, NAME, 70000.0), tmp_path, graphs, ConfigError, precision="fp16")
     assert NAME in text and "--precision fp32" in text

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 PARTS = ["text_encoder", "transformer", "vae_encoder", "vae_decoder"]
 
 
+@pytest.mark.slow
 def test_published_counts() -> None:
     pipeline = open_source("arch:flux2-klein-4b")
     counts = {name: part.parameters for name, part in pipeline.components.items()}
@@ -47,6 +48,7 @@ def test_engines_with_profiles_take_the_sizes_of_pictures() -> None:
     assert ranges["vae_decoder"]["latent_sample"].opt == (1, 32, 128, 128)
 
 
+@pytest.mark.slow
 def test_a_bench_measures_the_transformer_at_the_size_that_is_asked(tmp_path: Path) -> None:
     """It had a list of parts of U-Net models, and left any other denoiser out."""
     from safetensors.numpy import load_file

@@ -199,6 +199,7 @@ def test_weights_names_are_the_state_dict_of_the_meta_module() -> None:
         assert all(name.startswith("inner.") for name in module.state_dict())
 
 
+@pytest.mark.slow
 def test_test_sizes_are_small_and_shaped_like_the_big_ones() -> None:
     small, big = pipeline("tiny-sd"), pipeline("sd15")
     assert sum(w.meta(n).count for w in (c.weights for c in small.components.values()) for n in w.names()) < 1_000_000

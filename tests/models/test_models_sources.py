@@ -63,6 +63,7 @@ def test_saved_folder_opens_with_the_same_tensors(saved: Path) -> None:
     assert again.model_index == arch("tiny-sd").model_index
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_the_saved_folder_and_agrees(saved: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(saved)
     component = arch("tiny-sd").components["text_encoder"]
@@ -240,6 +241,7 @@ def test_base_supplies_missing_parts(folder: Path, tmp_path: Path) -> None:
         open_source(str(folder / "unet"), base="arch:tiny-sdxl")
 
 
+@pytest.mark.slow
 def test_base_of_a_time_conditioned_unet_gets_its_scheduler(tmp_path: Path) -> None:
     folder = save(arch("tiny-sdxl+lcm"), tmp_path / "lcm")
     merged = open_source(str(folder / "unet"), base="arch:tiny-sdxl")
@@ -489,6 +491,7 @@ def test_hub_ids() -> None:
     assert not any(map(is_hub_id, ("", "../x", "/etc/passwd", "a/b/c", "a b", "a//b", "-x/y", "x" * 200)))
 
 
+@pytest.mark.slow
 def test_an_unknown_hub_id_is_one_line_in_a_fresh_process(tmp_path: Path) -> None:
     """The hub's client loads its modules lazily: nothing else may have imported them before."""
     code = "from diffship.models.sources.hub import hub_folder; hub_folder('nobody/nothing')"

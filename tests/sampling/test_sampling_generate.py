@@ -341,6 +341,7 @@ def test_tiles_equal_the_whole(shape: tuple[int, int]) -> None:
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.slow
 def test_the_room_needs_no_torch() -> None:
     code = (
         "import sys\n"

@@ -28,6 +28,7 @@ def one(name: str, steps: int, seed: int, guidance: float = 5.0, model: ToyModel
     ]
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_equals_singles_bit_for_bit() -> None:
     denoiser = denoiser_of(ToyModel())
     batch = [one(name, 4 + i, i, guidance=(1.0, 3.0, 7.5)[i % 3]) for i, name in enumerate(SAMPLERS)]

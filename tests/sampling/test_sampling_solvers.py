@@ -38,6 +38,7 @@ def quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "randn_tensor", None, raising=False)  # `stepped` sets it, and this takes it back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_call_equals_diffusers(name: str) -> None:
     taken = 0

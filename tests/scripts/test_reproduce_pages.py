@@ -225,6 +225,7 @@ def test_only_a_committed_measurement_is_called_measured(tmp_path: Path) -> None
         measured_here(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_smaller_is_counted_from_a_committed_file(tmp_path: Path) -> None:
     rows = [
         Figure("layout-export", name, "parameters", count, "count") for name, count in (("a", 450.0), ("b", 1000.0))

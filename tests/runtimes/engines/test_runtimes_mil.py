@@ -85,6 +85,7 @@ def test_a_swapped_transpose_is_located(tmp_path: Path) -> None:
         MilRunner().open(files).run({"in_0": x.numpy()}, ["out_0"])
 
 
+@pytest.mark.slow
 def test_float16_overflows_in_declared_arithmetic_alone(tmp_path: Path) -> None:
     class Large(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

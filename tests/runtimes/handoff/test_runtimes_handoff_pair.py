@@ -128,6 +128,7 @@ def test_a_missing_vae_and_another_scheduler_only_warn() -> None:
     assert check_pair([large(), other], "euler") == (vae,)
 
 
+@pytest.mark.slow
 def test_facts_cross_as_json() -> None:
     facts = ModelFacts.of(large())
     assert ModelFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts

@@ -42,6 +42,7 @@ def profile_of(world: World, stages: int, ends: bool, guided: bool = True, **mor
     return replace(made, **more)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4), st.booleans(), st.integers(1, 6), st.integers(1, 14), st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
 def test_every_way_takes_what_the_events_take(stages: int, ends: bool, devices: int, calls: int, seed: int) -> None:

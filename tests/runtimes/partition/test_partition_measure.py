@@ -63,6 +63,7 @@ def test_a_stage_takes_what_it_takes_and_its_boundaries_are_weighed() -> None:
     assert chain.runners[0].sizes == dict.fromkeys(("hidden.0", "skip.0"), 2 * 4 * 4 * 4 * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_devices_that_are_one_core_are_found_out(shared: bool) -> None:
     core = threading.Lock() if shared else None

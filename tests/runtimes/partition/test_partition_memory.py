@@ -78,6 +78,7 @@ def test_each_device_holds_its_stage_alone_and_the_pipeline_is_whole_again(name:
     assert everywhere() == held and torch.equal(draw(pipe), picture)
 
 
+@pytest.mark.slow
 def test_halves_and_an_extra_device_hold_their_own_and_home_may_hold_nothing() -> None:
     pipe = pipeline()
     with diffship.AsyncDenoiser(pipe, 2, 2, devices=["cpu", OTHER, THIRD]) as parallel:
@@ -90,6 +91,7 @@ def test_halves_and_an_extra_device_hold_their_own_and_home_may_hold_nothing() -
         assert pipe.unet.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_weights_come_back_after_a_fault_wherever_it_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
@@ -118,6 +120,7 @@ def test_weights_come_back_after_a_fault_wherever_it_falls(monkeypatch: pytest.M
     assert whole()
 
 
+@pytest.mark.slow
 def test_weights_come_back_after_an_exit_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C while the first one's exit copies: what is still away is neither lost nor saved as nothing."""
     pipe = pipeline()
@@ -142,6 +145,7 @@ def test_weights_come_back_after_an_exit_that_was_stopped(monkeypatch: pytest.Mo
     assert len(after) == len(before) and all(torch.equal(after[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_what_comes_back_can_be_trained_and_goes_where_the_pipeline_went() -> None:
     pipe = pipeline()
     with torch.inference_mode(), diffship.AsyncDenoiser(pipe, devices=["cpu", OTHER]):
@@ -152,6 +156,7 @@ def test_what_comes_back_can_be_trained_and_goes_where_the_pipeline_went() -> No
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float64}
 
 
+@pytest.mark.slow
 def test_it_is_entered_once_at_a_time() -> None:
     pipe = pipeline()
     picture, parallel = draw(pipe), diffship.AsyncDenoiser(pipe, warm_up=20, devices=["cpu", OTHER])

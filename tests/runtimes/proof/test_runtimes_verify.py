@@ -101,6 +101,7 @@ def test_parts_beyond_the_budget_run_in_stages_with_the_same_figures(tiny_bundle
     assert max(figures) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_stage_fits_is_a_failed_check(tiny_bundle: Path) -> None:
     report = verify(tiny_bundle, parts=["unet"], max_bytes=1000)
     assert not report.passed and "needs at least" in report.checks[0].reason

@@ -55,6 +55,7 @@ def answer_of(client: socket.socket) -> bytes:
     return data
 
 
+@pytest.mark.slow
 def test_requests_over_a_real_port_and_keep_alive() -> None:
     with toy_server() as (url, _), httpx.Client(base_url=url) as client:
         for seed in range(3):
@@ -63,6 +64,7 @@ def test_requests_over_a_real_port_and_keep_alive() -> None:
         assert client.get("/ready").json()["ready"] is True
 
 
+@pytest.mark.slow
 def test_events_arrive_while_it_is_drawn() -> None:
     model = HeldModel(delay=0.05)
     with toy_server(model) as (url, _), httpx.Client(base_url=url) as client:
@@ -75,6 +77,7 @@ def test_events_arrive_while_it_is_drawn() -> None:
         assert len(seen) == 5 and seen[-1] - seen[1] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", ["png", "events"])
 def test_case_28_a_client_that_leaves_stops_its_job_at_the_next_step(response: str) -> None:
     model = HeldModel(delay=0.02)

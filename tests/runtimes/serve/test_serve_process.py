@@ -192,6 +192,7 @@ def test_case_33_an_engine_that_hangs_does_not_keep_a_stopped_server(tiny_bundle
         assert job.result() == 503 and not Path(f"/proc/{engine}").exists()
 
 
+@pytest.mark.slow
 def test_case_34_a_model_that_breaks_ends_the_process_with_its_reason() -> None:
     before = signal.getsignal(signal.SIGTERM)
     said: list[str] = []

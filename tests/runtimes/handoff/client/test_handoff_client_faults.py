@@ -90,6 +90,7 @@ def test_one_fault_is_survived_by_a_retry_that_draws_nothing_twice(fault: str) -
     assert (made.report.requests, made.report.retries, made.report.cloud_calls) == (2, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hang", "503", "garbage", "refuse"])
 def test_a_cloud_that_does_not_even_say_what_it_serves(fault: str) -> None:
     deadline = 0.6 if fault == "hang" else 30
@@ -154,6 +155,7 @@ def test_a_deadline_that_is_too_short_for_anything_is_reported_as_missed() -> No
     assert made.report.cloud_ms < 300  # no longer than the two calls would take here
 
 
+@pytest.mark.slow
 def test_an_answer_of_another_family_is_not_used_and_the_facts_are_asked_again() -> None:
     """The server behind the address changes between two pictures."""
     wide = ToyModel()
@@ -212,6 +214,7 @@ def test_case_43_an_answer_after_the_local_finish_is_given_up_and_counted() -> N
         assert np.array_equal(later.picture.pixels, whole(seed=8)) and later.report.fallback is None
 
 
+@pytest.mark.slow
 def test_case_43_no_wall_clock_has_a_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock on the wall jumps by years, back and forth, with every look at it."""
     looks = [0]

@@ -34,6 +34,7 @@ def same(hybrid: Hybrid, picture: Picture) -> bool:
     return equal and np.array_equal(made.pixels, picture.pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 @pytest.mark.parametrize("name", SOME)
 def test_any_split_of_any_sampler_changes_no_bit(name: str, rng: str) -> None:
@@ -78,6 +79,7 @@ def test_the_report_says_who_did_what() -> None:
     assert f" ms ({report.cloud_run_ms:.0f} ms of its time), {report.bytes_down} bytes" in report.line()
 
 
+@pytest.mark.slow
 def test_embeddings_stay_where_both_sides_encode_alike_and_travel_where_not() -> None:
     other = ToyModel()
     other.digests = {**other.digests, "text_encoder": "f" * 64}
