@@ -144,6 +144,8 @@ def test_a_float32_tolerance_is_never_tighter_and_loosens_by_what_rounding_costs
     assert loose.psnr_db is not None and plain.psnr_db is not None and loose.atol is not None
     assert loose.psnr_db == pytest.approx(20 * np.log10(1 / 2e-3), abs=0.02) and loose.psnr_db < plain.psnr_db
     assert 2e-3 <= loose.atol < 2.1e-3
+    wild = conditioned(reference, -reference)
+    assert (wild.psnr_db, wild.atol) == (40.0, pytest.approx(0.1, rel=1e-3))
 
 
 @pytest.mark.slow

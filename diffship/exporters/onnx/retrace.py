@@ -59,7 +59,10 @@ def retraced(program: torch.export.ExportedProgram, module: torch.nn.Module, fee
         trace = proxy_tensor.make_fx(module, pre_dispatch=True, _allow_fake_constant=True)(*feed)
     except Exception:  # whatever torch cannot trace; the caller's way has words for it
         return None
-    twins = dict(zip(_inputs(program), _placeholders(trace.graph), strict=True))
+    inputs, others = _inputs(program), _placeholders(trace.graph)
+    if len(inputs) != len(others):
+        return None
+    twins = dict(zip(inputs, others, strict=True))
     nodes, others = _operations(program.graph), _operations(trace.graph)
     same = len(nodes) == len(others) and all(_pair(*pair, twins) for pair in zip(nodes, others, strict=True))
     if not same:
