@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 GATE_BYTES = 1 << 30  # memory for one stage of the proof, so that a part of any size is proved in a small process
 _MIN_GATE = 512 << 20
-_SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
+SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs
 _PACKAGES = (
     "diffship",
     "torch",
@@ -200,7 +200,7 @@ def _check(exporter: AnyExporter, pipeline: Pipeline, out: Path, verify: bool) -
     refuse(exporter.check(pipeline))
     _rehearse(exporter, pipeline)
     components = pipeline.components.values()
-    require_disk(out, sum(map(exporter.disk_bytes, components)) + _SIDE_BYTES, "the bundle")
+    require_disk(out, sum(map(exporter.disk_bytes, components)) + SIDE_BYTES, "the bundle")
     if verify:
         # a part that is proved in stages has one of them in a temporary folder
         largest = max(map(exporter.disk_bytes, components))

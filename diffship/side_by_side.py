@@ -200,12 +200,6 @@ def compare_steps(
     return figures, pictures
 
 
-def picture_psnr(first: Array, second: Array) -> float:
-    """PSNR in dB of two uint8 pictures, peak 255; inf if they are equal."""
-    error = float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
-
-
 def _record(model: Model, request: Request) -> tuple[list[Array], Array]:
     latents: list[Array] = []
 

@@ -77,7 +77,7 @@ def settle(options: argparse.Namespace) -> tuple[Choice, int]:
     joined(placement, len(names))  # too many ways are refused before anything is measured
     options.prompts, options.prompts_file = read_prompts(options), None  # a pipe is read once
     requests = requests_of(options, options.prompts)
-    held = [_weights(bundle, piece.name) for piece in placement.pieces]
+    held = [bundle.part_bytes(piece.name) for piece in placement.pieces]
     room = {name: free_bytes(name) for name in dict.fromkeys(names)}
     _require_room(held, room)
     with ExitStack() as stack:
@@ -104,10 +104,6 @@ def few(requests: Sequence[Request], steps: int) -> list[Request]:
 
 def _opened(bundle: Bundle, options: argparse.Namespace, name: str) -> BundleModel:
     return BundleModel(bundle, options.engine, **device_options(bundle, options, name))
-
-
-def _weights(bundle: Bundle, part: str) -> int:
-    return sum(bundle.file(name).stat().st_size for name in bundle.part(part).files)
 
 
 def _require_room(held: Sequence[int], room: dict[str, int | None]) -> None:

@@ -46,6 +46,7 @@ def complete(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     from diffship import side_by_side
+    from diffship.core.compare import picture_psnr
 
     _check(options)
     prompts = options.prompts or list(PROMPTS)
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> Result:
             stages("parts", done, len(chosen))
             parts.append(side_by_side.compare_part(first, second, part, options.seed or 0, options.psnr))
         steps, pairs = ([], []) if options.no_steps else side_by_side.compare_steps(first, second, requests, stages)
-    scores = [side_by_side.picture_psnr(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
+    scores = [picture_psnr(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
     if options.grid:
         from diffship.cli.drawing import write_grid
 

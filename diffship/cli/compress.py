@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from diffship.cli.export import made_parents
-from diffship.cli.flags import add_source, existing_file, load_fields, names, worded
+from diffship.cli.flags import SOURCES, add_source, existing_file, load_fields, names, worded
 from diffship.cli.output import Result, table
 from diffship.cli.progress import Stages, note, warn_of
 from diffship.core.errors import ConfigError
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME",
+        help=SOURCES,
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the diffusers folder goes")
     parser.add_argument(

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffship.cli.flags import add_fields, add_source, flag_of, given_fields, load_fields, names, worded
-from diffship.cli.fleet import SOURCES, describe_report, export_recipe
+from diffship.cli.flags import SOURCES, add_fields, add_source, flag_of, given_fields, load_fields, names, worded
+from diffship.cli.fleet import describe_report, export_recipe
 from diffship.cli.output import Result, figure, size_text, table
 from diffship.cli.placement import CUTS
 from diffship.cli.progress import Stages, note, warn_of

@@ -71,6 +71,9 @@ def worded(text: str) -> tuple[str, str]:
     return found
 
 
+SOURCES = "a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME"
+
+
 def add_source(parser: argparse.ArgumentParser) -> None:
     """What else a source is read from and how: for the verbs that take one."""
     parser.add_argument("--base", metavar="SOURCE", help="supplies the parts that SOURCE lacks")

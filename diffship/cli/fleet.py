@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffship.cli.flags import existing_file, flag_of, load_fields
+from diffship.cli.flags import SOURCES, existing_file, flag_of, load_fields
 from diffship.cli.output import Result, size_text, table
 from diffship.cli.progress import note
 from diffship.core.errors import ConfigError
@@ -80,9 +80,6 @@ def _source(options: argparse.Namespace, fleet: Fleet) -> str:
         passes = f"diffship compress --recipe {options.recipe}"
         note(f"note: {source} is exported as it is; the passes of the recipe are run by: {passes}")
     return str(source)
-
-
-SOURCES = "a diffusers folder or .safetensors file, a hub id, emoji, or arch:NAME"
 
 
 def describe_report(report: FleetReport) -> Result:

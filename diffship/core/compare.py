@@ -229,3 +229,9 @@ def _cosine(expected: NDArray[np.float64], actual: NDArray[np.float64]) -> float
     if norms == 0:
         return 1.0 if not first.any() and not second.any() else 0.0
     return max(-1.0, min(1.0, float(first @ second) / norms))
+
+
+def picture_psnr(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    """PSNR in dB of two uint8 pictures, peak 255; inf if they are equal."""
+    error = float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))

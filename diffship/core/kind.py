@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +39,11 @@ RESIDUAL = (
     "additional_residual_"  # what it gives and the denoiser takes, and a number (apple/ml-stable-diffusion's names)
 )
 Shape = tuple[int | None, ...]  # None: an axis of any size
+
+
+def control_names(parts: Iterable[str]) -> list[str]:
+    """The names that owners gave the ControlNets among `parts`."""
+    return [part.removeprefix(CONTROLNET) for part in parts if part.startswith(CONTROLNET)]
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,12 @@ from diffship.core.limits import LIMITS, check_range
 from diffship.core.load_options import AS_SAID, LoadOptions
 from diffship.core.manifest import MANIFEST_NAME
 from diffship.core.problem import refuse
-from diffship.export import choose_parts, engine_here, export, open_given
+from diffship.export import SIDE_BYTES, choose_parts, engine_here, export, open_given
 from diffship.fleet.done import Source, Wanted, difference
 from diffship.fleet.recipe import FleetTarget, require_distinct
 
 if TYPE_CHECKING:
     from diffship.models.pipeline import Pipeline
-
-_SIDE_BYTES = 16 << 20  # golden vectors, tokenizers and configs of one bundle
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _kept(place: Path, wanted: Wanted, overwrite: bool) -> Bundle | None:
 def _require_room(folder: Path, wanted: Sequence[Wanted]) -> None:
     """Raises UnsupportedError if the disk cannot hold all the bundles that are to be made."""
     sizes = [one.exporter.disk_bytes(part) for one in wanted for part in one.pipeline.components.values()]
-    require_disk(folder, sum(sizes) + len(wanted) * _SIDE_BYTES, "the fleet")
+    require_disk(folder, sum(sizes) + len(wanted) * SIDE_BYTES, "the fleet")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffship.core.errors import ConfigError, UnsupportedError
-from diffship.core.kind import CONTROL_IMAGE, CONTROLNET, RESIDUAL
+from diffship.core.kind import CONTROL_IMAGE, CONTROLNET, RESIDUAL, control_names
 from diffship.core.spec import TensorSpec
 from diffship.sampling.guidance import FeedMaker, guide, guided, like
 from diffship.sampling.kernel import Array
@@ -26,7 +26,7 @@ Outputs = Callable[[Sequence[Trajectory]], Sequence[Array]]
 
 def require_controls(model: Model, names: Sequence[str]) -> None:
     """Raises UnsupportedError or ConfigError unless the model has these ControlNets."""
-    there = sorted(part.removeprefix(CONTROLNET) for part in model.parts if part.startswith(CONTROLNET))
+    there = sorted(control_names(model.parts))
     if names and not there:
         raise UnsupportedError(f"{model.name} has no ControlNet; export it with --controlnet {names[0]}=SOURCE")
     for name in names:

@@ -24,7 +24,7 @@ from diffship.cli.main import main
 from diffship.cli.output import figure, jsonable, size_text, table
 from diffship.cli.pass_help import option_texts
 from diffship.cli.prompts import read_prompts
-from diffship.core.compare import Tolerance
+from diffship.core.compare import Tolerance, picture_psnr
 from diffship.core.errors import ConfigError
 from diffship.core.outcome import outcome
 from diffship.core.precision import FP16, FP32
@@ -32,7 +32,6 @@ from diffship.core.registry import EXPORTERS, PASSES, load
 from diffship.core.strict import choices, plain_value
 from diffship.exporters.tolerances import method
 from diffship.sampling.grid import grid, png_bytes, wrapped
-from diffship.side_by_side import picture_psnr
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,8 @@ def retraced(program: torch.export.ExportedProgram, module: torch.nn.Module, fee
 
 
 def _constants(program: torch.export.ExportedProgram) -> Iterator[tuple[torch.fx.Node, torch.Tensor]]:
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for entry in program.graph_signature.input_specs:
-        if entry.kind == graph_signature.InputKind.CONSTANT_TENSOR:
-            yield nodes[entry.arg.name], program.constants[str(entry.target)]
+    for node, target in _given(program, graph_signature.InputKind.CONSTANT_TENSOR):
+        yield node, program.constants[target]
 
 
 def _require_same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -89,9 +87,15 @@ def _require_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def _inputs(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    entries = program.graph_signature.input_specs
-    return [nodes[entry.arg.name] for entry in entries if entry.kind == graph_signature.InputKind.USER_INPUT]
+    return [node for node, _ in _given(program, graph_signature.InputKind.USER_INPUT)]
+
+
+def _given(program: torch.export.ExportedProgram, kind: Any) -> Iterator[tuple[torch.fx.Node, str]]:
+    """What the program is given of a kind (of InputKind): its nodes, and what each is in the module."""
+    nodes = {node.name: node for node in _placeholders(program.graph)}
+    for entry in program.graph_signature.input_specs:
+        if entry.kind == kind:
+            yield nodes[entry.arg.name], str(entry.target)
 
 
 def _placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:

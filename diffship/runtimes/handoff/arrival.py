@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diffship.core.errors import HandoffError
-from diffship.core.kind import CONTROLNET
+from diffship.core.kind import CONTROLNET, control_names
 from diffship.runtimes.handoff.pair import Facts, ModelFacts, differences, other_texts
 from diffship.sampling.request import Request
 from diffship.sampling.trajectory import Trajectory
@@ -39,7 +39,7 @@ def check_arrival(trajectory: Trajectory, model: Facts, shared_latents: bool = F
 
 def _without_controls(trajectory: Trajectory, here: ModelFacts) -> list[str]:
     """Why its ControlNets cannot act on the calls that are left."""
-    has = ", ".join(part.removeprefix(CONTROLNET) for part in here.digests if part.startswith(CONTROLNET))
+    has = ", ".join(control_names(here.digests))
     names = [] if trajectory.done else [control.name for control in trajectory.controls]
     gone = [name for name in names if f"{CONTROLNET}{name}" not in here.digests]
     return [f"the ControlNet {name} acts on it, and the model has {has or 'none'}" for name in gone]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import Callable
-from typing import TypeVar
 
 from diffship.core.errors import HandoffError
+from diffship.core.stopwatch import timed
 from diffship.runtimes.handoff.choose import SplitProfile
 from diffship.runtimes.handoff.client import HybridClient
 from diffship.runtimes.handoff.pair import check_pair
@@ -17,7 +15,6 @@ from diffship.sampling.loop import denoise
 from diffship.sampling.request import Request
 from diffship.sampling.wire import unpack
 
-T = TypeVar("T")
 ROUNDS = 2
 
 
@@ -63,14 +60,14 @@ def _here(client: HybridClient, request: Request) -> tuple[float, float, float]:
     """Seconds of encoding, of a call, of decoding, all warm."""
     model = client.small
     start(model, request)
-    (begun, *_), encode = _timed(lambda: start(model, request))
+    (begun, *_), encode = timed(lambda: start(model, request))
     denoiser = checked_denoiser(model)
     calls = min(begun.calls, 2)
     denoise([begun], denoiser, until=1)
-    _, drawn = _timed(lambda: denoise([begun], denoiser, until=calls))
+    _, drawn = timed(lambda: denoise([begun], denoiser, until=calls))
     decoder, feeds = model.use(model.family.kind.decoder), {"latent_sample": begun.latents[None]}
     decoder.run(feeds)
-    _, end = _timed(lambda: decoder.run(feeds))
+    _, end = timed(lambda: decoder.run(feeds))
     return encode, drawn / calls, end
 
 
@@ -91,9 +88,3 @@ def _there(client: HybridClient, model: CloudModel, request: Request, calls: int
 
 def _run_seconds(answer: Answer, round_trip: float) -> float:
     return max(answer.seconds - round_trip, 0.0) if answer.run_ms is None else answer.run_ms / 1000
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    since = time.perf_counter()
-    made = work()
-    return made, time.perf_counter() - since

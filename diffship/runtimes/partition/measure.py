@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from diffship.core.compare import picture_psnr
 from diffship.core.errors import MissingExtra
 from diffship.core.job import available_memory
 from diffship.core.kind import Kind
 from diffship.core.lazy import lazy
 from diffship.core.runner import Handle, Runner
+from diffship.core.stopwatch import timed
 from diffship.runtimes.partition.denoiser import TIMEOUT_SECONDS, Partitioned, simulate
 from diffship.runtimes.partition.forecast import Link, PartitionProfile, Way, placed
 from diffship.runtimes.partition.halves import split
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-T = TypeVar("T")
 ROUNDS = 3
 EXCHANGES = 20
 FIDELITY_STEPS = 8
@@ -89,14 +87,14 @@ def measure_profile(
     """
     kind = model.family.kind
     start(model, request)
-    batch, begin = _timed(lambda: start(model, request))
+    batch, begin = timed(lambda: start(model, request))
     positive = split(batch)[1] if all(map(guided, batch)) else []
     chains = [_Chain(placement, row, kind) for row in runners]
     whole = [chain.stages(batch) for chain in chains]
     rest = chains[0].rest
     half = [chain.stages(positive) for chain in chains] if positive else []
     finish(model, batch)
-    _, end = _timed(lambda: finish(model, batch))
+    _, end = timed(lambda: finish(model, batch))
     lanes = ThreadEach(timeout)
     try:
         crowd, link = _crowd(lanes, chains, batch), _exchange(lanes, len(devices))
@@ -133,19 +131,13 @@ class Fidelity:
         if key not in self._known:
             self._sequential = self._sequential or self._drawn(tuple(0 for _ in way.homes), Scheme())
             pairs = zip(self._drawn(*key), self._sequential, strict=True)
-            self._known[key] = min(psnr(found, expected) for found, expected in pairs)
+            self._known[key] = min(picture_psnr(found, expected) for found, expected in pairs)
         return self._known[key]
 
     def _drawn(self, homes: tuple[int, ...], scheme: Scheme) -> list[Any]:
         placement, kind = placed(self._placement, homes), self._model.family.kind
         with simulate(placement, self._runners, scheme, kind=kind) as denoiser:
             return [finish(self._model, denoise(batch, denoiser))[0].pixels for batch in self._begun]
-
-
-def psnr(found: Any, expected: Any) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures of 8 bits, (height, width, 3); infinite if they are equal."""
-    error = float(np.mean((np.asarray(found, np.float64) - np.asarray(expected, np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def free_bytes(device: str) -> int | None:
@@ -175,7 +167,7 @@ class _Chain:
         self.call(batch)
         for runner in self.runners:
             runner.seconds.clear()
-        total = median(_timed(lambda: self.call(batch))[1] for _ in range(ROUNDS))
+        total = median(timed(lambda: self.call(batch))[1] for _ in range(ROUNDS))
         found = tuple(median(runner.seconds) for runner in self.runners)
         self.rest = max(total - sum(found), 0.0)
         return found
@@ -192,8 +184,8 @@ def _crowd(lanes: ThreadEach, chains: Sequence[_Chain], batch: Sequence[Trajecto
         some = {device: jobs[device] for device in range(count)}
         ratios = []
         for _ in range(ROUNDS):
-            alone = max(_timed(partial(lanes, {device: job}))[1] for device, job in some.items())
-            ratios.append(_timed(partial(lanes, some))[1] / alone)
+            alone = max(timed(partial(lanes, {device: job}))[1] for device, job in some.items())
+            ratios.append(timed(partial(lanes, some))[1] / alone)
         found.append(max(found[-1], median(ratios)))
     return tuple(found)
 
@@ -207,10 +199,4 @@ def _exchange(lanes: ThreadEach, devices: int) -> float:
     if devices < 2:
         return 0.0
     jobs = {device: Job(f"nothing, on device {device}", lambda: None) for device in range(devices)}
-    return median(_timed(lambda: lanes(jobs))[1] for _ in range(EXCHANGES))
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    since = time.perf_counter()
-    made = work()
-    return made, time.perf_counter() - since
+    return median(timed(lambda: lanes(jobs))[1] for _ in range(EXCHANGES))

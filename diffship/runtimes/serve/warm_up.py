@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffship.core.kind import CONTROLNET
+from diffship.core.kind import control_names
 from diffship.sampling.control import Controlled
 from diffship.sampling.decode import decode
 from diffship.sampling.encode import encode, text_parts
@@ -44,13 +44,9 @@ def warm_up(model: Model, denoiser: Denoiser) -> None:
             negative=encoded.negative,
         )
         denoiser([start])
-        for name in controls_of(model):  # each opens its ControlNet, and the first one the denoiser that heeds it
+        # each opens its ControlNet, and the first one the denoiser that heeds it
+        for name in sorted(control_names(model.parts)):
             seen = np.zeros((3, *reversed(size)), np.float32)
             denoiser([replace(start, controls=(Controlled(name, seen, first=0, stop=1),))])
     if family.kind.decoder in model.parts:
         decode(model, latents)
-
-
-def controls_of(model: Model) -> list[str]:
-    """Names of its ControlNets, as requests give them."""
-    return sorted(part.removeprefix(CONTROLNET) for part in model.parts if part.startswith(CONTROLNET))

@@ -14,6 +14,7 @@ from partition_oracle import Toy, toys
 from partition_oracle import placed as toy_placement
 from test_partition_run import SD_KIND, drawn
 
+from diffship.core.compare import picture_psnr
 from diffship.core.job import available_memory
 from diffship.models.sources.opening import open_source
 from diffship.models.walks.cuts import find_cuts, partition
@@ -28,7 +29,6 @@ from diffship.runtimes.partition.measure import (
     _exchange,
     free_bytes,
     measure_profile,
-    psnr,
 )
 from diffship.runtimes.partition.placement import boundary_bytes, place
 from diffship.runtimes.partition.timetable import Scheme
@@ -106,9 +106,9 @@ def test_psnr_by_its_definition() -> None:
     picture = np.full((2, 2, 3), 100, np.uint8)
     other = picture.copy()
     other[0, 0] = 130  # 30 levels in a quarter of the values: a mean squared error of 225
-    assert psnr(other, picture) == pytest.approx(10 * math.log10(255**2 / 225))
-    assert psnr(picture, picture) == math.inf
-    assert psnr(np.zeros((1, 1, 3), np.uint8), np.full((1, 1, 3), 255, np.uint8)) == 0.0
+    assert picture_psnr(other, picture) == pytest.approx(10 * math.log10(255**2 / 225))
+    assert picture_psnr(picture, picture) == math.inf
+    assert picture_psnr(np.zeros((1, 1, 3), np.uint8), np.full((1, 1, 3), 255, np.uint8)) == 0.0
 
 
 def test_free_memory_is_that_of_the_host_or_not_known() -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,11 @@ from diffship.benchmarks.studies.quality.judging import RANKS, Bench, Judging, a
 from diffship.benchmarks.studies.quality.scores import hits, nearest
 from diffship.benchmarks.studies.workbench import JUDGE, add_work, emoji_data, untrained
 from diffship.core.job import Job, digest_of
+from diffship.core.stopwatch import timed
 
 SUITE = "emoji-quality"
 Uint8 = NDArray[np.uint8]
+K = TypeVar("K", bound=Hashable)
 
 
 def nearest_rows(bench: Bench, subject: str, drawn: Uint8) -> list[Row]:
@@ -99,6 +102,17 @@ def _files(model: Any) -> dict[str, str]:
         return {}
     manifest = model.bundle.manifest
     return {name: manifest.files[name].sha256 for part in manifest.parts for name in part.files}
+
+
+def seconds_in_turns(draws: Mapping[K, Callable[[int], object]], rounds: int) -> dict[K, list[float]]:
+    """Seconds of each of `draws`, which are told the turn: `rounds` values, in turns, so that drift meets all alike."""
+    found: dict[K, list[float]] = {key: [] for key in draws}
+    for turn in range(rounds + 1):
+        for key, draw_one in draws.items():
+            _, seconds = timed(partial(draw_one, turn))
+            if turn:  # the first picture prepares
+                found[key].append(seconds)
+    return found
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

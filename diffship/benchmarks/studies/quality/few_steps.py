@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from diffship.benchmarks.measure.intervals import LEVEL, spread
 from diffship.benchmarks.measure.record import write_result
 from diffship.benchmarks.measure.row import Row
 from diffship.benchmarks.studies.quality.distilled import MADE, Distilled, add_made
-from diffship.benchmarks.studies.quality.emoji_quality import draw_once
+from diffship.benchmarks.studies.quality.emoji_quality import draw_once, seconds_in_turns
 from diffship.benchmarks.studies.quality.judging import (
     RANKS,
     Judged,
@@ -112,15 +111,12 @@ def rows_of(found: Mapping[Way, Sequence[Judged]]) -> list[Row]:
 
 
 def seconds_of(models: Mapping[str, Model], asked: Sequence[Way], rounds: int) -> dict[Way, list[float]]:
-    """Seconds of one whole picture for each way: `rounds` values, the ways in turns, so that drift meets all alike."""
-    found: dict[Way, list[float]] = {way: [] for way in asked}
-    for turn in range(rounds + 1):
-        for way in asked:
-            started = time.perf_counter()
-            generate(models[way.model], way.request("red apple", turn))
-            if turn:  # the first picture prepares
-                found[way].append(time.perf_counter() - started)
-    return found
+    """Seconds of one whole picture for each way, in turns."""
+
+    def drawing(way: Way) -> Callable[[int], object]:
+        return lambda turn: generate(models[way.model], way.request("red apple", turn))
+
+    return seconds_in_turns({way: drawing(way) for way in asked}, rounds)
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from diffship.benchmarks.measure.machine import code_digest
 from diffship.benchmarks.measure.materials import GRAPHS, WEIGHTS
 from diffship.benchmarks.measure.record import write_result
 from diffship.benchmarks.measure.row import Row
-from diffship.benchmarks.studies.quality.emoji_quality import draw_once
+from diffship.benchmarks.studies.quality.emoji_quality import draw_once, seconds_in_turns
 from diffship.benchmarks.studies.quality.judging import (
     RANKS,
     Judged,
@@ -40,6 +39,7 @@ from diffship.benchmarks.studies.quality.judging import (
 )
 from diffship.benchmarks.studies.workbench import JUDGE, add_work, emoji_data
 from diffship.core.bundle import Bundle
+from diffship.core.compare import picture_psnr
 from diffship.core.errors import ConfigError
 from diffship.core.job import Job, digest_of
 from diffship.core.quiet import timing
@@ -60,22 +60,26 @@ Uint8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Format:
-    """name: of the rows. options: of `export --to onnx`. measured: whether it needs the calibration."""
+    """name: of the rows. options: of `export --to onnx`."""
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    measured: bool = False
+    options: Mapping[str, Any]
+
+    @property
+    def measured(self) -> bool:
+        """Whether it needs the calibration: for its ranges, or for the budget of its bits."""
+        return not self.options.keys().isdisjoint(("ranges", "bits"))
 
 
 def _ranged(precision: str, ranges: str) -> Format:
-    return Format(f"{precision}, {ranges}", {"precision": precision, "ranges": ranges}, measured=True)
+    return Format(f"{precision}, {ranges}", {"precision": precision, "ranges": ranges})
 
 
 REFERENCE = Format("fp32", {"precision": "fp32"})
 _FORMATS = (
     REFERENCE,
     *(Format(name, {"precision": name}) for name in ("fp16", "int8-weights", "int4-weights")),
-    *(Format(f"{bits} bits a weight", {"precision": "mixed-weights", "bits": bits}, True) for bits in (6.0, 5.0)),
+    *(Format(f"{bits} bits a weight", {"precision": "mixed-weights", "bits": bits}) for bits in (6.0, 5.0)),
     *(_ranged("int8", ranges) for ranges in ("max", "percentile", "mse", "min-mean")),
     *(_ranged("w8a16", ranges) for ranges in ("max", "min-mean")),
 )
@@ -120,26 +124,16 @@ class Made:
 
 def picture_db(ours: Uint8, reference: Uint8) -> list[float]:
     """PSNR of each picture (n, size, size, 3) to its neighbour in dB, EQUAL_DB where they are equal."""
-    error = np.square((ours.astype(np.float64) - reference) / 255).mean((1, 2, 3))
-    return np.minimum(-10 * np.log10(np.maximum(error, 1e-12)), EQUAL_DB).tolist()  # type: ignore[no-any-return]
-
-
-def denoiser_bytes(bundle: Path) -> int:
-    opened = Bundle.open(bundle)
-    part = opened.part(opened.manifest.family.kind.denoiser)
-    return sum(opened.file(name).stat().st_size for name in part.files)
+    return [min(picture_psnr(*pair), EQUAL_DB) for pair in zip(ours, reference, strict=True)]
 
 
 def seconds_of(models: Mapping[str, Model], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one picture of each model: `rounds` values, the models in turns, so that drift meets all alike."""
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            started = time.perf_counter()
-            generate(model, Request("red apple", seed=turn, **HOW))  # type: ignore[arg-type]
-            if turn:  # the first picture prepares
-                found[name].append(time.perf_counter() - started)
-    return found
+    """Seconds of one picture of each model, in turns."""
+
+    def drawing(model: Model) -> Callable[[int], object]:
+        return lambda turn: generate(model, Request("red apple", seed=turn, **HOW))  # type: ignore[arg-type]
+
+    return seconds_in_turns({name: drawing(model) for name, model in models.items()}, rounds)
 
 
 def quality_rows(found: Mapping[str, Sequence[Judged]], likeness: Mapping[str, Sequence[Sequence[float]]]) -> list[Row]:
@@ -200,7 +194,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             seconds = seconds_of(models, arguments.rounds)
     if arguments.grid:
         show(arguments.grid, shown, texts[:SHOWN])
-    sizes = {name: denoiser_bytes(place) for name, place in bundles.items()}
+    opened = {name: Bundle.open(place) for name, place in bundles.items()}
+    sizes = {name: bundle.part_bytes(bundle.manifest.family.kind.denoiser) for name, bundle in opened.items()}
     return [*quality_rows(found, likeness), *cost_rows(sizes, seconds)]
 
 
